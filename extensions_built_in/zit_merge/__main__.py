@@ -1,0 +1,7 @@
+"""python -m extensions_built_in.zit_merge"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

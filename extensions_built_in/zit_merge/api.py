@@ -1,0 +1,86 @@
+"""Merging from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import parse_section
+from .execute import pick_device, run_plans
+from .formats.reader import LoraFile
+from .plan import StepPlan, plan_section
+from .sources import Site
+
+Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is settled but not written yet."""
+
+    section: Mapping[str, Any]
+    device: str
+
+    def plan(self, path: str | Path) -> StepPlan:
+        """What `save` would do: strengths, rank, shapes, size.
+
+        Args:
+            path: The output.
+
+        Raises:
+            ZitMergeError: The merge can't be done; the message says why.
+        """
+        path = Path(path)
+        section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
+        return plan_section(section, Site(job="merge", place="", output_dir=path.parent, file=path))[0]
+
+    def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:
+        """Writes the merged LoRA; a file that another merge of this name wrote is replaced, any other is refused.
+
+        Args:
+            path: A `.safetensors` file.
+            tick: Called with the plan and the number of modules done.
+
+        Returns:
+            The path.
+
+        Raises:
+            ZitMergeError: Nothing was written; the message says why.
+        """
+        ((_, written),) = run_plans([self.plan(path)], pick_device(self.device), tick)
+        return written
+
+
+def merge(
+    loras: Sequence[Weighed], *, rank: int | str = "exact", dtype: str = "bf16", device: str = "auto", **settings: Any
+) -> Merge:
+    """The sum of several LoRAs, each with its strengths: sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i for each module.
+
+    Args:
+        loras: (LoRA, ratio) or (LoRA, {"ratio": ..., "blocks": ..., "layers": ..., "effects": ..., "overrides": ...}); the LoRA
+            is what `load_lora` gave, or a path.
+        rank: `exact` (ranks add up, nothing is lost), a number (the closest approximation of that rank) or `same` (the largest
+            rank among the inputs).
+        dtype: `bf16`, `fp16`, `fp32` or `same` (as the inputs).
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        **settings: Other keys of a step: `shapes`, `allow_unmatched`, `confirm_size`.
+
+    Returns:
+        A merge with `plan(path)` and `save(path)`.
+
+    Raises:
+        ZitMergeError: From `plan` and `save`, with what is wrong and where.
+    """
+    entries = []
+    for lora, weight in loras:
+        path = lora.path if isinstance(lora, LoraFile) else Path(lora)
+        entries.append({"lora": str(path.absolute()), **(weight if isinstance(weight, Mapping) else {"ratio": weight})})
+    step = {"rank": rank, "save": {"dtype": dtype}, "loras": entries, **settings}
+    return Merge({"type": "zit_merge", "steps": [step]}, device)
+
+
+def step_name(path: Path) -> str:
+    """The name of the step that makes a file: its stem, in letters that a step may have."""
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in path.stem) or "out"

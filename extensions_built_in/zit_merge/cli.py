@@ -1,0 +1,245 @@
+"""The command line. Needs no AI-Toolkit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import ZitMergeError, not_available_yet
+from .zimage import ALIASES, COMPONENTS, GROUPS
+
+_LATER = ("attach",)
+_WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The words after the program's name; None takes the process's own.
+
+    Returns:
+        0 done, 1 the input or the config is wrong, 2 usage, 130 interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.command(args)
+    except SystemExit as e:  # argparse has printed what is wrong
+        return int(e.code or 0)
+    except ZitMergeError as e:
+        print(f"zit_merge: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zit_merge", description="Merge Z-Image Turbo LoRAs, block by block.")
+    parser.add_argument("--version", action="version", version=f"zit_merge {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        return sub
+
+    demo = add("demo", _demo, "make two small LoRAs, merge them with block weights, check the result")
+    demo.add_argument("--out", type=Path, default=Path("zit_merge_demo"), help="folder for the files (default: %(default)s)")
+
+    run = add("run", _run, "run the zit_merge sections of an AI-Toolkit config, or a recipe")
+    run.add_argument("config", type=Path)
+    run.add_argument("--step", help="only this step, and the earlier ones that it uses")
+    run.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    run.add_argument("--output-dir", help="instead of the config's")
+    run.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
+
+    merge = add("merge", _merge, "merge LoRA files: every weight takes one number for all files, or one for each")
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
+    for flag in _WEIGHT_FLAGS:
+        merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
+    merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    merge.add_argument("--rank", default="exact", help="exact (default), same or a number")
+    merge.add_argument("--method", default="sum")
+    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+
+    check = add("check", _check, "check a config: everything that can be known before training")
+    check.add_argument("config", type=Path)
+
+    inspect = add("inspect", _inspect, "show what is in a LoRA file")
+    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("--methods", action="store_true", help="list the merge methods")
+
+    recipe = add("recipe", _recipe, "print the section that made a file, as YAML that `run` takes")
+    recipe.add_argument("file", type=Path)
+
+    install = add("install", _install, "put the extension into an AI-Toolkit folder and check that it loads there")
+    install.add_argument("folder", type=Path, metavar="AI_TOOLKIT_DIR")
+    install.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
+
+    for name in _LATER:
+        commands.add_parser(name, help="not available yet", add_help=False).set_defaults(command=_later(name))
+    return parser
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], None]:
+    def command(args: argparse.Namespace) -> None:
+        raise not_available_yet(f"the command {name}")
+
+    return command
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(text, flush=True)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+    from .report.progress import Bar
+
+    with Bar(args.quiet) as bar:
+        run_demo(args.out, lambda text: _say(args, text), bar.tick)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from .config import load_job
+    from .execute import pick_device
+    from .plan import plan_section
+    from .sources import make_site
+
+    job = load_job(args.config)
+    sections = job.sections()
+    if args.step and len(sections) > 1:
+        named = [(i, s) for i, s in sections if args.step in {step.name for step in s.steps}]
+        sections = named or sections[:1]
+    for index, section in sections:
+        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras)
+        plans = plan_section(section, site, only=args.step)
+        device = pick_device(section.device)
+        _execute(args, plans, device)
+
+
+def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> None:
+    """Prints the plans, runs them unless it is a dry run, prints what was written."""
+    from .execute import run_plans
+    from .report.progress import Bar
+    from .report.tables import done_text, plan_text
+
+    _say(args, "\n\n".join(map(plan_text, plans)) + "\n")
+    if args.dry_run:
+        return
+    with Bar(args.quiet) as bar:
+        for plan, path in run_plans(plans, device, bar.tick):
+            bar.close()
+            _say(args, done_text(plan, path))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .api import merge
+    from .execute import pick_device
+
+    weights = _merge_weights(args)
+    rank = int(args.rank) if args.rank.isdecimal() else args.rank
+    settled = merge(
+        list(zip(args.files, weights, strict=True)), rank=rank, dtype=args.dtype, device=args.device, method=args.method
+    )
+    _execute(args, [settled.plan(args.out)], pick_device(args.device))
+
+
+def _merge_weights(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The weights of each file, from flags with one value for all or one for each."""
+    count = len(args.files)
+
+    def each(flag: str, values: Sequence[Any]) -> Sequence[Any]:
+        if len(values) not in (1, count):
+            raise ZitMergeError(f"--{flag}: {len(values)} values for {count} files: give one for all, or one for each")
+        return values if len(values) == count else list(values) * count
+
+    weights = [{"ratio": ratio, "blocks": {}} for ratio in each("ratio", args.ratio)]
+    for flag in _WEIGHT_FLAGS:
+        if (values := getattr(args, flag)) is not None:
+            for weight, value in zip(weights, each(flag, values), strict=True):
+                weight["blocks"][flag] = value
+    if args.layers is not None:
+        for weight, spec in zip(weights, each("layers", args.layers), strict=True):
+            weight["layers"] = _layer_spec(spec)
+    return weights
+
+
+def _layer_spec(spec: str) -> dict[str, float | list[float]]:
+    """`0-9=0.5,10-29=1:0.6` -> {"0-9": 0.5, "10-29": [1.0, 0.6]}."""
+    layers: dict[str, float | list[float]] = {}
+    for part in spec.split(","):
+        key, equals, values = part.strip().partition("=")
+        try:
+            numbers = [float(v) for v in values.split(":")]
+        except ValueError:
+            numbers = []
+        if not equals or not key or not numbers:
+            raise ZitMergeError(
+                f'--layers {spec}: {part!r} is not LAYERS=WEIGHT or LAYERS=FROM:TO, such as "0-9=0.5,10-29=1:0.6"'
+            )
+        if key in layers:
+            raise ZitMergeError(f"--layers {spec}: {key} stands there twice")
+        layers[key] = numbers[0] if len(numbers) == 1 else numbers
+    return layers
+
+
+def _check(args: argparse.Namespace) -> None:
+    from .config import load_job
+    from .execute import pick_device
+    from .plan import plan_section
+    from .report.tables import plan_text
+    from .sources import make_site
+
+    job = load_job(args.config)
+    for index, section in job.sections():
+        site = make_site(job, index, section)
+        pick_device(section.device)
+        for plan in plan_section(section, site, before_training=site.training is not None):
+            _say(args, plan_text(plan) + "\n")
+    _say(args, "no errors")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .report.tables import describe, inspect_text, methods_text
+
+    if args.methods:
+        _say(args, methods_text())
+        return
+    if len(args.files) != 1:
+        raise not_available_yet("comparing several files") if args.files else ZitMergeError("inspect: name a LoRA file")
+    from .formats.reader import load_lora
+
+    facts = describe(load_lora(args.files[0]))
+    print(json.dumps(facts, indent=1) if args.json else inspect_text(facts))
+
+
+def _recipe(args: argparse.Namespace) -> None:
+    from .formats.metadata import read_recipe
+    from .formats.reader import load_lora
+    from .recipe import to_yaml
+
+    recipe = read_recipe(load_lora(args.file).metadata)
+    if recipe is None:
+        raise ZitMergeError(f"{args.file}: has no recipe, zit_merge did not make it")
+    print(to_yaml(recipe), end="")
+
+
+def _install(args: argparse.Namespace) -> None:
+    from .host.install import install
+
+    _say(args, install(args.folder, copy=args.copy))

@@ -1,0 +1,405 @@
+"""The job section: its schema, and the reading of config files by AI-Toolkit's rules.
+
+Every message names the place in the config. What selects modules (`blocks`, `layers`, `effects`, `overrides`) is only given its
+form here; its meaning is checked in `weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .algebra.methods import METHODS
+from .errors import ZitMergeError, nearest, not_available_yet
+from .weights import Weights
+
+PROCESS_TYPE = "zit_merge"
+TRAINED = "trained"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+HEADER_LIMIT = 100_000_000  # safetensors MAX_HEADER_SIZE
+
+# Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
+_LATER: Mapping[str, tuple[str, ...]] = {
+    "section": ("preview", "sweep", "ablate", "bake", "train_fixes"),
+    "step": ("checkpoints", "preview", "sweep", "ablate", "bake", "train_fixes"),
+    "lora": ("preset", "alpha", "qkv", "drop"),
+    "save": ("keep_lokr", "uniform"),
+}
+_LATER_METHODS = (
+    *("average", "normalize", "slerp", "nuslerp", "karcher", "ties", "dare_linear", "dare_ties", "della"),
+    *("tsv", "project", "shared_once"),
+)
+_LATER_FORMATS = ("diffusers", "kohya", "comfyui")
+
+
+def _key(key: object) -> str:
+    return str(key) if isinstance(key, int) and not isinstance(key, bool) else key
+
+
+def _string_keys(value: object) -> object:
+    """Layer keys may be written as integers; 3 and "3" are one key."""
+    if not isinstance(value, Mapping):
+        return value
+    keys = [_key(k) for k in value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} stands there twice: keep one of them")
+    return dict(zip(keys, value.values(), strict=True))
+
+
+def _rank(value: object) -> object:
+    if isinstance(value, Mapping):
+        raise ValueError(str(not_available_yet("rank by energy or size", "give a number, exact or same")))
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (whole and value >= 1) or value in ("exact", "same"):
+        return value
+    raise ValueError(f"must be exact, same or a whole number from 1, not {value!r}")
+
+
+def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeValidator:
+    known, later = tuple(known), tuple(later)
+
+    def check(value: object) -> object:
+        if value in known:
+            return value
+        if value in later:
+            raise ValueError(str(not_available_yet(f"{what} {value}", f"use {' or '.join(known)}")))
+        raise ValueError(f"no such {what}: {value!r}{nearest(str(value), (*known, *later))}; there are {', '.join(known)}")
+
+    return BeforeValidator(check)
+
+
+Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), (), "dtype")]
+Format = Annotated[str, _choice(("ai-toolkit",), _LATER_FORMATS, "format")]
+Method = Annotated[str, _choice(METHODS, _LATER_METHODS, "method")]
+Rank = Annotated[int | str, BeforeValidator(_rank)]
+Table = Annotated[dict[str, float], BeforeValidator(_string_keys)]
+Depths = Annotated[dict[str, float | list[float]] | list[float], BeforeValidator(_string_keys)]
+StepName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Save(_Model):
+    """How a file is stored."""
+
+    dtype: Dtype = "bf16"
+    format: Format = "ai-toolkit"
+
+
+class Lora(_Model):
+    """One LoRA of a step, with its strength keys. `sha256`, `strengths`, `unmatched` stand in recipes."""
+
+    lora: str
+    ratio: float
+    blocks: Table = {}
+    layers: Depths = {}
+    effects: Table = {}
+    overrides: Table = {}
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    strengths: dict[str, list[float]] | None = None
+    unmatched: list[str] | None = None
+
+    def weights(self, place: str) -> Weights:
+        """The strength keys, with the place they stand at."""
+        return Weights(self.ratio, self.blocks, self.layers, self.effects, self.overrides, place)
+
+
+class _Settings(_Model):
+    """What may stand on the section or on a step; the step wins."""
+
+    save: Save = Save()
+    method: Method = "sum"
+    params: dict[str, Any] = {}
+    rank: Rank = "exact"
+    shapes: Literal["strict", "free"] = "strict"
+    allow_unmatched: bool = False
+    confirm_size: bool = False
+
+
+class Step(_Settings):
+    """One merge and the file it makes."""
+
+    name: StepName
+    loras: Annotated[list[Lora], Field(min_length=1)]
+    keep: bool = True
+    copy_to: str | None = None
+
+
+class Section(_Settings):
+    """A process of type zit_merge. The keys from `name` on are AI-Toolkit's and its UI's, accepted and left alone."""
+
+    type: Literal["zit_merge"]
+    steps: Annotated[list[Step], Field(min_length=1)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")] = "auto"
+    output_dir: str | None = None
+    training_folder: str | None = None
+    name: str | None = None
+    sqlite_db_path: Any = None
+    performance_log_every: Any = None
+    model: Any = None
+    datasets: Any = None
+    sample: Any = None
+    train: Any = None
+    trigger_word: Any = None
+    # A recipe, printed as a section, says which job and version made it.
+    job: str | None = None
+    made_by: str | None = None
+
+
+def parse_section(raw: object, place: str = "", *, first: bool = False) -> Section:
+    """A validated section; what a step leaves open is filled in from the section.
+
+    Args:
+        raw: The mapping of the config, as parsed.
+        place: Where it stands: `process[1]`; empty for a recipe.
+        first: It is the job's first process, where the UI writes `device: cuda` and means `auto`.
+
+    Raises:
+        ZitMergeError: With the place and the nearest right name.
+    """
+    if not isinstance(raw, Mapping):
+        raise ZitMergeError(f"{place or 'section'}: must be a mapping with type: {PROCESS_TYPE}, not {raw!r}")
+    raw = {k: v for k, v in raw.items() if v is not None}  # AI-Toolkit treats an explicit null as absent
+    _refuse_later(raw, place)
+    if first and raw.get("device") == "cuda":
+        raw["device"] = "auto"
+    shared = {k: raw[k] for k in _Settings.model_fields if k in raw}
+    if isinstance(steps := raw.get("steps"), Sequence) and not isinstance(steps, str):
+        raw["steps"] = [_inherit(shared, step) if isinstance(step, Mapping) else step for step in steps]
+    try:
+        section = Section.model_validate(raw)
+    except ValidationError as e:
+        raise ZitMergeError(_sentence(e, place)) from None
+    _check_names(section.steps, place)
+    for i, step in enumerate(section.steps):
+        if step.params:
+            key = next(iter(step.params))
+            raise ZitMergeError(f"{_join(place, f'steps[{i}].params.{key}')}: the method {step.method} has no parameters")
+    return section
+
+
+def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
+    step = {k: v for k, v in step.items() if v is not None}
+    merged = {**shared, **step}
+    if isinstance(shared.get("save"), Mapping) and isinstance(step.get("save"), Mapping):
+        merged["save"] = {**shared["save"], **step["save"]}
+    return merged
+
+
+def _refuse_later(raw: Mapping[str, Any], place: str) -> None:
+    def refuse(value: object, kind: str, at: str) -> None:
+        for key in value if isinstance(value, Mapping) else ():
+            if key in _LATER[kind] and value[key] is not None:
+                raise not_available_yet(_join(at, key))
+
+    refuse(raw, "section", place)
+    refuse(raw.get("save"), "save", _join(place, "save"))
+    for i, step in enumerate(raw.get("steps") if isinstance(raw.get("steps"), list) else ()):
+        at = _join(place, f"steps[{i}]")
+        refuse(step, "step", at)
+        if isinstance(step, Mapping):
+            refuse(step.get("save"), "save", f"{at}.save")
+            for j, lora in enumerate(step.get("loras") if isinstance(step.get("loras"), list) else ()):
+                refuse(lora, "lora", f"{at}.loras[{j}]")
+
+
+def _check_names(steps: Sequence[Step], place: str) -> None:
+    seen: dict[str, str] = {}
+    for i, step in enumerate(steps):
+        at = _join(place, f"steps[{i}].name")
+        if step.name.lower() == TRAINED:
+            raise ZitMergeError(f"{at}: {step.name} is the name of what the training saved: choose another one")
+        if step.name.lower() in seen:
+            raise ZitMergeError(
+                f"{at}: {step.name} is also the name of {seen[step.name.lower()]}: two steps can't write one file"
+            )
+        seen[step.name.lower()] = _join(place, f"steps[{i}]")
+
+
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
+
+
+def _sentence(error: ValidationError, place: str) -> str:
+    """One of pydantic's errors in our words: an unknown key before a missing one, since it is often the same mistake; then the
+    innermost, since a number or a list is tried as both."""
+    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(_path(e["loc"]))))
+    loc = _path(first["loc"])
+    where = place
+    for part in loc:
+        where = f"{where}[{part}]" if isinstance(part, int) else _join(where, str(part))
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        owner = Section
+        for part in loc[:-1]:
+            owner = {"steps": Step, "loras": Lora, "save": Save}.get(part, owner)
+        shown = [k for k in owner.model_fields if k not in ("job", "made_by", "strengths", "unmatched")]
+        return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
+    messages = {
+        "missing": "is missing",
+        "float_type": f"must be a number, not {value!r}",
+        "int_type": f"must be a whole number, not {value!r}",
+        "finite_number": f"must be a finite number, not {value!r}",
+        "string_type": f"must be text, not {value!r}",
+        "bool_type": f"must be true or false, not {value!r}",
+        "list_type": f"must be a list, not {value!r}",
+        "dict_type": f"must be a mapping, not {value!r}",
+        "model_type": f"must be a mapping, not {value!r}",
+        "too_short": "must have at least one entry",
+        "literal_error": f"must be {first.get('ctx', {}).get('expected')}, not {value!r}",
+        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} (allowed: {first.get('ctx', {}).get('pattern')})",
+    }
+    text = messages.get(kind, first["msg"].removeprefix("Value error, "))
+    hint = " (the strength of this LoRA, such as ratio: 1.0)" if kind == "missing" and loc[-1] == "ratio" else ""
+    return f"{where}: {text}{hint}"
+
+
+def _path(loc: Sequence[int | str]) -> list[int | str]:
+    """A location without the names that pydantic gives to the alternatives of a union."""
+    return [part for part in loc if not (isinstance(part, str) and re.search(r"[\[(]|^(float|int|str)$", part))]
+
+
+# --- config files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config file: an AI-Toolkit job, or a recipe, which is one bare section.
+
+    Attributes:
+        name: `config.name`.
+        processes: The raw process sections, in order.
+        folder: Where the config lies; relative LoRA paths start there.
+        recipe: It is a bare section.
+    """
+
+    name: str
+    processes: Sequence[Mapping[str, Any]]
+    folder: Path
+    recipe: bool = False
+
+    def place(self, index: int) -> str:
+        """How messages call a process."""
+        return "" if self.recipe else f"process[{index}]"
+
+    def sections(self) -> list[tuple[int, Section]]:
+        """(index, section) of every zit_merge process, validated."""
+        found = [
+            (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe))
+            for i, raw in enumerate(self.processes)
+            if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE
+        ]
+        if not found:
+            raise ZitMergeError(f"config.process: there is no process of type {PROCESS_TYPE}: append one")
+        return found
+
+
+def load_job(path: str | Path) -> Job:
+    """Reads an AI-Toolkit config (YAML, JSON) or a recipe, the way the toolkit reads it: ${ENV}, [name], 1e-3 as a number.
+
+    Raises:
+        ZitMergeError: The file can't be read, has a key twice, or is neither.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
+    except OSError as e:
+        raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
+    raw = _parse(_fill_environment(text, path), path)
+    if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
+        return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("config"), Mapping):
+        raise ZitMergeError(
+            f"{path}: is neither an AI-Toolkit job (job:, config:, process:) nor a zit_merge recipe (type: {PROCESS_TYPE})"
+        )
+    if raw.get("job") != "extension":
+        raise ZitMergeError(f"{path}: job is {raw.get('job')!r}; a {PROCESS_TYPE} section needs job: extension")
+    name = raw["config"].get("name")
+    if not isinstance(name, str) or not name:
+        raise ZitMergeError(f"{path}: config.name is missing: a job needs a name")
+    processes = raw["config"].get("process")
+    if not isinstance(processes, list):
+        raise ZitMergeError(f"{path}: config.process must be a list of processes")
+    return Job(name, [_fill_name(p, name) for p in processes], path.parent)
+
+
+def _fill_environment(text: str, path: Path) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ZitMergeError(f"{path}: the environment variable {match[1]} is not set: set it or write the path out")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{([^}]+)\}", value, text)  # comments included, as toolkit/config.py does
+
+
+def _fill_name(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("[name]", name)
+    if isinstance(value, Mapping):
+        return {_fill_name(k, name): _fill_name(v, name) for k, v in value.items()}
+    return [_fill_name(v, name) for v in value] if isinstance(value, list) else value
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        if path.suffix in (".json", ".jsonc"):
+            return json.loads(text, object_pairs_hook=_no_twins)
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        raise ZitMergeError(f"{path}: line {mark.line + 1 if mark else '?'}: {e.problem or e.context}") from e
+    except yaml.YAMLError as e:
+        raise ZitMergeError(f"{path}: is not valid YAML: {e}") from e
+    except ValueError as e:
+        raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [k for k, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key} stands there twice: keep one of them")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as AI-Toolkit reads it, except that a key that stands twice is an error instead of losing the first one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dict, after a look at the keys as they are written."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key} stands there twice: keep one of them", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# toolkit/config.py:55: PyYAML alone takes 1e-3 for text, since YAML 1.1 wants a dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+(?:[eE][-+][0-9]+)?
+        |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)

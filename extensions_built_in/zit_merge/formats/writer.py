@@ -1,0 +1,239 @@
+"""The file that every client reads, written tensor by tensor.
+
+The form (measured against ComfyUI, diffusers 0.36 to 0.42, AI-Toolkit, musubi, InvokeAI, DiffSynth):
+
+    diffusion_model.<diffusers module>.lora_A.weight   (r, in)
+    diffusion_model.<diffusers module>.lora_B.weight   (out, r)
+    diffusion_model.<diffusers module>.alpha           float32 scalar = r
+
+One rank r in every module (loaders up to diffusers 0.39 take one module's scale for all), alpha equal to it (some ignore it, some
+require it), q, k and v together and w1 with w3 (stable-diffusion.cpp and Nunchaku count them), layers.0.attention.to_k always
+(AI-Toolkit reads the rank there).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .. import zimage
+from ..errors import ZitMergeError
+from ..zimage import MODULES
+
+PREFIX = "diffusion_model."
+_TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3"))
+_ALWAYS = "layers.0.attention.to_k"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def complete(modules: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
+    """These modules and the ones that clients want beside them, in the model's order.
+
+    Args:
+        modules: Canonical names.
+        sizes: The model's sizes; a module whose shape they do not give is not added.
+    """
+    wanted = set(modules)
+    for name in list(wanted):
+        module = MODULES[name]
+        for together in _TOGETHER:
+            if module.section != "other" and module.component in together:
+                wanted |= {zimage.at(module.section, module.index, c).name for c in together}
+    if "dim" in sizes:
+        wanted.add(_ALWAYS)
+    return [name for name in MODULES if name in wanted]
+
+
+def up_key(module: str) -> str:
+    """Key of the (out, r) factor."""
+    return f"{PREFIX}{module}.lora_B.weight"
+
+
+def down_key(module: str) -> str:
+    """Key of the (r, in) factor."""
+    return f"{PREFIX}{module}.lora_A.weight"
+
+
+def alpha_key(module: str) -> str:
+    """Key of alpha."""
+    return f"{PREFIX}{module}.alpha"
+
+
+def layout(shapes: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> Layout:
+    """key -> (dtype, shape) in the order of the file: alphas first, so that every tensor stays aligned to its size."""
+    entries: Layout = {alpha_key(m): (torch.float32, ()) for m in shapes}
+    for module, (out, into) in shapes.items():
+        entries[down_key(module)] = (dtype, (rank, into))
+        entries[up_key(module)] = (dtype, (out, rank))
+    return entries
+
+
+def data_size(entries: Layout) -> int:
+    """Bytes of tensor data."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in entries.values())
+
+
+def header_size(entries: Layout, metadata: Mapping[str, str]) -> int:
+    """Bytes of the header, its length field included."""
+    return 8 + len(_header(entries, metadata))
+
+
+def _header(entries: Layout, metadata: Mapping[str, str], size: int = 0) -> bytes:
+    """safetensors JSON header, padded with spaces to `size` or at least to a multiple of 8."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, (dtype, shape) in entries.items():
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        table[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(max(size, -(-len(text) // 8) * 8))
+
+
+class LoraWriter:
+    """Writes one safetensors file beside its final name and moves it there when it is whole.
+
+    The header comes first in the file but parts of its metadata are known last: room is reserved for it, and `finish` fills it
+    in, syncs and renames. Until then, and after any exception, the final name holds what it held before. The part file is
+    locked while it is written, so that two runs can't share it; one that a killed run left is taken over.
+
+    Args:
+        path: The final name.
+        entries: key -> (dtype, shape), in the order in which `write` will be called.
+        reserve: Metadata of at least the size that `finish` will get.
+    """
+
+    def __init__(self, path: Path, entries: Layout, reserve: Mapping[str, str]):
+        self.path = path
+        self._part = part_path(path)
+        self._entries = entries
+        self._header = len(_header(entries, reserve))
+        self._pending = iter(entries.items())
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> LoraWriter:
+        with _os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_exclusively(self._part)
+            self._file.seek(8 + self._header)
+        return self
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Appends the next tensor of the layout."""
+        expected, (dtype, shape) = next(self._pending)
+        if (key, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
+            raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")
+        with _os_errors(self.path):
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self, metadata: Mapping[str, str], *, publish: bool = True) -> Path:
+        """Fills the header in, syncs, and moves the file to its name.
+
+        Args:
+            metadata: Not larger than what was reserved.
+            publish: False leaves the file under its part name, for a step that only feeds later ones.
+
+        Returns:
+            Where the file is.
+        """
+        if next(self._pending, None) is not None:
+            raise AssertionError("finish was called before every tensor was written")
+        header = _header(self._entries, metadata, self._header)
+        if len(header) != self._header:
+            raise AssertionError(f"the metadata took {len(header)} bytes, {self._header} were reserved")
+        with _os_errors(self.path):
+            self._file.seek(0)
+            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if not publish:
+                self._file.close()
+                return self._part
+            publish_file(self._file, self._part, self.path)
+        return self.path
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        if not self._file.closed:
+            self._file.close()
+        if kind is not None:
+            self._part.unlink(missing_ok=True)
+
+
+def part_path(path: Path) -> Path:
+    """Where a file lies until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def copy_file(source: Path, folder: Path) -> Path:
+    """Puts a whole file into another folder under its own name: written beside it, synced, renamed."""
+    target = folder / source.name
+    with _os_errors(target), contextlib.ExitStack() as undo:
+        undo.callback(part_path(target).unlink, missing_ok=True)
+        with source.open("rb") as whole, open_exclusively(part_path(target)) as part:
+            while chunk := whole.read(1 << 22):
+                part.write(chunk)
+            part.flush()
+            os.fsync(part.fileno())
+            publish_file(part, part_path(target), target)
+        undo.pop_all()
+    return target
+
+
+def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
+    """Renames a synced part file to its final name and makes the rename durable."""
+    if os.name == "nt":  # Windows renames no open file
+        file.close()
+    os.replace(part, path)
+    file.close()
+    if os.name != "nt":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def open_exclusively(path: Path) -> BinaryIO:
+    """Opens for writing, empty, under a lock that ends with this process; what a dead process left is overwritten.
+
+    Raises:
+        ZitMergeError: Another process is writing it now.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.close()
+        raise ZitMergeError(f"{path}: another run is writing this file now: wait for it or stop it") from e
+    file.truncate()
+    return file
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path):
+    """The system's errors as one sentence that says what to do."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise ZitMergeError(
+                f"{path}: no space left on the disk: free some, or set another output_dir or a smaller rank"
+            ) from e
+        raise ZitMergeError(f"{path}: can't be written ({e.strerror}): check the folder and its permissions") from e

@@ -1,0 +1,87 @@
+"""The process of type `zit_merge` in an AI-Toolkit job.
+
+AI-Toolkit builds every process of a job before it runs the first one. So the section is checked, and the merge forecast, before
+the training starts; the merge itself runs when its turn comes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+from jobs.process import BaseExtensionProcess
+
+
+class ZitMergeProcess(BaseExtensionProcess):
+    """Merges what the job trained with other LoRAs."""
+
+    def __init__(self, process_id: int, job, config: OrderedDict):
+        super().__init__(process_id, job, config)
+        # Not at the top: a package that is missing must stop this job only, with its name, not every job of the toolkit.
+        from ..config import Job, parse_section
+        from ..execute import pick_device
+        from ..plan import plan_section
+        from ..report.tables import plan_text
+        from ..sources import make_site
+
+        processes = job.config["process"]
+        self._job = Job(job.name, processes, _config_folder(job))
+        self._section = parse_section(config, self._job.place(process_id), first=process_id == 0)
+        self._site = make_site(self._job, process_id, self._section)
+        if self._section.device != "auto":
+            pick_device(self._section.device)
+        plans = plan_section(self._section, self._site, before_training=self._site.training is not None)
+        if _is_main():
+            print("\n\n".join(map(plan_text, plans)), flush=True)
+
+    def run(self):
+        """Plans again with the trained file at hand, merges, reports."""
+        super().run()
+        if not _is_main():
+            return  # no barrier: the trainer has ended the process group (accelerator.end_training)
+        from ..execute import run_plans
+        from ..plan import plan_section
+        from ..report.progress import Bar
+        from ..report.tables import done_text
+
+        plans = plan_section(self._section, self._site)
+        with Bar() as bar:
+            for plan, path in run_plans(plans, self._device(), bar.tick):
+                bar.close()
+                print(done_text(plan, path), flush=True)
+
+    def _device(self):
+        """`auto` is where the toolkit's accelerator computes."""
+        from toolkit.accelerator import get_accelerator
+
+        from ..execute import pick_device
+
+        return get_accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
+
+
+def _is_main() -> bool:
+    from toolkit.accelerator import get_accelerator
+
+    return get_accelerator().is_main_process
+
+
+def _config_folder(job) -> Path:
+    """Where the job's config lies. The toolkit does not hand it on, so the command line is read again by its own loader."""
+    from toolkit.config import get_config
+    from toolkit.paths import CONFIG_ROOT
+
+    for word in sys.argv[1:]:
+        for path in (
+            Path(CONFIG_ROOT) / word,
+            *(Path(CONFIG_ROOT) / f"{word}{e}" for e in (".json", ".jsonc", ".yaml", ".yml")),
+            Path(word),
+        ):
+            if path.suffix in (".json", ".jsonc", ".yaml", ".yml") and path.is_file():
+                try:
+                    found = get_config(str(path), job.raw_config["config"]["name"])
+                except Exception:  # some other file that was named on the command line: none of ours
+                    continue
+                if found.get("config") == job.raw_config["config"]:
+                    return path.parent
+    return Path()

@@ -1,0 +1,91 @@
+"""The recipe: a step, resolved, as data that makes the same file again.
+
+It is a section in its own right, `type: zit_merge`, with file names and SHA-256 in the place of paths. A step that uses earlier
+ones carries them before itself, as steps that are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from . import __version__
+from .config import PROCESS_TYPE
+from .weights import compact
+
+if TYPE_CHECKING:
+    from .plan import Input, StepPlan
+
+
+def version() -> str:
+    """What wrote a file."""
+    return __version__
+
+
+def recipe_of(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The recipe of a step.
+
+    Args:
+        plan: The step.
+        hashes: Path -> SHA-256 of the tensor data, for every file of `plan.hashed()`.
+    """
+    steps: dict[str, dict[str, Any]] = {}
+    _collect(plan, hashes, steps)
+    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {version()}", "job": plan.job, "steps": list(steps.values())}
+
+
+def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
+    for i in plan.inputs:
+        if i.step and i.step.name not in steps:
+            _collect(i.step, hashes, steps, feeds=True)
+    spec = plan.spec
+    step: dict[str, Any] = {"name": spec.name}
+    if feeds:
+        step["keep"] = False
+    step |= {"method": spec.method, "rank": spec.rank, "save": spec.save.model_dump()}
+    if spec.shapes != "strict":
+        step["shapes"] = spec.shapes
+    if spec.allow_unmatched:
+        step["allow_unmatched"] = True
+    if spec.confirm_size:
+        step["confirm_size"] = True
+    step["loras"] = [_input(i, hashes) for i in plan.inputs]
+    steps[spec.name] = step
+
+
+def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"lora": i.label}
+    if i.lora:
+        entry["sha256"] = hashes[i.lora.path]
+    entry["ratio"] = i.spec.ratio
+    for key in ("blocks", "layers", "effects", "overrides"):
+        if value := getattr(i.spec, key):
+            entry[key] = value
+    entry["strengths"] = compact(i.strengths)
+    if i.lora and i.lora.unmatched:
+        entry["unmatched"] = list(i.lora.unmatched)
+    return entry
+
+
+def to_yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe as YAML that `run` takes; rows of numbers stay on one line."""
+    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers in flow style, no aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Equal tables are written out."""
+        return True
+
+
+def _list(dumper: _Dumper, data: list) -> yaml.Node:
+    flow = all(isinstance(v, int | float) for v in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _list)

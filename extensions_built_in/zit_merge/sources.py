@@ -1,0 +1,166 @@
+"""Where a section runs, and where the files are that it names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .config import PICKLES, TRAINED, Job, Lora, Section
+from .errors import ZitMergeError, nearest, not_available_yet
+from .formats.reader import LoraFile
+from .training import Training, training_before
+
+_PREFIXES = ("merged_", "zit_merge_", "blend_", "out_", "0_", "x_", "+")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a section runs.
+
+    Attributes:
+        job: The job's name.
+        place: Of the section.
+        output_dir: Where files go.
+        training: The training before us, if any.
+        folders: Where relative LoRA paths start, in order.
+        lora_folders: `--loras`: where inputs are looked for by name and hash.
+        prefix: What output names begin with.
+        file: The one output, where it was named (`merge -o`).
+    """
+
+    job: str
+    place: str
+    output_dir: Path
+    training: Training | None = None
+    folders: Sequence[Path] = (Path(),)
+    lora_folders: Sequence[Path] = ()
+    prefix: str = "merged_"
+    file: Path | None = None
+
+    def output(self, step: str) -> Path:
+        """The file that a step writes."""
+        job = re.sub(r"[/\\]", "_", self.job)
+        return self.file or self.output_dir / f"{self.prefix}{job}_{step}.safetensors"
+
+    def at(self, key: str) -> str:
+        """The full place of a key of the section."""
+        return f"{self.place}.{key}" if self.place else key
+
+
+def make_site(
+    job: Job, index: int, section: Section, *, output_dir: str | None = None, lora_folders: Sequence[Path] = ()
+) -> Site:
+    """Finds the training before a section, the folder for its output, and names that the toolkit will leave alone.
+
+    Args:
+        job: The whole config.
+        index: Which process the section is.
+        section: The section.
+        output_dir: Overrides the section's.
+        lora_folders: Where inputs are looked for by hash.
+    """
+    training = training_before(job.name, job.processes, index)
+    chosen = output_dir or section.output_dir
+    if chosen is None and training:
+        chosen = training.folder
+    if chosen is None and section.training_folder:
+        chosen = Path(section.training_folder) / (section.name or job.name)
+    if chosen is None:
+        where = job.place(index)
+        raise ZitMergeError(
+            f"{where + '.' if where else ''}output_dir: is missing, and there is no training before this section whose folder "
+            "could be used: give output_dir (or --output-dir on the command line)"
+        )
+    folder = Path(chosen).expanduser()
+    site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders)
+    if training is None or folder.resolve() != training.folder.resolve():
+        return site
+    for prefix in _PREFIXES:
+        named = replace(site, prefix=prefix)
+        if not any(training.claims(named.output(s.name).name) for s in section.steps):
+            return named
+    raise ZitMergeError(
+        f"{site.at('output_dir')}: AI-Toolkit would take any file here for a checkpoint of the job {job.name!r}: "
+        "give the job a name without wildcards, or set another output_dir"
+    )
+
+
+def trained_step(source: str) -> int | None:
+    return int(source.partition("@")[2]) if "@" in source else None
+
+
+def resolve(spec: Lora, site: Site, place: str, section: Section, before_training: bool) -> Path | None:
+    """The file of a source; None for a training still to come."""
+    source = spec.lora
+    if re.fullmatch(rf"{TRAINED}(@\d+)?", source) and not spec.sha256:
+        return _resolve_trained(source, site, place, before_training)
+    if source.startswith("hf:"):
+        raise not_available_yet(f"{place}: a source on the Hugging Face hub", "download the file and give its path")
+    if source.lower().endswith(PICKLES):
+        raise ZitMergeError(
+            f"{place}: {source} is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read"
+        )
+    if not source.lower().endswith(".safetensors"):
+        names = (TRAINED, *(s.name for s in section.steps))
+        raise ZitMergeError(
+            f"{place}: {source} is neither {TRAINED}, nor an earlier step{nearest(source, names)}, nor a .safetensors file"
+        )
+    wanted = Path(source).expanduser()
+    candidates = list(dict.fromkeys(folder / wanted for folder in site.folders))
+    candidates += [folder / wanted.name for folder in site.lora_folders]
+    if spec.sha256:
+        return _resolve_hash(spec.sha256, wanted.name, candidates, site, place)
+    for path in candidates:
+        if path.exists():
+            return path
+    looked = ", ".join(str(p.parent) for p in candidates)
+    raise ZitMergeError(f"{place}: {source} is not there (looked in {looked}): give the path of the file")
+
+
+def _resolve_trained(source: str, site: Site, place: str, before_training: bool) -> Path | None:
+    if site.training is None:
+        raise ZitMergeError(
+            f"{place}: {source} needs a training process before this section in the job: give the path of a LoRA file"
+        )
+    step = trained_step(source)
+    if before_training:
+        if step is not None:
+            site.training.check_step(step, place)
+        return None
+    path = site.training.file(step)
+    if not path.exists():
+        there = ", ".join(site.training.files()) or "no .safetensors file"
+        raise ZitMergeError(f"{place}: {path} is not there, the folder holds {there}: finish the training, or name one of these")
+    return path
+
+
+def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site, place: str) -> Path:
+    for path in _hash_candidates(name, candidates, site):
+        if LoraFile(path, {}, {}).sha256() == sha256:
+            return path
+    raise ZitMergeError(
+        f"{place}: no file with the tensors of {name} (sha256 {sha256[:12]}...) is at hand: name its folder with --loras"
+    )
+
+
+def _hash_candidates(name: str, candidates: Sequence[Path], site: Site) -> Iterator[Path]:
+    """Files by that name first, then every other .safetensors of the --loras folders."""
+    named = [p for p in candidates if p.is_file()]
+    everything = [p for folder in site.lora_folders for p in sorted(Path(folder).rglob("*.safetensors")) if p not in named]
+    yield from named
+    yield from sorted(everything, key=lambda p: p.name != name)
+
+
+def check_writable(folder: Path, place: str) -> Path:
+    """The nearest folder that exists; raises unless files can be made in it."""
+    parent = folder.absolute()
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ZitMergeError(f"{place}: {parent} is not a folder: give another one")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ZitMergeError(f"{place}: {parent} can't be written to: change its permissions or give another folder")
+    return parent
