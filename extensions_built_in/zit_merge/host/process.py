@@ -26,7 +26,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         from ..sources import make_site
 
         processes = job.config["process"]
-        self._job = Job(job.name, processes, _config_folder(job))
+        self._job = Job(job.name, processes, _config_folder(job, process_id, config))
         self._section = parse_section(config, self._job.place(process_id), first=process_id == 0)
         self._site = make_site(self._job, process_id, self._section)
         if self._section.device != "auto":
@@ -66,22 +66,19 @@ def _is_main() -> bool:
     return get_accelerator().is_main_process
 
 
-def _config_folder(job) -> Path:
-    """Where the job's config lies. The toolkit does not hand it on, so the command line is read again by its own loader."""
+def _config_folder(job, process_id: int, section) -> Path:
+    """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again, by itself."""
     from toolkit.config import get_config
     from toolkit.paths import CONFIG_ROOT
 
+    endings = (".json", ".jsonc", ".yaml", ".yml")
     for word in sys.argv[1:]:
-        for path in (
-            Path(CONFIG_ROOT) / word,
-            *(Path(CONFIG_ROOT) / f"{word}{e}" for e in (".json", ".jsonc", ".yaml", ".yml")),
-            Path(word),
-        ):
-            if path.suffix in (".json", ".jsonc", ".yaml", ".yml") and path.is_file():
-                try:
-                    found = get_config(str(path), job.raw_config["config"]["name"])
-                except Exception:  # some other file that was named on the command line: none of ours
-                    continue
-                if found.get("config") == job.raw_config["config"]:
-                    return path.parent
+        in_root = [Path(CONFIG_ROOT) / f"{word}{ending}" for ending in ("", *endings)]  # get_config looks there first
+        for path in (p for p in (*in_root, Path(word)) if p.suffix in endings and p.is_file()):
+            try:
+                processes = get_config(str(path.absolute()), job.name)["config"]["process"]
+            except (ValueError, KeyError, TypeError):  # another file that the command line names: no config of ours
+                continue
+            if len(processes) > process_id and processes[process_id] == section:
+                return path.parent
     return Path()
