@@ -13,7 +13,8 @@ from .errors import ZitMergeError, nearest, not_available_yet
 from .formats.reader import LoraFile
 from .training import Training, training_before
 
-_PREFIXES = ("merged_", "zit_merge_", "blend_", "out_", "0_", "x_", "+")
+# The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.
+_PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from host.shim import SHIM
 
 REPO = Path(__file__).parents[2]
-SHIM = Path(__file__).parent / "cpu_shim"
-if not torch.version.cuda:  # for this process as for the ones it starts
-    sys.path.append(str(SHIM))
-    spec = importlib.util.spec_from_file_location("cpu_shim", SHIM / "sitecustomize.py")
-    sys.modules["cpu_shim"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["cpu_shim"])
 
 
 def toolkit_root() -> Path:
@@ -44,11 +39,11 @@ def toolkit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_python(toolkit):
-    """Runs Python in the toolkit's folder, as a user would: run(*words, cwd=None) -> CompletedProcess."""
+    """Runs Python in the toolkit's folder, as a user would: run(*words, cwd=None, VARIABLE=value) -> CompletedProcess."""
 
-    def run(*words, cwd=None, timeout=300):
+    def run(*words, cwd=None, timeout=300, **variables):
         path = [str(toolkit)] + ([] if torch.version.cuda else [str(SHIM)])
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
         return subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=cwd or toolkit,

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from host import tiny_zimage
+from host.job import job, training
 from oracles import producers
 from safetensors.torch import load_file, safe_open
 
-from host import tiny_zimage
-from host.job import job, training
+LOADER = Path(__file__).with_name("load_in_toolkit.py")
 
 pytestmark = pytest.mark.toolkit
 
@@ -171,7 +173,7 @@ def test_a_mistake_stops_the_job_before_the_training(tiny, run_python, change, s
     folder, _ = tiny
     done = run_python("run.py", write(folder, "typo", job("typo", training(folder, "typo"), merging(**change))))
     assert done.returncode != 0
-    assert f"Error running job: " in done.stdout and says in done.stdout
+    assert "Error running job: " in done.stdout and says in done.stdout
     assert "Running  2 processes" not in done.stdout
     assert not list((folder / "output" / "typo").glob("*.safetensors"))
 
@@ -182,7 +184,9 @@ def test_two_processes_write_one_file(tiny, run_python):
     section = {"type": "zit_merge", "training_folder": str(folder / "output"), "shapes": "free"}
     section["steps"] = [{"name": "one", "loras": [{"lora": str(folder / "style.safetensors"), "ratio": 1}]}]
     config = write(folder, "ranks", job("ranks", section))
-    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py", config)
+    done = run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py", config, ACCELERATE_USE_CPU="true"
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("wrote ") == 1 and done.stdout.count("Running job: ranks") == 2
     assert (folder / "output" / "ranks" / "merged_ranks_one.safetensors").is_file()
@@ -193,12 +197,6 @@ def test_the_toolkits_own_loader_reads_our_file(trained, tiny, run_python, tmp_p
     folder, _ = trained
     path = folder / "merged_cat_v1_with_style.safetensors"
     torch.save(products(path), tmp_path / "wanted.pt")
-    done = run_python(tiny_loader(), tiny[0] / "model", path, tmp_path / "wanted.pt")
+    done = run_python(LOADER, tiny[0] / "model", path, tmp_path / "wanted.pt")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "240 modules agree" in done.stdout
-
-
-def tiny_loader():
-    from pathlib import Path
-
-    return Path(__file__).with_name("load_in_toolkit.py")

@@ -42,6 +42,11 @@ def wide(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite. One sum tells in nearly every case; elements are looked at only if it overflows."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 def scale(x: Factors, strength: float) -> Factors:
     """strength * delta. Sign and strength go into `up`; a strength of 1 leaves the factors as they are, bit for bit.
 

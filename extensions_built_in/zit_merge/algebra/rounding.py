@@ -22,6 +22,8 @@ def to_dtype(x: Factors, dtype: torch.dtype) -> Factors:
         Factors in `dtype`. They hold infinities only if the delta itself is too large for it.
     """
     rounded = Factors(x.up.to(dtype), x.down.to(dtype))
+    if dtype != torch.float16:  # bfloat16 and float32 share the range of the factors
+        return rounded
     lost = _loses(x.up, rounded.up, 0) | _loses(x.down, rounded.down, 1)
     if not lost.any():
         return rounded

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..algebra.factors import Factors, scale
+from ..algebra.factors import Factors, is_finite, scale
 from ..errors import ZitMergeError, not_available_yet
 from .names import Part, nearest_key, parse_key
 
@@ -156,7 +156,7 @@ class TensorReader:
             tensor = self._file.get_slice(key)[third * rows : (third + 1) * rows]
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ZitMergeError(
                 f"{self._lora.path.name}: {key} holds NaN or infinity, the LoRA is broken: use an earlier checkpoint of it"
             )

@@ -67,7 +67,7 @@ def _is_main() -> bool:
 
 
 def _config_folder(job, process_id: int, section) -> Path:
-    """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again, by itself."""
+    """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again."""
     from toolkit.config import get_config
     from toolkit.paths import CONFIG_ROOT
 

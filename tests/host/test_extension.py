@@ -1,0 +1,123 @@
+"""The extension as AI-Toolkit sees it: registration, installation, and file names beside a job's own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from extensions_built_in.zit_merge import cli
+from extensions_built_in.zit_merge.config import Job, parse_section
+from extensions_built_in.zit_merge.sources import make_site
+
+REPO = Path(__file__).parents[2]
+
+
+def test_the_package_imports_nothing_that_may_be_missing():
+    """AI-Toolkit imports every extension at the start of every job: an import error here would break all of them."""
+    code = (
+        "import sys; before = set(sys.modules); import extensions_built_in.zit_merge; "
+        "print(sorted(m for m in set(sys.modules) - before if not m.startswith('extensions_built_in')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.toolkit
+def test_other_jobs_live_without_our_packages(run_python):
+    """With pydantic, yaml, safetensors and tqdm out of reach, the toolkit still gets our class; only a job that uses it fails."""
+    code = """
+import sys
+import toolkit.extension, jobs.process                     # what the toolkit itself needs
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pydantic", "yaml", "safetensors", "tqdm"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing())
+for name in [m for m in sys.modules if m.partition(".")[0] in ("pydantic", "yaml", "safetensors", "tqdm")]:
+    del sys.modules[name]
+import extensions_built_in.zit_merge as ours
+[extension] = ours.AI_TOOLKIT_EXTENSIONS
+print(extension.uid, extension.get_process().__name__)
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip().endswith("zit_merge ZitMergeProcess"), done.stderr[-2000:]
+
+
+@pytest.mark.toolkit
+def test_the_toolkit_registers_the_process(run_python):
+    code = "from toolkit.extension import get_all_extensions_process_dict as d; print('found', d()['zit_merge'].__name__)"
+    assert "found ZitMergeProcess" in run_python("-c", code).stdout
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize("copy", [False, True])
+def test_install_puts_it_in_place_and_loads_it(toolkit, run_python, tmp_path, copy):
+    view = tmp_path / "ai-toolkit"
+    shutil.copytree(toolkit, view, symlinks=True)
+    target = view / "extensions_built_in" / "zit_merge"
+    target.unlink()
+    for _ in range(2):  # again: an older link or copy of ours is replaced
+        done = run_python("-m", "extensions_built_in.zit_merge", "install", view, *(["--copy"] if copy else []), cwd=REPO)
+        assert done.returncode == 0, done.stderr
+        assert "it loads there" in done.stdout
+    assert target.is_symlink() is not copy and (target / "zimage.py").is_file()
+
+
+def test_install_refuses_what_is_no_toolkit(tmp_path, capsys):
+    assert cli.main(["install", str(tmp_path)]) == 1
+    assert "is no AI-Toolkit folder" in capsys.readouterr().err
+    (tmp_path / "run.py").touch()
+    other = tmp_path / "extensions_built_in" / "zit_merge"
+    other.mkdir(parents=True)
+    (other / "mine.txt").touch()
+    assert cli.main(["install", str(tmp_path)]) == 1
+    assert "exists and is not zit_merge" in capsys.readouterr().err
+    assert (other / "mine.txt").exists()
+
+
+HOSTILE = [
+    "cat_v1",
+    "m",
+    "merged",
+    "merged_x",
+    "MERGED",
+    "plugin",
+    "[mz]",
+    "[!a]",
+    "zit*",
+    "a b",
+    "\u00fcn\u00efc\u00f6de",
+    "m_",
+    "x[1]",
+]
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
+    """The toolkit's own functions, with our newest files beside an older checkpoint of the job."""
+    sys.path.append(str(toolkit))
+    from jobs.process.BaseSDTrainProcess import BaseSDTrainProcess as Trainer
+
+    folder = tmp_path / name
+    folder.mkdir()
+    own = folder / f"{name}_000000002.safetensors"
+    own.touch()
+    section = parse_section({"type": "zit_merge", "steps": [{"name": "soft", "loras": [{"lora": "trained", "ratio": 1}]}]})
+    processes = [{"type": "diffusion_trainer", "training_folder": str(tmp_path), "network": {"type": "lora"}}, {}]
+    site = make_site(Job(name, processes, tmp_path), 1, section)
+    for path in (site.output("soft"), Path(f"{site.output('soft')}.part")):
+        path.touch()
+        os.utime(path, (2e9, 2e9))
+    trainer = SimpleNamespace(job=SimpleNamespace(name=name), save_root=str(folder), network_config=None)
+    taken = Trainer.get_latest_save_path(trainer)
+    assert taken is None or Path(taken) == own  # None: the toolkit itself can't find a name with brackets again
+    trainer.accelerator = SimpleNamespace(is_main_process=True)
+    trainer.embed_config, trainer.sd, trainer.save_config = None, None, SimpleNamespace(max_step_saves_to_keep=1)
+    trainer.snr_gos = trainer.adapter_config = trainer.network_config = None
+    Trainer.clean_up_saves(trainer)
+    assert site.output("soft").exists() and Path(f"{site.output('soft')}.part").exists()

@@ -1,0 +1,1 @@
+import host.shim  # noqa: F401 - before diffusers
