@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import parse_section
+from .config import TRAINED, parse_section
+from .errors import ZitMergeError
 from .execute import pick_device, run_plans
 from .formats.reader import LoraFile
 from .plan import StepPlan, plan_section
-from .sources import Site
+from .sources import Site, user_path
 
 Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
 
@@ -21,7 +22,6 @@ class Merge:
     """A merge that is settled but not written yet."""
 
     section: Mapping[str, Any]
-    device: str
 
     def plan(self, path: str | Path) -> StepPlan:
         """What `save` would do: strengths, rank, shapes, size.
@@ -32,7 +32,9 @@ class Merge:
         Raises:
             ZitMergeError: The merge can't be done; the message says why.
         """
-        path = Path(path)
+        path = user_path(path, "the output")
+        if path.suffix != ".safetensors":
+            raise ZitMergeError(f"{path}: the output is a .safetensors file: give it that ending")
         section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
         return plan_section(section, Site(job="merge", place="", output_dir=path.parent, file=path))[0]
 
@@ -49,7 +51,7 @@ class Merge:
         Raises:
             ZitMergeError: Nothing was written; the message says why.
         """
-        ((_, written),) = run_plans([self.plan(path)], pick_device(self.device), tick)
+        ((_, written),) = run_plans([self.plan(path)], pick_device(self.section["device"]), tick)
         return written
 
 
@@ -78,9 +80,10 @@ def merge(
         path = lora.path if isinstance(lora, LoraFile) else Path(lora)
         entries.append({"lora": str(path.absolute()), **(weight if isinstance(weight, Mapping) else {"ratio": weight})})
     step = {"rank": rank, "save": {"dtype": dtype}, "loras": entries, **settings}
-    return Merge({"type": "zit_merge", "steps": [step]}, device)
+    return Merge({"type": "zit_merge", "device": device, "steps": [step]})
 
 
 def step_name(path: Path) -> str:
     """The name of the step that makes a file: its stem, in letters that a step may have."""
-    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in path.stem) or "out"
+    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path.stem)
+    return f"{name}_" if name.lower() == TRAINED else name

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the input or the config is wrong, 2 usage, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names in other scripts must not stop a run on a console that can't show them
+            stream.reconfigure(errors="backslashreplace")
     try:
-        args = _parser().parse_args(argv)
+        args = _parser().parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
         args.command(args)
     except SystemExit as e:  # argparse has printed what is wrong
         return int(e.code or 0)
@@ -38,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
         return 130
     return 0
+
+
+def _plain_number(word: str) -> str:
+    """-1e-3 as -0.001: argparse takes a negative number in any other form for a flag."""
+    return format(Decimal(word), "f") if re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) else word
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
 
     for name in _LATER:
-        commands.add_parser(name, help="not available yet", add_help=False).set_defaults(command=_later(name))
+        later = commands.add_parser(name, help="not available yet", add_help=False)
+        later.add_argument("words", nargs=argparse.REMAINDER)
+        later.set_defaults(command=_later(name))
     return parser
 
 
@@ -118,9 +130,10 @@ def _run(args: argparse.Namespace) -> None:
     from .config import load_job
     from .execute import pick_device
     from .plan import plan_section
-    from .sources import make_site
+    from .sources import check_twins, make_site
 
     job = load_job(args.config)
+    check_twins(job, output_dir=args.output_dir)
     sections = job.sections()
     if args.step and len(sections) > 1:
         named = [(i, s) for i, s in sections if args.step in {step.name for step in s.steps}]
@@ -203,9 +216,10 @@ def _check(args: argparse.Namespace) -> None:
     from .execute import pick_device
     from .plan import plan_section
     from .report.tables import plan_text
-    from .sources import make_site
+    from .sources import check_twins, make_site
 
     job = load_job(args.config)
+    check_twins(job)
     for index, section in job.sections():
         site = make_site(job, index, section)
         pick_device(section.device)

@@ -40,21 +40,6 @@ _LATER_METHODS = (
 _LATER_FORMATS = ("diffusers", "kohya", "comfyui")
 
 
-def _key(key: object) -> str:
-    return str(key) if isinstance(key, int) and not isinstance(key, bool) else key
-
-
-def _string_keys(value: object) -> object:
-    """Layer keys may be written as integers; 3 and "3" are one key."""
-    if not isinstance(value, Mapping):
-        return value
-    keys = [_key(k) for k in value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"{key} stands there twice: keep one of them")
-    return dict(zip(keys, value.values(), strict=True))
-
-
 def _rank(value: object) -> object:
     if isinstance(value, Mapping):
         raise ValueError(str(not_available_yet("rank by energy or size", "give a number, exact or same")))
@@ -81,8 +66,8 @@ Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), (), "dtype")]
 Format = Annotated[str, _choice(("ai-toolkit",), _LATER_FORMATS, "format")]
 Method = Annotated[str, _choice(METHODS, _LATER_METHODS, "method")]
 Rank = Annotated[int | str, BeforeValidator(_rank)]
-Table = Annotated[dict[str, float], BeforeValidator(_string_keys)]
-Depths = Annotated[dict[str, float | list[float]] | list[float], BeforeValidator(_string_keys)]
+Table = dict[str, float]
+Depths = dict[str, float | list[float]] | list[float]
 StepName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
@@ -134,6 +119,7 @@ class Step(_Settings):
     loras: Annotated[list[Lora], Field(min_length=1)]
     keep: bool = True
     copy_to: str | None = None
+    file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
 
 
 class Section(_Settings):
@@ -170,29 +156,50 @@ def parse_section(raw: object, place: str = "", *, first: bool = False) -> Secti
     """
     if not isinstance(raw, Mapping):
         raise ZitMergeError(f"{place or 'section'}: must be a mapping with type: {PROCESS_TYPE}, not {raw!r}")
-    raw = {k: v for k, v in raw.items() if v is not None}  # AI-Toolkit treats an explicit null as absent
+    raw = _plain(raw, place)
     _refuse_later(raw, place)
     if first and raw.get("device") == "cuda":
         raw["device"] = "auto"
+    section = _validate(raw, place)  # as it stands, so that a message names where a setting was written
     shared = {k: raw[k] for k in _Settings.model_fields if k in raw}
-    if isinstance(steps := raw.get("steps"), Sequence) and not isinstance(steps, str):
-        raw["steps"] = [_inherit(shared, step) if isinstance(step, Mapping) else step for step in steps]
-    try:
-        section = Section.model_validate(raw)
-    except ValidationError as e:
-        raise ZitMergeError(_sentence(e, place)) from None
+    section = _validate(raw | {"steps": [_inherit(shared, step) for step in raw["steps"]]}, place)
     _check_names(section.steps, place)
+    for at, settings in ((place, section), *((_join(place, f"steps[{i}]"), s) for i, s in enumerate(section.steps))):
+        for key in settings.params:
+            raise ZitMergeError(f"{_join(at, f'params.{key}')}: the method {settings.method} has no parameters")
     for i, step in enumerate(section.steps):
-        if step.params:
-            key = next(iter(step.params))
-            raise ZitMergeError(f"{_join(place, f'steps[{i}].params.{key}')}: the method {step.method} has no parameters")
+        if step.file and not section.made_by:
+            raise ZitMergeError(f"{_join(place, f'steps[{i}].file')}: unknown key; the file is named by the job and the step")
     return section
 
 
+def _validate(raw: Mapping[str, Any], place: str) -> Section:
+    try:
+        return Section.model_validate(raw)
+    except ValidationError as e:
+        raise ZitMergeError(_sentence(e, place)) from None
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Without nulls, which AI-Toolkit treats as absent, and with every key as text: layers may be written as integers."""
+    if isinstance(value, list):
+        return [_plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    plain: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise ZitMergeError(f"{_join(place, str(key))}: a key must be text")
+        if str(key) in plain:
+            raise ZitMergeError(f"{place}: {key} stands there twice: keep one of them")
+        if entry is not None:
+            plain[str(key)] = _plain(entry, _join(place, str(key)))
+    return plain
+
+
 def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
-    step = {k: v for k, v in step.items() if v is not None}
     merged = {**shared, **step}
-    if isinstance(shared.get("save"), Mapping) and isinstance(step.get("save"), Mapping):
+    if "save" in shared and "save" in step:
         merged["save"] = {**shared["save"], **step["save"]}
     return merged
 
@@ -244,7 +251,7 @@ def _sentence(error: ValidationError, place: str) -> str:
         owner = Section
         for part in loc[:-1]:
             owner = {"steps": Step, "loras": Lora, "save": Save}.get(part, owner)
-        shown = [k for k in owner.model_fields if k not in ("job", "made_by", "strengths", "unmatched")]
+        shown = [k for k in owner.model_fields if k not in ("job", "made_by", "file", "strengths", "unmatched")]
         return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
     messages = {
         "missing": "is missing",
@@ -305,6 +312,9 @@ class Job:
         return found
 
 
+_RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
+
+
 def load_job(path: str | Path) -> Job:
     """Reads an AI-Toolkit config (YAML, JSON) or a recipe, the way the toolkit reads it: ${ENV}, [name], 1e-3 as a number.
 
@@ -318,6 +328,9 @@ def load_job(path: str | Path) -> Job:
         raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
     except OSError as e:
         raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
+    if re.search(_RECIPE, text, re.MULTILINE):
+        raw = _parse(text, path)
+        return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     raw = _parse(_fill_environment(text, path), path)
     if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
@@ -362,7 +375,7 @@ def _parse(text: str, path: Path) -> Any:
         mark = e.problem_mark or e.context_mark
         raise ZitMergeError(f"{path}: line {mark.line + 1 if mark else '?'}: {e.problem or e.context}") from e
     except yaml.YAMLError as e:
-        raise ZitMergeError(f"{path}: is not valid YAML: {e}") from e
+        raise ZitMergeError(f"{path}: is not valid YAML: {' '.join(str(e).split())}") from e
     except ValueError as e:
         raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
 

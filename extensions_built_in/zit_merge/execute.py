@@ -109,12 +109,10 @@ def _finish(merged: Factors | None, plan: StepPlan, module: str) -> Factors:
 
 def _clear(part: Path) -> None:
     """Removes what a killed run left; a part file that another run is writing stays and stops this one when its turn comes."""
-    if part.exists():
-        try:
+    if part.is_file():
+        with contextlib.suppress(ZitMergeError):
             writer.open_exclusively(part).close()
-        except ZitMergeError:
-            return
-        part.unlink()
+            part.unlink()
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,12 +20,13 @@ from .formats import writer
 from .formats.metadata import merged_metadata, read_recipe
 from .formats.reader import LoraFile, common_dtype, load_lora, unmatched_error
 from .recipe import recipe_of, version
-from .sources import Site, check_writable, resolve, trained_step
+from .sources import Site, check_writable, resolve, trained_step, user_path
 from .training import Outline
 from .weights import compact, strengths
 from .zimage import GROUPS, MODULES, REAL_SIZES, canonical_component, infer_sizes
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
+NAME_LIMIT = 255  # bytes of a file name, on every common file system
 _HASH_TO_COME = "0" * 64
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -182,14 +183,14 @@ def _plan_step(
         min(rank, exact),
         stacked,
         dtype,
-        site.output(step.name),
+        site.output(step),
         notes=_notes(step, inputs, stacked, rank, exact, site),
     )
     if shapes:
         empty = dict.fromkeys(plan.hashed(), _HASH_TO_COME)
         size = writer.header_size(plan.layout(), plan.metadata(empty)) + writer.data_size(plan.layout())
         plan = replace(plan, bytes=size)
-    _check_output(plan, place)
+    _check_output(plan, site, place)
     return plan
 
 
@@ -274,7 +275,11 @@ def _notes(step: Step, inputs: Sequence[Input], stacked: Mapping[str, int], rank
     return tuple(notes)
 
 
-def _check_output(plan: StepPlan, place: str) -> None:
+def _check_output(plan: StepPlan, site: Site, place: str) -> None:
+    if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
+        raise ZitMergeError(
+            f"{place}.name: {plan.path.name[:60]}... is too long for a file name: shorten the step's or the job's name"
+        )
     if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         raise ZitMergeError(
             f"{place}: {plan.path.name} would take {plan.bytes / 1e9:.1f} GB at rank {plan.rank}: set rank: 64, "
@@ -285,7 +290,11 @@ def _check_output(plan: StepPlan, place: str) -> None:
             raise ZitMergeError(f"{place}: {plan.path} is both an input and the output: give the step another name")
     targets = [plan.path] if plan.spec.keep else []
     if plan.spec.copy_to and plan.spec.keep:
-        folder = Path(plan.spec.copy_to).expanduser()
+        folder = user_path(plan.spec.copy_to, f"{place}.copy_to")
+        if site.training and site.training.claims(folder / plan.path.name):
+            raise ZitMergeError(
+                f"{place}.copy_to: AI-Toolkit would take the copy for a checkpoint of {plan.job}: give another folder"
+            )
         if not folder.is_dir():
             raise ZitMergeError(f"{place}.copy_to: {folder} is not a folder: make it or mend the path")
         check_writable(folder, f"{place}.copy_to")

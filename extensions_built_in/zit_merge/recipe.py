@@ -43,8 +43,7 @@ def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[s
             _collect(i.step, hashes, steps, feeds=True)
     spec = plan.spec
     step: dict[str, Any] = {"name": spec.name}
-    if feeds:
-        step["keep"] = False
+    step |= {"keep": False} if feeds else {"file": plan.path.name}
     step |= {"method": spec.method, "rank": spec.rank, "save": spec.save.model_dump()}
     if spec.shapes != "strict":
         step["shapes"] = spec.shapes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PICKLES, TRAINED, Job, Lora, Section
+from .config import PICKLES, TRAINED, Job, Lora, Section, Step
 from .errors import ZitMergeError, nearest, not_available_yet
 from .formats.reader import LoraFile
 from .training import Training, training_before
@@ -41,10 +42,10 @@ class Site:
     prefix: str = "merged_"
     file: Path | None = None
 
-    def output(self, step: str) -> Path:
+    def output(self, step: Step) -> Path:
         """The file that a step writes."""
         job = re.sub(r"[/\\]", "_", self.job)
-        return self.file or self.output_dir / f"{self.prefix}{job}_{step}.safetensors"
+        return self.file or self.output_dir / (step.file or f"{self.prefix}{job}_{step.name}.safetensors")
 
     def at(self, key: str) -> str:
         """The full place of a key of the section."""
@@ -75,18 +76,45 @@ def make_site(
             f"{where + '.' if where else ''}output_dir: is missing, and there is no training before this section whose folder "
             "could be used: give output_dir (or --output-dir on the command line)"
         )
-    folder = Path(chosen).expanduser()
+    folder = user_path(chosen, f"{job.place(index)}.output_dir".lstrip("."))
     site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders)
-    if training is None or folder.resolve() != training.folder.resolve():
-        return site
     for prefix in _PREFIXES:
         named = replace(site, prefix=prefix)
-        if not any(training.claims(named.output(s.name).name) for s in section.steps):
+        if training is None or not any(training.claims(named.output(s)) for s in section.steps):
             return named
     raise ZitMergeError(
-        f"{site.at('output_dir')}: AI-Toolkit would take any file here for a checkpoint of the job {job.name!r}: "
-        "give the job a name without wildcards, or set another output_dir"
+        f"{site.at('output_dir')}: AI-Toolkit would take any file in {folder} for a checkpoint of the job {job.name!r}: "
+        "set another output_dir, or give the job a name without wildcards"
     )
+
+
+def check_twins(job: Job, output_dir: str | None = None) -> None:
+    """Raises if two sections of a job write one file; within a section the names differ."""
+    owner: dict[str, str] = {}
+    for index, section in job.sections():
+        site = make_site(job, index, section, output_dir=output_dir)
+        for i, step in enumerate(section.steps):
+            place = site.at(f"steps[{i}]")
+            path = str(site.output(step).absolute()).lower()
+            if owner.setdefault(path, place) != place:
+                raise ZitMergeError(
+                    f"{place}.name: {owner[path]} writes {site.output(step).name} too: give one of them another name"
+                )
+
+
+def user_path(text: str | Path, place: str) -> Path:
+    """A path as people write it, ~ included.
+
+    Raises:
+        ZitMergeError: The system can't have a file of that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise ZitMergeError(f"{place}: {str(text)[:80]!r} is no path that this system can have ({reason}): mend it") from e
+    return path
 
 
 def trained_step(source: str) -> int | None:
@@ -109,8 +137,8 @@ def resolve(spec: Lora, site: Site, place: str, section: Section, before_trainin
         raise ZitMergeError(
             f"{place}: {source} is neither {TRAINED}, nor an earlier step{nearest(source, names)}, nor a .safetensors file"
         )
-    wanted = Path(source).expanduser()
-    candidates = list(dict.fromkeys(folder / wanted for folder in site.folders))
+    wanted = user_path(source, place)
+    candidates = list(dict.fromkeys(user_path(folder / wanted, place) for folder in site.folders))
     candidates += [folder / wanted.name for folder in site.lora_folders]
     if spec.sha256:
         return _resolve_hash(spec.sha256, wanted.name, candidates, site, place)
@@ -140,8 +168,9 @@ def _resolve_trained(source: str, site: Site, place: str, before_training: bool)
 
 def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site, place: str) -> Path:
     for path in _hash_candidates(name, candidates, site):
-        if LoraFile(path, {}, {}).sha256() == sha256:
-            return path
+        with contextlib.suppress(ZitMergeError):  # what else lies in the folder may be broken
+            if LoraFile(path, {}, {}).sha256() == sha256:
+                return path
     raise ZitMergeError(
         f"{place}: no file with the tensors of {name} (sha256 {sha256[:12]}...) is at hand: name its folder with --loras"
     )
@@ -150,7 +179,9 @@ def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site
 def _hash_candidates(name: str, candidates: Sequence[Path], site: Site) -> Iterator[Path]:
     """Files by that name first, then every other .safetensors of the --loras folders."""
     named = [p for p in candidates if p.is_file()]
-    everything = [p for folder in site.lora_folders for p in sorted(Path(folder).rglob("*.safetensors")) if p not in named]
+    everything = [
+        p for folder in site.lora_folders for p in sorted(Path(folder).rglob("*.safetensors")) if p.is_file() and p not in named
+    ]
     yield from named
     yield from sorted(everything, key=lambda p: p.name != name)
 

@@ -54,12 +54,26 @@ class Training:
     @property
     def folder(self) -> Path:
         """The toolkit's save_root (BaseTrainProcess.__init__), relative to the working directory as there."""
-        return Path(self.config["training_folder"]) / (self.config.get("name") or self.job)
+        folder, name = self.config["training_folder"], self.config.get("name") or self.job
+        for key, value in (("training_folder", folder), ("name", name)):
+            if not isinstance(value, str):
+                raise ZitMergeError(f"{self.place}.{key}: must be text, not {value!r}")
+        return Path(folder) / name
 
     @property
     def steps(self) -> int:
         """Training steps (TrainConfig's default is 1000)."""
-        return int(_table(self.config, "train").get("steps") or 1000)
+        return self._whole("train.steps", 1000)
+
+    def _whole(self, key: str, default: int) -> int:
+        """A whole number from 1 of the section, at table.key."""
+        table, _, name = key.partition(".")
+        value = _table(self.config, table).get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ZitMergeError(f"{self.place}.{key}: must be a whole number from 1, not {value!r}")
+        return value
 
     def file(self, step: int | None = None) -> Path:
         """The LoRA that it saves at the end, or the checkpoint of a step."""
@@ -69,8 +83,7 @@ class Training:
 
     def check_step(self, step: int, place: str) -> None:
         """Raises unless the training will have kept a checkpoint of this step."""
-        save = _table(self.config, "save")
-        every, keep = int(save.get("save_every") or 1000), int(save.get("max_step_saves_to_keep") or 5)
+        every, keep = self._whole("save.save_every", 1000), self._whole("save.max_step_saves_to_keep", 5)  # SaveConfig's defaults
         saved = list(range(every, self.steps, every))[-keep:]  # no step file for the last step; clean_up_saves keeps the newest
         if step != self.steps and step not in saved:
             kept = ", ".join(map(str, (*saved, self.steps)))
@@ -94,18 +107,23 @@ class Training:
         kind = str(network.get("type") or "lora").lower()
         if kind != "lora":
             raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora")
-        rank = int(network.get("rank") or network.get("linear") or 4)  # NetworkConfig.__init__
+        rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
+        self._whole("save.save_every", 1)
         names = [m.name for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
         dtype = _DTYPES.get(str(_table(self.config, "save").get("dtype") or "float16"), torch.float16)
         real = {name: MODULES[name].shape() for name in names}
         return Outline(dict.fromkeys(names, rank), real if shapes == "strict" else {}, dtype)
 
-    def claims(self, name: str) -> bool:
-        """Whether the toolkit would take a file of this name in its folder for a checkpoint to resume from or to delete.
+    def claims(self, path: Path) -> bool:
+        """Whether the toolkit would take a file or folder for a checkpoint of the job, to resume from or to delete.
 
-        Evaluates the globs of BaseSDTrainProcess.get_latest_save_path and clean_up_saves with the job's own name, glob characters
+        Only what lies in its own folder counts; deeper down, the name of the first folder does. Evaluates the globs of BaseSDTrainProcess.get_latest_save_path and clean_up_saves with the job's own name, glob characters
         in it included, as a file system that ignores case would.
         """
+        folder, path = self.folder.resolve(), path.parent.resolve() / path.name
+        if not path.is_relative_to(folder) or path == folder:
+            return False
+        name = path.relative_to(folder).parts[0]
         trigger = _table(self.config, "embedding").get("trigger")
         globs = [f"{self.job}*", f"CRITIC_{self.job}_*", *([f"{trigger}_*"] if trigger else [])]
         return any(fnmatch.fnmatchcase(name.lower(), glob.lower()) for glob in globs)

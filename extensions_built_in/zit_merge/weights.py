@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from math import prod
 from typing import TypeVar
 
@@ -61,6 +62,8 @@ def strengths(weights: Weights) -> dict[str, float]:
             factor = blocks.get(module.component, 1.0) * effects.get(module.component, 1.0)
             factor *= layers.get((module.section, module.index), 1.0)
         table[module.name] = weights.ratio * factor
+        if not isfinite(table[module.name]):
+            raise ZitMergeError(f"{weights.place}: the strength of {module.name} is {table[module.name]}: use smaller numbers")
     return table
 
 

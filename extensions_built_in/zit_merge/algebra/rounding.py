@@ -29,8 +29,10 @@ def to_dtype(x: Factors, dtype: torch.dtype) -> Factors:
         return rounded
     up, down = x.up.float(), x.down.float()
     ups, downs = up.abs().mean(0), down.abs().mean(1)
-    shift = torch.where(lost & (ups > 0) & (downs > 0), ((downs / ups).log2() / 2).round(), 0.0)
-    return Factors(torch.ldexp(up, shift).to(dtype), torch.ldexp(down, -shift[:, None]).to(dtype))
+    alive = (ups > 0) & (downs > 0)  # half of a zero component may be anything: write zeros
+    shift = torch.where(lost & alive, ((downs / ups).log2() / 2).round(), 0.0)
+    up, down = torch.ldexp(up * alive, shift), torch.ldexp(down * alive[:, None], -shift[:, None])
+    return Factors(up.to(dtype), down.to(dtype))
 
 
 def _loses(exact: Tensor, rounded: Tensor, dim: int) -> Tensor:

@@ -117,7 +117,10 @@ class LoraFile:
         digest = hashlib.sha256()
         try:
             with self.path.open("rb") as file:
-                file.seek(8 + int.from_bytes(file.read(8), "little"))
+                header = int.from_bytes(file.read(8), "little")
+                if 8 + header > self.path.stat().st_size:
+                    raise ZitMergeError(f"{self.path}: is not a whole .safetensors file: copy or download it again")
+                file.seek(8 + header)
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as e:
@@ -230,18 +233,23 @@ def _open(path: Path):
     if path.is_dir():
         raise ZitMergeError(f"{path}: is a folder, a .safetensors file is needed")
     try:
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head[:2] == b"\x80\x02" or zipfile.is_zipfile(path):
-            raise ZitMergeError(
-                f"{path}: is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read: "
-                "load and save it as .safetensors in a program that you trust it to"
-            )
         return safe_open(path, framework="pt")
     except SafetensorError as e:
+        if _is_pickle(path):
+            raise ZitMergeError(
+                f"{path}: is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read: "
+                "save it as .safetensors in a program that you trust it to"
+            ) from None
         raise ZitMergeError(f"{path}: is not a whole .safetensors file ({e}): copy or download it again") from e
     except OSError as e:
         raise ZitMergeError(f"{path}: can't be read ({e.strerror or e}): check the file and its permissions") from e
+
+
+def _is_pickle(path: Path) -> bool:
+    """A pickle of protocol 2 to 5, bare or in the zip archive of torch.save."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(path)
 
 
 def _refuse_foreign(path: Path, parts: Mapping[str, Part]) -> None:
@@ -268,12 +276,8 @@ def _pairs(
     path: Path, file: safe_open, modules: tuple[str, ...], keys: Mapping[str, str], parts: Mapping[str, Part]
 ) -> Iterator[tuple[str, Pair, float | None]]:
     """The Pair and alpha of each module of one group: one module, or the three of a fused qkv."""
-    for part, other in (("up", "down"), ("down", "up")):
-        if part not in keys:
-            missing = keys.get(other, keys.get("alpha"))
-            raise ZitMergeError(
-                f"{path}: {missing} has no {part} factor beside it, half of the pair is missing: get a whole file"
-            )
+    if "up" not in keys or "down" not in keys:
+        raise _half_a_pair(path, file, keys)
     up, down = file.get_slice(keys["up"]), file.get_slice(keys["down"])
     dtypes = [_dtype(path, k, s.get_dtype()) for k, s in ((keys["up"], up), (keys["down"], down))]
     shape_up, shape_down = up.get_shape(), down.get_shape()
@@ -297,6 +301,18 @@ def _pairs(
             fused=parts[keys["up"]].path if len(modules) == 3 else "",
         )
         yield name, pair, alpha
+
+
+def _half_a_pair(path: Path, file: safe_open, keys: Mapping[str, str]) -> ZitMergeError:
+    if (
+        "down" in keys
+        and min(file.get_slice(keys["down"]).get_shape(), default=0) >= 48
+        and keys["down"].endswith(".lora_A.weight")
+    ):
+        return not_available_yet(f"{path}: reading fullrank ({keys['down']} has no lora_B)", "only LoRA pairs are merged so far")
+    part = "up" if "up" not in keys else "down"
+    there = keys.get("up") or keys.get("down") or keys["alpha"]
+    return ZitMergeError(f"{path}: {there} has no {part} factor beside it, half of the pair is missing: get a whole file")
 
 
 def _dtype(path: Path, key: str, name: str) -> torch.dtype:

@@ -163,7 +163,7 @@ class LoraWriter:
         return self.path
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
-        if not self._file.closed:
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # a full disk fails again in the flush of close
             self._file.close()
         if kind is not None:
             self._part.unlink(missing_ok=True)
@@ -209,7 +209,25 @@ def open_exclusively(path: Path) -> BinaryIO:
     Raises:
         ZitMergeError: Another process is writing it now.
     """
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+    with _os_errors(path):
+        while True:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+            if not _lock(file):
+                file.close()
+                raise ZitMergeError(f"{path}: another run is writing this file now: wait for it or stop it")
+            if os.name == "nt" or _is_still(file, path):
+                file.truncate()
+                return file
+            file.close()  # it was published under its final name between open and lock: that file is not ours to empty
+
+
+def _is_still(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is the one that lies at `path`."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Takes the system's lock on an open file; False if another process has it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -219,11 +237,9 @@ def open_exclusively(path: Path) -> BinaryIO:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        file.close()
-        raise ZitMergeError(f"{path}: another run is writing this file now: wait for it or stop it") from e
-    file.truncate()
-    return file
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

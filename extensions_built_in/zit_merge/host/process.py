@@ -23,17 +23,18 @@ class ZitMergeProcess(BaseExtensionProcess):
         from ..execute import pick_device
         from ..plan import plan_section
         from ..report.tables import plan_text
-        from ..sources import make_site
+        from ..sources import check_twins, make_site
 
         processes = job.config["process"]
         self._job = Job(job.name, processes, _config_folder(job, process_id, config))
+        check_twins(self._job)
         self._section = parse_section(config, self._job.place(process_id), first=process_id == 0)
         self._site = make_site(self._job, process_id, self._section)
         if self._section.device != "auto":
             pick_device(self._section.device)
         plans = plan_section(self._section, self._site, before_training=self._site.training is not None)
         if _is_main():
-            print("\n\n".join(map(plan_text, plans)), flush=True)
+            _say("\n\n".join(map(plan_text, plans)))
 
     def run(self):
         """Plans again with the trained file at hand, merges, reports."""
@@ -49,7 +50,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         with Bar() as bar:
             for plan, path in run_plans(plans, self._device(), bar.tick):
                 bar.close()
-                print(done_text(plan, path), flush=True)
+                _say(done_text(plan, path))
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""
@@ -58,6 +59,12 @@ class ZitMergeProcess(BaseExtensionProcess):
         from ..execute import pick_device
 
         return get_accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
+
+
+def _say(text: str) -> None:
+    """Prints what the log can hold: on Windows AI-Toolkit's is not UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _is_main() -> bool:

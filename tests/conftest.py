@@ -1,0 +1,35 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from desk import REAL, Desk, lora_bytes
+
+
+@pytest.fixture
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """An empty folder that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Desk(tmp_path, capsys.readouterr)
+
+
+@pytest.fixture
+def loras(desk: Desk) -> tuple[Path, Path]:
+    """Two LoRAs of one small model by two trainers: me.safetensors (rank 2) and style.safetensors (rank 3, alpha 1, no adaLN)."""
+    return desk.lora("me.safetensors"), desk.lora("style.safetensors", "musubi", rank=3, seed=1)
+
+
+@pytest.fixture(scope="session")
+def _real_bytes() -> tuple[bytes, bytes]:
+    return lora_bytes("ai-toolkit", 2, 0, REAL), lora_bytes("onetrainer-kohya", 2, 1, REAL)
+
+
+@pytest.fixture
+def real_loras(desk: Desk, _real_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
+    """The same two names in Z-Image's own sizes: adaLN, to_q and to_v of layer 0; the second has alpha = rank / 2."""
+    paths = desk.folder / "me.safetensors", desk.folder / "style.safetensors"
+    for path, content in zip(paths, _real_bytes, strict=True):
+        path.write_bytes(content)
+    return paths

@@ -1,0 +1,133 @@
+"""A folder to work in: small LoRA files, config files, and the command line called in-process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from oracles import producers
+
+from extensions_built_in.zit_merge.cli import main
+
+SMALL = producers.small_shapes(dim=8, ffn=16, temb=8, cap=8)
+REAL = {
+    "layers.0.adaLN_modulation.0": (15360, 256),
+    "layers.0.attention.to_q": (3840, 3840),
+    "layers.0.attention.to_v": (3840, 3840),
+}
+
+
+def lora_bytes(producer: str, rank: int, seed: int, shapes: producers.Shapes) -> bytes:
+    """A LoRA file of a trainer."""
+    made = producers.PRODUCERS[producer].make(shapes, rank, seed, torch.bfloat16)
+    return safetensors.torch.save({k: v.contiguous() for k, v in made.tensors.items()}, made.metadata or None)
+
+
+@cache
+def _small_bytes(producer: str, rank: int, seed: int) -> bytes:
+    return lora_bytes(producer, rank, seed, SMALL)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> str:
+        """stdout of a command that did what it should."""
+        assert (self.code, self.err) == (0, ""), self.err
+        return self.out
+
+    def refused(self) -> str:
+        """The one sentence of a command that found its input wrong."""
+        assert self.code == 1, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err
+        assert self.err.startswith("zit_merge: ") and self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("zit_merge: ").strip()
+
+
+class Desk:
+    """A folder to work in, with makers of its files. Attributes: `folder`, the working directory; `out`, where jobs write."""
+
+    def __init__(self, folder: Path, read: Callable[[], tuple[str, str]]):
+        self.folder, self.out = folder, folder / "out"
+        self._read = read
+
+    def lora(
+        self,
+        name: str,
+        producer: str = "ai-toolkit",
+        *,
+        rank: int = 2,
+        seed: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        change: Callable[[dict[str, torch.Tensor]], object] | None = None,
+    ) -> Path:
+        """Writes a LoRA of a trainer for a small model; `change` may edit the tensors."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if metadata is None and change is None:
+            path.write_bytes(_small_bytes(producer, rank, seed))
+            return path
+        made = producers.PRODUCERS[producer].make(SMALL, rank, seed, torch.bfloat16)
+        if change:
+            change(made.tensors)
+        producers.save(replace(made, metadata=made.metadata | dict(metadata or {})), path)
+        return path
+
+    def write(self, content: str | Mapping[str, Any] | Sequence[Any], name: str = "config.yaml") -> Path:
+        """Writes a config file: text as it is, data as YAML or JSON by the name's ending."""
+        path = self.folder / name
+        if not isinstance(content, str):
+            content = json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, allow_unicode=True)
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    def section(self, *steps: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
+        """A section for small LoRAs, with its output in `out`."""
+        return {
+            "type": "zit_merge",
+            "device": "cpu",
+            "shapes": "free",
+            "output_dir": str(self.out),
+            "steps": list(steps),
+        } | keys
+
+    def training(self, **keys: Any) -> dict[str, Any]:
+        """A training process as the toolkit's examples have it."""
+        return {
+            "type": "diffusion_trainer",
+            "training_folder": str(self.folder / "output"),
+            "network": {"type": "lora", "linear": 2, "linear_alpha": 2},
+            "save": {"dtype": "bf16", "save_every": 250, "max_step_saves_to_keep": 4},
+            "train": {"steps": 3000},
+        } | keys
+
+    def config(self, *processes: Any, job: str = "cat", name: str = "config.yaml") -> Path:
+        """Writes an AI-Toolkit job with these processes."""
+        return self.write({"job": "extension", "config": {"name": job, "process": list(processes)}}, name)
+
+    def job(self, *steps: Mapping[str, Any], job: str = "cat", name: str = "config.yaml", **keys: Any) -> Path:
+        """Writes a job that is one section."""
+        return self.config(self.section(*steps, **keys), job=job, name=name)
+
+    def zit(self, *words: object) -> Ran:
+        """Runs a command."""
+        self._read()
+        code = main([str(w) for w in words])
+        return Ran(code, *self._read())
+
+    def files(self) -> list[str]:
+        """Names of what lies in `out`, part files too."""
+        return sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
