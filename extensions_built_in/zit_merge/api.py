@@ -56,7 +56,15 @@ class Merge:
 
 
 def merge(
-    loras: Sequence[Weighed], *, rank: int | str = "exact", dtype: str = "bf16", device: str = "auto", **settings: Any
+    loras: Sequence[Weighed],
+    *,
+    rank: int | str = "exact",
+    dtype: str = "bf16",
+    device: str = "auto",
+    method: str = "sum",
+    shapes: str = "strict",
+    allow_unmatched: bool = False,
+    confirm_size: bool = False,
 ) -> Merge:
     """The sum of several LoRAs, each with its strengths: sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i for each module.
 
@@ -67,7 +75,10 @@ def merge(
             rank among the inputs).
         dtype: `bf16`, `fp16`, `fp32` or `same` (as the inputs).
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        **settings: Other keys of a step: `shapes`, `allow_unmatched`, `confirm_size`.
+        method: `sum`.
+        shapes: `strict` (the real Z-Image) or `free` (any one consistent set of sizes).
+        allow_unmatched: Merge although a file holds keys that no rule explains.
+        confirm_size: Write a file of over 2 GB.
 
     Returns:
         A merge with `plan(path)` and `save(path)`.
@@ -79,11 +90,12 @@ def merge(
     for lora, weight in loras:
         path = lora.path if isinstance(lora, LoraFile) else Path(lora)
         entries.append({"lora": str(path.absolute()), **(weight if isinstance(weight, Mapping) else {"ratio": weight})})
-    step = {"rank": rank, "save": {"dtype": dtype}, "loras": entries, **settings}
+    step = {"rank": rank, "method": method, "save": {"dtype": dtype}, "loras": entries, "shapes": shapes}
+    step |= {"allow_unmatched": allow_unmatched, "confirm_size": confirm_size}
     return Merge({"type": "zit_merge", "device": device, "steps": [step]})
 
 
 def step_name(path: Path) -> str:
     """The name of the step that makes a file: its stem, in letters that a step may have."""
-    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in path.stem)
-    return f"{name}_" if name.lower() == TRAINED else name
+    name = "".join(c if c.isalpha() or c.isdecimal() or c in "_.-" else "_" for c in path.stem)
+    return f"{name}_" if name.lower() == TRAINED or name.lower().endswith(".safetensors") else name

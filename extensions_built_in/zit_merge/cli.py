@@ -82,10 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--method", default="sum")
     merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
     merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
     merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
 
     check = add("check", _check, "check a config: everything that can be known before training")
     check.add_argument("config", type=Path)
+    check.add_argument("--output-dir", help="instead of the config's")
+    check.add_argument(
+        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
+    )
 
     inspect = add("inspect", _inspect, "show what is in a LoRA file")
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
@@ -166,9 +173,8 @@ def _merge(args: argparse.Namespace) -> None:
 
     weights = _merge_weights(args)
     rank = int(args.rank) if args.rank.isdecimal() else args.rank
-    settled = merge(
-        list(zip(args.files, weights, strict=True)), rank=rank, dtype=args.dtype, device=args.device, method=args.method
-    )
+    settings = {key: getattr(args, key) for key in ("dtype", "device", "method", "shapes", "allow_unmatched", "confirm_size")}
+    settled = merge(list(zip(args.files, weights, strict=True)), rank=rank, **settings)
     _execute(args, [settled.plan(args.out)], pick_device(args.device))
 
 
@@ -219,9 +225,9 @@ def _check(args: argparse.Namespace) -> None:
     from .sources import check_twins, make_site
 
     job = load_job(args.config)
-    check_twins(job)
+    check_twins(job, output_dir=args.output_dir)
     for index, section in job.sections():
-        site = make_site(job, index, section)
+        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras)
         pick_device(section.device)
         for plan in plan_section(section, site, before_training=site.training is not None):
             _say(args, plan_text(plan) + "\n")

@@ -24,7 +24,6 @@ from .weights import Weights
 PROCESS_TYPE = "zit_merge"
 TRAINED = "trained"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-HEADER_LIMIT = 100_000_000  # safetensors MAX_HEADER_SIZE
 
 # Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
 _LATER: Mapping[str, tuple[str, ...]] = {
@@ -127,7 +126,7 @@ class Section(_Settings):
 
     type: Literal["zit_merge"]
     steps: Annotated[list[Step], Field(min_length=1)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})|mps)$")] = "auto"
     output_dir: str | None = None
     training_folder: str | None = None
     name: str | None = None
@@ -225,6 +224,8 @@ def _check_names(steps: Sequence[Step], place: str) -> None:
     seen: dict[str, str] = {}
     for i, step in enumerate(steps):
         at = _join(place, f"steps[{i}].name")
+        if step.name.lower().endswith(".safetensors"):
+            raise ZitMergeError(f"{at}: {step.name} looks like a file, sources could not be told apart: drop the ending")
         if step.name.lower() == TRAINED:
             raise ZitMergeError(f"{at}: {step.name} is the name of what the training saved: choose another one")
         if step.name.lower() in seen:
@@ -236,6 +237,25 @@ def _check_names(steps: Sequence[Step], place: str) -> None:
 
 def _join(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
+
+
+_FORMS = {
+    "name": "letters, digits, _ . and - are",
+    "device": "auto, cpu, cuda, cuda:N and mps are",
+    "sha256": "64 hexadecimal digits are",
+    "file": "a file name that ends in .safetensors is",
+}
+_HOST_KEYS = (
+    "sqlite_db_path",
+    "performance_log_every",
+    "model",
+    "datasets",
+    "sample",
+    "train",
+    "trigger_word",
+    "training_folder",
+)
+_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched")
 
 
 def _sentence(error: ValidationError, place: str) -> str:
@@ -251,7 +271,7 @@ def _sentence(error: ValidationError, place: str) -> str:
         owner = Section
         for part in loc[:-1]:
             owner = {"steps": Step, "loras": Lora, "save": Save}.get(part, owner)
-        shown = [k for k in owner.model_fields if k not in ("job", "made_by", "file", "strengths", "unmatched")]
+        shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
         return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
     messages = {
         "missing": "is missing",
@@ -265,8 +285,12 @@ def _sentence(error: ValidationError, place: str) -> str:
         "model_type": f"must be a mapping, not {value!r}",
         "too_short": "must have at least one entry",
         "literal_error": f"must be {first.get('ctx', {}).get('expected')}, not {value!r}",
-        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} (allowed: {first.get('ctx', {}).get('pattern')})",
+        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({_FORMS[str(loc[-1])]} allowed)",
     }
+    if loc[-1:] == ["layers"]:
+        messages |= dict.fromkeys(
+            ("dict_type", "list_type"), f"must be ranges, such as {{0-9: 0.5}}, or 30 numbers, not {value!r}"
+        )
     text = messages.get(kind, first["msg"].removeprefix("Value error, "))
     hint = " (the strength of this LoRA, such as ratio: 1.0)" if kind == "missing" and loc[-1] == "ratio" else ""
     return f"{where}: {text}{hint}"
@@ -323,11 +347,20 @@ def load_job(path: str | Path) -> Job:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        # PowerShell's > writes UTF-16 with a mark.
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as e:
         raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
     except OSError as e:
         raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
+    try:
+        return _job(text, path)
+    except RecursionError:
+        raise ZitMergeError(f"{path}: is nested too deeply, or contains itself") from None
+
+
+def _job(text: str, path: Path) -> Job:
     if re.search(_RECIPE, text, re.MULTILINE):
         raw = _parse(text, path)
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
@@ -342,7 +375,7 @@ def load_job(path: str | Path) -> Job:
         raise ZitMergeError(f"{path}: job is {raw.get('job')!r}; a {PROCESS_TYPE} section needs job: extension")
     name = raw["config"].get("name")
     if not isinstance(name, str) or not name:
-        raise ZitMergeError(f"{path}: config.name is missing: a job needs a name")
+        raise ZitMergeError(f"{path}: config.name must be text, not {name!r}: a job needs a name, in quotes if it is a number")
     processes = raw["config"].get("process")
     if not isinstance(processes, list):
         raise ZitMergeError(f"{path}: config.process must be a list of processes")
@@ -367,17 +400,21 @@ def _fill_name(value: Any, name: str) -> Any:
 
 
 def _parse(text: str, path: Path) -> Any:
-    try:
-        if path.suffix in (".json", ".jsonc"):
+    if path.suffix in (".json", ".jsonc"):
+        try:
             return json.loads(text, object_pairs_hook=_no_twins)
-        return yaml.load(text, Loader=_Loader)
+        except ValueError as e:
+            raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _refuse_twins(node, set())
+        return loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise ZitMergeError(f"{path}: line {mark.line + 1 if mark else '?'}: {e.problem or e.context}") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise ZitMergeError(f"{path}: is not valid YAML: {' '.join(str(e).split())}") from e
-    except ValueError as e:
-        raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -388,22 +425,28 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as AI-Toolkit reads it, except that a key that stands twice is an error instead of losing the first one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dict, after a look at the keys as they are written."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+def _refuse_twins(node: yaml.Node | None, seen: set[int]) -> None:
+    """A key that stands twice in a mapping is an error; YAML would drop the first one in silence."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    keys: set[tuple[str, str]] = set()
+    for child in node.value:
+        if not isinstance(node, yaml.MappingNode):
+            _refuse_twins(child, seen)
+            continue
+        key, value = child
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if (key.tag, key.value) in keys:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key} stands there twice: keep one of them", problem_mark=key_node.start_mark
+                    problem=f"the key {key.value} stands there twice: keep one of them", problem_mark=key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            keys.add((key.tag, key.value))
+        _refuse_twins(value, seen)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with AI-Toolkit's idea of a number."""
 
 
 # toolkit/config.py:55: PyYAML alone takes 1e-3 for text, since YAML 1.1 wants a dot.

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from .api import Merge, merge
 from .errors import ZitMergeError
+from .formats.writer import os_errors
 from .report.check import dense_residual, residuals
 from .report.tables import plan_text
 from .zimage import MODULES
@@ -59,8 +60,9 @@ def run_demo(folder: Path, say: Callable[[str], None], tick: Callable) -> None:
     Raises:
         ZitMergeError: The result is not what was asked for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    face, style = make_inputs(folder)
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        face, style = make_inputs(folder)
     settled, path = demo_merge(face, style), folder / "demo_merged.safetensors"
     plan = settled.plan(path)
     say(plan_text(plan))

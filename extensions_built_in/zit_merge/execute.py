@@ -6,8 +6,8 @@ Memory stays at one module of every input, whatever the size of the files. The i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,23 +39,27 @@ def run_plans(
     """
     for plan in plans:
         _clear(writer.part_path(plan.path))
-    with contextlib.ExitStack() as feeders:
+    hashes: dict[Path, Future[str]] = {}
+    with contextlib.ExitStack() as cleanup:
+        pool = ThreadPoolExecutor(max_workers=2)
+        cleanup.callback(pool.shutdown, cancel_futures=True)
         for plan in plans:
-            path = _run(plan, device, tick)
+            for source in plan.hashed:
+                if source not in hashes:
+                    hashes[source] = pool.submit(LoraFile(source, {}, {}).sha256)
+            path = _run(plan, hashes, device, tick)
             if not plan.spec.keep:
-                feeders.callback(path.unlink, missing_ok=True)
+                cleanup.callback(path.unlink, missing_ok=True)
             elif plan.spec.copy_to:
                 writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
             yield plan, path
 
 
-def _run(plan: StepPlan, device: torch.device, tick: Tick) -> Path:
+def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> Path:
     loras = [i.lora or load_lora(i.path) for i in plan.inputs]
-    to_come = plan.metadata(dict.fromkeys(plan.hashed(), "0" * 64))
-    with _threads(plan), ThreadPoolExecutor(max_workers=2) as pool, contextlib.ExitStack() as files:
-        hashes = {path: pool.submit(LoraFile(path, {}, {}).sha256) for path in plan.hashed()}
+    with _threads(plan), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(lora)) for lora in loras]
-        with writer.LoraWriter(plan.path, plan.layout(), to_come) as out:
+        with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
             for module in plan.shapes:
                 out.write(writer.alpha_key(module), torch.tensor(float(plan.rank)))
             for done, module in enumerate(plan.shapes, 1):
@@ -64,7 +68,7 @@ def _run(plan: StepPlan, device: torch.device, tick: Tick) -> Path:
                 out.write(writer.up_key(module), merged.up)
                 tick(plan, done)
             files.close()  # Windows replaces no file that is mapped
-            return out.finish(plan.metadata({path: h.result() for path, h in hashes.items()}), publish=plan.spec.keep)
+            return out.finish(plan.metadata({path: hashes[path].result() for path in plan.hashed}), publish=plan.spec.keep)
 
 
 @contextlib.contextmanager
@@ -103,7 +107,9 @@ def _finish(merged: Factors | None, plan: StepPlan, module: str) -> Factors:
         merged = truncate(merged, plan.rank)
     rounded = to_dtype(merged, plan.dtype)
     if not (is_finite(rounded.up) and is_finite(rounded.down)):
-        raise ZitMergeError(f"{plan.path.name}: {module} is too large for {plan.spec.save.dtype}: save it as bf16 or fp32")
+        raise ZitMergeError(
+            f"{plan.path.name}: {module} overflows {str(plan.dtype).removeprefix('torch.')}: use smaller strengths"
+        )
     return pad(Factors(rounded.up.cpu(), rounded.down.cpu()), plan.rank)
 
 

@@ -10,16 +10,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from . import __version__
 from .config import Lora, Section, Step
 from .errors import ZitMergeError, nearest
 from .formats import writer
-from .formats.metadata import merged_metadata, read_recipe
+from .formats.metadata import made_by, merged_metadata
 from .formats.reader import LoraFile, common_dtype, load_lora, unmatched_error
-from .recipe import recipe_of, version
+from .recipe import recipe_of
 from .sources import Site, check_writable, resolve, trained_step, user_path
 from .training import Outline
 from .weights import compact, strengths
@@ -27,7 +29,6 @@ from .zimage import GROUPS, MODULES, REAL_SIZES, canonical_component, infer_size
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
-_HASH_TO_COME = "0" * 64
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,7 +61,7 @@ class Input:
     def metadata(self) -> Mapping[str, str]:
         """The file's own, or what the step before us will write."""
         if self.step:
-            return self.step.metadata(dict.fromkeys(self.step.hashed(), _HASH_TO_COME))
+            return self.step.draft
         return self.lora.metadata if self.lora else {}
 
 
@@ -112,16 +113,27 @@ class StepPlan:
         """The tensors of the output, in order."""
         return writer.layout(self.shapes, self.rank, self.dtype)
 
+    @cached_property
     def hashed(self) -> list[Path]:
         """The files whose SHA-256 the recipe needs: this step's own, and those of the steps that it uses."""
         own = [i.lora.path for i in self.inputs if i.lora]
-        fed = [path for i in self.inputs if i.step for path in i.step.hashed()]
+        fed = [path for i in self.inputs if i.step for path in i.step.hashed]
         return list(dict.fromkeys(own + fed))
 
     def metadata(self, hashes: Mapping[Path, str]) -> dict[str, str]:
         """The output's metadata, once the inputs' hashes are known."""
         used = [(i.label.removesuffix(".safetensors"), i.metadata()) for i in self.inputs if any(map(i.counts, i.outline.ranks))]
-        return merged_metadata(self.path.stem, recipe_of(self, hashes), version(), used)
+        return merged_metadata(self.path.stem, recipe_of(self, hashes), __version__, used)
+
+    @cached_property
+    def draft(self) -> dict[str, str]:
+        """The metadata with placeholders of the same length for the hashes."""
+        return self.metadata(dict.fromkeys(self.hashed, "0" * 64))
+
+    def targets(self) -> list[Path]:
+        """Every file that will be there at the end."""
+        copies = [Path(self.spec.copy_to).expanduser() / self.path.name] if self.spec.copy_to else []
+        return [self.path, *copies] if self.spec.keep else []
 
 
 def plan_section(section: Section, site: Site, *, before_training: bool = False, only: str | None = None) -> list[StepPlan]:
@@ -139,6 +151,8 @@ def plan_section(section: Section, site: Site, *, before_training: bool = False,
     wanted = _needed(section, site, only)
     plans: dict[str, StepPlan] = {}
     for i, step in enumerate(section.steps):
+        if step.name == only and not step.keep:
+            step = step.model_copy(update={"keep": True})  # asked for by name
         if step.name in wanted:
             plans[step.name] = _plan_step(step, site, site.at(f"steps[{i}]"), section, plans, before_training)
     _check_room(list(plans.values()), site)
@@ -187,8 +201,7 @@ def _plan_step(
         notes=_notes(step, inputs, stacked, rank, exact, site),
     )
     if shapes:
-        empty = dict.fromkeys(plan.hashed(), _HASH_TO_COME)
-        size = writer.header_size(plan.layout(), plan.metadata(empty)) + writer.data_size(plan.layout())
+        size = writer.header_size(plan.layout(), plan.draft) + writer.data_size(plan.layout())
         plan = replace(plan, bytes=size)
     _check_output(plan, site, place)
     return plan
@@ -223,14 +236,17 @@ def _plan_input(
     table = strengths(spec.weights(place))
     if spec.strengths is not None:
         _check_table(spec, table, place)
-    if earlier := plans.get(spec.lora):
+    if not spec.sha256 and (earlier := plans.get(spec.lora)):
         return Input(spec, spec.lora, earlier.outline, table, earlier.lies_at, step=earlier)
-    if spec.lora in {s.name for s in section.steps}:
+    if not spec.sha256 and spec.lora in {s.name for s in section.steps}:
         raise ZitMergeError(f"{place}.lora: {spec.lora} is this step or a later one: a step can use only the steps before it")
     path = resolve(spec, site, f"{place}.lora", section, before_training)
     if path is None:
         path = site.training.file(trained_step(spec.lora))
         return Input(spec, path.name, site.training.outline(step.shapes), table, path)
+    for earlier in plans.values():
+        if path.resolve() in {target.resolve() for target in earlier.targets()}:
+            raise ZitMergeError(f"{place}.lora: {spec.lora} is what the step {earlier.name} writes: use lora: {earlier.name}")
     lora = load_lora(path)
     if lora.unmatched and not step.allow_unmatched:
         raise unmatched_error(lora, f"{place}.lora")
@@ -285,11 +301,11 @@ def _check_output(plan: StepPlan, site: Site, place: str) -> None:
             f"{place}: {plan.path.name} would take {plan.bytes / 1e9:.1f} GB at rank {plan.rank}: set rank: 64, "
             "or confirm_size: true if you want it so"
         )
-    for i in plan.inputs:
-        if i.path.exists() and plan.path.exists() and i.path.samefile(plan.path):
-            raise ZitMergeError(f"{place}: {plan.path} is both an input and the output: give the step another name")
-    targets = [plan.path] if plan.spec.keep else []
-    if plan.spec.copy_to and plan.spec.keep:
+    if plan.spec.copy_to:
+        if not plan.spec.keep:
+            raise ZitMergeError(
+                f"{place}.copy_to: the step is not kept (keep: false), so there is nothing to copy: drop one of the two"
+            )
         folder = user_path(plan.spec.copy_to, f"{place}.copy_to")
         if site.training and site.training.claims(folder / plan.path.name):
             raise ZitMergeError(
@@ -298,8 +314,10 @@ def _check_output(plan: StepPlan, site: Site, place: str) -> None:
         if not folder.is_dir():
             raise ZitMergeError(f"{place}.copy_to: {folder} is not a folder: make it or mend the path")
         check_writable(folder, f"{place}.copy_to")
-        targets.append(folder / plan.path.name)
-    for target in targets:
+    for target in plan.targets():
+        for i in plan.inputs:
+            if i.path.exists() and target.exists() and i.path.samefile(target):
+                raise ZitMergeError(f"{place}: {target} is both an input and an output: give the step another name")
         _check_ours(target, plan, place)
 
 
@@ -308,11 +326,10 @@ def _check_ours(target: Path, plan: StepPlan, place: str) -> None:
     if not os.path.lexists(target):
         return
     try:
-        recipe = read_recipe(load_lora(target).metadata) if target.is_file() else None
+        wrote = made_by(load_lora(target).metadata) if target.is_file() else None
     except ZitMergeError:
-        recipe = None
-    steps = (recipe or {}).get("steps") or [{}]
-    if not recipe or (recipe.get("job"), steps[-1].get("name")) != (plan.job, plan.name):
+        wrote = None
+    if wrote != (plan.job, plan.name):
         raise ZitMergeError(
             f"{place}: {target} exists and was not written by this step of this job: move it away, or give the step another name"
         )
@@ -320,11 +337,16 @@ def _check_ours(target: Path, plan: StepPlan, place: str) -> None:
 
 def _check_room(plans: Sequence[StepPlan], site: Site) -> None:
     """Folders that can be written, and space for everything that will be."""
-    parent = check_writable(site.output_dir, site.at("output_dir"))
-    needed = sum(p.bytes for p in plans)
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise ZitMergeError(
-            f"{site.at('output_dir')}: the outputs need {needed / 1e6:,.0f} MB, {parent} has {free / 1e6:,.0f} MB free: "
-            "free some, or set a smaller rank or another output_dir"
-        )
+    check_writable(site.output_dir, site.at("output_dir"))
+    disks: dict[int, tuple[Path, int]] = {}
+    for plan in plans:
+        for path in plan.targets() or [plan.lies_at]:
+            parent = check_writable(path.parent, site.place or "the output")
+            disk = parent.stat().st_dev
+            disks[disk] = parent, disks.get(disk, (parent, 0))[1] + plan.bytes
+    for parent, needed in disks.values():
+        if needed > (free := shutil.disk_usage(parent).free):
+            raise ZitMergeError(
+                f"{site.place or 'the output'}: the files need {needed / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB "
+                "free: free some, or set a smaller rank or another folder"
+            )

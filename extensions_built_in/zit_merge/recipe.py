@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from .plan import Input, StepPlan
 
 
-def version() -> str:
-    """What wrote a file."""
-    return __version__
-
-
 def recipe_of(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """The recipe of a step.
 
@@ -34,7 +29,7 @@ def recipe_of(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """
     steps: dict[str, dict[str, Any]] = {}
     _collect(plan, hashes, steps)
-    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {version()}", "job": plan.job, "steps": list(steps.values())}
+    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": plan.job, "steps": list(steps.values())}
 
 
 def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
@@ -70,8 +65,10 @@ def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
 
 
 def to_yaml(recipe: Mapping[str, Any]) -> str:
-    """The recipe as YAML that `run` takes; rows of numbers stay on one line."""
-    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """The recipe as YAML that `run` takes; rows of numbers stay on one line.
+
+    ASCII throughout, since it is made to be redirected into a file and consoles disagree about the rest."""
+    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -109,6 +109,7 @@ def user_path(text: str | Path, place: str) -> Path:
         ZitMergeError: The system can't have a file of that name.
     """
     try:
+        str(text).encode()  # a name that is no Unicode has no place in a recipe
         path = Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as e:

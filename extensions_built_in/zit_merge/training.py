@@ -65,14 +65,14 @@ class Training:
         """Training steps (TrainConfig's default is 1000)."""
         return self._whole("train.steps", 1000)
 
-    def _whole(self, key: str, default: int) -> int:
-        """A whole number from 1 of the section, at table.key."""
+    def _whole(self, key: str, default: int, least: int = 1) -> int:
+        """A whole number of the section, at table.key."""
         table, _, name = key.partition(".")
         value = _table(self.config, table).get(name)
         if value is None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ZitMergeError(f"{self.place}.{key}: must be a whole number from 1, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ZitMergeError(f"{self.place}.{key}: must be a whole number from {least}, not {value!r}")
         return value
 
     def file(self, step: int | None = None) -> Path:
@@ -83,8 +83,9 @@ class Training:
 
     def check_step(self, step: int, place: str) -> None:
         """Raises unless the training will have kept a checkpoint of this step."""
-        every, keep = self._whole("save.save_every", 1000), self._whole("save.max_step_saves_to_keep", 5)  # SaveConfig's defaults
-        saved = list(range(every, self.steps, every))[-keep:]  # no step file for the last step; clean_up_saves keeps the newest
+        every, keep = self._whole("save.save_every", 1000, 0), self._whole("save.max_step_saves_to_keep", 5, 0)  # SaveConfig
+        # No step file for the last step, none at all for 0; clean_up_saves keeps the newest, all of them for 0.
+        saved = list(range(every, self.steps, every))[-keep:] if every else []
         if step != self.steps and step not in saved:
             kept = ", ".join(map(str, (*saved, self.steps)))
             raise ZitMergeError(
@@ -108,7 +109,15 @@ class Training:
         if kind != "lora":
             raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora")
         rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
-        self._whole("save.save_every", 1)
+        arch = _table(self.config, "model").get("arch")
+        if arch is not None and not str(arch).startswith("zimage"):
+            raise ZitMergeError(
+                f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
+            )
+        extras = {**network, **_table(network, "network_kwargs")}
+        for key in ("all_layers", "full_if_contains", "dora"):
+            if extras.get(key):
+                raise not_available_yet(f"{self.place}.network: merging what {key} trains", "train without it")
         names = [m.name for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
         dtype = _DTYPES.get(str(_table(self.config, "save").get("dtype") or "float16"), torch.float16)
         real = {name: MODULES[name].shape() for name in names}
@@ -117,8 +126,9 @@ class Training:
     def claims(self, path: Path) -> bool:
         """Whether the toolkit would take a file or folder for a checkpoint of the job, to resume from or to delete.
 
-        Only what lies in its own folder counts; deeper down, the name of the first folder does. Evaluates the globs of BaseSDTrainProcess.get_latest_save_path and clean_up_saves with the job's own name, glob characters
-        in it included, as a file system that ignores case would.
+        Only what lies in its own folder counts; deeper down, the name of the first folder does. Evaluates the globs of
+        BaseSDTrainProcess.get_latest_save_path and clean_up_saves with the job's own name, glob characters in it included, as
+        file systems that mind case and such that do not would.
         """
         folder, path = self.folder.resolve(), path.parent.resolve() / path.name
         if not path.is_relative_to(folder) or path == folder:
@@ -126,7 +136,8 @@ class Training:
         name = path.relative_to(folder).parts[0]
         trigger = _table(self.config, "embedding").get("trigger")
         globs = [f"{self.job}*", f"CRITIC_{self.job}_*", *([f"{trigger}_*"] if trigger else [])]
-        return any(fnmatch.fnmatchcase(name.lower(), glob.lower()) for glob in globs)
+        names = {n for whole in (name, f"{name}.part") for n in (whole, whole.lower())}
+        return any(fnmatch.fnmatchcase(n, g) for glob in globs for g in (glob, glob.lower()) for n in names)
 
     def files(self) -> list[str]:
         """Names of the LoRA files in its folder."""

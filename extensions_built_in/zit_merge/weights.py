@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from math import prod
+from math import isfinite, prod
 from typing import TypeVar
 
 from . import zimage
@@ -183,6 +182,8 @@ def _select(key: str, place: str) -> list[Module]:
             raise ZitMergeError(
                 f"{place}.{key}: an override is LAYERS.COMPONENT, such as 3.to_q, 20-25.to_v, *.w2 or noise_refiner.to_k"
             )
+        if where == "layers":
+            raise ZitMergeError(f"{place}.{key}: write {part}, without layers.")
         if where == "other":
             return _select_other(part, f"{place}.{key}")
         spots = [(s, i) for s, n in SECTIONS.items() for i in range(n)] if where == "*" else _spots(where, place)

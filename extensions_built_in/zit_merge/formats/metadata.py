@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +19,7 @@ def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
     if not isinstance(table, dict):
         return {}
     return {
-        str(folder): {str(t): int(n) for t, n in tags.items() if isinstance(n, int | float)}
+        str(folder): {str(t): int(n) for t, n in tags.items() if isinstance(n, int | float) and math.isfinite(n)}
         for folder, tags in table.items()
         if isinstance(tags, dict)
     }
@@ -38,6 +39,14 @@ def read_recipe(metadata: Mapping[str, str]) -> dict | None:
     return recipe if isinstance(recipe, dict) else None
 
 
+def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """(job, step) of the merge that wrote a file, or None."""
+    recipe = read_recipe(metadata) or {}
+    steps = recipe.get("steps")
+    last = steps[-1] if isinstance(steps, list) and steps else None
+    return (str(recipe.get("job")), str(last.get("name"))) if isinstance(last, dict) else None
+
+
 def adapter_scales(metadata: Mapping[str, str]) -> set[float | None]:
     """The scales lora_alpha / r that `lora_adapter_metadata` (diffusers, SimpleTuner) asks for; None where it can't be told."""
     table = _json(metadata.get("lora_adapter_metadata"))
@@ -45,7 +54,8 @@ def adapter_scales(metadata: Mapping[str, str]) -> set[float | None]:
         return {None}
     own = {k.removeprefix("transformer."): v for k, v in table.items()}
     rank, alpha = own.get("r"), own.get("lora_alpha")
-    if own.get("rank_pattern") or own.get("alpha_pattern") or not rank or alpha is None:
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (rank, alpha))
+    if own.get("rank_pattern") or own.get("alpha_pattern") or not numbers or rank <= 0:
         return {None}
     return {alpha / (rank**0.5 if own.get("use_rslora") else rank)}
 
@@ -97,7 +107,7 @@ def dumps(value: object) -> str:
 def _json(text: str | None) -> object:
     try:
         return json.loads(text) if text else None
-    except ValueError:  # somebody else's metadata: not ours to refuse
+    except (ValueError, RecursionError):  # somebody else's metadata: not ours to refuse
         return None
 
 

@@ -3,7 +3,7 @@
 A key is `prefix + module + suffix`. The prefix and the suffix are taken off by the tables below; the module in between is
 compared with the inventory after `.`, `_` and `-` are removed and letters are lowered. So `layers_0_attention_to_out_0`,
 `layers.0.attention.to.out.0` and `layers.0.attention.to_out.0` are one name, garbled names included, and nothing is matched
-by a part of it. Sources: the trainers' and clients' code, as listed in the README.
+by a part of it. Sources: the trainers' and clients' code; who writes what stands beside each entry.
 """
 
 from __future__ import annotations
@@ -73,14 +73,12 @@ class Part:
         modules: Canonical names; three for a fused qkv, none unless part is up, down or alpha.
         note: For skip and foreign: what it is.
         style: `prefix* suffix` as found, to name the format.
-        path: The module as the file spells it.
     """
 
     part: str
     modules: tuple[str, ...] = ()
     note: str = ""
     style: str = ""
-    path: str = ""
 
 
 def parse_key(key: str) -> Part:
@@ -99,7 +97,7 @@ def parse_key(key: str) -> Part:
     for prefix in PREFIXES:
         modules = _SPELLINGS.get(_flat(stem.removeprefix(prefix))) if stem.startswith(prefix) else None
         if modules:
-            return Part(SUFFIXES[suffix], modules, style=f"{prefix}* {suffix}", path=stem)
+            return Part(SUFFIXES[suffix], modules, style=f"{prefix}* {suffix}")
     return Part("unknown")
 
 
@@ -112,7 +110,8 @@ def nearest_key(key: str) -> str:
 
 
 def _flat(name: str) -> str:
-    return re.sub(r"[._-]", "", name).lower()
+    """Without separators, but for one between digits: layers.1.0 is not layers.10."""
+    return re.sub(r"[._-]", "", re.sub(r"(?<=\d)[._-]+(?=\d)", "~", name)).lower()
 
 
 def _spellings() -> dict[str, tuple[str, ...]]:

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from ..algebra.factors import Factors, is_finite, scale
 from ..errors import ZitMergeError, not_available_yet
+from ..zimage import MODULES
+from .metadata import adapter_scales
 from .names import Part, nearest_key, parse_key
 
+_ORDER = {name: i for i, name in enumerate(MODULES)}
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,7 +46,6 @@ class Pair:
         shape: (out, in) of the change.
         dtype: Of the factors; the wider one where they differ.
         third: Which third of the rows of `up` this module owns in a fused qkv, else None.
-        fused: Name of the fused module as the file spells it, else "".
     """
 
     up: str
@@ -53,7 +55,6 @@ class Pair:
     shape: tuple[int, int]
     dtype: torch.dtype
     third: int | None = None
-    fused: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def load_lora(path: str | Path) -> LoraFile:
         groups = _group(path, parts)
         pairs, alphas = {}, {}
         for modules, keys in sorted(groups.items(), key=lambda item: _ORDER[item[0][0]]):
-            for name, pair, alpha in _pairs(path, file, modules, keys, parts):
+            for name, pair, alpha in _pairs(path, file, modules, keys):
                 pairs[name] = pair
                 if alpha is not None:
                     alphas[name] = alpha
@@ -193,7 +194,7 @@ def load_lora(path: str | Path) -> LoraFile:
     unmatched = tuple(sorted(k for k, p in parts.items() if p.part == "unknown"))
     if not pairs:
         raise ZitMergeError(_not_zimage(path, unmatched, len(parts)))
-    if not alphas:
+    if len(alphas) < len(pairs):
         _refuse_alpha_elsewhere(path, metadata, parts)
     styles = defaultdict(int)
     for p in parts.values():
@@ -221,8 +222,8 @@ def unmatched_error(lora: LoraFile, place: str) -> ZitMergeError:
 
 
 def common_dtype(dtypes: Iterator[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that holds all of them: bfloat16 with float16 is float32; float8 counts as float32."""
-    distinct = {torch.float32 if d.itemsize == 1 else d for d in dtypes}
+    """The narrowest dtype that files have and that holds all of them; float32 for bfloat16 with float16, float8 and float64."""
+    distinct = {d if d in (torch.bfloat16, torch.float16) else torch.float32 for d in dtypes}
     return distinct.pop() if len(distinct) == 1 else torch.float32
 
 
@@ -273,11 +274,11 @@ def _group(path: Path, parts: Mapping[str, Part]) -> dict[tuple[str, ...], dict[
 
 
 def _pairs(
-    path: Path, file: safe_open, modules: tuple[str, ...], keys: Mapping[str, str], parts: Mapping[str, Part]
+    path: Path, file: safe_open, modules: tuple[str, ...], keys: Mapping[str, str]
 ) -> Iterator[tuple[str, Pair, float | None]]:
     """The Pair and alpha of each module of one group: one module, or the three of a fused qkv."""
     if "up" not in keys or "down" not in keys:
-        raise _half_a_pair(path, file, keys)
+        raise _half_a_pair(path, keys)
     up, down = file.get_slice(keys["up"]), file.get_slice(keys["down"])
     dtypes = [_dtype(path, k, s.get_dtype()) for k, s in ((keys["up"], up), (keys["down"], down))]
     shape_up, shape_down = up.get_shape(), down.get_shape()
@@ -298,21 +299,18 @@ def _pairs(
             shape=(out // len(modules), shape_down[1]),
             dtype=common_dtype(iter(dtypes)),
             third=i if len(modules) == 3 else None,
-            fused=parts[keys["up"]].path if len(modules) == 3 else "",
         )
         yield name, pair, alpha
 
 
-def _half_a_pair(path: Path, file: safe_open, keys: Mapping[str, str]) -> ZitMergeError:
-    if (
-        "down" in keys
-        and min(file.get_slice(keys["down"]).get_shape(), default=0) >= 48
-        and keys["down"].endswith(".lora_A.weight")
-    ):
-        return not_available_yet(f"{path}: reading fullrank ({keys['down']} has no lora_B)", "only LoRA pairs are merged so far")
-    part = "up" if "up" not in keys else "down"
-    there = keys.get("up") or keys.get("down") or keys["alpha"]
-    return ZitMergeError(f"{path}: {there} has no {part} factor beside it, half of the pair is missing: get a whole file")
+def _half_a_pair(path: Path, keys: Mapping[str, str]) -> ZitMergeError:
+    if "down" in keys:
+        return ZitMergeError(
+            f"{path}: {keys['down']} has no up factor beside it: half of the pair is missing, get a whole file; or these are the full "
+            "weight differences of AI-Toolkit's type: fullrank, reading them is not available yet"
+        )
+    there = keys.get("up") or keys["alpha"]
+    return ZitMergeError(f"{path}: {there} has no down factor beside it, half of the pair is missing: get a whole file")
 
 
 def _dtype(path: Path, key: str, name: str) -> torch.dtype:
@@ -336,8 +334,6 @@ def _alpha(path: Path, file: safe_open, key: str) -> float:
 def _refuse_alpha_elsewhere(path: Path, metadata: Mapping[str, str], parts: Mapping[str, Part]) -> None:
     """A scale that stands outside of the tensors must not be read as 1 in silence."""
     if "lora_adapter_metadata" in metadata:
-        from .metadata import adapter_scales  # metadata.py needs nothing of the reader
-
         if adapter_scales(metadata) != {1.0}:
             raise not_available_yet(f"{path}: alpha that stands only in the metadata (lora_adapter_metadata); using it")
     if any(p.style.startswith("base_model.model.") for p in parts.values()):
@@ -352,12 +348,3 @@ def _not_zimage(path: Path, unmatched: tuple[str, ...], n_keys: int) -> str:
         f"{path}: is no Z-Image LoRA, none of its {n_keys} keys names a part of Z-Image (e.g. {example}): "
         "it was trained for another model"
     )
-
-
-def _order() -> dict[str, int]:
-    from ..zimage import MODULES
-
-    return {name: i for i, name in enumerate(MODULES)}
-
-
-_ORDER = _order()

@@ -122,7 +122,7 @@ class LoraWriter:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> LoraWriter:
-        with _os_errors(self.path):
+        with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_exclusively(self._part)
             self._file.seek(8 + self._header)
@@ -133,7 +133,7 @@ class LoraWriter:
         expected, (dtype, shape) = next(self._pending)
         if (key, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
             raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")
-        with _os_errors(self.path):
+        with os_errors(self.path):
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self, metadata: Mapping[str, str], *, publish: bool = True) -> Path:
@@ -151,7 +151,7 @@ class LoraWriter:
         header = _header(self._entries, metadata, self._header)
         if len(header) != self._header:
             raise AssertionError(f"the metadata took {len(header)} bytes, {self._header} were reserved")
-        with _os_errors(self.path):
+        with os_errors(self.path):
             self._file.seek(0)
             self._file.write(len(header).to_bytes(8, "little") + header)
             self._file.flush()
@@ -177,15 +177,19 @@ def part_path(path: Path) -> Path:
 def copy_file(source: Path, folder: Path) -> Path:
     """Puts a whole file into another folder under its own name: written beside it, synced, renamed."""
     target = folder / source.name
-    with _os_errors(target), contextlib.ExitStack() as undo:
-        undo.callback(part_path(target).unlink, missing_ok=True)
-        with source.open("rb") as whole, open_exclusively(part_path(target)) as part:
-            while chunk := whole.read(1 << 22):
-                part.write(chunk)
+    with os_errors(target), open_exclusively(part_path(target)) as part:
+        try:
+            with source.open("rb") as whole:
+                while chunk := whole.read(1 << 22):
+                    part.write(chunk)
             part.flush()
             os.fsync(part.fileno())
             publish_file(part, part_path(target), target)
-        undo.pop_all()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.close()
+            part_path(target).unlink(missing_ok=True)
+            raise
     return target
 
 
@@ -197,10 +201,9 @@ def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
     file.close()
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # some network disks sync no folders; the file itself is safe
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
 
 
 def open_exclusively(path: Path) -> BinaryIO:
@@ -209,7 +212,7 @@ def open_exclusively(path: Path) -> BinaryIO:
     Raises:
         ZitMergeError: Another process is writing it now.
     """
-    with _os_errors(path):
+    with os_errors(path):
         while True:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
             if not _lock(file):
@@ -227,7 +230,7 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Takes the system's lock on an open file; False if another process has it."""
+    """Takes the system's lock on an open file; False if another process has it. A disk without locks lets everybody in."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -237,13 +240,13 @@ def _lock(file: BinaryIO) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
     return True
 
 
 @contextlib.contextmanager
-def _os_errors(path: Path):
+def os_errors(path: Path):
     """The system's errors as one sentence that says what to do."""
     try:
         yield

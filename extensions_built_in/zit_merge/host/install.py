@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ZitMergeError
+from ..formats.writer import os_errors
 
 _PROBE = (
     "import sys; sys.path.insert(0, '.'); import extensions_built_in.zit_merge as z; "
@@ -35,7 +36,8 @@ def install(folder: Path, *, copy: bool = False) -> str:
     if target.resolve() == source and not (copy and target.is_symlink()):
         done = f"{target} is already in place"
     else:
-        _clear(target)
+        with os_errors(target):
+            _clear(target)
         done = _place(source, target, copy)
     return f"{done}\n{_probe(folder)}"
 
@@ -67,7 +69,11 @@ def _probe(folder: Path) -> str:
     """Loads the process class the way AI-Toolkit does, with AI-Toolkit's own Python where it has one."""
     pythons = [folder / name / sub for name in ("venv", ".venv") for sub in ("bin/python", "Scripts/python.exe")]
     python = next((p.absolute() for p in pythons if p.is_file()), Path(sys.executable))
-    probe = subprocess.run([str(python), "-c", _PROBE], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    words = [str(python), "-c", _PROBE]
+    try:
+        probe = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise ZitMergeError(f"{folder}: the extension is in place, but {python} did not load it ({e}): try it with run.py") from e
     if probe.returncode == 0:
         return "it loads there: process type zit_merge is ready"
     reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else f"exit code {probe.returncode}"

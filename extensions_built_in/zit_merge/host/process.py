@@ -77,6 +77,7 @@ def _config_folder(job, process_id: int, section) -> Path:
     """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again."""
     from toolkit.config import get_config
     from toolkit.paths import CONFIG_ROOT
+    from yaml import YAMLError
 
     endings = (".json", ".jsonc", ".yaml", ".yml")
     for word in sys.argv[1:]:
@@ -84,7 +85,13 @@ def _config_folder(job, process_id: int, section) -> Path:
         for path in (p for p in (*in_root, Path(word)) if p.suffix in endings and p.is_file()):
             try:
                 processes = get_config(str(path.absolute()), job.name)["config"]["process"]
-            except (ValueError, KeyError, TypeError):  # another file that the command line names: no config of ours
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                OSError,
+                YAMLError,
+            ):  # another file that the command line names: no config of ours
                 continue
             if len(processes) > process_id and processes[process_id] == section:
                 return path.parent

@@ -70,10 +70,15 @@ def _table(
         for first, last in rows(section):
             cells = [[m for i in range(first, last + 1) if (m := _module(section, i, c)) in present] for c in COMPONENTS]
             if any(cells):
-                texts = (f"{value(here[0]):>7.3g}" if here else f"{'-':>7}" for here in cells)
+                texts = (f"{_short(value(here[0])):>7}" if here else f"{'-':>7}" for here in cells)
                 lines.append(f"{row_name(section, first, last):<18}" + "".join(texts))
     others = [f"{o} {value(m):.3g}" for o in OTHER if (m := zimage.at("other", 0, o).name) in present]
     return lines + (textwrap.wrap("other: " + ", ".join(others), 74) if others else [])
+
+
+def _short(value: float) -> str:
+    text = f"{value:.3g}"
+    return text if len(text) <= 6 else f"{value:.1g}"
 
 
 def _module(section: str, index: int, component: str) -> str:
