@@ -484,7 +484,7 @@ def test_broken_json(desk):
 def test_configs_that_cannot_be_read(desk):
     assert desk.zit("check", "nowhere.yaml").refused().startswith("nowhere.yaml: can't be read")
     assert desk.zit("check", desk.folder).refused().startswith(f"{desk.folder}: can't be read")
-    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    Path("binary.yaml").write_bytes(b"\x80\x81\x00\xff")
     assert "is not a text file" in desk.zit("check", "binary.yaml").refused()
 
 

@@ -273,6 +273,7 @@ def _sentence(error: ValidationError, place: str) -> str:
             owner = {"steps": Step, "loras": Lora, "save": Save}.get(part, owner)
         shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
         return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
+    form = _FORMS.get(str(loc[-1]) if loc else "", "another form is")
     messages = {
         "missing": "is missing",
         "float_type": f"must be a number, not {value!r}",
@@ -285,7 +286,7 @@ def _sentence(error: ValidationError, place: str) -> str:
         "model_type": f"must be a mapping, not {value!r}",
         "too_short": "must have at least one entry",
         "literal_error": f"must be {first.get('ctx', {}).get('expected')}, not {value!r}",
-        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({_FORMS[str(loc[-1])]} allowed)",
+        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({form} allowed)",
     }
     if loc[-1:] == ["layers"]:
         messages |= dict.fromkeys(
@@ -408,7 +409,7 @@ def _parse(text: str, path: Path) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        _refuse_twins(node, set())
+        _refuse_twins(loader, node, set())
         return loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
@@ -425,24 +426,25 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _refuse_twins(node: yaml.Node | None, seen: set[int]) -> None:
+def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -> None:
     """A key that stands twice in a mapping is an error; YAML would drop the first one in silence."""
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
     seen.add(id(node))
-    keys: set[tuple[str, str]] = set()
+    keys: set[Any] = set()
     for child in node.value:
         if not isinstance(node, yaml.MappingNode):
-            _refuse_twins(child, seen)
+            _refuse_twins(loader, child, seen)
             continue
         key, value = child
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if (key.tag, key.value) in keys:
+            name = loader.construct_object(key)
+            if name in keys:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value} stands there twice: keep one of them", problem_mark=key.start_mark
+                    problem=f"the key {name} stands there twice: keep one of them", problem_mark=key.start_mark
                 )
-            keys.add((key.tag, key.value))
-        _refuse_twins(value, seen)
+            keys.add(name)
+        _refuse_twins(loader, value, seen)
 
 
 class _Loader(yaml.SafeLoader):

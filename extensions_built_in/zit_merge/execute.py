@@ -19,7 +19,7 @@ from .algebra.truncate import truncate
 from .errors import ZitMergeError
 from .formats import writer
 from .formats.reader import LoraFile, TensorReader, load_lora
-from .plan import StepPlan
+from .plan import DTYPE_NAMES, StepPlan
 
 Tick = Callable[[StepPlan, int], None]  # called after each module with the number done; may raise to stop
 
@@ -107,9 +107,9 @@ def _finish(merged: Factors | None, plan: StepPlan, module: str) -> Factors:
         merged = truncate(merged, plan.rank)
     rounded = to_dtype(merged, plan.dtype)
     if not (is_finite(rounded.up) and is_finite(rounded.down)):
-        raise ZitMergeError(
-            f"{plan.path.name}: {module} overflows {str(plan.dtype).removeprefix('torch.')}: use smaller strengths"
-        )
+        name = DTYPE_NAMES[plan.dtype]
+        cure = "save it as bf16 or fp32" if plan.dtype == torch.float16 else "use smaller strengths"
+        raise ZitMergeError(f"{plan.path.name}: {module} is too large for {name}: {cure}")
     return pad(Factors(rounded.up.cpu(), rounded.down.cpu()), plan.rank)
 
 

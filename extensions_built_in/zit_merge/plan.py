@@ -29,7 +29,8 @@ from .zimage import GROUPS, MODULES, REAL_SIZES, canonical_component, infer_size
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def _check_output(plan: StepPlan, site: Site, place: str) -> None:
     for target in plan.targets():
         for i in plan.inputs:
             if i.path.exists() and target.exists() and i.path.samefile(target):
-                raise ZitMergeError(f"{place}: {target} is both an input and an output: give the step another name")
+                raise ZitMergeError(f"{place}: {target} is both an input and the output: give the step another name")
         _check_ours(target, plan, place)
 
 
@@ -338,15 +339,18 @@ def _check_ours(target: Path, plan: StepPlan, place: str) -> None:
 def _check_room(plans: Sequence[StepPlan], site: Site) -> None:
     """Folders that can be written, and space for everything that will be."""
     check_writable(site.output_dir, site.at("output_dir"))
-    disks: dict[int, tuple[Path, int]] = {}
+    disks: dict[int, tuple[str, Path, int]] = {}
     for plan in plans:
-        for path in plan.targets() or [plan.lies_at]:
-            parent = check_writable(path.parent, site.place or "the output")
+        for i, path in enumerate(plan.targets() or [plan.lies_at]):
+            place = site.at("copy_to" if i else "output_dir")
+            parent = check_writable(path.parent, place)
             disk = parent.stat().st_dev
-            disks[disk] = parent, disks.get(disk, (parent, 0))[1] + plan.bytes
-    for parent, needed in disks.values():
-        if needed > (free := shutil.disk_usage(parent).free):
+            first, where, needed = disks.get(disk, (place, parent, 0))
+            disks[disk] = first, where, needed + plan.bytes
+    for place, parent, needed in disks.values():
+        free = shutil.disk_usage(parent).free
+        if needed > free:
             raise ZitMergeError(
-                f"{site.place or 'the output'}: the files need {needed / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB "
-                "free: free some, or set a smaller rank or another folder"
+                f"{place}: the outputs need {needed / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB free: "
+                "free some, or set a smaller rank or another folder"
             )

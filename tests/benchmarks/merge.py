@@ -116,7 +116,8 @@ def main() -> None:
             f"two LoRAs of rank {args.rank}, 240 modules, {paths[0].stat().st_size / 1e6:.0f} MB each; torch {torch.__version__},"
         )
         print(
-            f"{torch.get_num_threads()} threads, device {args.device}, {args.runs} runs, output {exact.stat().st_size / 1e6:.0f} MB\n"
+            f"{torch.get_num_threads()} threads, device {args.device}, {args.runs} runs, output "
+            f"{exact.stat().st_size / 1e6:.0f} MB\n"
         )
         print(f"{'':<36}{'seconds (min median max)':>28}{'peak MB':>10}")
         for what, runs in figures.items():

@@ -306,8 +306,8 @@ def _pairs(
 def _half_a_pair(path: Path, keys: Mapping[str, str]) -> ZitMergeError:
     if "down" in keys:
         return ZitMergeError(
-            f"{path}: {keys['down']} has no up factor beside it: half of the pair is missing, get a whole file; or these are the full "
-            "weight differences of AI-Toolkit's type: fullrank, reading them is not available yet"
+            f"{path}: {keys['down']} has no up factor beside it: half of the pair is missing, get a whole file; or these are the "
+            "full weight differences of AI-Toolkit's type: fullrank, reading them is not available yet"
         )
     there = keys.get("up") or keys["alpha"]
     return ZitMergeError(f"{path}: {there} has no down factor beside it, half of the pair is missing: get a whole file")
@@ -333,9 +333,8 @@ def _alpha(path: Path, file: safe_open, key: str) -> float:
 
 def _refuse_alpha_elsewhere(path: Path, metadata: Mapping[str, str], parts: Mapping[str, Part]) -> None:
     """A scale that stands outside of the tensors must not be read as 1 in silence."""
-    if "lora_adapter_metadata" in metadata:
-        if adapter_scales(metadata) != {1.0}:
-            raise not_available_yet(f"{path}: alpha that stands only in the metadata (lora_adapter_metadata); using it")
+    if "lora_adapter_metadata" in metadata and adapter_scales(metadata) != {1.0}:
+        raise not_available_yet(f"{path}: alpha that stands only in the metadata (lora_adapter_metadata); using it")
     if any(p.style.startswith("base_model.model.") for p in parts.values()):
         raise not_available_yet(f"{path}: a PEFT adapter whose alpha stands in adapter_config.json; using it")
 

@@ -8,18 +8,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import zimage
 from ..algebra.factors import norm, scale
 from ..algebra.methods import METHODS
 from ..formats.metadata import read_recipe, trigger_words
 from ..formats.reader import LoraFile, TensorReader
-from ..plan import StepPlan
+from ..plan import DTYPE_NAMES, StepPlan
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, MODULES, OTHER, SECTIONS
-
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def plan_text(plan: StepPlan) -> str:
@@ -28,7 +24,7 @@ def plan_text(plan: StepPlan) -> str:
     if not plan.spec.keep:
         lines[0] = f"step {plan.name}: {len(plan.inputs)} LoRA{'s' * (len(plan.inputs) > 1)}, for later steps only (keep: false)"
     for i in plan.inputs:
-        what = f"{len(i.outline.ranks)} modules, rank {_span(i.outline.ranks.values())}, {DTYPE_NAMES.get(i.outline.dtype, '?')}"
+        what = f"{len(i.outline.ranks)} modules, rank {_span(i.outline.ranks.values())}, {DTYPE_NAMES[i.outline.dtype]}"
         if not i.lora and not i.step:
             what += ", still to be trained"
         lines += ["", f"  {i.label}  ratio {i.spec.ratio:g}  ({what})"]
