@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        sub.add_argument("--quiet", action="store_true", help="print no progress and no plan")
         return sub
 
     demo = add("demo", _demo, "make two small LoRAs, merge them with block weights, check the result")

@@ -65,22 +65,24 @@ def make_site(
         lora_folders: Where inputs are looked for by hash.
     """
     training = training_before(job.name, job.processes, index)
-    chosen = output_dir or section.output_dir
-    if chosen is None and training:
-        chosen = training.folder
-    if chosen is None and section.training_folder:
-        chosen = Path(section.training_folder) / (section.name or job.name)
+    # A job of ours alone has a folder of its own too, where a training of that name may come to look for checkpoints.
+    own = Training(job.place(index), job.name, {"training_folder": section.training_folder, "name": section.name})
+    homes = [t for t in (training, own if section.training_folder else None) if t]
+    chosen = output_dir or section.output_dir or (homes[0].folder if homes else None)
     if chosen is None:
         where = job.place(index)
         raise ZitMergeError(
             f"{where + '.' if where else ''}output_dir: is missing, and there is no training before this section whose folder "
             "could be used: give output_dir (or --output-dir on the command line)"
         )
+    for place in lora_folders:
+        if not place.is_dir():
+            raise ZitMergeError(f"--loras {place}: is not a folder: mend the path")
     folder = user_path(chosen, f"{job.place(index)}.output_dir".lstrip("."))
     site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders)
     for prefix in _PREFIXES:
         named = replace(site, prefix=prefix)
-        if training is None or not any(training.claims(named.output(s)) for s in section.steps):
+        if not any(home.claims(named.output(s)) for home in homes for s in section.steps):
             return named
     raise ZitMergeError(
         f"{site.at('output_dir')}: AI-Toolkit would take any file in {folder} for a checkpoint of the job {job.name!r}: "

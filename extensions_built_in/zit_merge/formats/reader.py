@@ -234,6 +234,7 @@ def _open(path: Path):
     if path.is_dir():
         raise ZitMergeError(f"{path}: is a folder, a .safetensors file is needed")
     try:
+        path.open("rb").close()  # safetensors says "not found" where the permission is missing
         return safe_open(path, framework="pt")
     except SafetensorError as e:
         if _is_pickle(path):
