@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from extensions_built_in.zit_merge.config import Section, load_job, parse_section
+from extensions_built_in.zit_merge.config import Section, parse_section
 from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.jobfile import load_job
 
 LORA = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [LORA]}

@@ -134,8 +134,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .config import load_job
     from .execute import pick_device
+    from .jobfile import load_job
     from .plan import plan_section
     from .sources import check_twins, make_site
 
@@ -218,8 +218,8 @@ def _layer_spec(spec: str) -> dict[str, float | list[float]]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from .config import load_job
     from .execute import pick_device
+    from .jobfile import load_job
     from .plan import plan_section
     from .report.tables import plan_text
     from .sources import check_twins, make_site

@@ -1,4 +1,4 @@
-"""The job section: its schema, and the reading of config files by AI-Toolkit's rules.
+"""The job section: its schema.
 
 Every message names the place in the config. What selects modules (`blocks`, `layers`, `effects`, `overrides`) is only given its
 form here; its meaning is checked in `weights`.
@@ -6,15 +6,10 @@ form here; its meaning is checked in `weights`.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .algebra.methods import METHODS
@@ -300,164 +295,3 @@ def _sentence(error: ValidationError, place: str) -> str:
 def _path(loc: Sequence[int | str]) -> list[int | str]:
     """A location without the names that pydantic gives to the alternatives of a union."""
     return [part for part in loc if not (isinstance(part, str) and re.search(r"[\[(]|^(float|int|str)$", part))]
-
-
-# --- config files ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """A config file: an AI-Toolkit job, or a recipe, which is one bare section.
-
-    Attributes:
-        name: `config.name`.
-        processes: The raw process sections, in order.
-        folder: Where the config lies; relative LoRA paths start there.
-        recipe: It is a bare section.
-    """
-
-    name: str
-    processes: Sequence[Mapping[str, Any]]
-    folder: Path
-    recipe: bool = False
-
-    def place(self, index: int) -> str:
-        """How messages call a process."""
-        return "" if self.recipe else f"process[{index}]"
-
-    def sections(self) -> list[tuple[int, Section]]:
-        """(index, section) of every zit_merge process, validated."""
-        found = [
-            (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe))
-            for i, raw in enumerate(self.processes)
-            if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE
-        ]
-        if not found:
-            raise ZitMergeError(f"config.process: there is no process of type {PROCESS_TYPE}: append one")
-        return found
-
-
-_RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
-
-
-def load_job(path: str | Path) -> Job:
-    """Reads an AI-Toolkit config (YAML, JSON) or a recipe, the way the toolkit reads it: ${ENV}, [name], 1e-3 as a number.
-
-    Raises:
-        ZitMergeError: The file can't be read, has a key twice, or is neither.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-        # PowerShell's > writes UTF-16 with a mark.
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
-    except OSError as e:
-        raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
-    try:
-        return _job(text, path)
-    except RecursionError:
-        raise ZitMergeError(f"{path}: is nested too deeply, or contains itself") from None
-
-
-def _job(text: str, path: Path) -> Job:
-    if re.search(_RECIPE, text, re.MULTILINE):
-        raw = _parse(text, path)
-        return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
-    raw = _parse(_fill_environment(text, path), path)
-    if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
-        return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("config"), Mapping):
-        raise ZitMergeError(
-            f"{path}: is neither an AI-Toolkit job (job:, config:, process:) nor a zit_merge recipe (type: {PROCESS_TYPE})"
-        )
-    if raw.get("job") != "extension":
-        raise ZitMergeError(f"{path}: job is {raw.get('job')!r}; a {PROCESS_TYPE} section needs job: extension")
-    name = raw["config"].get("name")
-    if not isinstance(name, str) or not name:
-        raise ZitMergeError(f"{path}: config.name must be text, not {name!r}: a job needs a name, in quotes if it is a number")
-    processes = raw["config"].get("process")
-    if not isinstance(processes, list):
-        raise ZitMergeError(f"{path}: config.process must be a list of processes")
-    return Job(name, [_fill_name(p, name) for p in processes], path.parent)
-
-
-def _fill_environment(text: str, path: Path) -> str:
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise ZitMergeError(f"{path}: the environment variable {match[1]} is not set: set it or write the path out")
-        return os.environ[match[1]]
-
-    return re.sub(r"\$\{([^}]+)\}", value, text)  # comments included, as toolkit/config.py does
-
-
-def _fill_name(value: Any, name: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("[name]", name)
-    if isinstance(value, Mapping):
-        return {_fill_name(k, name): _fill_name(v, name) for k, v in value.items()}
-    return [_fill_name(v, name) for v in value] if isinstance(value, list) else value
-
-
-def _parse(text: str, path: Path) -> Any:
-    if path.suffix in (".json", ".jsonc"):
-        try:
-            return json.loads(text, object_pairs_hook=_no_twins)
-        except ValueError as e:
-            raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _refuse_twins(loader, node, set())
-        return loader.construct_document(node) if node else None
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        raise ZitMergeError(f"{path}: line {mark.line + 1 if mark else '?'}: {e.problem or e.context}") from e
-    except (yaml.YAMLError, ValueError) as e:
-        raise ZitMergeError(f"{path}: is not valid YAML: {' '.join(str(e).split())}") from e
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [k for k, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key} stands there twice: keep one of them")
-    return dict(pairs)
-
-
-def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -> None:
-    """A key that stands twice in a mapping is an error; YAML would drop the first one in silence."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    keys: set[Any] = set()
-    for child in node.value:
-        if not isinstance(node, yaml.MappingNode):
-            _refuse_twins(loader, child, seen)
-            continue
-        key, value = child
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            name = loader.construct_object(key)
-            if name in keys:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name} stands there twice: keep one of them", problem_mark=key.start_mark
-                )
-            keys.add(name)
-        _refuse_twins(loader, value, seen)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with AI-Toolkit's idea of a number."""
-
-
-# toolkit/config.py:55: PyYAML alone takes 1e-3 for text, since YAML 1.1 wants a dot.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+(?:[eE][-+][0-9]+)?
-        |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)

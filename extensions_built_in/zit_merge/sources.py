@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PICKLES, TRAINED, Job, Lora, Section, Step
+from .config import PICKLES, TRAINED, Lora, Section, Step
 from .errors import ZitMergeError, nearest, not_available_yet
 from .formats.reader import LoraFile
+from .jobfile import Job
 from .training import Training, training_before
 
 # The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from extensions_built_in.zit_merge import cli
-from extensions_built_in.zit_merge.config import Job, parse_section
+from extensions_built_in.zit_merge.config import parse_section
+from extensions_built_in.zit_merge.jobfile import Job
 from extensions_built_in.zit_merge.sources import make_site
 
 REPO = Path(__file__).parents[2]

@@ -19,8 +19,9 @@ class ZitMergeProcess(BaseExtensionProcess):
     def __init__(self, process_id: int, job, config: OrderedDict):
         super().__init__(process_id, job, config)
         # Not at the top: a package that is missing must stop this job only, with its name, not every job of the toolkit.
-        from ..config import Job, parse_section
+        from ..config import parse_section
         from ..execute import pick_device
+        from ..jobfile import Job
         from ..plan import plan_section
         from ..report.tables import plan_text
         from ..sources import check_twins, make_site
