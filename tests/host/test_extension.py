@@ -11,6 +11,7 @@ import pytest
 
 from extensions_built_in.zit_merge import cli
 from extensions_built_in.zit_merge.config import parse_section
+from extensions_built_in.zit_merge.formats.writer import part_path
 from extensions_built_in.zit_merge.jobfile import Job
 from extensions_built_in.zit_merge.sources import make_site
 
@@ -111,7 +112,8 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     section = parse_section({"type": "zit_merge", "steps": [{"name": "soft", "loras": [{"lora": "trained", "ratio": 1}]}]})
     processes = [{"type": "diffusion_trainer", "training_folder": str(tmp_path), "network": {"type": "lora"}}, {}]
     site = make_site(Job(name, processes, tmp_path), 1, section)
-    for path in (site.output(section.steps[0]), Path(f"{site.output('soft')}.part")):
+    ours = site.output(section.steps[0]), part_path(site.output(section.steps[0]))
+    for path in ours:
         path.touch()
         os.utime(path, (2e9, 2e9))
     trainer = SimpleNamespace(job=SimpleNamespace(name=name), save_root=str(folder), network_config=None)
@@ -121,4 +123,4 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     trainer.embed_config, trainer.sd, trainer.save_config = None, None, SimpleNamespace(max_step_saves_to_keep=1)
     trainer.snr_gos = trainer.adapter_config = trainer.network_config = None
     Trainer.clean_up_saves(trainer)
-    assert site.output(section.steps[0]).exists() and Path(f"{site.output('soft')}.part").exists()
+    assert all(path.exists() for path in ours)
