@@ -73,8 +73,8 @@ def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.devic
 
 @contextlib.contextmanager
 def _threads(plan: StepPlan) -> Iterator[None]:
-    """One torch thread where nothing is truncated: copying and scaling is waiting for memory, and threads that wait for each
-    other beside the hashes made it six times slower on two cores."""
+    """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
+    beside the hashes only cost time."""
     before = torch.get_num_threads()
     if max(plan.stacked.values()) <= plan.rank:
         torch.set_num_threads(1)
