@@ -71,21 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output-dir", help="instead of the config's")
     run.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
 
-    merge = add("merge", _merge, "merge LoRA files: every weight takes one number for all files, or one for each")
-    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
-    for flag in _WEIGHT_FLAGS:
-        merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
-    merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
-    merge.add_argument("--rank", default="exact", help="exact (default), same or a number")
-    merge.add_argument("--method", default="sum")
-    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
-    merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
-    merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
-    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
-    merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    _merge_arguments(add("merge", _merge, "merge LoRA files: every weight takes one number for all files, or one for each"))
 
     check = add("check", _check, "check a config: everything that can be known before training")
     check.add_argument("config", type=Path)
@@ -111,6 +97,23 @@ def _parser() -> argparse.ArgumentParser:
         later.add_argument("words", nargs=argparse.REMAINDER)
         later.set_defaults(command=_later(name))
     return parser
+
+
+def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
+    for flag in _WEIGHT_FLAGS:
+        merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
+    merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    merge.add_argument("--rank", default="exact", help="exact (default), same or a number")
+    merge.add_argument("--method", default="sum")
+    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], None]:

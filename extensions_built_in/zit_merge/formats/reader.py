@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,15 +196,12 @@ def load_lora(path: str | Path) -> LoraFile:
         raise ZitMergeError(_not_zimage(path, unmatched, len(parts)))
     if len(alphas) < len(pairs):
         _refuse_alpha_elsewhere(path, metadata, parts)
-    styles = defaultdict(int)
-    for p in parts.values():
-        if p.part == "down":
-            styles[p.style] += 1
+    styles = Counter(p.style for p in parts.values() if p.part == "down")
     return LoraFile(
         path=path,
         pairs=pairs,
         metadata=metadata,
-        styles=tuple(sorted(styles, key=lambda s: -styles[s])),
+        styles=tuple(style for style, _ in styles.most_common()),
         skipped=tuple(sorted(k for k, p in parts.items() if p.part == "skip")),
         unmatched=unmatched,
         alphas=alphas,
