@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.dense import product
 
-from extensions_built_in.zit_merge.algebra.factors import Factors, distance, inner, norm, pad, scale, stack
+from extensions_built_in.zit_merge.algebra.delta import distance, inner, norm
+from extensions_built_in.zit_merge.algebra.factors import Factors, pad, stack
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -77,7 +78,7 @@ def test_a_change_is_at_no_distance_from_itself_in_another_gauge():
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
     turned = Factors(x.up.double() @ turn, turn.T @ x.down.double())
     assert distance(x, turned) < 1e-7 * norm(x)
-    assert distance(x, scale(turned, -1)) == pytest.approx(2 * norm(x), rel=1e-6)
+    assert distance(x, turned.times(-1)) == pytest.approx(2 * norm(x), rel=1e-6)
 
 
 def test_norm_of_zero_is_zero():
@@ -91,13 +92,13 @@ def test_norm_of_zero_is_zero():
 def test_scale_scales_the_delta(shape, rank, strength, dtype):
     x = draw(*shape, rank, 0, dtype)
     wanted = strength * product(*x)
-    torch.testing.assert_close(product(*scale(x, strength)), wanted, rtol=0, atol=1e-6 * float(wanted.norm()) + 1e-37)
+    torch.testing.assert_close(product(*x.times(strength)), wanted, rtol=0, atol=1e-6 * float(wanted.norm()) + 1e-37)
 
 
 def test_scale_goes_into_up_and_1_touches_nothing():
     x = draw(5, 4, 2, 0, torch.bfloat16)
-    assert scale(x, 1.0) is x
-    half = scale(x, -0.3)
+    assert x.times(1.0) is x
+    half = x.times(-0.3)
     assert half.down is x.down
     # float32, not bfloat16: the one rounding comes at the end
     torch.testing.assert_close(half.up, x.up.float() * -0.3, rtol=0, atol=0)

@@ -7,13 +7,11 @@ Notation, here and in the whole folder:
 `up` is what the field also calls lora_B or lora_up, `down` is lora_A or lora_down, `r` the rank. Column k of `up` with row k of
 `down` is one *component*: a rank-1 change. The factors have a gauge: (up @ Q, inv(Q) @ down) is the same delta for every
 invertible Q. No function here may let a delta depend on it, which rules out adding `up` to `up` and `down` to `down`.
-
-Sums over a factor's long side (Gram matrices) are taken in float64: their error is squared away when a norm is drawn from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,10 +34,46 @@ class Factors(NamedTuple):
         """Number of components, zero ones included."""
         return self.down.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.up.device
+
+    @property
+    def T(self) -> Factors:  # noqa: N802 - as torch calls it
+        """The transposed delta."""
+        return Factors(self.down.T, self.up.T)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """delta @ x: (in, n) -> (out, n)."""
+        return self.up @ (self.down @ x)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        """The same function applied to both factors: a dtype, a device."""
+        return Factors(change(self.up), change(self.down))
+
+    def times(self, strength: float) -> Factors:
+        """strength * delta. Sign and strength go into `up`; a strength of 1 leaves the factors as they are, bit for bit."""
+        return self if strength == 1 else Factors(single(self.up) * strength, self.down)
+
+    def expand(self) -> Factors:
+        """Itself: other forms of a change become factors here."""
+        return self
+
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float64, on the CPU where its device has none (MPS)."""
     return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def is_finite(x: Tensor) -> bool:
@@ -47,14 +81,26 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def scale(x: Factors, strength: float) -> Factors:
-    """strength * delta. Sign and strength go into `up`; a strength of 1 leaves the factors as they are, bit for bit.
+def whole(delta: Tensor) -> Factors:
+    """A dense delta (out, in) as factors of rank min(out, in): itself beside an identity."""
+    out, into = delta.shape
+    eye = torch.eye(min(out, into), dtype=delta.dtype, device=delta.device)
+    return Factors(delta, eye) if into <= out else Factors(eye, delta)
 
-    Args:
-        x: The change.
-        strength: Any finite number.
+
+def hadamard(x: Factors, y: Factors) -> Factors:
+    """The elementwise product of two deltas (LoHa), exactly: every component of one times every component of the other.
+
+    (x.up @ x.down) * (y.up @ y.down) = up @ down, where the rows of `up` are the Kronecker products of the rows of x.up and y.up,
+    and the columns of `down` those of the columns (the row-wise and column-wise Khatri-Rao products).
+
+    Returns:
+        up: (out, r_x r_y), down: (r_x r_y, in), float32 or wider.
     """
-    return x if strength == 1 else Factors(x.up.float() * strength, x.down)
+    x, y = x.map(single), y.map(single)
+    up = (x.up[:, :, None] * y.up[:, None, :]).flatten(1)
+    down = (x.down[:, None, :] * y.down[None, :, :]).flatten(0, 1)
+    return Factors(up, down)
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
@@ -72,7 +118,8 @@ def stack(parts: Sequence[Factors]) -> Factors:
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    dtype = tensors[0].dtype if len({t.dtype for t in tensors}) == 1 else torch.float32
+    dtypes = {t.dtype for t in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
     return torch.cat([t.to(dtype) for t in tensors], dim)
 
 
@@ -82,19 +129,3 @@ def pad(x: Factors, rank: int) -> Factors:
     if missing == 0:
         return x
     return Factors(torch.nn.functional.pad(x.up, (0, missing)), torch.nn.functional.pad(x.down, (0, 0, 0, missing)))
-
-
-def inner(x: Factors, y: Factors) -> float:
-    """Frobenius inner product of two deltas: <x, y> = tr(up_x' up_y . down_y down_x'). Costs r x r products only."""
-    ups, downs = wide(x.up).T @ wide(y.up), wide(x.down) @ wide(y.down).T
-    return float((ups * downs).sum())
-
-
-def norm(x: Factors) -> float:
-    """Frobenius norm of the delta."""
-    return max(inner(x, x), 0.0) ** 0.5
-
-
-def distance(x: Factors, y: Factors) -> float:
-    """Frobenius norm of the difference of two deltas; its floor is about 1e-8 of their norms (float64 Grams)."""
-    return norm(Factors(torch.cat([wide(x.up), -wide(y.up)], 1), torch.cat([wide(x.down), wide(y.down)], 0)))

@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from . import linear
-from .factors import Factors
+from .delta import Delta
 
-METHODS: Mapping[str, Callable[..., Factors]] = {"sum": linear.sum}
+METHODS: Mapping[str, Callable[..., Delta]] = {"sum": linear.sum}

@@ -1,13 +1,16 @@
-"""The best approximation of a low-rank change by one of lower rank, from its factors alone.
+"""The best approximation of a change by one of lower rank, without its dense (out, in) matrix.
 
-Eckart-Young (1936): the singular vectors of the r largest singular values give the closest delta of rank r. They are found
-without the dense (out, in) matrix. With up = P S and down' = Q T for orthonormal P, Q,
+Eckart-Young (1936): the singular vectors of the r largest singular values give the closest delta of rank r. Which road leads to
+them depends on what the change is:
 
-    delta = P (S T') Q'
-
-has the singular values of the small core S T', (R, R) for R stacked components. P S comes from the Gram matrix of `up`:
-up' up = V L V', so S = L^(1/2) V' and P = up V L^(-1/2); the same for `down`. Gram matrices square the condition number, which
-float64 affords for factors that were stored in 32 bits or fewer, once every component is balanced between `up` and `down`.
+    thin factors     through the core. With up = P S and down' = Q T for orthonormal P, Q, the delta P (S T') Q' has the singular
+                     values of the small S T', (R, R) for R stacked components. P S comes from the Gram matrix of `up`:
+                     up' up = V L V', so S = L^(1/2) V' and P = up V L^(-1/2); the same for `down`. Gram matrices square the
+                     condition number, which float64 affords for factors that were stored in 32 bits or fewer, once every
+                     component is balanced between `up` and `down`
+    a Kron           its singular values are the products of those of its two small matrices, its vectors their Kronecker
+                     products: two small SVDs (merging LoKr)
+    anything wide    block Krylov iteration (`krylov`): a LoKr with a LoRA, a LoHa of high rank, a dense difference
 """
 
 from __future__ import annotations
@@ -15,37 +18,84 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .delta import Delta, Kron
 from .factors import Factors, wide
+from .krylov import leading
+
+_THIN = 4  # the core's R x R decompositions beat Krylov's passes up to about this many times the rank that is kept (measured)
+_SMALL = 512  # shorter sides than this (adaLN has in = 256) are decomposed whole
 
 
-def truncate(x: Factors, rank: int) -> Factors:
+def truncate(x: Delta, rank: int) -> Factors:
     """The closest delta of at most `rank` components, in the Frobenius norm.
 
     Args:
-        x: The change, `R` components, in any gauge; rank-deficient and lopsided ones too.
+        x: The change, in any gauge; rank-deficient and lopsided factors too.
         rank: Components to keep, at least 1.
 
     Returns:
         up: (out, p), down: (p, in) in float32 with p = min(rank, numerical rank of x), at least 1: each component carries the
         square root of its singular value on either side.
     """
-    up, down = _balance(_fold(Factors(wide(x.up), wide(x.down))))
+    left, sigma, right = _svd(x.map(wide), rank)
+    root = sigma.sqrt()
+    return Factors((left * root).float(), (root[:, None] * right).float())
+
+
+def singular_values(x: Delta) -> Tensor:
+    """All non-zero singular values of the delta, largest first: (p,) in float64."""
+    x = x.map(wide)
+    if isinstance(x, Kron):
+        return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values
+    return _spectrum(_fold(x.expand()))
+
+
+def _svd(x: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, p), (p,), (p, in): the leading singular triplets."""
+    if isinstance(x, Kron):
+        return _kron_svd(x, rank)
+    short = min(x.shape)
+    if x.rank <= max(_THIN * rank, _SMALL) or short <= max(_THIN * rank, _SMALL):
+        return _core_svd(_fold(x.expand()), rank)
+    return leading(x, rank)
+
+
+def _core_svd(x: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Through the core S T' of the balanced factors."""
+    up, down = _balance(x)
     unroot_up, root_up = _roots(up.T @ up)
     unroot_down, root_down = _roots(down @ down.T)
     left, sigma, right = torch.linalg.svd(root_up @ root_down.T, full_matrices=False)
-    left, sigma, right = left[:, :rank], sigma[:rank].sqrt(), right[:rank]
-    return Factors((up @ (unroot_up @ left * sigma)).float(), ((sigma[:, None] * (right @ unroot_down.T)) @ down).float())
+    return up @ (unroot_up @ left[:, :rank]), sigma[:rank], (right[:rank] @ unroot_down.T) @ down
 
 
-def singular_values(x: Factors) -> Tensor:
-    """All non-zero singular values of the delta, largest first: (p,) in float64."""
-    up, down = _balance(_fold(Factors(wide(x.up), wide(x.down))))
+def _kron_svd(x: Kron, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest of the products sigma_i tau_j, with u_i kron v_j as their vectors."""
+    (u, sigma, v), (w, tau, z) = (_small_svd(f) for f in x)
+    products = torch.outer(sigma, tau).flatten()
+    values, order = products.sort(descending=True, stable=True)
+    keep = order[: max(1, min(rank, int((values > values[0] * torch.finfo(values.dtype).eps).sum())))]
+    i, j = keep // len(tau), keep % len(tau)
+    left = (u[:, None, i] * w[None, :, j]).flatten(0, 1)
+    right = (v[i, :, None] * z[j, None, :]).flatten(1)
+    return left, products[keep], right
+
+
+def _small_svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a Kronecker factor: dense where it has no lower rank."""
+    if 2 * x.rank <= min(x.shape):
+        return _core_svd(x)
+    return torch.linalg.svd(x.up @ x.down, full_matrices=False)
+
+
+def _spectrum(x: Factors) -> Tensor:
+    up, down = _balance(_fold(x))
     return torch.linalg.svdvals(_roots(up.T @ up)[1] @ _roots(down @ down.T)[1].T)
 
 
 def _fold(x: Factors) -> Factors:
     """At most min(out, in) components: a longer stack (adaLN has in = 256) is multiplied out into its shorter side."""
-    out, into = x.up.shape[0], x.down.shape[1]
+    out, into = x.shape
     if x.rank <= min(out, into):
         return x
     eye = torch.eye(min(out, into), dtype=x.up.dtype, device=x.up.device)

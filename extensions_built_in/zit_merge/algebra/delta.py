@@ -1,0 +1,164 @@
+"""A change of one weight in each of the forms that files have, behind one small interface.
+
+    Factors   up @ down                        LoRA, and LoHa and dense differences written as one
+    Kron      left kron right                  LoKr: rank a * b from two small matrices, never multiplied out
+    Sum       delta_1 + delta_2 + ...          what a linear method makes of several where one is a Kron
+
+Each has `shape` (out, in), `rank` (an upper bound of its rank), `T`, `@` with a thin matrix, `times(strength)`, `map(function)`
+on its tensors, and `expand()`, the same delta as Factors of that rank. Sums over a long side (Gram matrices) are taken in
+float64: their error is squared away when a norm is drawn from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factors import Factors, single, stack, wide
+
+
+class Kron(NamedTuple):
+    """delta = L kron R with L = left.up @ left.down (p, q) and R = right.up @ right.down (s, t); (out, in) = (p s, q t).
+
+    Row i of the delta belongs to row i // s of L and row i % s of R, a column likewise (Van Loan, 2000).
+
+    Attributes:
+        left: (p, a), (a, q).
+        right: (s, b), (b, t).
+    """
+
+    left: Factors
+    right: Factors
+
+    @property
+    def rank(self) -> int:
+        """Of the product: the ranks multiply."""
+        return self.left.rank * self.right.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        (p, q), (s, t) = self.left.shape, self.right.shape
+        return p * s, q * t
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.left.device
+
+    @property
+    def T(self) -> Kron:  # noqa: N802
+        """(L kron R)' = L' kron R'."""
+        return Kron(self.left.T, self.right.T)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """delta @ x: (in, n) -> (out, n) through the small factors: L (R x) with x folded to (q, t, n)."""
+        (p, q), (s, t) = self.left.shape, self.right.shape
+        inner = self.right @ x.reshape(q, t, -1).transpose(0, 1).reshape(t, -1)  # (s, q n)
+        inner = inner.reshape(s, q, -1).transpose(0, 1).reshape(q, -1)  # (q, s n)
+        return (self.left @ inner).reshape(p * s, -1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Kron:
+        """The same function applied to all tensors."""
+        return Kron(self.left.map(change), self.right.map(change))
+
+    def times(self, strength: float) -> Kron:
+        """strength * delta: strength goes into `left`, the smaller factor."""
+        return self if strength == 1 else Kron(self.left.times(strength), self.right)
+
+    def expand(self) -> Factors:
+        """Exactly, without an SVD: (A B) kron (C D) = (A kron C) (B kron D)."""
+        left, right = self.map(single)
+        return Factors(torch.kron(left.up, right.up), torch.kron(left.down, right.down))
+
+    def rows(self, first: int, last: int) -> Kron | Factors:
+        """Rows first .. last - 1 of the delta: a Kron again where whole rows of L are taken, else Factors."""
+        s = self.right.shape[0]
+        if first % s == 0 and last % s == 0:
+            return Kron(Factors(self.left.up[first // s : last // s], self.left.down), self.right)
+        full = self.expand()
+        return Factors(full.up[first:last], full.down)
+
+
+class Sum(NamedTuple):
+    """delta = sum of the parts' deltas.
+
+    Attributes:
+        parts: Two or more changes of the same weight.
+    """
+
+    parts: tuple[Factors | Kron, ...]
+
+    @property
+    def rank(self) -> int:
+        """Ranks add up."""
+        return sum(p.rank for p in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.parts[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.parts[0].device
+
+    @property
+    def T(self) -> Sum:  # noqa: N802
+        """The transposed delta."""
+        return Sum(tuple(p.T for p in self.parts))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """delta @ x: (in, n) -> (out, n)."""
+        return sum(p @ x for p in self.parts)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sum:
+        """The same function applied to all tensors."""
+        return Sum(tuple(p.map(change) for p in self.parts))
+
+    def times(self, strength: float) -> Sum:
+        """strength * delta."""
+        return Sum(tuple(p.times(strength) for p in self.parts))
+
+    def expand(self) -> Factors:
+        """The parts' components side by side."""
+        return stack([p.expand() for p in self.parts])
+
+
+Delta = Factors | Kron | Sum
+
+
+def inner(x: Delta, y: Delta) -> float:
+    """Frobenius inner product of two deltas of one shape.
+
+    For Factors, <x, y> = tr(up_x' up_y . down_y down_x'), r x r products only; for two Krons of the same layout the product of
+    the inner products of their factors; a Kron with Factors through `@`.
+    """
+    if isinstance(x, Sum) or isinstance(y, Sum):
+        return sum(inner(p, q) for p in _parts(x) for q in _parts(y))
+    if isinstance(x, Kron) and isinstance(y, Kron) and x.left.shape == y.left.shape:
+        return inner(x.left, y.left) * inner(x.right, y.right)
+    x, y = sorted((x, y), key=lambda d: (isinstance(d, Factors), -d.rank))  # y is the one that gets expanded
+    x, y = x.map(wide), y.expand().map(wide)
+    if isinstance(x, Kron):
+        return float((y.up * (x @ y.down.T)).sum())
+    return float(((x.up.T @ y.up) * (x.down @ y.down.T)).sum())
+
+
+def norm(x: Delta) -> float:
+    """Frobenius norm of the delta."""
+    return max(inner(x, x), 0.0) ** 0.5
+
+
+def distance(x: Delta, y: Delta) -> float:
+    """Frobenius norm of the difference of two deltas; its floor is about 1e-8 of their norms (float64 Grams)."""
+    parts = (*_parts(x.map(wide)), *_parts(y.map(wide).times(-1.0)))
+    return norm(stack(parts) if all(isinstance(p, Factors) for p in parts) else Sum(parts))
+
+
+def _parts(x: Delta) -> tuple[Factors | Kron, ...]:
+    return x.parts if isinstance(x, Sum) else (x,)

@@ -1,0 +1,57 @@
+"""Leading singular vectors of a change that is neither thin nor a Kronecker product alone.
+
+Block Krylov iteration (Golub, Luk and Overton 1981; Musco and Musco 2015): the space spanned by V, X'X V, (X'X)^2 V, ... holds
+the leading right singular vectors of X to rounding after some passes, and Rayleigh-Ritz takes them out of it. X is only ever
+multiplied with thin matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .delta import Delta
+
+_EXTRA = 16  # columns beyond those asked for: the iteration converges by the gap to the first that is left out
+_GAIN = 1e-13  # relative; a pass that adds less energy than this has only found rounding
+
+
+def leading(x: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a change.
+
+    Args:
+        x: (out, in), in float64.
+        rank: How many.
+
+    Returns:
+        (out, p), (p,), (p, in) with p = min(rank, numerical rank). The start is drawn from a fixed seed: the result depends on it
+        by rounding alone, its bytes never change.
+    """
+    out, into = x.shape
+    if out < into:
+        left, sigma, right = leading(x.T, rank)
+        return right.T, sigma, left.T
+    width = min(rank + _EXTRA, into)
+    start = torch.randn(into, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    basis = torch.linalg.qr(start).Q
+    image = x @ basis
+    gram = image.T @ image
+    energy = 0.0
+    while True:
+        values, vectors = torch.linalg.eigh(gram)
+        found, gain = float(values[-rank:].sum()), float(values[-rank:].sum()) - energy
+        if gain <= _GAIN * found or basis.shape[1] + width > into:
+            break
+        energy = found
+        block = x.T @ image[:, -width:]
+        for _ in range(2):  # the second pass takes off what rounding left of the basis
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        fresh = x @ block
+        cross = image.T @ fresh
+        gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, fresh.T @ fresh], 1)])
+        basis, image = torch.cat([basis, block], 1), torch.cat([image, fresh], 1)
+    values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    alive = max(1, int((values > values[0] * torch.finfo(values.dtype).eps * len(gram)).sum()))
+    sigma = values[:alive].clamp(min=0).sqrt()
+    left = image @ vectors[:, :alive] / torch.where(sigma > 0, sigma, 1.0)
+    return left, sigma, (basis @ vectors[:, :alive]).T
