@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
@@ -47,17 +49,71 @@ def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     return (str(recipe.get("job")), str(last.get("name"))) if isinstance(last, dict) else None
 
 
-def adapter_scales(metadata: Mapping[str, str]) -> set[float | None]:
-    """The scales lora_alpha / r that `lora_adapter_metadata` (diffusers, SimpleTuner) asks for; None where it can't be told."""
-    table = _json(metadata.get("lora_adapter_metadata"))
-    if not isinstance(table, dict):
-        return {None}
-    own = {k.removeprefix("transformer."): v for k, v in table.items()}
-    rank, alpha = own.get("r"), own.get("lora_alpha")
-    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (rank, alpha))
-    if own.get("rank_pattern") or own.get("alpha_pattern") or not numbers or rank <= 0:
-        return {None}
-    return {alpha / (rank**0.5 if own.get("use_rslora") else rank)}
+@dataclass(frozen=True)
+class Adapter:
+    """The part of a PEFT LoraConfig that decides the scale (peft tuners/lora/config.py).
+
+    Attributes:
+        lora_alpha: alpha of every module that alpha_pattern does not name.
+        use_rslora: The scale is alpha / sqrt(rank) in the place of alpha / rank.
+        alpha_pattern: Module name, or a regular expression for its end -> alpha.
+        source: Where it stands: lora_adapter_metadata or adapter_config.json.
+    """
+
+    lora_alpha: float
+    use_rslora: bool
+    alpha_pattern: Mapping[str, float]
+    source: str
+
+    def scale(self, module: str, rank: int) -> float:
+        """What the product up @ down of a module is multiplied with."""
+        matches = (a for p, a in self.alpha_pattern.items() if re.match(rf"(.*\.)?({p})$", module))  # peft: get_pattern_key
+        alpha = next(matches, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def record(self) -> dict[str, object]:
+        """For a recipe: `read_adapter` makes the same again of it."""
+        return {"lora_alpha": self.lora_alpha, "use_rslora": self.use_rslora, "alpha_pattern": dict(self.alpha_pattern)}
+
+
+def read_adapter(text: str, source: str) -> Adapter:
+    """The adapter's config from its JSON, with or without diffusers' `transformer.` before each key.
+
+    Raises:
+        ValueError: It does not say which alpha holds.
+    """
+    table = _json(text)
+    table = {k.removeprefix("transformer."): v for k, v in table.items()} if isinstance(table, dict) else {}
+    pattern = table.get("alpha_pattern") or {}
+    alphas = {"": table.get("lora_alpha"), **(pattern if isinstance(pattern, dict) else {"": None})}
+    for key, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"{source} gives no number for {'alpha_pattern ' + key if key else 'lora_alpha'}")
+    for pattern in alphas:
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise ValueError(f"{source} has an alpha_pattern that is no regular expression: {pattern}") from None
+    default = float(alphas.pop(""))
+    return Adapter(default, bool(table.get("use_rslora")), {k: float(a) for k, a in alphas.items()}, source)
+
+
+def kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
+    """What musubi and the tools of kohya's family look at (sd-scripts: build_minimum_network_metadata)."""
+    rank = str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"
+    return {"ss_v2": "False", "ss_network_module": "networks.lora_zimage", "ss_network_dim": rank, "ss_network_alpha": rank}
+
+
+def adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
+    """`lora_adapter_metadata` of a file whose rank varies and whose scale is 1 throughout: what diffusers needs to read it.
+
+    Args:
+        ranks: Module -> rank.
+    """
+    most = max(ranks.values())
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    config = {"r": most, "lora_alpha": most, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
+    return {"lora_adapter_metadata": dumps({f"transformer.{key}": value for key, value in config.items()})}
 
 
 def merged_metadata(

@@ -1,60 +1,33 @@
-"""A LoRA file as a table of low-rank changes: module -> Factors.
+"""A LoRA file as a table of low-rank changes: module -> change.
 
-The header is read when the file is opened; tensors are read one module at a time. A scale, alpha / rank, belongs to each module;
-it is kept beside the factors so that factors which need no scaling pass through untouched.
+The header is read when the file is opened; tensors are read one module at a time. A scale, alpha / rank, belongs to each change;
+it is kept beside the tensors so that those which need no scaling pass through untouched.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..algebra.factors import Factors, is_finite, scale
-from ..errors import ZitMergeError, not_available_yet
+from ..algebra import linear
+from ..algebra.delta import Delta, Kron, distance, norm
+from ..algebra.factors import Factors, hadamard, is_finite, whole
+from ..errors import ZitMergeError
 from ..zimage import MODULES
-from .metadata import adapter_scales
-from .names import Part, nearest_key, parse_key
+from .header import FULL, Change, Header, common_dtype
+from .metadata import Adapter
+from .names import nearest_key
+from .scales import Reading, Scales
 
 _ORDER = {name: i for i, name in enumerate(MODULES)}
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Where the change of one module is found in a file.
-
-    Attributes:
-        up, down: Keys of the factors.
-        scale: alpha / rank; 1 where the file has no alpha.
-        rank: Number of components.
-        shape: (out, in) of the change.
-        dtype: Of the factors; the wider one where they differ.
-        third: Which third of the rows of `up` this module owns in a fused qkv, else None.
-    """
-
-    up: str
-    down: str
-    scale: float
-    rank: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    third: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,70 +36,94 @@ class LoraFile:
 
     Attributes:
         path: The file.
-        pairs: Canonical module name -> where its factors are, in the model's order.
+        changes: Canonical module name -> where its change is, in the model's order; more than one where they add up.
         metadata: The file's own.
+        reading: The answers it was opened with.
+        adapter: The PEFT config that gave the scale, if one did.
         styles: The key styles found, the commonest first: `diffusion_model.* .lora_A.weight`.
-        skipped: Keys that are known and not merged (text encoder, auxiliary tensors).
+        skipped: Keys that are known and not merged (text encoder, auxiliary tensors, dropped vectors).
         unmatched: Keys that no rule explains.
-        alphas: Canonical module name -> alpha as stored, where there is one.
+        questions: What the file leaves open, a sentence each; a merge refuses it until they are answered.
+        remarks: What was decided for the user, a sentence each.
     """
 
     path: Path
-    pairs: Mapping[str, Pair]
+    changes: Mapping[str, tuple[Change, ...]]
     metadata: Mapping[str, str]
+    reading: Reading = Reading()
+    adapter: Adapter | None = None
     styles: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
-    alphas: Mapping[str, float] = field(default_factory=dict)
+    questions: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module -> rank of a LoRA's factors; for other algorithms the rank that a LoRA of the same change has at most."""
+        return {name: sum(c.rank for c in changes) for name, changes in self.changes.items()}
 
     @property
     def rank(self) -> int:
         """The largest rank of a module."""
-        return max(p.rank for p in self.pairs.values())
+        return max(self.ranks.values())
+
+    @property
+    def algorithms(self) -> dict[str, int]:
+        """Algorithm -> how many modules it changes, the commonest first."""
+        return dict(Counter(c.algorithm for changes in self.changes.values() for c in changes).most_common())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds every factor."""
-        return common_dtype(p.dtype for p in self.pairs.values())
+        """The dtype that holds every tensor."""
+        return common_dtype(c.dtype for changes in self.changes.values() for c in changes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Module -> (out, in)."""
-        return {name: pair.shape for name, pair in self.pairs.items()}
+        return {name: changes[0].shape for name, changes in self.changes.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.pairs)
+        return iter(self.changes)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.changes)
 
     def __contains__(self, module: object) -> bool:
-        return module in self.pairs
+        return module in self.changes
 
-    def __getitem__(self, module: str) -> Factors:
-        """The change of one module: up (out, r) with alpha / r folded in, down (r, in).
+    def __getitem__(self, module: str) -> Delta:
+        """The change of one module, alpha / rank folded in: Factors up (out, r), down (r, in), or a Kron where it is a LoKr.
 
         Raises:
             KeyError: The file does not change this module.
-            ZitMergeError: A factor is not finite, or the file can't be read.
+            ZitMergeError: The file leaves something open, a tensor is not finite, or the file can't be read.
         """
+        if self.questions:
+            raise ZitMergeError(f"{self.path}: {self.questions[0]}")
         with TensorReader(self) as tensors:
-            return scale(tensors.factors(module), self.pairs[module].scale)
+            scale, delta = tensors.delta(module)
+            return delta.times(scale)
 
     def sha256(self) -> str:
         """Hex SHA-256 of the tensor data, header left out: what CivitAI calls AutoV3 and kohya `sshs_model_hash`."""
-        digest = hashlib.sha256()
-        try:
-            with self.path.open("rb") as file:
-                header = int.from_bytes(file.read(8), "little")
-                if 8 + header > self.path.stat().st_size:
-                    raise ZitMergeError(f"{self.path}: is not a whole .safetensors file: copy or download it again")
-                file.seek(8 + header)
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        except OSError as e:
-            raise ZitMergeError(f"{self.path}: can't be read ({e.strerror}): check the disk and the file's permissions") from e
-        return digest.hexdigest()
+        return tensor_hash(self.path)
+
+
+def tensor_hash(path: Path) -> str:
+    """`LoraFile.sha256` of a file that need not be a LoRA."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            if 8 + header > path.stat().st_size:
+                raise ZitMergeError(f"{path}: is not a whole .safetensors file: copy or download it again")
+            file.seek(8 + header)
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as e:
+        raise ZitMergeError(f"{path}: can't be read ({e.strerror}): check the disk and the file's permissions") from e
+    return digest.hexdigest()
 
 
 class TensorReader:
@@ -142,22 +139,35 @@ class TensorReader:
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(None, None, None)
 
-    def factors(self, module: str) -> Factors:
-        """up (out, r) and down (r, in) as stored: no alpha, the file's dtype (float8 as float32).
+    def delta(self, module: str) -> tuple[float, Delta]:
+        """(alpha / rank, change as stored, float8 as float32).
 
         Raises:
-            ZitMergeError: A factor is not finite.
+            ZitMergeError: A tensor is not finite.
         """
-        pair = self._lora.pairs[module]
-        up, down = self._tensor(pair.up, pair.third), self._tensor(pair.down)
-        return Factors(up, down)
+        changes = self._lora.changes[module]
+        if len(changes) == 1:
+            return changes[0].scale, self.change(changes[0])
+        return 1.0, linear.sum([self.change(c).times(c.scale) for c in changes])
 
-    def _tensor(self, key: str, third: int | None = None) -> Tensor:
-        if third is None:
-            tensor = self._file.get_tensor(key)
-        else:
-            rows = self._file.get_slice(key).get_shape()[0] // 3
-            tensor = self._file.get_slice(key)[third * rows : (third + 1) * rows]
+    def change(self, change: Change) -> Factors | Kron:
+        """One change as stored, without its scale."""
+        get, keys, (out, _) = self.tensor, change.keys, change.shape
+        rows = None if change.third is None else (change.third * out, (change.third + 1) * out)
+        if change.algorithm == "LoRA":
+            return Factors(get(keys["up"], rows), get(keys["down"]))
+        if change.algorithm == FULL:
+            return whole(get(keys["diff"], rows))
+        if change.algorithm == "LoHa":
+            return hadamard(*(Factors(get(keys[f"w{i}_a"], rows), get(keys[f"w{i}_b"])) for i in (1, 2)))
+        left, right = (
+            whole(get(keys[w])) if w in keys else Factors(get(keys[f"{w}_a"]), get(keys[f"{w}_b"])) for w in ("w1", "w2")
+        )
+        return Kron(left, right).rows(*rows) if rows else Kron(left, right)
+
+    def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or some of its rows."""
+        tensor = self._file.get_slice(key)[rows[0] : rows[1]] if rows else self._file.get_tensor(key)
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()
         if not is_finite(tensor):
@@ -167,45 +177,108 @@ class TensorReader:
         return tensor
 
 
-def load_lora(path: str | Path) -> LoraFile:
-    """Opens a Z-Image LoRA of any trainer that stores pairs of factors. Reads the header and the alphas, not the factors.
+def load_lora(
+    path: str | Path,
+    *,
+    alpha: str | float | None = None,
+    qkv: str | None = None,
+    drop: Sequence[str] = (),
+    adapter: Adapter | None = None,
+) -> LoraFile:
+    """Opens a Z-Image LoRA of any trainer: pairs of factors, LoKr, LoHa, full differences.
+
+    Reads the header and the alphas; other tensors only where a module is changed twice.
 
     Args:
         path: A `.safetensors` file.
+        alpha: `key`, `metadata`, `none` or a number, where the file leaves it open (see `Reading`).
+        qkv: `split`, `fused` or `sum`, where a module is changed twice.
+        drop: `norm`, `bias`: changes of vectors to leave out.
+        adapter: The adapter's config from a recipe.
 
     Returns:
-        The file as a table module -> Factors; keys that no rule explains are listed in `unmatched`, not refused.
+        The file as a table module -> change; keys that no rule explains are listed in `unmatched`, what has to be decided in
+        `questions`.
 
     Raises:
-        ZitMergeError: The file can't be read, is pickled, holds another algorithm, or is no Z-Image LoRA.
+        ZitMergeError: The file can't be read, is pickled, needs the base model's weights, or is no Z-Image LoRA.
     """
-    path = Path(path)
-    with _open(path) as file:
-        parts = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
-        _refuse_foreign(path, parts)
-        groups = _group(path, parts)
-        pairs, alphas = {}, {}
-        for modules, keys in sorted(groups.items(), key=lambda item: _ORDER[item[0][0]]):
-            for name, pair, alpha in _pairs(path, file, modules, keys):
-                pairs[name] = pair
-                if alpha is not None:
-                    alphas[name] = alpha
-        metadata = dict(file.metadata() or {})
-    unmatched = tuple(sorted(k for k, p in parts.items() if p.part == "unknown"))
-    if not pairs:
-        raise ZitMergeError(_not_zimage(path, unmatched, len(parts)))
-    if len(alphas) < len(pairs):
-        _refuse_alpha_elsewhere(path, metadata, parts)
-    styles = Counter(p.style for p in parts.values() if p.part == "down")
+    reading = Reading(alpha, qkv, tuple(drop), adapter)
+    with _open(Path(path)) as file:
+        header = Header(Path(path), file)
+        lora = _read(header, reading)
+    return _settle_twins(lora)
+
+
+def _read(header: Header, reading: Reading) -> LoraFile:
+    for key, part in header.parts.items():
+        if part.part == "foreign":
+            raise header.error(
+                f"{key} is {part.algorithm}; {part.note}: train without it, or extract a plain LoRA from the trained model"
+            )
+    unmatched, groups = header.keys("unknown"), header.groups()
+    if not groups:
+        raise header.error(_not_zimage(unmatched, len(header.parts)))
+    scales = Scales(header, groups, reading)
+    changes: dict[str, list[Change]] = defaultdict(list)
+    for group in groups:
+        for name, change in header.changes(group, scales):
+            changes[name].append(change)
+    scales.conclude()
+    vectors = {kind: header.keys(kind) for kind in ("norm", "bias")}
+    open_vectors = [_vectors_left_open(kind, keys) for kind, keys in vectors.items() if keys and kind not in reading.drop]
+    styles = Counter(p.style for p in header.parts.values() if p.algorithm)
     return LoraFile(
-        path=path,
-        pairs=pairs,
-        metadata=metadata,
+        path=header.path,
+        changes={name: tuple(changes[name]) for name in sorted(changes, key=_ORDER.__getitem__)},
+        metadata=header.metadata,
+        reading=reading,
+        adapter=scales.adapter,
         styles=tuple(style for style, _ in styles.most_common()),
-        skipped=tuple(sorted(k for k, p in parts.items() if p.part == "skip")),
+        skipped=tuple(sorted((*header.keys("skip"), *(k for kind in reading.drop for k in vectors.get(kind, ()))))),
         unmatched=unmatched,
-        alphas=alphas,
+        questions=(*scales.questions, *open_vectors),
+        remarks=tuple(scales.remarks),
     )
+
+
+def _vectors_left_open(kind: str, keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 1} more change" if len(keys) > 1 else " changes"
+    return f"{keys[0]}{more} a {kind}, for which a LoRA file has no place: set drop: [{kind}] to merge the rest without it"
+
+
+def _settle_twins(lora: LoraFile) -> LoraFile:
+    """The file with one change for each module: of two equal ones one counts, of two different ones the user decides."""
+    twins = {name: changes for name, changes in lora.changes.items() if len(changes) > 1}
+    if not twins or lora.reading.qkv == "sum":
+        return lora
+    settled, equal, differ = dict(lora.changes), 0, []
+    with TensorReader(lora) as tensors:
+        for name, changes in twins.items():
+            split, fused = ([c for c in changes if c.native is native] for native in (False, True))
+            chosen = {"split": split, "fused": fused}.get(lora.reading.qkv, changes) or changes
+            if len(chosen) > 1 and all(_equal(tensors, chosen[0], c) for c in chosen[1:]):
+                chosen, equal = (split or chosen)[:1], equal + 1
+            if len(chosen) > 1:
+                differ.append((name, *(next(iter(c.keys.values())) for c in chosen[:2])))
+            settled[name] = tuple(chosen[:1])
+    questions, remarks = lora.questions, lora.remarks
+    if differ:
+        name, first, second = differ[0]
+        more = f", and {len(differ) - 1} more modules" if len(differ) > 1 else ""
+        sentence = f"changes {name} twice and differently, by {first} and by {second}{more}: set qkv: split, fused or sum"
+        questions = (*questions, sentence)
+    if equal:
+        remarks = (*remarks, f"{equal} modules stand there twice with equal changes, which count once")
+    return replace(lora, changes=settled, questions=questions, remarks=remarks)
+
+
+def _equal(tensors: TensorReader, a: Change, b: Change) -> bool:
+    """Whether two changes are one, to the rounding of their dtype."""
+    if a.shape != b.shape:
+        return False
+    x, y = (tensors.change(c).times(c.scale) for c in (a, b))
+    return distance(x, y) <= max(1e-5, *(torch.finfo(d).eps for d in (a.dtype, b.dtype))) * norm(x)
 
 
 def unmatched_error(lora: LoraFile, place: str) -> ZitMergeError:
@@ -216,12 +289,6 @@ def unmatched_error(lora: LoraFile, place: str) -> ZitMergeError:
         + (f", and {more} more such keys" if more else "")
         + ": set allow_unmatched: true to merge the rest without it"
     )
-
-
-def common_dtype(dtypes: Iterator[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that files have and that holds all of them; float32 for bfloat16 with float16, float8 and float64."""
-    distinct = {d if d in (torch.bfloat16, torch.float16) else torch.float32 for d in dtypes}
-    return distinct.pop() if len(distinct) == 1 else torch.float32
 
 
 def _open(path: Path):
@@ -251,97 +318,11 @@ def _is_pickle(path: Path) -> bool:
     return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(path)
 
 
-def _refuse_foreign(path: Path, parts: Mapping[str, Part]) -> None:
-    for key, part in parts.items():
-        if part.part == "foreign":
-            raise not_available_yet(f"{path}: reading {part.note} ({key})", "only LoRA pairs are merged so far")
-
-
-def _group(path: Path, parts: Mapping[str, Part]) -> dict[tuple[str, ...], dict[str, str]]:
-    """modules -> {up, down, alpha: key}; two sources for one module are an error."""
-    groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-    owner: dict[tuple[str, str], str] = {}
-    for key, part in parts.items():
-        for module in part.modules:
-            other = owner.setdefault((module, part.part), key)
-            if other != key:
-                raise not_available_yet(f"{path}: a file that changes {module} twice ({other} and {key})")
-        if part.modules:
-            groups[part.modules][part.part] = key
-    return groups
-
-
-def _pairs(
-    path: Path, file: safe_open, modules: tuple[str, ...], keys: Mapping[str, str]
-) -> Iterator[tuple[str, Pair, float | None]]:
-    """The Pair and alpha of each module of one group: one module, or the three of a fused qkv."""
-    if "up" not in keys or "down" not in keys:
-        raise _half_a_pair(path, keys)
-    up, down = file.get_slice(keys["up"]), file.get_slice(keys["down"])
-    dtypes = [_dtype(path, k, s.get_dtype()) for k, s in ((keys["up"], up), (keys["down"], down))]
-    shape_up, shape_down = up.get_shape(), down.get_shape()
-    if len(shape_up) != 2 or len(shape_down) != 2 or shape_up[1] != shape_down[0] or not shape_down[0]:
-        raise ZitMergeError(
-            f"{path}: {keys['up']} {shape_up} and {keys['down']} {shape_down} are not a pair (out, rank), (rank, in)"
-        )
-    rank, out = shape_down[0], shape_up[0]
-    if out % len(modules):
-        raise ZitMergeError(f"{path}: {keys['up']} has {out} rows, which can't be split into q, k and v of one size")
-    alpha = _alpha(path, file, keys["alpha"]) if "alpha" in keys else None
-    for i, name in enumerate(modules):
-        pair = Pair(
-            up=keys["up"],
-            down=keys["down"],
-            scale=1.0 if alpha is None else alpha / rank,
-            rank=rank,
-            shape=(out // len(modules), shape_down[1]),
-            dtype=common_dtype(iter(dtypes)),
-            third=i if len(modules) == 3 else None,
-        )
-        yield name, pair, alpha
-
-
-def _half_a_pair(path: Path, keys: Mapping[str, str]) -> ZitMergeError:
-    if "down" in keys:
-        return ZitMergeError(
-            f"{path}: {keys['down']} has no up factor beside it: half of the pair is missing, get a whole file; or these are the "
-            "full weight differences of AI-Toolkit's type: fullrank, reading them is not available yet"
-        )
-    there = keys.get("up") or keys["alpha"]
-    return ZitMergeError(f"{path}: {there} has no down factor beside it, half of the pair is missing: get a whole file")
-
-
-def _dtype(path: Path, key: str, name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ZitMergeError(f"{path}: {key} is stored as {name}, a LoRA's factors are floating point")
-    return DTYPES[name]
-
-
-def _alpha(path: Path, file: safe_open, key: str) -> float:
-    tensor = file.get_tensor(key)
-    if tensor.numel() != 1:
-        raise ZitMergeError(f"{path}: {key} has shape {list(tensor.shape)}, alpha is one number")
-    alpha = float(tensor)
-    if not math.isfinite(alpha):
-        raise ZitMergeError(f"{path}: {key} is {alpha}, so the LoRA has no defined strength: get a whole file")
-    if alpha == 0:
-        raise not_available_yet(f"{path}: {key} is 0, which trainers take for 'rank' and programs for 'nothing'; choosing one")
-    return alpha
-
-
-def _refuse_alpha_elsewhere(path: Path, metadata: Mapping[str, str], parts: Mapping[str, Part]) -> None:
-    """A scale that stands outside of the tensors must not be read as 1 in silence."""
-    if "lora_adapter_metadata" in metadata and adapter_scales(metadata) != {1.0}:
-        raise not_available_yet(f"{path}: alpha that stands only in the metadata (lora_adapter_metadata); using it")
-    if any(p.style.startswith("base_model.model.") for p in parts.values()):
-        raise not_available_yet(f"{path}: a PEFT adapter whose alpha stands in adapter_config.json; using it")
-
-
-def _not_zimage(path: Path, unmatched: tuple[str, ...], n_keys: int) -> str:
+def _not_zimage(unmatched: Sequence[str], n_keys: int) -> str:
     if not n_keys:
-        return f"{path}: holds no tensors"
+        return "holds no tensors"
     example = unmatched[0] if unmatched else "text-encoder keys only"
     return (
-        f"{path}: is no Z-Image LoRA, none of its {n_keys} keys names a part of Z-Image (e.g. {example}): "
+        f"is no Z-Image LoRA, none of its {n_keys} keys changes a part of Z-Image (e.g. {example}): "
         "it was trained for another model"
     )

@@ -1,6 +1,7 @@
-"""The file that every client reads, written tensor by tensor.
+"""LoRA files in the forms that programs read, written tensor by tensor.
 
-The form (measured against ComfyUI, diffusers 0.36 to 0.42, AI-Toolkit, musubi, InvokeAI, DiffSynth):
+The default, `ai-toolkit`, is the one that every client reads (measured against ComfyUI, diffusers 0.36 to 0.42, AI-Toolkit,
+musubi, InvokeAI, DiffSynth):
 
     diffusion_model.<diffusers module>.lora_A.weight   (r, in)
     diffusion_model.<diffusers module>.lora_B.weight   (out, r)
@@ -8,7 +9,7 @@ The form (measured against ComfyUI, diffusers 0.36 to 0.42, AI-Toolkit, musubi, 
 
 One rank r in every module (loaders up to diffusers 0.39 take one module's scale for all), alpha equal to it (some ignore it, some
 require it), q, k and v together and w1 with w3 (stable-diffusion.cpp and Nunchaku count them), layers.0.attention.to_k always
-(AI-Toolkit reads the rank there).
+(AI-Toolkit reads the rank there). The other forms hold the same modules under other names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,15 +27,53 @@ import torch
 from torch import Tensor
 
 from .. import zimage
+from ..algebra.factors import Factors
 from ..errors import ZitMergeError
 from ..zimage import MODULES
+from .names import native_name
 
-PREFIX = "diffusion_model."
 _TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3"))
-_ALWAYS = "layers.0.attention.to_k"
+ALWAYS = "layers.0.attention.to_k"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a form names things.
+
+    Attributes:
+        prefix: Of every key.
+        down, up: Endings of the keys of the factors.
+        alpha: Whether the file has alpha keys.
+        flat: Dots of module names become underscores.
+        native: The original checkpoint's names, q, k and v fused block by block.
+    """
+
+    prefix: str
+    down: str = ".lora_A.weight"
+    up: str = ".lora_B.weight"
+    alpha: bool = True
+    flat: bool = False
+    native: bool = False
+
+    def units(self, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Key stem -> the modules it holds, in the order of the modules."""
+        units: dict[str, tuple[str, ...]] = {}
+        for module in modules:
+            stem = native_name(module) if self.native else module
+            stem = self.prefix + (stem.replace(".", "_") if self.flat else stem)
+            units[stem] = (*units.get(stem, ()), module)
+        return units
+
+
+FORMS: Mapping[str, Form] = {
+    "ai-toolkit": Form("diffusion_model."),
+    "diffusers": Form("transformer.", alpha=False),  # with alpha, every diffusers refuses it
+    "kohya": Form("lora_unet_", ".lora_down.weight", ".lora_up.weight", flat=True),  # musubi
+    "comfyui": Form("diffusion_model.", ".lora_down.weight", ".lora_up.weight", native=True),  # as ComfyUI's SaveLoRA
+}
 
 
 def complete(modules: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
@@ -50,32 +90,33 @@ def complete(modules: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
             if module.section != "other" and module.component in together:
                 wanted |= {zimage.at(module.section, module.index, c).name for c in together}
     if "dim" in sizes:
-        wanted.add(_ALWAYS)
+        wanted.add(ALWAYS)
     return [name for name in MODULES if name in wanted]
 
 
-def up_key(module: str) -> str:
-    """Key of the (out, r) factor."""
-    return f"{PREFIX}{module}.lora_B.weight"
+def layout(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype, form: Form) -> Layout:
+    """key -> (dtype, shape) in the order of the file: alphas first, so that every tensor stays aligned to its size.
 
-
-def down_key(module: str) -> str:
-    """Key of the (r, in) factor."""
-    return f"{PREFIX}{module}.lora_A.weight"
-
-
-def alpha_key(module: str) -> str:
-    """Key of alpha."""
-    return f"{PREFIX}{module}.alpha"
-
-
-def layout(shapes: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> Layout:
-    """key -> (dtype, shape) in the order of the file: alphas first, so that every tensor stays aligned to its size."""
-    entries: Layout = {alpha_key(m): (torch.float32, ()) for m in shapes}
-    for module, (out, into) in shapes.items():
-        entries[down_key(module)] = (dtype, (rank, into))
-        entries[up_key(module)] = (dtype, (out, rank))
+    Args:
+        shapes: Module -> (out, in).
+        ranks: Module -> rank.
+        dtype: Of the factors.
+        form: One of FORMS.
+    """
+    units = form.units(shapes)
+    entries: Layout = {f"{stem}.alpha": (torch.float32, ()) for stem in units} if form.alpha else {}
+    for stem, modules in units.items():
+        rank = sum(ranks[m] for m in modules)
+        entries[stem + form.down] = (dtype, (rank, shapes[modules[0]][1]))
+        entries[stem + form.up] = (dtype, (sum(shapes[m][0] for m in modules), rank))
     return entries
+
+
+def fuse(parts: Sequence[Factors]) -> Factors:
+    """The changes of the modules of one unit as one: down stacked (sum r, in), up block-diagonal (sum out, sum r)."""
+    if len(parts) == 1:
+        return parts[0]
+    return Factors(torch.block_diag(*(p.up for p in parts)), torch.cat([p.down for p in parts]))
 
 
 def data_size(entries: Layout) -> int:

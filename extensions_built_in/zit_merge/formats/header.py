@@ -1,0 +1,242 @@
+"""The header of a LoRA file: which keys belong together, and what change of which module they are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import ZitMergeError
+from ..zimage import infer_sizes
+from .names import Part, parse_key
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+FULL = "full difference"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Where one change of one module is found in a file.
+
+    Attributes:
+        algorithm: LoRA, LoKr, LoHa or full difference.
+        keys: Part -> key: up, down; w1 or w1_a and w1_b, w2 or w2_a and w2_b; diff.
+        sizes: Part -> shape as stored.
+        scale: alpha / rank; 1 where alpha has no meaning.
+        rank: No change of this form has a higher one.
+        shape: (out, in) of the change.
+        dtype: Of the tensors; one that holds them all where they differ.
+        alpha: As stored, or None.
+        third: Which third of the rows this module owns in a fused qkv, else None.
+        native: Whether it stands under the original checkpoint's name where diffusers has another.
+    """
+
+    algorithm: str
+    keys: Mapping[str, str]
+    sizes: Mapping[str, tuple[int, ...]]
+    scale: float
+    rank: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    alpha: float | None = None
+    third: int | None = None
+    native: bool = False
+
+
+@dataclass
+class Group:
+    """The keys of one change under one name: of one module, or of the three of a fused qkv.
+
+    Attributes:
+        algorithm, keys, native: As in Change.
+        modules: Canonical names.
+        alpha: Key of alpha, if there is one.
+        prefix: Of the keys.
+    """
+
+    algorithm: str
+    modules: tuple[str, ...]
+    native: bool
+    prefix: str
+    alpha: str | None
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether alpha has a meaning: a LoKr of two whole factors and a full difference are not scaled (LyCORIS)."""
+        return self.algorithm in ("LoRA", "LoHa") or (self.algorithm == "LoKr" and not {"w1", "w2"} <= set(self.keys))
+
+
+Scale = Callable[[Group, str, int], tuple[float, "float | None"]]  # group, module, rank -> alpha / rank, alpha as stored
+
+
+def common_dtype(dtypes: Iterator[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that files have and that holds all of them; float32 for bfloat16 with float16, float8 and float64."""
+    distinct = {d if d in (torch.bfloat16, torch.float16) else torch.float32 for d in dtypes}
+    return distinct.pop() if len(distinct) == 1 else torch.float32
+
+
+class Header:
+    """The header of an open file.
+
+    Attributes:
+        path: The file.
+        metadata: The file's own.
+        parts: Key -> what it is.
+    """
+
+    def __init__(self, path: Path, file: safe_open):
+        self.path, self._file = path, file
+        self.metadata = dict(file.metadata() or {})
+        self.parts: dict[str, Part] = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+
+    def keys(self, part: str) -> tuple[str, ...]:
+        """The keys that are this, in order."""
+        return tuple(sorted(k for k, p in self.parts.items() if p.part == part))
+
+    def error(self, text: str) -> ZitMergeError:
+        """An error of this file."""
+        return ZitMergeError(f"{self.path}: {text}")
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor; integers are refused."""
+        name = self._file.get_slice(key).get_dtype()
+        if name not in DTYPES:
+            raise self.error(f"{key} is stored as {name}, a LoRA's tensors are floating point")
+        return DTYPES[name]
+
+    def alpha(self, key: str) -> float:
+        """An alpha as stored, finite or not."""
+        tensor = self._file.get_tensor(key)
+        if tensor.numel() != 1:
+            raise self.error(f"{key} has shape {list(tensor.shape)}, alpha is one number")
+        return float(tensor)
+
+    def groups(self) -> list[Group]:
+        """The changes of the file, each with its keys.
+
+        Raises:
+            ZitMergeError: Parts of a change are missing, or stand there twice under one name.
+        """
+        buckets: dict[tuple[tuple[str, ...], bool, str], dict[tuple[str, str], str]] = defaultdict(dict)
+        for key, part in self.parts.items():
+            if part.modules:
+                bucket = buckets[part.modules, part.native, part.prefix]
+                other = bucket.setdefault((part.algorithm, part.part), key)
+                if other != key:
+                    raise self.error(f"{part.modules[0]} has two {part.part} ({other} and {key}): keep one of them")
+        groups = []
+        for (modules, native, prefix), keys in buckets.items():
+            alpha = keys.pop(("", "alpha"), None)
+            if not keys:
+                raise self.error(f"{alpha} stands alone, what it scales is missing: get a whole file")
+            for algorithm in dict.fromkeys(a for a, _ in keys):
+                own = {part: key for (a, part), key in keys.items() if a == algorithm}
+                groups.append(Group(algorithm, modules, native, prefix, alpha, own))
+        self._find_whole_differences(groups)
+        return groups
+
+    def _find_whole_differences(self, groups: Sequence[Group]) -> None:
+        """AI-Toolkit's `type: fullrank` stores the whole difference as lora_A, without any lora_B in the file."""
+        downs = [g for g in groups if g.algorithm == "LoRA"]
+        if not downs or any("up" in g.keys for g in downs) or any(len(self.shape(g.keys["down"])) != 2 for g in downs):
+            return
+        try:
+            infer_sizes({g.modules[0]: self.shape(g.keys["down"]) for g in downs if len(g.modules) == 1})
+        except ValueError:
+            return  # thin ones: pairs without their other halves
+        for g in downs:
+            g.algorithm, g.keys = FULL, {"diff": g.keys["down"]}
+
+    def changes(self, group: Group, scale: Scale) -> Iterator[tuple[str, Change]]:
+        """(module, change) for the modules of a group.
+
+        Raises:
+            ZitMergeError: The tensors do not fit each other.
+        """
+        out, into, rank, inner = {"LoRA": self._lora, "LoKr": self._lokr, "LoHa": self._loha, FULL: self._full}[group.algorithm](
+            group.keys
+        )
+        if out % len(group.modules):
+            first = next(iter(group.keys.values()))
+            raise self.error(f"{first} has {out} rows, which can't be split into q, k and v of one size")
+        rows = out // len(group.modules)
+        for third, module in enumerate(group.modules):
+            factor, alpha = scale(group, module, inner)
+            yield (
+                module,
+                Change(
+                    algorithm=group.algorithm,
+                    keys=group.keys,
+                    sizes={part: self.shape(key) for part, key in group.keys.items()},
+                    scale=factor,
+                    rank=rank if group.algorithm == "LoRA" else min(rank, rows, into),
+                    shape=(rows, into),
+                    dtype=common_dtype(map(self.dtype, group.keys.values())),
+                    alpha=alpha,
+                    third=third if len(group.modules) > 1 else None,
+                    native=group.native,
+                ),
+            )
+
+    # Each of these gives (out, in, rank of the change at most, the r of alpha / r).
+
+    def _lora(self, keys: Mapping[str, str]) -> tuple[int, int, int, int]:
+        out, rank, into = self._pair(keys, "up", "down")
+        return out, into, rank, rank
+
+    def _loha(self, keys: Mapping[str, str]) -> tuple[int, int, int, int]:
+        (out, r1, into), (out2, r2, into2) = (self._pair(keys, f"w{i}_a", f"w{i}_b") for i in (1, 2))
+        if (out, into) != (out2, into2):
+            raise self.error(
+                f"{keys['w1_a']} is for a {out} x {into} matrix, {keys['w2_a']} for {out2} x {into2}: get a whole file"
+            )
+        return out, into, r1 * r2, r1
+
+    def _lokr(self, keys: Mapping[str, str]) -> tuple[int, int, int, int]:
+        (p, a, q), (s, b, t) = (self._matrix(keys, w) for w in ("w1", "w2"))
+        split = {w: r for w, r in (("w1", a), ("w2", b)) if w not in keys}
+        if len(set(split.values())) > 1:
+            raise self.error(f"{keys['w1_a']} has rank {a}, {keys['w2_a']} has rank {b}: alpha / rank has no meaning")
+        return p * s, q * t, a * b, next(iter(split.values()), 1)
+
+    def _full(self, keys: Mapping[str, str]) -> tuple[int, int, int, int]:
+        shape = self.shape(keys["diff"])
+        if len(shape) != 2:
+            raise self.error(f"{keys['diff']} has shape {list(shape)}, the difference of a weight is a matrix")
+        return *shape, min(shape), 1
+
+    def _matrix(self, keys: Mapping[str, str], name: str) -> tuple[int, int, int]:
+        """(rows, rank, columns) of a Kronecker factor, whole or as a product."""
+        if name not in keys:
+            return self._pair(keys, f"{name}_a", f"{name}_b")
+        shape = self.shape(keys[name])
+        if len(shape) != 2:
+            raise self.error(f"{keys[name]} has shape {list(shape)}, a Kronecker factor of a linear layer is a matrix")
+        return shape[0], min(shape), shape[1]
+
+    def _pair(self, keys: Mapping[str, str], up: str, down: str) -> tuple[int, int, int]:
+        """(out, rank, in) of two factors."""
+        for here, missing in ((up, down), (down, up)):
+            if missing not in keys:
+                there = keys.get(here) or next(iter(keys.values()))
+                raise self.error(f"{there} has no {missing} factor beside it, half of the pair is missing: get a whole file")
+        a, b = self.shape(keys[up]), self.shape(keys[down])
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
+            raise self.error(f"{keys[up]} {list(a)} and {keys[down]} {list(b)} are not a pair (out, rank), (rank, in)")
+        return a[0], a[1], b[1]

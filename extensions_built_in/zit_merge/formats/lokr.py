@@ -1,0 +1,78 @@
+"""A LoKr that is only weighed and stays a LoKr (`save: {keep_lokr: true}`).
+
+As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
+`.alpha` = r where a factor is a product. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Kron
+from ..algebra.factors import Factors, single
+from .header import Change
+from .reader import LoraFile, TensorReader
+from .writer import FORMS, Layout
+
+_FORM = FORMS["ai-toolkit"]
+
+
+def why_not(lora: LoraFile) -> str | None:
+    """Why a file can't stay a LoKr; None if it can."""
+    if "LoKr" not in lora.algorithms:
+        return f"{lora.path.name} holds no LoKr"
+    for module, changes in lora.changes.items():
+        change = changes[0]
+        if len(changes) > 1 or change.algorithm not in ("LoKr", "LoRA"):
+            return f"{lora.path.name} changes {module} as a {change.algorithm}"
+        if change.algorithm == "LoKr" and change.third is not None and _rows(change, "w1", "w1_a") % 3:
+            return f"{lora.path.name} fuses q, k and v of {module} in a way that no Kronecker product splits"
+    return None
+
+
+def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
+    """The tensors of the output, alphas first."""
+    alphas: Layout = {}
+    entries: Layout = {}
+    for module, (change, *_) in lora.changes.items():
+        stem = _FORM.prefix + module
+        if change.algorithm == "LoRA" or "w1" not in change.sizes or "w2" not in change.sizes:
+            alphas[f"{stem}.alpha"] = (torch.float32, ())
+        for part, shape in change.sizes.items():
+            if change.third is not None and part in ("w1", "w1_a", "up"):
+                shape = (shape[0] // 3, *shape[1:])
+            entries[f"{stem}{_suffix(part)}"] = (dtype, shape)
+    return alphas | entries
+
+
+def tensors(lora: LoraFile, reader: TensorReader, module: str, strength: float) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of one module in the order of the layout, unrounded, without alpha."""
+    change = lora.changes[module][0]
+    delta = reader.change(change).times(strength * change.scale)
+    parts = _lokr_parts(delta) if isinstance(delta, Kron) else {"up": delta.up, "down": delta.down}
+    for part in change.sizes:
+        yield f"{_FORM.prefix}{module}{_suffix(part)}", parts[part]
+
+
+def alpha(change: Change) -> float:
+    """alpha = r, so that the scale is 1."""
+    return float(next(change.sizes[p][1] for p in ("up", "w1_a", "w2_a") if p in change.sizes))
+
+
+def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
+    parts = {}
+    for name, factor in zip(("w1", "w2"), delta, strict=True):
+        whole: Factors = factor.map(single)
+        parts |= {name: whole.up @ whole.down, f"{name}_a": factor.up, f"{name}_b": factor.down}
+    return parts
+
+
+def _rows(change: Change, *parts: str) -> int:
+    return next(change.sizes[p][0] for p in parts if p in change.sizes)
+
+
+def _suffix(part: str) -> str:
+    return {"up": _FORM.up, "down": _FORM.down}.get(part, f".lokr_{part}")

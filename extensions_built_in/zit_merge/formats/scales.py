@@ -1,0 +1,124 @@
+"""alpha / rank: where a file says it, and what to do where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .header import Group, Header
+from .metadata import Adapter, read_adapter
+
+ADAPTER_KEY = "lora_adapter_metadata"  # diffusers, SimpleTuner
+ADAPTER_FILE = "adapter_config.json"  # peft save_pretrained
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The user's answers to what a file leaves open.
+
+    Attributes:
+        alpha: `key`, `metadata`, `none` (alpha is the rank), or a number for every module; None takes the key where there is
+            one, else the metadata, else none.
+        qkv: Where a module is changed twice, under diffusers' name and under the fused one: `split`, `fused` or `sum`.
+        drop: `norm`, `bias`: changes of vectors, which no LoRA can hold, are left out.
+        adapter: From a recipe: what lora_adapter_metadata or adapter_config.json said when it was made.
+    """
+
+    alpha: str | float | None = None
+    qkv: str | None = None
+    drop: Sequence[str] = ()
+    adapter: Adapter | None = None
+
+
+class Scales:
+    """The scale of every change of a file.
+
+    Attributes:
+        adapter: The PEFT config that gives scales here, if one does.
+        questions, remarks: As in LoraFile.
+    """
+
+    def __init__(self, header: Header, groups: Sequence[Group], reading: Reading):
+        self._header, self._reading = header, reading
+        self._zeros: list[str] = []
+        self._negative = 0
+        self._adapter_scales: set[float] = set()
+        self.questions: list[str] = []
+        self.remarks: list[str] = []
+        scaled = [g for g in groups if g.is_scaled]
+        self.adapter = self._find_adapter(scaled)
+        if reading.alpha == "key" and scaled and not any(g.alpha for g in scaled):
+            self.questions.append("alpha: key was asked for, but the file has no alpha keys: use metadata, none or a number")
+
+    def _find_adapter(self, scaled: Sequence[Group]) -> Adapter | None:
+        """The adapter's config, where the keys do not say alpha or where it was asked for."""
+        asked = self._reading.alpha == "metadata"
+        missing = self._reading.alpha is None and any(g.alpha is None for g in scaled)
+        if not asked and not missing:
+            return None
+        if self._reading.adapter:
+            return self._reading.adapter
+        is_peft = any(g.prefix.startswith("base_model.model.") for g in scaled)
+        beside = self._header.path.with_name(ADAPTER_FILE)
+        try:
+            if ADAPTER_KEY in self._header.metadata:
+                return read_adapter(self._header.metadata[ADAPTER_KEY], ADAPTER_KEY)
+            if (is_peft or self._header.path.name == "adapter_model.safetensors") and beside.is_file():
+                return read_adapter(beside.read_text(encoding="utf-8"), ADAPTER_FILE)
+        except (ValueError, OSError) as e:
+            self.questions.append(
+                f"alpha stands outside of the tensors, but {e}: set alpha: none (alpha is the rank) or a number"
+            )
+            return None
+        if asked:
+            self.questions.append(
+                f"alpha: metadata was asked for, but there is no {ADAPTER_KEY} in the file and no {ADAPTER_FILE} beside it: "
+                "use key, none or a number"
+            )
+        elif is_peft:
+            self.questions.append(
+                f"a PEFT adapter's alpha stands in {ADAPTER_FILE}, which is not beside the file: put it there, or set "
+                "alpha: none (alpha is the rank) or a number"
+            )
+        return None
+
+    def __call__(self, group: Group, module: str, rank: int) -> tuple[float, float | None]:
+        """(alpha / rank, alpha as stored) of one module of a group."""
+        stored = self._header.alpha(group.alpha) if group.alpha else None
+        if not group.is_scaled:
+            return 1.0, stored  # AI-Toolkit writes 9999999999 there, which is inf in fp16
+        asked = self._reading.alpha
+        if asked == "none" or isinstance(asked, int | float):
+            return (1.0 if asked == "none" else asked / rank), stored
+        if stored is None or asked == "metadata":
+            scale = self.adapter.scale(module, rank) if self.adapter else 1.0
+            self._adapter_scales.add(scale)
+            return scale, stored
+        if not math.isfinite(stored):
+            raise self._header.error(
+                f"{group.alpha} is {stored}, so the LoRA has no defined strength: get a whole file, or set alpha: none (alpha is "
+                "the rank) or a number"
+            )
+        if stored == 0 and asked is None and group.alpha not in self._zeros:
+            self._zeros.append(group.alpha)
+        self._negative += stored < 0
+        return stored / rank, stored
+
+    def conclude(self) -> None:
+        """Adds what was seen while the scales were asked for to `questions` and `remarks`."""
+        if self._zeros:
+            more = f" and {len(self._zeros) - 1} more" if len(self._zeros) > 1 else ""
+            self.questions.append(
+                f"{self._zeros[0]}{more} is 0, which trainers take for alpha = rank and programs for no effect: "
+                "set alpha: none (alpha is the rank) or alpha: key (no effect)"
+            )
+        if self._negative:
+            self.remarks.append(f"alpha is negative in {self._negative} modules, its sign is kept")
+        if self.adapter and self._adapter_scales - {1.0}:
+            low, high = min(self._adapter_scales), max(self._adapter_scales)
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            self.remarks.append(
+                f"alpha stands only in {self.adapter.source}: alpha / rank = {span} is applied, as diffusers and PEFT do; "
+                "ComfyUI takes 1 (alpha: none does the same here)"
+            )
