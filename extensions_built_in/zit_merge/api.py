@@ -11,6 +11,7 @@ from .config import TRAINED, parse_section
 from .errors import ZitMergeError
 from .execute import pick_device, run_plans
 from .formats.reader import LoraFile
+from .hub import HUB_PREFIX
 from .plan import StepPlan, plan_section
 from .sources import Site, user_path
 
@@ -23,11 +24,12 @@ class Merge:
 
     section: Mapping[str, Any]
 
-    def plan(self, path: str | Path) -> StepPlan:
+    def plan(self, path: str | Path, *, may_download: bool = False) -> StepPlan:
         """What `save` would do: strengths, rank, shapes, size.
 
         Args:
             path: The output.
+            may_download: Fetch what is not in the local cache of the hub.
 
         Raises:
             ZitMergeError: The merge can't be done; the message says why.
@@ -36,7 +38,8 @@ class Merge:
         if path.suffix != ".safetensors":
             raise ZitMergeError(f"{path}: the output is a .safetensors file: give it that ending")
         section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
-        return plan_section(section, Site(job="merge", place="", output_dir=path.parent, file=path))[0]
+        site = Site(job="merge", place="", output_dir=path.parent, file=path, may_download=may_download)
+        return plan_section(section, site)[0]
 
     def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:
         """Writes the merged LoRA; a file that another merge of this name wrote is replaced, any other is refused.
@@ -51,7 +54,7 @@ class Merge:
         Raises:
             ZitMergeError: Nothing was written; the message says why.
         """
-        ((_, written),) = run_plans([self.plan(path)], pick_device(self.section["device"]), tick)
+        ((_, written),) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
         return written
 
 
@@ -60,6 +63,9 @@ def merge(
     *,
     rank: int | str = "exact",
     dtype: str = "bf16",
+    format: str = "ai-toolkit",  # noqa: A002 - as in the config
+    uniform: bool = True,
+    keep_lokr: bool = False,
     device: str = "auto",
     method: str = "sum",
     shapes: str = "strict",
@@ -69,11 +75,14 @@ def merge(
     """The sum of several LoRAs, each with its strengths: sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i for each module.
 
     Args:
-        loras: (LoRA, ratio) or (LoRA, {"ratio": ..., "blocks": ..., "layers": ..., "effects": ..., "overrides": ...}); the LoRA
-            is what `load_lora` gave, or a path.
+        loras: (LoRA, ratio) or (LoRA, {"ratio": ..., "preset": ..., "blocks": ..., "layers": ..., "effects": ...,
+            "overrides": ...}); the LoRA is what `load_lora` gave, a path, or hf:user/repo/file.safetensors.
         rank: `exact` (ranks add up, nothing is lost), a number (the closest approximation of that rank) or `same` (the largest
-            rank among the inputs).
+            rank among LoRAs).
         dtype: `bf16`, `fp16`, `fp32` or `same` (as the inputs).
+        format: `ai-toolkit` (every program reads it), `diffusers`, `kohya` or `comfyui`.
+        uniform: One rank in every module; False keeps each module's own.
+        keep_lokr: A single LoKr stays a LoKr.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         method: `sum`.
         shapes: `strict` (the real Z-Image) or `free` (any one consistent set of sizes).
@@ -86,13 +95,21 @@ def merge(
     Raises:
         ZitMergeError: From `plan` and `save`, with what is wrong and where.
     """
-    entries = []
-    for lora, weight in loras:
-        path = lora.path if isinstance(lora, LoraFile) else Path(lora)
-        entries.append({"lora": str(path.absolute()), **(weight if isinstance(weight, Mapping) else {"ratio": weight})})
-    step = {"rank": rank, "method": method, "save": {"dtype": dtype}, "loras": entries, "shapes": shapes}
+    entries = [{**_source(lora), **(weight if isinstance(weight, Mapping) else {"ratio": weight})} for lora, weight in loras]
+    save = {"dtype": dtype, "format": format, "uniform": uniform, "keep_lokr": keep_lokr}
+    step = {"rank": rank, "method": method, "save": save, "loras": entries, "shapes": shapes}
     step |= {"allow_unmatched": allow_unmatched, "confirm_size": confirm_size}
     return Merge({"type": "zit_merge", "device": device, "steps": [step]})
+
+
+def _source(lora: LoraFile | str | Path) -> dict[str, Any]:
+    """A LoRA as a config names it, with the answers that it was opened with."""
+    if str(lora).startswith(HUB_PREFIX):
+        return {"lora": str(lora)}
+    if not isinstance(lora, LoraFile):
+        return {"lora": str(Path(lora).absolute())}
+    answers = {key: value for key in ("alpha", "qkv") if (value := getattr(lora.reading, key)) is not None}
+    return {"lora": str(lora.path.absolute()), **answers, "drop": list(lora.reading.drop)}
 
 
 def step_name(path: Path) -> str:

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
     inspect.add_argument("--json", action="store_true")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
+    inspect.add_argument("--presets", action="store_true", help="list the presets")
 
     recipe = add("recipe", _recipe, "print the section that made a file, as YAML that `run` takes")
     recipe.add_argument("file", type=Path)
@@ -100,15 +101,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:
-    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    merge.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
     merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
     merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
     for flag in _WEIGHT_FLAGS:
         merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
     merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    merge.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
+    merge.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
+    merge.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
+    merge.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
     merge.add_argument("--rank", default="exact", help="exact (default), same or a number")
     merge.add_argument("--method", default="sum")
     merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
     merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
     merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
@@ -149,7 +156,7 @@ def _run(args: argparse.Namespace) -> None:
         named = [(i, s) for i, s in sections if args.step in {step.name for step in s.steps}]
         sections = named or sections[:1]
     for index, section in sections:
-        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras)
+        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run)
         plans = plan_section(section, site, only=args.step)
         device = pick_device(section.device)
         _execute(args, plans, device)
@@ -170,15 +177,18 @@ def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> Non
             _say(args, done_text(plan, path))
 
 
+_MERGE_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
+
+
 def _merge(args: argparse.Namespace) -> None:
     from .api import merge
     from .execute import pick_device
 
     weights = _merge_weights(args)
     rank = int(args.rank) if args.rank.isdecimal() else args.rank
-    settings = {key: getattr(args, key) for key in ("dtype", "device", "method", "shapes", "allow_unmatched", "confirm_size")}
+    settings = {key: getattr(args, key) for key in _MERGE_SETTINGS}
     settled = merge(list(zip(args.files, weights, strict=True)), rank=rank, **settings)
-    _execute(args, [settled.plan(args.out)], pick_device(args.device))
+    _execute(args, [settled.plan(args.out, may_download=not args.dry_run)], pick_device(args.device))
 
 
 def _merge_weights(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -195,10 +205,23 @@ def _merge_weights(args: argparse.Namespace) -> list[dict[str, Any]]:
         if (values := getattr(args, flag)) is not None:
             for weight, value in zip(weights, each(flag, values), strict=True):
                 weight["blocks"][flag] = value
+    for flag in ("preset", "alpha", "qkv"):
+        if (values := getattr(args, flag)) is not None:
+            for weight, value in zip(weights, each(flag, values), strict=True):
+                weight[flag] = _number_or_word(value)
+    for weight in weights:
+        weight["drop"] = args.drop
     if args.layers is not None:
         for weight, spec in zip(weights, each("layers", args.layers), strict=True):
             weight["layers"] = _layer_spec(spec)
     return weights
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _layer_spec(spec: str) -> dict[str, float | list[float]]:
@@ -238,10 +261,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .report.tables import describe, inspect_text, methods_text
+    from .report.inspect import describe, inspect_text
+    from .report.tables import methods_text, presets_text
 
-    if args.methods:
-        _say(args, methods_text())
+    if args.methods or args.presets:
+        _say(args, "\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
         return
     if len(args.files) != 1:
         raise not_available_yet("comparing several files") if args.files else ZitMergeError("inspect: name a LoRA file")

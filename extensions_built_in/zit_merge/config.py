@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .algebra.methods import METHODS
 from .errors import ZitMergeError, nearest, not_available_yet
+from .presets import expand
 from .weights import Weights
 
 PROCESS_TYPE = "zit_merge"
@@ -24,14 +26,12 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _LATER: Mapping[str, tuple[str, ...]] = {
     "section": ("preview", "sweep", "ablate", "bake", "train_fixes"),
     "step": ("checkpoints", "preview", "sweep", "ablate", "bake", "train_fixes"),
-    "lora": ("preset", "alpha", "qkv", "drop"),
-    "save": ("keep_lokr", "uniform"),
 }
 _LATER_METHODS = (
     *("average", "normalize", "slerp", "nuslerp", "karcher", "ties", "dare_linear", "dare_ties", "della"),
     *("tsv", "project", "shared_once"),
 )
-_LATER_FORMATS = ("diffusers", "kohya", "comfyui")
+FORMATS = ("ai-toolkit", "diffusers", "kohya", "comfyui")
 
 
 def _rank(value: object) -> object:
@@ -41,6 +41,13 @@ def _rank(value: object) -> object:
     if (whole and value >= 1) or value in ("exact", "same"):
         return value
     raise ValueError(f"must be exact, same or a whole number from 1, not {value!r}")
+
+
+def _alpha(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value in ("key", "metadata", "none") or (number and isfinite(value) and value != 0):
+        return value
+    raise ValueError(f"must be key, metadata, none (alpha is the rank) or a number other than 0, not {value!r}")
 
 
 def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeValidator:
@@ -57,7 +64,10 @@ def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeVali
 
 
 Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), (), "dtype")]
-Format = Annotated[str, _choice(("ai-toolkit",), _LATER_FORMATS, "format")]
+Format = Annotated[str, _choice(FORMATS, (), "format")]
+Alpha = Annotated[str | float, BeforeValidator(_alpha)]
+Qkv = Annotated[str, _choice(("split", "fused", "sum"), (), "qkv")]
+Vector = Annotated[str, _choice(("norm", "bias"), (), "drop")]
 Method = Annotated[str, _choice(METHODS, _LATER_METHODS, "method")]
 Rank = Annotated[int | str, BeforeValidator(_rank)]
 Table = dict[str, float]
@@ -74,24 +84,36 @@ class Save(_Model):
 
     dtype: Dtype = "bf16"
     format: Format = "ai-toolkit"
+    uniform: bool = True
+    keep_lokr: bool = False
 
 
 class Lora(_Model):
-    """One LoRA of a step, with its strength keys. `sha256`, `strengths`, `unmatched` stand in recipes."""
+    """One LoRA of a step, with its strength keys. `sha256`, `strengths`, `unmatched`, `adapter` stand in recipes."""
 
     lora: str
     ratio: float
+    preset: str | None = None
     blocks: Table = {}
     layers: Depths = {}
     effects: Table = {}
     overrides: Table = {}
+    alpha: Alpha | None = None
+    qkv: Qkv | None = None
+    drop: list[Vector] = []
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     strengths: dict[str, list[float]] | None = None
     unmatched: list[str] | None = None
+    adapter: dict[str, Any] | None = None
+
+    def tables(self, place: str) -> dict[str, Any]:
+        """blocks, layers, effects and overrides, on top of those of the preset."""
+        own = {key: getattr(self, key) for key in ("blocks", "layers", "effects", "overrides")}
+        return expand(self.preset, own, place) if self.preset else own
 
     def weights(self, place: str) -> Weights:
         """The strength keys, with the place they stand at."""
-        return Weights(self.ratio, self.blocks, self.layers, self.effects, self.overrides, place)
+        return Weights(self.ratio, **self.tables(place), place=place)
 
 
 class _Settings(_Model):
@@ -205,14 +227,8 @@ def _refuse_later(raw: Mapping[str, Any], place: str) -> None:
                 raise not_available_yet(_join(at, key))
 
     refuse(raw, "section", place)
-    refuse(raw.get("save"), "save", _join(place, "save"))
     for i, step in enumerate(raw.get("steps") if isinstance(raw.get("steps"), list) else ()):
-        at = _join(place, f"steps[{i}]")
-        refuse(step, "step", at)
-        if isinstance(step, Mapping):
-            refuse(step.get("save"), "save", f"{at}.save")
-            for j, lora in enumerate(step.get("loras") if isinstance(step.get("loras"), list) else ()):
-                refuse(lora, "lora", f"{at}.loras[{j}]")
+        refuse(step, "step", _join(place, f"steps[{i}]"))
 
 
 def _check_names(steps: Sequence[Step], place: str) -> None:
@@ -250,7 +266,7 @@ _HOST_KEYS = (
     "trigger_word",
     "training_folder",
 )
-_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched")
+_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter")
 
 
 def _sentence(error: ValidationError, place: str) -> str:

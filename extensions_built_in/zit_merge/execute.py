@@ -11,14 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .algebra.factors import Factors, is_finite, pad, scale
+from .algebra.delta import Delta
+from .algebra.factors import Factors, is_finite, pad
 from .algebra.methods import METHODS
 from .algebra.rounding import to_dtype
 from .algebra.truncate import truncate
 from .errors import ZitMergeError
-from .formats import writer
-from .formats.reader import LoraFile, TensorReader, load_lora
+from .formats import lokr, writer
+from .formats.reader import TensorReader, load_lora, tensor_hash
 from .plan import DTYPE_NAMES, StepPlan
 
 Tick = Callable[[StepPlan, int], None]  # called after each module with the number done; may raise to stop
@@ -46,7 +48,7 @@ def run_plans(
         for plan in plans:
             for source in plan.hashed:
                 if source not in hashes:
-                    hashes[source] = pool.submit(LoraFile(source, {}, {}).sha256)
+                    hashes[source] = pool.submit(tensor_hash, source)
             path = _run(plan, hashes, device, tick)
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
@@ -56,19 +58,43 @@ def run_plans(
 
 
 def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> Path:
-    loras = [i.lora or load_lora(i.path) for i in plan.inputs]
     with _threads(plan), contextlib.ExitStack() as files:
-        readers = [files.enter_context(TensorReader(lora)) for lora in loras]
+        readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
         with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
-            for module in plan.shapes:
-                out.write(writer.alpha_key(module), torch.tensor(float(plan.rank)))
-            for done, module in enumerate(plan.shapes, 1):
-                merged = _finish(_merge(plan, module, loras, readers, device), plan, module)
-                out.write(writer.down_key(module), merged.down)
-                out.write(writer.up_key(module), merged.up)
-                tick(plan, done)
+            if plan.kept:
+                _weigh(plan, readers[0], out, tick)
+            else:
+                _write(plan, readers, device, out, tick)
             files.close()  # Windows replaces no file that is mapped
             return out.finish(plan.metadata({path: hashes[path].result() for path in plan.hashed}), publish=plan.spec.keep)
+
+
+def _write(plan: StepPlan, readers: Sequence[TensorReader], device: torch.device, out: writer.LoraWriter, tick: Tick) -> None:
+    """Merges and writes module after module."""
+    form, done = plan.form, 0
+    units = form.units(plan.shapes)
+    if form.alpha:
+        for stem, modules in units.items():
+            out.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
+    for stem, modules in units.items():
+        merged = writer.fuse([_finish(_merge(plan, module, readers, device), plan, module) for module in modules])
+        out.write(stem + form.down, merged.down)
+        out.write(stem + form.up, merged.up)
+        done += len(modules)
+        tick(plan, done)
+
+
+def _weigh(plan: StepPlan, reader: TensorReader, out: writer.LoraWriter, tick: Tick) -> None:
+    """Writes a LoKr that stays one."""
+    lora, strengths = plan.kept, plan.inputs[0].strengths
+    for key, (_, shape) in plan.layout().items():
+        if shape == ():
+            module = key.removeprefix(writer.FORMS["ai-toolkit"].prefix).removesuffix(".alpha")
+            out.write(key, torch.tensor(lokr.alpha(lora.changes[module][0])))
+    for done, module in enumerate(lora, 1):
+        for key, tensor in lokr.tensors(lora, reader, module, strengths[module]):
+            out.write(key, _checked(tensor.to(plan.dtype), plan, module))
+        tick(plan, done)
 
 
 @contextlib.contextmanager
@@ -76,7 +102,7 @@ def _threads(plan: StepPlan) -> Iterator[None]:
     """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
     beside the hashes only cost time."""
     before = torch.get_num_threads()
-    if max(plan.stacked.values()) <= plan.rank:
+    if max(plan.stacked.values()) <= plan.rank or plan.kept:
         torch.set_num_threads(1)
     try:
         yield
@@ -84,33 +110,32 @@ def _threads(plan: StepPlan) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _merge(
-    plan: StepPlan, module: str, loras: Sequence[LoraFile], readers: Sequence[TensorReader], device: torch.device
-) -> Factors | None:
+def _merge(plan: StepPlan, module: str, readers: Sequence[TensorReader], device: torch.device) -> Delta | None:
     """The method's answer for one module; None where no input changes it."""
     deltas = []
-    for i, lora, reader in zip(plan.inputs, loras, readers, strict=True):
+    for i, reader in zip(plan.inputs, readers, strict=True):
         if i.counts(module):
-            stored = reader.factors(module)
-            deltas.append(
-                scale(Factors(stored.up.to(device), stored.down.to(device)), i.strengths[module] * lora.pairs[module].scale)
-            )
+            alpha_over_rank, stored = reader.delta(module)
+            deltas.append(stored.map(lambda t: t.to(device)).times(i.strengths[module] * alpha_over_rank))
     return METHODS[plan.spec.method](deltas, **plan.spec.params) if deltas else None
 
 
-def _finish(merged: Factors | None, plan: StepPlan, module: str) -> Factors:
+def _finish(merged: Delta | None, plan: StepPlan, module: str) -> Factors:
     """The factors as they are written: at the file's rank, in its dtype, on the CPU."""
-    out, into = plan.shapes[module]
+    rank, (out, into) = plan.ranks[module], plan.shapes[module]
     if merged is None:
-        return Factors(torch.zeros(out, plan.rank, dtype=plan.dtype), torch.zeros(plan.rank, into, dtype=plan.dtype))
-    if merged.rank > plan.rank:
-        merged = truncate(merged, plan.rank)
-    rounded = to_dtype(merged, plan.dtype)
-    if not (is_finite(rounded.up) and is_finite(rounded.down)):
+        return Factors(torch.zeros(out, rank, dtype=plan.dtype), torch.zeros(rank, into, dtype=plan.dtype))
+    factors = truncate(merged, rank) if merged.rank > rank else merged.expand()
+    rounded = to_dtype(factors, plan.dtype)
+    return pad(rounded.map(lambda t: _checked(t.cpu(), plan, module)), rank)
+
+
+def _checked(tensor: Tensor, plan: StepPlan, module: str) -> Tensor:
+    if not is_finite(tensor):
         name = DTYPE_NAMES[plan.dtype]
         cure = "save it as bf16 or fp32" if plan.dtype == torch.float16 else "use smaller strengths"
         raise ZitMergeError(f"{plan.path.name}: {module} is too large for {name}: {cure}")
-    return pad(Factors(rounded.up.cpu(), rounded.down.cpu()), plan.rank)
+    return tensor
 
 
 def _clear(part: Path) -> None:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, hub
 from .config import Lora, Section, Step
 from .errors import ZitMergeError, nearest
-from .formats import writer
-from .formats.metadata import made_by, merged_metadata
-from .formats.reader import LoraFile, common_dtype, load_lora, unmatched_error
+from .formats import lokr, writer
+from .formats.header import common_dtype
+from .formats.metadata import Adapter, adapter_metadata, dumps, kohya_metadata, made_by, merged_metadata, read_adapter
+from .formats.reader import LoraFile, load_lora, unmatched_error
+from .notes import notes
 from .recipe import recipe_of
 from .sources import Site, check_writable, resolve, trained_step, user_path
 from .training import Outline
 from .weights import compact, strengths
-from .zimage import GROUPS, MODULES, REAL_SIZES, canonical_component, infer_sizes
+from .zimage import MODULES, REAL_SIZES, infer_sizes
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
@@ -42,9 +44,10 @@ class Input:
         label: Its name in recipes and tables: a file name, or the name of an earlier step.
         outline: Ranks, shapes, dtype.
         strengths: Module -> strength, for all of Z-Image.
-        lora: The opened file; None for an earlier step's, or for a training still to come.
-        step: It is the output of this earlier step.
         path: Where the file is or will be.
+        lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
+        step: It is the output of this earlier step.
+        source: What a recipe calls it, where that is not its label.
     """
 
     spec: Lora
@@ -54,6 +57,7 @@ class Input:
     path: Path
     lora: LoraFile | None = None
     step: StepPlan | None = None
+    source: str = ""
 
     def counts(self, module: str) -> bool:
         """Whether it changes the output at this module."""
@@ -75,7 +79,7 @@ class StepPlan:
         spec: The step as the config has it.
         inputs: In the order of the config.
         shapes: Module -> (out, in) of every module written, in the model's order; empty while the sizes are not known.
-        rank: Of every module written.
+        ranks: Module -> rank, of every module written; the same throughout unless `uniform: false`.
         stacked: Module -> components before truncation.
         dtype: Of the factors written.
         path: The output.
@@ -87,7 +91,7 @@ class StepPlan:
     spec: Step
     inputs: tuple[Input, ...]
     shapes: Mapping[str, tuple[int, int]]
-    rank: int
+    ranks: Mapping[str, int]
     stacked: Mapping[str, int]
     dtype: torch.dtype
     path: Path
@@ -100,6 +104,16 @@ class StepPlan:
         return self.spec.name
 
     @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(self.ranks.values(), default=0)
+
+    @property
+    def kept(self) -> LoraFile | None:
+        """The LoKr that stays one, if the step only weighs it."""
+        return self.inputs[0].lora if self.spec.save.keep_lokr else None
+
+    @property
     def lies_at(self) -> Path:
         """Where later steps of the run find it: a step that is not kept never gets its final name."""
         return self.path if self.spec.keep else writer.part_path(self.path)
@@ -107,12 +121,20 @@ class StepPlan:
     @property
     def outline(self) -> Outline:
         """What later steps can know of it."""
-        modules = self.shapes or self.stacked
-        return Outline(dict.fromkeys(modules, self.rank), self.shapes, self.dtype)
+        if self.spec.save.keep_lokr:
+            return replace(self.inputs[0].outline, dtype=self.dtype)
+        return Outline(self.ranks, self.shapes, self.dtype)
+
+    @property
+    def form(self) -> writer.Form:
+        """How the output names things."""
+        return writer.FORMS[self.spec.save.format]
 
     def layout(self) -> writer.Layout:
         """The tensors of the output, in order."""
-        return writer.layout(self.shapes, self.rank, self.dtype)
+        if self.kept:
+            return lokr.layout(self.kept, self.dtype)
+        return writer.layout(self.shapes, self.ranks, self.dtype, self.form)
 
     @cached_property
     def hashed(self) -> list[Path]:
@@ -124,7 +146,12 @@ class StepPlan:
     def metadata(self, hashes: Mapping[Path, str]) -> dict[str, str]:
         """The output's metadata, once the inputs' hashes are known."""
         used = [(i.label.removesuffix(".safetensors"), i.metadata()) for i in self.inputs if any(map(i.counts, i.outline.ranks))]
-        return merged_metadata(self.path.stem, recipe_of(self, hashes), __version__, used)
+        merged = merged_metadata(self.path.stem, recipe_of(self, hashes), __version__, used)
+        if self.kept:
+            return merged
+        if self.spec.save.format == "kohya":
+            merged |= kohya_metadata(self.ranks)
+        return merged | ({} if self.spec.save.uniform else adapter_metadata(self.ranks))
 
     @cached_property
     def draft(self) -> dict[str, str]:
@@ -185,27 +212,67 @@ def _plan_step(
     stacked = {
         m: sum(i.outline.ranks[m] for i in inputs if i.counts(m)) for m in MODULES if any(m in i.outline.ranks for i in inputs)
     }
-    exact = max([1, *stacked.values()])
-    rank = {"exact": exact, "same": max(max(i.outline.ranks.values()) for i in inputs)}.get(step.rank, step.rank)
     known = all(i.outline.shapes for i in inputs)
+    _check_rank(step, inputs, known, place)
+    if known:
+        stacked = {m: min(n, *MODULES[m].shape(sizes)) for m, n in stacked.items()}
     shapes = {m: MODULES[m].shape(sizes) for m in writer.complete(stacked, sizes)} if known else {}
-    dtype = _DTYPES.get(step.save.dtype) or common_dtype(i.outline.dtype for i in inputs)
+    if step.save.keep_lokr:
+        shapes = {m: shape for m, shape in shapes.items() if m in stacked}
     plan = StepPlan(
-        site.job,
-        step,
-        inputs,
-        shapes,
-        min(rank, exact),
-        stacked,
-        dtype,
-        site.output(step),
-        notes=_notes(step, inputs, stacked, rank, exact, site),
+        job=site.job,
+        spec=step,
+        inputs=inputs,
+        shapes=shapes,
+        ranks=_ranks(step, inputs, shapes or stacked, stacked),
+        stacked=stacked,
+        dtype=_DTYPES.get(step.save.dtype) or common_dtype(i.outline.dtype for i in inputs),
+        path=site.output(step),
     )
+    plan = replace(plan, notes=notes(plan, site.prefix))
     if shapes:
         size = writer.header_size(plan.layout(), plan.draft) + writer.data_size(plan.layout())
         plan = replace(plan, bytes=size)
     _check_output(plan, site, place)
     return plan
+
+
+def _check_rank(step: Step, inputs: Sequence[Input], known: bool, place: str) -> None:
+    """Raises where a rank, or keep_lokr, has no meaning for these inputs."""
+    other = next((i for i in inputs if not i.outline.is_lora), None)
+    if step.save.keep_lokr:
+        asked = (len(inputs), step.method, step.rank, step.save.format, step.save.uniform)
+        if asked != (1, "sum", "exact", "ai-toolkit", True):
+            raise ZitMergeError(
+                f"{place}.save.keep_lokr: only one LoKr that is weighed can stay a LoKr, without method, rank, format or "
+                "uniform: drop them, or keep_lokr"
+            )
+        lora, outline = inputs[0].lora, inputs[0].outline
+        reason = lokr.why_not(lora) if lora else None if "LoKr" in outline.algorithms else f"{inputs[0].label} is no LoKr"
+        if reason:
+            raise ZitMergeError(f"{place}.save.keep_lokr: {reason}: drop keep_lokr")
+    elif other and step.rank == "same":
+        what = "/".join(a for a in other.outline.algorithms if a != "LoRA")
+        raise ZitMergeError(
+            f"{place}.rank: same is the rank of LoRAs, {other.label} is a {what}: give a number, such as rank: 64"
+        )
+    elif other and step.rank == "exact" and not known and not step.confirm_size:
+        what = "/".join(a for a in other.outline.algorithms if a != "LoRA")
+        raise ZitMergeError(
+            f"{place}.rank: {other.label} is a {what}, which takes the full rank of the model to hold exactly: set rank: 64"
+            + (", or save: {keep_lokr: true} to weigh it alone" if what == "LoKr" and len(inputs) == 1 else "")
+            + ", or confirm_size: true if you want it so"
+        )
+
+
+def _ranks(step: Step, inputs: Sequence[Input], modules: Iterable[str], stacked: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every module written: what was asked for, as far as the inputs hold it."""
+    most = {"exact": None, "same": max((i.outline.rank for i in inputs), default=1)}.get(step.rank, step.rank)
+    ranks = {m: max(1, min(n for n in (most, stacked.get(m, 0)) if n is not None)) for m in modules}
+    largest = max(ranks.values(), default=1)
+    if step.save.uniform:
+        return dict.fromkeys(ranks, largest)
+    return ranks | ({writer.ALWAYS: largest} if writer.ALWAYS in ranks else {})  # AI-Toolkit reads its rank there
 
 
 def _sizes(inputs: Sequence[Input], mode: str, place: str) -> Mapping[str, int]:
@@ -234,7 +301,7 @@ def _sizes(inputs: Sequence[Input], mode: str, place: str) -> Mapping[str, int]:
 def _plan_input(
     spec: Lora, step: Step, site: Site, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
 ) -> Input:
-    table = strengths(spec.weights(place))
+    table = _strengths(spec, place)
     if spec.strengths is not None:
         _check_table(spec, table, place)
     if not spec.sha256 and (earlier := plans.get(spec.lora)):
@@ -243,16 +310,49 @@ def _plan_input(
         raise ZitMergeError(f"{place}.lora: {spec.lora} is this step or a later one: a step can use only the steps before it")
     path = resolve(spec, site, f"{place}.lora", section, before_training)
     if path is None:
-        path = site.training.file(trained_step(spec.lora))
-        return Input(spec, path.name, site.training.outline(step.shapes), table, path)
+        return _plan_absent(spec, step, site, table)
     for earlier in plans.values():
         if path.resolve() in {target.resolve() for target in earlier.targets()}:
             raise ZitMergeError(f"{place}.lora: {spec.lora} is what the step {earlier.name} writes: use lora: {earlier.name}")
-    lora = load_lora(path)
+    lora = load_lora(path, alpha=spec.alpha, qkv=spec.qkv, drop=spec.drop, adapter=_recorded(spec, place))
     if lora.unmatched and not step.allow_unmatched:
         raise unmatched_error(lora, f"{place}.lora")
-    label = Path(spec.lora).name if spec.sha256 else path.name
-    return Input(spec, label, Outline({n: p.rank for n, p in lora.pairs.items()}, lora.shapes, lora.dtype), table, path, lora)
+    if lora.questions:
+        raise ZitMergeError(f"{place}: {lora.path.name} {lora.questions[0]}")
+    outline = Outline(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
+    if spec.lora.startswith(hub.HUB_PREFIX):
+        file = hub.parse(spec.lora, place)
+        pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
+        return Input(spec, file.name, outline, table, path, lora, source=pinned)
+    return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, outline, table, path, lora)
+
+
+def _strengths(spec: Lora, place: str) -> dict[str, float]:
+    try:
+        return strengths(spec.weights(place))
+    except ZitMergeError as e:
+        if spec.preset and "overlap" in str(e):  # one of the two may be a key that the user never typed
+            raise ZitMergeError(f"{e} (the preset {spec.preset} has entries of its own there)") from None
+        raise
+
+
+def _plan_absent(spec: Lora, step: Step, site: Site, table: Mapping[str, float]) -> Input:
+    """What a training will save, or what the hub has and nobody has fetched."""
+    if spec.lora.startswith(hub.HUB_PREFIX):
+        name = hub.parse(spec.lora, site.place).name
+        return Input(spec, name, Outline({}, {}, torch.bfloat16), table, Path(name))
+    path = site.training.file(trained_step(spec.lora))
+    return Input(spec, path.name, site.training.outline(step.shapes, spec.drop), table, path)
+
+
+def _recorded(spec: Lora, place: str) -> Adapter | None:
+    """The adapter's config that a recipe carries."""
+    if spec.adapter is None:
+        return None
+    try:
+        return read_adapter(dumps(spec.adapter), "the recipe")
+    except ValueError as e:
+        raise ZitMergeError(f"{place}.adapter: {e}: take the recipe from the file again") from None
 
 
 def _check_table(spec: Lora, table: Mapping[str, float], place: str) -> None:
@@ -263,35 +363,6 @@ def _check_table(spec: Lora, table: Mapping[str, float], place: str) -> None:
         )
 
 
-def _notes(step: Step, inputs: Sequence[Input], stacked: Mapping[str, int], rank: int, exact: int, site: Site) -> tuple[str, ...]:
-    notes = []
-    if site.prefix != "merged_":
-        notes.append(
-            f"the file is called {site.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {site.job}"
-        )
-    if rank > exact:
-        notes.append(f"rank {rank} was asked for, {exact} holds everything: nothing is cut")
-    if step.rank != "exact" and rank < exact:
-        notes.append(f"rank {exact} holds everything, the best approximation of rank {rank} is written")
-    for i in inputs:
-        if i.lora and i.lora.skipped:
-            notes.append(
-                f"{i.label}: {len(i.lora.skipped)} keys outside of the transformer are left out ({i.lora.skipped[0]} ...)"
-            )
-        if i.lora and i.lora.unmatched:
-            notes.append(f"{i.label}: {len(i.lora.unmatched)} unknown keys are left out: {', '.join(i.lora.unmatched[:3])}")
-        if not any(map(i.counts, i.outline.ranks)):
-            notes.append(f"{i.label}: every strength is 0, it has no effect")
-        present = {MODULES[m].component for m in i.outline.ranks}
-        for key in i.spec.blocks:
-            if not present & {canonical_component(key), *GROUPS.get(key, ())}:
-                notes.append(f"{i.label}: has no {key}, so its weight there has no effect")
-    silent = sum(1 for n in stacked.values() if n == 0)
-    if silent:
-        notes.append(f"{silent} of {len(stacked)} modules have strength 0 throughout and are written as zeros")
-    return tuple(notes)
-
-
 def _check_output(plan: StepPlan, site: Site, place: str) -> None:
     if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
         raise ZitMergeError(
@@ -300,7 +371,8 @@ def _check_output(plan: StepPlan, site: Site, place: str) -> None:
     if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         raise ZitMergeError(
             f"{place}: {plan.path.name} would take {plan.bytes / 1e9:.1f} GB at rank {plan.rank}: set rank: 64, "
-            "or confirm_size: true if you want it so"
+            + ("save: {keep_lokr: true} to keep it a LoKr, " if _could_stay(plan) else "")
+            + "or confirm_size: true if you want it so"
         )
     if plan.spec.copy_to:
         if not plan.spec.keep:
@@ -320,6 +392,12 @@ def _check_output(plan: StepPlan, site: Site, place: str) -> None:
             if i.path.exists() and target.exists() and i.path.samefile(target):
                 raise ZitMergeError(f"{place}: {target} is both an input and the output: give the step another name")
         _check_ours(target, plan, place)
+
+
+def _could_stay(plan: StepPlan) -> bool:
+    """Whether keep_lokr would do for this step."""
+    only = plan.inputs[0] if len(plan.inputs) == 1 and plan.spec.rank == "exact" else None
+    return bool(only and "LoKr" in only.outline.algorithms and (not only.lora or not lokr.why_not(only.lora)))
 
 
 def _check_ours(target: Path, plan: StepPlan, place: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import __version__
-from .config import PROCESS_TYPE
+from .config import PROCESS_TYPE, Save
 from .weights import compact
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[s
     spec = plan.spec
     step: dict[str, Any] = {"name": spec.name}
     step |= {"keep": False} if feeds else {"file": plan.path.name}
-    step |= {"method": spec.method, "rank": spec.rank, "save": spec.save.model_dump()}
+    step |= {"method": spec.method, "rank": spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
         step["shapes"] = spec.shapes
     if spec.allow_unmatched:
@@ -50,14 +50,20 @@ def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[s
     steps[spec.name] = step
 
 
+def _save(save: Save) -> dict[str, Any]:
+    """dtype and format always, the rest where it was asked for."""
+    return {"dtype": save.dtype, "format": save.format} | save.model_dump(exclude_defaults=True)
+
+
 def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"lora": i.label}
+    entry: dict[str, Any] = {"lora": i.source or i.label}
     if i.lora:
         entry["sha256"] = hashes[i.lora.path]
     entry["ratio"] = i.spec.ratio
-    for key in ("blocks", "layers", "effects", "overrides"):
-        if value := getattr(i.spec, key):
-            entry[key] = value
+    entry |= {key: value for key, value in i.spec.tables("").items() if value}  # a preset's entries are written out
+    entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
+    if i.lora and i.lora.adapter:
+        entry["adapter"] = i.lora.adapter.record()
     entry["strengths"] = compact(i.strengths)
     if i.lora and i.lora.unmatched:
         entry["unmatched"] = list(i.lora.unmatched)

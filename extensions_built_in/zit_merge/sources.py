@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import hub
 from .config import PICKLES, TRAINED, Lora, Section, Step
-from .errors import ZitMergeError, nearest, not_available_yet
-from .formats.reader import LoraFile
+from .errors import ZitMergeError, nearest
+from .formats.reader import tensor_hash
 from .jobfile import Job
 from .training import Training, training_before
 
@@ -32,6 +33,7 @@ class Site:
         lora_folders: `--loras`: where inputs are looked for by name and hash.
         prefix: What output names begin with.
         file: The one output, where it was named (`merge -o`).
+        may_download: Whether sources on the Hugging Face hub may be fetched; else only the local cache is looked at.
     """
 
     job: str
@@ -42,6 +44,7 @@ class Site:
     lora_folders: Sequence[Path] = ()
     prefix: str = "merged_"
     file: Path | None = None
+    may_download: bool = False
 
     def output(self, step: Step) -> Path:
         """The file that a step writes."""
@@ -54,7 +57,13 @@ class Site:
 
 
 def make_site(
-    job: Job, index: int, section: Section, *, output_dir: str | None = None, lora_folders: Sequence[Path] = ()
+    job: Job,
+    index: int,
+    section: Section,
+    *,
+    output_dir: str | None = None,
+    lora_folders: Sequence[Path] = (),
+    may_download: bool = False,
 ) -> Site:
     """Finds the training before a section, the folder for its output, and names that the toolkit will leave alone.
 
@@ -64,6 +73,7 @@ def make_site(
         section: The section.
         output_dir: Overrides the section's.
         lora_folders: Where inputs are looked for by hash.
+        may_download: Whether sources on the hub may be fetched.
     """
     training = training_before(job.name, job.processes, index)
     # A job of ours alone has a folder of its own too, where a training of that name may come to look for checkpoints.
@@ -80,7 +90,7 @@ def make_site(
         if not place.is_dir():
             raise ZitMergeError(f"--loras {place}: is not a folder: mend the path")
     folder = user_path(chosen, f"{job.place(index)}.output_dir".lstrip("."))
-    site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders)
+    site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders, may_download=may_download)
     for prefix in _PREFIXES:
         named = replace(site, prefix=prefix)
         if not any(home.claims(named.output(s)) for home in homes for s in section.steps):
@@ -126,12 +136,12 @@ def trained_step(source: str) -> int | None:
 
 
 def resolve(spec: Lora, site: Site, place: str, section: Section, before_training: bool) -> Path | None:
-    """The file of a source; None for a training still to come."""
+    """The file of a source; None for a training still to come, and for a file on the hub that may not be fetched now."""
     source = spec.lora
     if re.fullmatch(rf"{TRAINED}(@\d+)?", source) and not spec.sha256:
         return _resolve_trained(source, site, place, before_training)
-    if source.startswith("hf:"):
-        raise not_available_yet(f"{place}: a source on the Hugging Face hub", "download the file and give its path")
+    if source.startswith(hub.HUB_PREFIX):
+        return _resolve_hub(spec, site, place)
     if source.lower().endswith(PICKLES):
         raise ZitMergeError(
             f"{place}: {source} is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read"
@@ -139,7 +149,8 @@ def resolve(spec: Lora, site: Site, place: str, section: Section, before_trainin
     if not source.lower().endswith(".safetensors"):
         names = (TRAINED, *(s.name for s in section.steps))
         raise ZitMergeError(
-            f"{place}: {source} is neither {TRAINED}, nor an earlier step{nearest(source, names)}, nor a .safetensors file"
+            f"{place}: {source} is neither {TRAINED}, nor an earlier step{nearest(source, names)}, nor a .safetensors file, nor "
+            "hf:user/repo/file.safetensors"
         )
     wanted = user_path(source, place)
     candidates = list(dict.fromkeys(user_path(folder / wanted, place) for folder in site.folders))
@@ -170,10 +181,25 @@ def _resolve_trained(source: str, site: Site, place: str, before_training: bool)
     return path
 
 
+def _resolve_hub(spec: Lora, site: Site, place: str) -> Path | None:
+    """A file of the hub; one that a recipe names by its hash may also lie in a folder of --loras."""
+    file = hub.parse(spec.lora, place)
+    if spec.sha256 and site.lora_folders:
+        with contextlib.suppress(ZitMergeError):
+            return _resolve_hash(spec.sha256, file.name, [folder / file.name for folder in site.lora_folders], site, place)
+    path = hub.download(file, place) if site.may_download else hub.cached(file)
+    if path and spec.sha256 and tensor_hash(path) != spec.sha256:
+        raise ZitMergeError(
+            f"{place}: {spec.lora} does not hold the tensors of the recipe (sha256 {spec.sha256[:12]}...): find the file that it "
+            "was made from and name its folder with --loras"
+        )
+    return path
+
+
 def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site, place: str) -> Path:
     for path in _hash_candidates(name, candidates, site):
         with contextlib.suppress(ZitMergeError):  # what else lies in the folder may be broken
-            if LoraFile(path, {}, {}).sha256() == sha256:
+            if tensor_hash(path) == sha256:
                 return path
     raise ZitMergeError(
         f"{place}: no file with the tensors of {name} (sha256 {sha256[:12]}...) is at hand: name its folder with --loras"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from .config import PROCESS_TYPE
 from .errors import ZitMergeError, not_available_yet
-from .zimage import MODULES
+from .formats.header import FULL
+from .zimage import MODULES, Module
 
 # toolkit/train_tools.py get_torch_dtype; SaveConfig's default is float16 (toolkit/config_modules.py)
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -30,11 +32,23 @@ class Outline:
         ranks: Module -> rank.
         shapes: Module -> (out, in); empty while only the rank is known.
         dtype: Of the factors.
+        algorithms: LoRA, LoKr, LoHa, full difference: what changes its modules.
     """
 
     ranks: Mapping[str, int]
     shapes: Mapping[str, tuple[int, int]]
     dtype: torch.dtype
+    algorithms: Collection[str] = ("LoRA",)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values(), default=1)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether every rank is that of factors as a trainer chose it."""
+        return set(self.algorithms) <= {"LoRA"}
 
 
 @dataclass(frozen=True)
@@ -93,35 +107,64 @@ class Training:
                 f"max_step_saves_to_keep {keep} leave {kept}"
             )
 
-    def outline(self, shapes: str) -> Outline:
+    def outline(self, shapes: str, drop: Collection[str] = ()) -> Outline:
         """What it will save, as far as the config tells.
 
         Args:
             shapes: `strict`: the model is the real Z-Image; `free`: its sizes are not known before.
+            drop: What the merge will leave out: `norm`, `bias`.
 
         Raises:
-            ZitMergeError: It saves no LoRA, or one that can't be read yet.
+            ZitMergeError: It saves no LoRA, or one that can't be merged.
         """
         network = self.config.get("network")
         if not isinstance(network, Mapping):
             raise ZitMergeError(f"{self.place}: trains no LoRA (it has no network:), so there is no `trained` to merge")
-        kind = str(network.get("type") or "lora").lower()
-        if kind != "lora":
-            raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora")
-        rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
         arch = _table(self.config, "model").get("arch")
         if arch is not None and not str(arch).startswith("zimage"):
             raise ZitMergeError(
                 f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
             )
+        kind = str(network.get("type") or "lora").lower()
         extras = {**network, **_table(network, "network_kwargs")}
-        for key in ("all_layers", "full_if_contains", "dora"):
-            if extras.get(key):
-                raise not_available_yet(f"{self.place}.network: merging what {key} trains", "train without it")
-        names = [m.name for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
+        if kind == "dora" or extras.get("dora"):
+            raise ZitMergeError(
+                f"{self.place}.network: a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: "
+                "train with type: lora or lokr"
+            )
+        names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
+        whole = extras.get("full_if_contains") or []  # toolkit/lora_special.py: these become .diff and .diff_b
+        whole = [whole] if isinstance(whole, str) else [str(word) for word in whole]
+        lost = [v for v in ("norm", "bias") if v not in drop] if extras.get("all_layers") or whole else []
+        if lost:
+            key = "all_layers" if extras.get("all_layers") else "full_if_contains"
+            raise ZitMergeError(
+                f"{self.place}.network.{key}: trains norms or biases too, for which a LoRA file has no place: set "
+                f"drop: [{', '.join(lost)}] beside lora: trained to merge the rest, or train without it"
+            )
+        ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
+        algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
         dtype = _DTYPES.get(str(_table(self.config, "save").get("dtype") or "float16"), torch.float16)
-        real = {name: MODULES[name].shape() for name in names}
-        return Outline(dict.fromkeys(names, rank), real if shapes == "strict" else {}, dtype)
+        return Outline(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
+
+    def _rank(self, module: Module, kind: str, network: Mapping[str, Any], whole: bool) -> int:
+        """The rank that the change of a module will have at most, in the real model's sizes."""
+        out, into = module.shape()
+        rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
+        if whole or kind == "fullrank":
+            return min(out, into)
+        if kind == "lora":
+            return rank
+        if kind != "lokr":
+            raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora or lokr")
+        factor = network.get("lokr_factor", -1)
+        if not isinstance(factor, int) or isinstance(factor, bool):
+            raise ZitMergeError(f"{self.place}.network.lokr_factor: must be a whole number, not {factor!r}")
+        (p, s), (q, t) = _factorization(out, factor), _factorization(into, factor)
+        # toolkit/models/lokr.py: w2 is a product where the rank is under half of its longer side; lokr_full_rank never is
+        if network.get("lokr_full_rank", True) or rank >= max(s, t) / 2:
+            rank = min(s, t)
+        return min(p, q) * rank
 
     def claims(self, path: Path) -> bool:
         """Whether the toolkit would take a file or folder for a checkpoint of the job, to resume from or to delete.
@@ -151,6 +194,16 @@ def training_before(job: str, processes: Sequence[Any], index: int) -> Training 
         if isinstance(process, Mapping) and process.get("type") != PROCESS_TYPE and process.get("training_folder"):
             return Training(f"process[{i}]", job, process)
     return None
+
+
+def _factorization(size: int, factor: int) -> tuple[int, int]:
+    """How AI-Toolkit's LoKr splits a side (toolkit/models/lokr.py factorization): the divisors nearest to its root, the smaller
+    one first and not above `factor`; a factor that divides comes first as it is."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    small = max((d for d in range(1, isqrt(size) + 1) if size % d == 0 and d <= limit), default=1)
+    return small, size // small
 
 
 def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         self._job = Job(job.name, processes, _config_folder(job, process_id, config))
         check_twins(self._job)
         self._section = parse_section(config, self._job.place(process_id), first=process_id == 0)
-        self._site = make_site(self._job, process_id, self._section)
+        self._site = make_site(self._job, process_id, self._section, may_download=True)
         if self._section.device != "auto":
             pick_device(self._section.device)
         plans = plan_section(self._section, self._site, before_training=self._site.training is not None)

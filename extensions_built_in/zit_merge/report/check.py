@@ -6,27 +6,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from ..algebra.factors import Factors, distance, norm, scale, stack
+from ..algebra import linear
+from ..algebra.delta import Delta, distance, norm
+from ..algebra.factors import wide
 from ..formats.reader import TensorReader, load_lora
 from ..plan import StepPlan
 
 
-def wanted(plan: StepPlan) -> Iterator[tuple[str, list[tuple[float, Factors]]]]:
-    """(module, [(strength with alpha / rank, factors as stored)]) for every module that an input changes."""
-    loras = [i.lora or load_lora(i.path) for i in plan.inputs]
+def wanted(plan: StepPlan) -> Iterator[tuple[str, Delta | None]]:
+    """(module, sum of strength * alpha / rank * change in float64) for every module written; None where no input changes it."""
     with ExitStack() as files:
-        readers = [files.enter_context(TensorReader(lora)) for lora in loras]
+        readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
         for module in plan.shapes:
-            yield (
-                module,
-                [
-                    (i.strengths[module] * lora.pairs[module].scale, reader.factors(module))
-                    for i, lora, reader in zip(plan.inputs, loras, readers, strict=True)
-                    if i.counts(module)
-                ],
-            )
+            parts = []
+            for i, reader in zip(plan.inputs, readers, strict=True):
+                if i.counts(module):
+                    scale, stored = reader.delta(module)
+                    parts.append(stored.map(wide).times(i.strengths[module] * scale))
+            yield module, linear.sum(parts) if parts else None
 
 
 def residuals(plan: StepPlan, path: Path) -> dict[str, float]:
@@ -37,24 +34,17 @@ def residuals(plan: StepPlan, path: Path) -> dict[str, float]:
     out = load_lora(path)
     with TensorReader(out) as written:
         found = {}
-        for module, parts in wanted(plan):
-            got = scale(written.factors(module), out.pairs[module].scale)
-            if not parts:
-                found[module] = norm(got)
-                continue
-            want = stack([Factors(x.up.double() * s, x.down.double()) for s, x in parts])
-            size = norm(want)
-            found[module] = distance(Factors(got.up.double(), got.down.double()), want) / size if size else norm(got)
+        for module, want in wanted(plan):
+            scale, stored = written.delta(module)
+            got = stored.map(wide).times(scale)
+            size = norm(want) if want else 0.0
+            found[module] = distance(got, want) / size if size else norm(got)
     return found
 
 
 def dense_residual(plan: StepPlan, path: Path, module: str) -> float:
     """The same for one module the plain way: every delta multiplied out in float64, summed, compared."""
-    out = load_lora(path)
-    got = out[module]
-    want = torch.zeros(plan.shapes[module], dtype=torch.float64)
-    for name, parts in wanted(plan):
-        if name == module:
-            for s, x in parts:
-                want += s * (x.up.double() @ x.down.double())
-    return float((got.up.double() @ got.down.double() - want).norm() / want.norm())
+    got = load_lora(path)[module].map(wide).expand()
+    want = next(delta for name, delta in wanted(plan) if name == module).expand()
+    dense = want.up @ want.down
+    return float((got.up @ got.down - dense).norm() / dense.norm())
