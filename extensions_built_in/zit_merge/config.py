@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .algebra.methods import METHODS
 from .errors import ZitMergeError, nearest, not_available_yet
+from .formats.scales import ALPHA_FORMS, TWINS, VECTORS, is_alpha
 from .presets import expand
 from .weights import Weights
 
@@ -44,10 +44,9 @@ def _rank(value: object) -> object:
 
 
 def _alpha(value: object) -> object:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value in ("key", "metadata", "none") or (number and isfinite(value) and value != 0):
-        return value
-    raise ValueError(f"must be key, metadata, none (alpha is the rank) or a number other than 0, not {value!r}")
+    if not is_alpha(value):
+        raise ValueError(f"must be {ALPHA_FORMS}, not {value!r}")
+    return value
 
 
 def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeValidator:
@@ -66,8 +65,8 @@ def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeVali
 Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), (), "dtype")]
 Format = Annotated[str, _choice(FORMATS, (), "format")]
 Alpha = Annotated[str | float, BeforeValidator(_alpha)]
-Qkv = Annotated[str, _choice(("split", "fused", "sum"), (), "qkv")]
-Vector = Annotated[str, _choice(("norm", "bias"), (), "drop")]
+Qkv = Annotated[str, _choice(TWINS, (), "qkv")]
+Vector = Annotated[str, _choice(VECTORS, (), "drop")]
 Method = Annotated[str, _choice(METHODS, _LATER_METHODS, "method")]
 Rank = Annotated[int | str, BeforeValidator(_rank)]
 Table = dict[str, float]

@@ -15,6 +15,11 @@ def not_available_yet(what: str, instead: str = "") -> ZitMergeError:
     return ZitMergeError(f"{what} is not available yet in this version of zit_merge" + (f"; {instead}" if instead else ""))
 
 
+def counted(number: int, what: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the known word that looks most like `word`, else ''.
 

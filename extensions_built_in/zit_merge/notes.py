@@ -46,7 +46,7 @@ def _of_rank(plan: StepPlan) -> list[str]:
         readers = {
             "diffusers": "diffusers, ComfyUI and InvokeAI, not by Forge Neo's or DiffSynth's loaders",
             "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
-            "comfyui": "ComfyUI and Forge Neo, not by diffusers, AI-Toolkit or Nunchaku",
+            "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
         }
         found.append(f"format {save.format} is read by {readers[save.format]}; ai-toolkit is read by all")
     return found

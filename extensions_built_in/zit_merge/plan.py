@@ -151,7 +151,8 @@ class StepPlan:
             return merged
         if self.spec.save.format == "kohya":
             merged |= kohya_metadata(self.ranks)
-        return merged | ({} if self.spec.save.uniform else adapter_metadata(self.ranks))
+        has_reader = not self.spec.save.uniform and not self.form.native  # diffusers; it reads no fused names
+        return merged | (adapter_metadata(self.ranks) if has_reader else {})
 
     @cached_property
     def draft(self) -> dict[str, str]:
@@ -318,7 +319,7 @@ def _plan_input(
     if lora.unmatched and not step.allow_unmatched:
         raise unmatched_error(lora, f"{place}.lora")
     if lora.questions:
-        raise ZitMergeError(f"{place}: {lora.path.name} {lora.questions[0]}")
+        raise ZitMergeError(f"{place}: {lora.path.name}: {lora.questions[0]}")
     outline = Outline(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
     if spec.lora.startswith(hub.HUB_PREFIX):
         file = hub.parse(spec.lora, place)

@@ -109,6 +109,12 @@ class Header:
         """An error of this file."""
         return ZitMergeError(f"{self.path}: {text}")
 
+    def broken(self, text: str) -> ZitMergeError:
+        """An error of a file that holds no changes in this way."""
+        return self.error(
+            f"{text}; the file is damaged or made by a tool that is not known: get a whole file, or use another one"
+        )
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor."""
         return tuple(self._file.get_slice(key).get_shape())
@@ -117,14 +123,14 @@ class Header:
         """Of a tensor; integers are refused."""
         name = self._file.get_slice(key).get_dtype()
         if name not in DTYPES:
-            raise self.error(f"{key} is stored as {name}, a LoRA's tensors are floating point")
+            raise self.broken(f"{key} is stored as {name}, a LoRA's tensors are floating point")
         return DTYPES[name]
 
     def alpha(self, key: str) -> float:
         """An alpha as stored, finite or not."""
         tensor = self._file.get_tensor(key)
         if tensor.numel() != 1:
-            raise self.error(f"{key} has shape {list(tensor.shape)}, alpha is one number")
+            raise self.broken(f"{key} has shape {list(tensor.shape)}, alpha is one number")
         return float(tensor)
 
     def groups(self) -> list[Group]:
@@ -154,10 +160,15 @@ class Header:
     def _find_whole_differences(self, groups: Sequence[Group]) -> None:
         """AI-Toolkit's `type: fullrank` stores the whole difference as lora_A, without any lora_B in the file."""
         downs = [g for g in groups if g.algorithm == "LoRA"]
-        if not downs or any("up" in g.keys for g in downs) or any(len(self.shape(g.keys["down"])) != 2 for g in downs):
-            return
+        shapes: dict[str, tuple[int, ...]] = {}
+        for g in downs:
+            key = g.keys.get("down", "")
+            shape = self.shape(key) if key else ()
+            if "up" in g.keys or g.alpha or not key.endswith((".lora_A.weight", ".lora_A")) or len(shape) != 2:
+                return
+            shapes |= {module: (shape[0] // len(g.modules), shape[1]) for module in g.modules}
         try:
-            infer_sizes({g.modules[0]: self.shape(g.keys["down"]) for g in downs if len(g.modules) == 1})
+            infer_sizes(shapes)
         except ValueError:
             return  # thin ones: pairs without their other halves
         for g in downs:
@@ -173,8 +184,8 @@ class Header:
             group.keys
         )
         if out % len(group.modules):
-            first = next(iter(group.keys.values()))
-            raise self.error(f"{first} has {out} rows, which can't be split into q, k and v of one size")
+            first = next(group.keys[part] for part in ("up", "diff", "w1", "w1_a") if part in group.keys)
+            raise self.broken(f"{first} makes {out} rows, which can't be split into q, k and v of one size")
         rows = out // len(group.modules)
         for third, module in enumerate(group.modules):
             factor, alpha = scale(group, module, inner)
@@ -212,13 +223,13 @@ class Header:
         (p, a, q), (s, b, t) = (self._matrix(keys, w) for w in ("w1", "w2"))
         split = {w: r for w, r in (("w1", a), ("w2", b)) if w not in keys}
         if len(set(split.values())) > 1:
-            raise self.error(f"{keys['w1_a']} has rank {a}, {keys['w2_a']} has rank {b}: alpha / rank has no meaning")
+            raise self.broken(f"{keys['w1_a']} has rank {a}, {keys['w2_a']} has rank {b}, so alpha / rank has no meaning")
         return p * s, q * t, a * b, next(iter(split.values()), 1)
 
     def _full(self, keys: Mapping[str, str]) -> tuple[int, int, int, int]:
         shape = self.shape(keys["diff"])
-        if len(shape) != 2:
-            raise self.error(f"{keys['diff']} has shape {list(shape)}, the difference of a weight is a matrix")
+        if len(shape) != 2 or 0 in shape:
+            raise self.broken(f"{keys['diff']} has shape {list(shape)}, the difference of a weight is a matrix")
         return *shape, min(shape), 1
 
     def _matrix(self, keys: Mapping[str, str], name: str) -> tuple[int, int, int]:
@@ -226,8 +237,9 @@ class Header:
         if name not in keys:
             return self._pair(keys, f"{name}_a", f"{name}_b")
         shape = self.shape(keys[name])
-        if len(shape) != 2:
-            raise self.error(f"{keys[name]} has shape {list(shape)}, a Kronecker factor of a linear layer is a matrix")
+        if len(shape) != 2 or 0 in shape or f"{name}_a" in keys or f"{name}_b" in keys:
+            also = " and stands beside a product" if len(shape) == 2 and 0 not in shape else ""
+            raise self.broken(f"{keys[name]} has shape {list(shape)}{also}, a Kronecker factor of a linear layer is one matrix")
         return shape[0], min(shape), shape[1]
 
     def _pair(self, keys: Mapping[str, str], up: str, down: str) -> tuple[int, int, int]:
@@ -238,5 +250,5 @@ class Header:
                 raise self.error(f"{there} has no {missing} factor beside it, half of the pair is missing: get a whole file")
         a, b = self.shape(keys[up]), self.shape(keys[down])
         if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
-            raise self.error(f"{keys[up]} {list(a)} and {keys[down]} {list(b)} are not a pair (out, rank), (rank, in)")
+            raise self.broken(f"{keys[up]} {list(a)} and {keys[down]} {list(b)} are not a pair (out, rank), (rank, in)")
         return a[0], a[1], b[1]

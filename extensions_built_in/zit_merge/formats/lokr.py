@@ -1,7 +1,8 @@
 """A LoKr that is only weighed and stays a LoKr (`save: {keep_lokr: true}`).
 
 As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
-`.alpha` = r where a factor is a product. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
+`.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, 1, since lycoris-lora can't do without.
+The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
     entries: Layout = {}
     for module, (change, *_) in lora.changes.items():
         stem = _FORM.prefix + module
-        if change.algorithm == "LoRA" or "w1" not in change.sizes or "w2" not in change.sizes:
-            alphas[f"{stem}.alpha"] = (torch.float32, ())
+        alphas[f"{stem}.alpha"] = (torch.float32, ())
         for part, shape in change.sizes.items():
             if change.third is not None and part in ("w1", "w1_a", "up"):
                 shape = (shape[0] // 3, *shape[1:])
@@ -59,7 +59,7 @@ def tensors(lora: LoraFile, reader: TensorReader, module: str, strength: float) 
 
 def alpha(change: Change) -> float:
     """alpha = r, so that the scale is 1."""
-    return float(next(change.sizes[p][1] for p in ("up", "w1_a", "w2_a") if p in change.sizes))
+    return float(next((change.sizes[p][1] for p in ("up", "w1_a", "w2_a") if p in change.sizes), 1))
 
 
 def _lokr_parts(delta: Kron) -> dict[str, Tensor]:

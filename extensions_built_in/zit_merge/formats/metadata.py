@@ -51,29 +51,56 @@ def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The part of a PEFT LoraConfig that decides the scale (peft tuners/lora/config.py).
+    """The part of a PEFT config that decides the scale (peft tuners/lora/config.py, tuners/lokr/config.py).
 
     Attributes:
-        lora_alpha: alpha of every module that alpha_pattern does not name.
+        kind: LORA, LOHA or LOKR.
+        alpha: Of every module that alpha_pattern does not name: `lora_alpha`, or `alpha` of LOHA and LOKR.
         use_rslora: The scale is alpha / sqrt(rank) in the place of alpha / rank.
         alpha_pattern: Module name, or a regular expression for its end -> alpha.
+        r: Rank of every module that rank_pattern does not name; needed for the whole factors of a LOKR, which do not show it.
+        rank_pattern: As alpha_pattern -> rank.
         source: Where it stands: lora_adapter_metadata or adapter_config.json.
     """
 
-    lora_alpha: float
+    kind: str
+    alpha: float
     use_rslora: bool
     alpha_pattern: Mapping[str, float]
+    r: float | None
+    rank_pattern: Mapping[str, float]
     source: str
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product up @ down of a module is multiplied with."""
-        matches = (a for p, a in self.alpha_pattern.items() if re.match(rf"(.*\.)?({p})$", module))  # peft: get_pattern_key
-        alpha = next(matches, self.lora_alpha)
+        """What the change of a module is multiplied with.
+
+        Args:
+            module: Canonical name.
+            rank: Of the stored factors.
+        """
+        alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
+        if self.kind == "LOKR":  # peft multiplies whole factors too (tuners/lokr/layer.py get_delta_weight)
+            rank = _of_pattern(self.rank_pattern, module, self.r or rank)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def record(self) -> dict[str, object]:
         """For a recipe: `read_adapter` makes the same again of it."""
-        return {"lora_alpha": self.lora_alpha, "use_rslora": self.use_rslora, "alpha_pattern": dict(self.alpha_pattern)}
+        table = {"peft_type": self.kind, "lora_alpha" if self.kind == "LORA" else "alpha": self.alpha}
+        return table | {
+            "use_rslora": self.use_rslora,
+            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": dict(self.rank_pattern),
+            **({"r": self.r} if self.r else {}),
+        }
+
+
+def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that matches the module's name or its end (peft utils/other.py get_pattern_key)."""
+    return next((value for key, value in pattern.items() if re.match(_ending(key), module)), default)
+
+
+def _ending(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def read_adapter(text: str, source: str) -> Adapter:
@@ -84,18 +111,40 @@ def read_adapter(text: str, source: str) -> Adapter:
     """
     table = _json(text)
     table = {k.removeprefix("transformer."): v for k, v in table.items()} if isinstance(table, dict) else {}
-    pattern = table.get("alpha_pattern") or {}
-    alphas = {"": table.get("lora_alpha"), **(pattern if isinstance(pattern, dict) else {"": None})}
-    for key, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"{source} gives no number for {'alpha_pattern ' + key if key else 'lora_alpha'}")
-    for pattern in alphas:
+    kind = str(table.get("peft_type") or "LORA")
+    name = "lora_alpha" if kind == "LORA" else "alpha"
+    return Adapter(
+        kind=kind,
+        alpha=_number(table.get(name), name, source),
+        use_rslora=bool(table.get("use_rslora")),
+        alpha_pattern=_pattern(table, "alpha_pattern", source),
+        r=None if table.get("r") is None else _number(table["r"], "r", source, positive=True),
+        rank_pattern=_pattern(table, "rank_pattern", source, positive=True),
+        source=source,
+    )
+
+
+def _pattern(table: Mapping[str, object], name: str, source: str, *, positive: bool = False) -> dict[str, float]:
+    pattern = table.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{source} has a {name} that is no table")
+    for key in pattern:
         try:
-            re.compile(pattern)
+            re.compile(key)
+            re.compile(_ending(key))
         except re.error:
-            raise ValueError(f"{source} has an alpha_pattern that is no regular expression: {pattern}") from None
-    default = float(alphas.pop(""))
-    return Adapter(default, bool(table.get("use_rslora")), {k: float(a) for k, a in alphas.items()}, source)
+            raise ValueError(f"{source} has a {name} with {key!r}, which is no regular expression") from None
+    return {key: _number(value, f"{name} {key}", source, positive=positive) for key, value in pattern.items() if key}
+
+
+def _number(value: object, name: str, source: str, *, positive: bool = False) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{source} gives no number for {name}")
+    return number
 
 
 def kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:

@@ -60,6 +60,7 @@ _FOREIGN: Mapping[str, tuple[str, str]] = {
     r"\.oft_(blocks|diag|R(\.default)?(\.weight)?)$": ("OFT or BOFT", _NEEDS_BASE),
     r"\.on_input$": ("IA3", _NEEDS_BASE),
     r"\.(a1|a2|b1|b2)\.weight$": ("GLoRA", _NEEDS_BASE),
+    r"\.(lambda_layer|[pq]_layer\.weight)$": ("T-LoRA", "its change depends on the timestep"),
     r"\.set_weight$": ("a replaced weight (set_weight)", _NEEDS_BASE),
     r"\.bias_(indices|values|size)$": ("the sparse residual of a LyCORIS extraction", "no LoRA file can hold it"),
     r"\.(lora_mid\.weight|lokr_t2|hada_t1|hada_t2)$": ("a Tucker decomposition", "Z-Image has no convolutions for it"),

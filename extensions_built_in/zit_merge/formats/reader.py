@@ -20,7 +20,7 @@ from torch import Tensor
 from ..algebra import linear
 from ..algebra.delta import Delta, Kron, distance, norm
 from ..algebra.factors import Factors, hadamard, is_finite, whole
-from ..errors import ZitMergeError
+from ..errors import ZitMergeError, counted
 from ..zimage import MODULES
 from .header import FULL, Change, Header, common_dtype
 from .metadata import Adapter
@@ -172,7 +172,7 @@ class TensorReader:
             tensor = tensor.float()
         if not is_finite(tensor):
             raise ZitMergeError(
-                f"{self._lora.path.name}: {key} holds NaN or infinity, the LoRA is broken: use an earlier checkpoint of it"
+                f"{self._lora.path}: {key} holds NaN or infinity, the LoRA is broken: use an earlier checkpoint of it"
             )
         return tensor
 
@@ -218,7 +218,7 @@ def _read(header: Header, reading: Reading) -> LoraFile:
             )
     unmatched, groups = header.keys("unknown"), header.groups()
     if not groups:
-        raise header.error(_not_zimage(unmatched, len(header.parts)))
+        raise header.error(_not_zimage(unmatched, header))
     scales = Scales(header, groups, reading)
     changes: dict[str, list[Change]] = defaultdict(list)
     for group in groups:
@@ -250,27 +250,37 @@ def _vectors_left_open(kind: str, keys: Sequence[str]) -> str:
 def _settle_twins(lora: LoraFile) -> LoraFile:
     """The file with one change for each module: of two equal ones one counts, of two different ones the user decides."""
     twins = {name: changes for name, changes in lora.changes.items() if len(changes) > 1}
-    if not twins or lora.reading.qkv == "sum":
+    if not twins:
         return lora
-    settled, equal, differ = dict(lora.changes), 0, []
+    settled, equal, differ = dict(lora.changes), 0, {}
     with TensorReader(lora) as tensors:
         for name, changes in twins.items():
             split, fused = ([c for c in changes if c.native is native] for native in (False, True))
-            chosen = {"split": split, "fused": fused}.get(lora.reading.qkv, changes) or changes
-            if len(chosen) > 1 and all(_equal(tensors, chosen[0], c) for c in chosen[1:]):
-                chosen, equal = (split or chosen)[:1], equal + 1
-            if len(chosen) > 1:
-                differ.append((name, *(next(iter(c.keys.values())) for c in chosen[:2])))
-            settled[name] = tuple(chosen[:1])
+            chosen = {"split": split, "fused": fused}.get(lora.reading.qkv) or list(changes)
+            if len({c.shape for c in chosen}) > 1:
+                shapes = " and ".join(f"a {c.shape[0]} x {c.shape[1]} matrix ({_a_key(c)})" for c in chosen[:2])
+                raise ZitMergeError(f"{lora.path}: changes {name} as {shapes}, which belong to no one model: get a whole file")
+            if lora.reading.qkv != "sum" and len(chosen) > 1:
+                if all(_equal(tensors, chosen[0], c) for c in chosen[1:]):
+                    equal += 1
+                else:
+                    differ[name] = (chosen, split and fused)
+                chosen = (split or chosen)[:1]
+            settled[name] = tuple(chosen)
     questions, remarks = lora.questions, lora.remarks
     if differ:
-        name, first, second = differ[0]
+        name, (chosen, two_namings) = next(iter(differ.items()))
         more = f", and {len(differ) - 1} more modules" if len(differ) > 1 else ""
-        sentence = f"changes {name} twice and differently, by {first} and by {second}{more}: set qkv: split, fused or sum"
-        questions = (*questions, sentence)
+        answer = "set qkv: split, fused or sum" if two_namings else "set qkv: sum to add them, or remove one of the two"
+        keys = " and by ".join(_a_key(c) for c in chosen[:2])
+        questions = (*questions, f"changes {name} twice and differently, by {keys}{more}: {answer}")
     if equal:
-        remarks = (*remarks, f"{equal} modules stand there twice with equal changes, which count once")
+        remarks = (*remarks, f"equal changes stand there twice for {counted(equal, 'module')} and count once")
     return replace(lora, changes=settled, questions=questions, remarks=remarks)
+
+
+def _a_key(change: Change) -> str:
+    return next(iter(change.keys.values()))
 
 
 def _equal(tensors: TensorReader, a: Change, b: Change) -> bool:
@@ -318,11 +328,14 @@ def _is_pickle(path: Path) -> bool:
     return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(path)
 
 
-def _not_zimage(unmatched: Sequence[str], n_keys: int) -> str:
-    if not n_keys:
-        return "holds no tensors"
+def _not_zimage(unmatched: Sequence[str], header: Header) -> str:
+    if not header.parts:
+        return "holds no tensors: get a whole file"
+    vectors = (*header.keys("norm"), *header.keys("bias"))
+    if vectors and not unmatched:
+        return f"changes norms and biases only ({vectors[0]} ...), for which a LoRA file has no place: there is nothing to merge"
     example = unmatched[0] if unmatched else "text-encoder keys only"
     return (
-        f"is no Z-Image LoRA, none of its {n_keys} keys changes a part of Z-Image (e.g. {example}): "
+        f"is no Z-Image LoRA, none of its {len(header.parts)} keys changes a part of Z-Image (e.g. {example}): "
         "it was trained for another model"
     )

@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import ZitMergeError, counted
 from .header import Group, Header
 from .metadata import Adapter, read_adapter
 
+ALPHA_FORMS = "key, metadata, none (alpha is the rank) or a number other than 0"
+TWINS = ("split", "fused", "sum")
+VECTORS = ("norm", "bias")
 ADAPTER_KEY = "lora_adapter_metadata"  # diffusers, SimpleTuner
 ADAPTER_FILE = "adapter_config.json"  # peft save_pretrained
 
@@ -30,6 +34,22 @@ class Reading:
     drop: Sequence[str] = ()
     adapter: Adapter | None = None
 
+    def __post_init__(self):
+        """Raises ZitMergeError for an answer that is none."""
+        if not is_alpha(self.alpha) and self.alpha is not None:
+            raise ZitMergeError(f"alpha: must be {ALPHA_FORMS}, not {self.alpha!r}")
+        if self.qkv not in (None, *TWINS):
+            raise ZitMergeError(f"qkv: must be {', '.join(TWINS)}, not {self.qkv!r}")
+        for kind in self.drop:
+            if isinstance(self.drop, str) or kind not in VECTORS:
+                raise ZitMergeError(f"drop: must be a list of {' and '.join(VECTORS)}, not {self.drop!r}")
+
+
+def is_alpha(value: object) -> bool:
+    """Whether this is an answer to `alpha:`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value in ("key", "metadata", "none") or (number and math.isfinite(value) and value != 0)
+
 
 class Scales:
     """The scale of every change of a file.
@@ -47,19 +67,19 @@ class Scales:
         self.questions: list[str] = []
         self.remarks: list[str] = []
         scaled = [g for g in groups if g.is_scaled]
-        self.adapter = self._find_adapter(scaled)
+        self.adapter = self._find_adapter(groups)
         if reading.alpha == "key" and scaled and not any(g.alpha for g in scaled):
             self.questions.append("alpha: key was asked for, but the file has no alpha keys: use metadata, none or a number")
 
-    def _find_adapter(self, scaled: Sequence[Group]) -> Adapter | None:
+    def _find_adapter(self, groups: Sequence[Group]) -> Adapter | None:
         """The adapter's config, where the keys do not say alpha or where it was asked for."""
+        is_peft = any(g.prefix.startswith("base_model.model.") for g in groups)
         asked = self._reading.alpha == "metadata"
-        missing = self._reading.alpha is None and any(g.alpha is None for g in scaled)
+        missing = self._reading.alpha is None and any(g.alpha is None for g in groups if g.is_scaled or is_peft)
         if not asked and not missing:
             return None
         if self._reading.adapter:
             return self._reading.adapter
-        is_peft = any(g.prefix.startswith("base_model.model.") for g in scaled)
         beside = self._header.path.with_name(ADAPTER_FILE)
         try:
             if ADAPTER_KEY in self._header.metadata:
@@ -67,6 +87,7 @@ class Scales:
             if (is_peft or self._header.path.name == "adapter_model.safetensors") and beside.is_file():
                 return read_adapter(beside.read_text(encoding="utf-8"), ADAPTER_FILE)
         except (ValueError, OSError) as e:
+            e = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else e
             self.questions.append(
                 f"alpha stands outside of the tensors, but {e}: set alpha: none (alpha is the rank) or a number"
             )
@@ -86,7 +107,7 @@ class Scales:
     def __call__(self, group: Group, module: str, rank: int) -> tuple[float, float | None]:
         """(alpha / rank, alpha as stored) of one module of a group."""
         stored = self._header.alpha(group.alpha) if group.alpha else None
-        if not group.is_scaled:
+        if not group.is_scaled and not (self.adapter and self.adapter.kind == "LOKR"):
             return 1.0, stored  # AI-Toolkit writes 9999999999 there, which is inf in fp16
         asked = self._reading.alpha
         if asked == "none" or isinstance(asked, int | float):
@@ -94,6 +115,8 @@ class Scales:
         if stored is None or asked == "metadata":
             scale = self.adapter.scale(module, rank) if self.adapter else 1.0
             self._adapter_scales.add(scale)
+            if scale == 0 and asked is None:
+                self._zeros.append(f"alpha of {module} in {self.adapter.source}")
             return scale, stored
         if not math.isfinite(stored):
             raise self._header.error(
@@ -111,10 +134,10 @@ class Scales:
             more = f" and {len(self._zeros) - 1} more" if len(self._zeros) > 1 else ""
             self.questions.append(
                 f"{self._zeros[0]}{more} is 0, which trainers take for alpha = rank and programs for no effect: "
-                "set alpha: none (alpha is the rank) or alpha: key (no effect)"
+                f"set alpha: none (alpha is the rank) or alpha: {'metadata' if self.adapter else 'key'} (no effect)"
             )
         if self._negative:
-            self.remarks.append(f"alpha is negative in {self._negative} modules, its sign is kept")
+            self.remarks.append(f"alpha is negative in {counted(self._negative, 'module')}, its sign is kept")
         if self.adapter and self._adapter_scales - {1.0}:
             low, high = min(self._adapter_scales), max(self._adapter_scales)
             span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
