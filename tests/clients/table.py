@@ -316,6 +316,22 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def brief(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """The README's table: a line for each client, neighbours that answer alike in one, the files of 276 modules only."""
+    kept = [row for row in rows if "276 modules" in row.name]
+    lines: list[tuple[list[str], list[str]]] = []
+    for column in columns:
+        cells = [verdict(column.answers[row.name], row.deltas) for row in kept]
+        program, _, version = column.name.partition(" ")
+        if lines and lines[-1][1] == cells and lines[-1][0][0].startswith(f"{program} "):
+            lines[-1][0].append(version)
+        else:
+            lines.append(([column.name], cells))
+    names = [re.sub(r",? 276 modules", "", row.name).replace("uniform: false", "own ranks") for row in kept]
+    head = ["| client | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    return "\n".join([*head, *("| " + " | ".join([", ".join(name), *cells]) + " |" for name, cells in lines)])
+
+
 def _short(reason: str) -> str:
     """Its beginning, without the lists of keys that many clients print."""
     return re.split(r"[\[({]", " ".join(reason.split()))[0][:140].strip()
@@ -335,6 +351,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=cache / "zit_merge" / "clients", help="keeps the diffusers releases")
     parser.add_argument("--diffusers", nargs="*", help="releases (default: the last of every minor version from 0.36 on)")
     parser.add_argument("--trainers", action="store_true", help="the files of trainers instead of ours")
+    parser.add_argument("--readme", action="store_true", help="the short table of the README")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -344,7 +361,7 @@ def main() -> None:
             began = time.monotonic()
             columns.append(run(client, rows))
             say(f"{columns[-1].name}: {time.monotonic() - began:.0f} s")
-        print(markdown(rows, columns))
+        print(brief(rows, columns) if args.readme else markdown(rows, columns))
 
 
 if __name__ == "__main__":

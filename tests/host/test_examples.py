@@ -32,10 +32,10 @@ def test_each_opens_with_what_it_is_for_and_fits_the_schema(path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_each_passes_check_with_files_in_place(path, tmp_path, monkeypatch, capsys):
     """The placeholder paths are made to exist; everything else stays as a user has it."""
-    lora = producers.PRODUCERS["ai-toolkit"].make(producers.small_shapes(), 4, 1, torch.bfloat16)
     text = path.read_text(encoding="utf-8").replace("/path/to/loras", str(tmp_path))
     for name in re.findall(rf"{re.escape(str(tmp_path))}/([\w.-]+\.safetensors)", text):
-        producers.save(lora, tmp_path / name)
+        producer = producers.PRODUCERS["ai-toolkit-lokr" if "lokr" in name else "ai-toolkit"]
+        producers.save(producer.make(producers.small_shapes(), 4, 1, torch.bfloat16), tmp_path / name)
     config = tmp_path / path.name
     config.write_text(text.replace("type: zit_merge", "type: zit_merge\n      shapes: free"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)

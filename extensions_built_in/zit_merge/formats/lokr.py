@@ -1,8 +1,8 @@
 """A LoKr that is only weighed and stays a LoKr (`save: {keep_lokr: true}`).
 
 As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
-`.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, 1, since lycoris-lora can't do without.
-The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
+`.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, it is 1, since lycoris-lora can't do
+without. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
 """
 
 from __future__ import annotations

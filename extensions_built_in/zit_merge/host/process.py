@@ -11,6 +11,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 from jobs.process import BaseExtensionProcess
+from yaml import YAMLError
+
+from . import toolkit
 
 
 class ZitMergeProcess(BaseExtensionProcess):
@@ -19,6 +22,17 @@ class ZitMergeProcess(BaseExtensionProcess):
     def __init__(self, process_id: int, job, config: OrderedDict):
         super().__init__(process_id, job, config)
         # Not at the top: a package that is missing must stop this job only, with its name, not every job of the toolkit.
+        from .status import Status, status_of
+
+        self._status = status_of(job, process_id, config) if _is_main() else Status()
+        try:
+            self._forecast(process_id, job, config)
+        except Exception as e:
+            self._status.refuse(e)
+            raise
+
+    def _forecast(self, process_id: int, job, config: OrderedDict) -> None:
+        """Checks everything that can be known before the training."""
         from ..config import parse_section
         from ..execute import pick_device
         from ..jobfile import Job
@@ -38,28 +52,39 @@ class ZitMergeProcess(BaseExtensionProcess):
             _say("\n\n".join(map(plan_text, plans)))
 
     def run(self):
-        """Plans again with the trained file at hand, merges, reports."""
+        """Releases the trainer's memory, plans again with the trained file at hand, merges, reports."""
         super().run()
         if not _is_main():
             return  # no barrier: the trainer has ended the process group (accelerator.end_training)
+        try:
+            self._merge()
+        except BaseException as e:
+            self._status.fail(e)
+            raise
+        self._status.complete()
+
+    def _merge(self) -> None:
         from ..execute import run_plans
         from ..plan import plan_section
         from ..report.progress import Bar
         from ..report.tables import done_text
+        from .memory import release
+        from .status import Watch
 
+        self._status.say("Merging LoRAs")
+        for process in self.job.process[: self.process_id]:
+            release(process)
         plans = plan_section(self._section, self._site)
-        with Bar() as bar:
-            for plan, path in run_plans(plans, self._device(), bar.tick):
+        with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
+            for plan, path in run_plans(plans, self._device(), watch.tick):
                 bar.close()
                 _say(done_text(plan, path))
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""
-        from toolkit.accelerator import get_accelerator
-
         from ..execute import pick_device
 
-        return get_accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
+        return toolkit.accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
 
 
 def _say(text: str) -> None:
@@ -69,31 +94,19 @@ def _say(text: str) -> None:
 
 
 def _is_main() -> bool:
-    from toolkit.accelerator import get_accelerator
-
-    return get_accelerator().is_main_process
+    return toolkit.accelerator().is_main_process
 
 
 def _config_folder(job, process_id: int, section) -> Path:
     """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again."""
-    from toolkit.config import get_config
-    from toolkit.paths import CONFIG_ROOT
-    from yaml import YAMLError
-
     endings = (".json", ".jsonc", ".yaml", ".yml")
     for word in sys.argv[1:]:
-        in_root = [Path(CONFIG_ROOT) / f"{word}{ending}" for ending in ("", *endings)]  # get_config looks there first
+        in_root = [toolkit.config_root() / f"{word}{ending}" for ending in ("", *endings)]  # get_config looks there first
         for path in (p for p in (*in_root, Path(word)) if p.suffix in endings and p.is_file()):
             try:
-                processes = get_config(str(path.absolute()), job.name)["config"]["process"]
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                OSError,
-                YAMLError,
-            ):  # another file that the command line names: no config of ours
-                continue
+                processes = toolkit.read_config(path, job.name)["config"]["process"]
+            except (ValueError, KeyError, TypeError, OSError, YAMLError):
+                continue  # another file that the command line names: no config of ours
             if len(processes) > process_id and processes[process_id] == section:
                 return path.parent
     return Path()

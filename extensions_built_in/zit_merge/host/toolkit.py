@@ -1,0 +1,66 @@
+"""Every part of AI-Toolkit that zit_merge uses, in one place.
+
+Works from the toolkit of 2025-11-28 (0.7.6, the first with Z-Image) on; tried with 0.12.26. A part that a future toolkit has
+moved gives a sentence with its name, and only where it is needed.
+
+The base class (`jobs.process.BaseExtensionProcess`) and the registration (`toolkit.extension.Extension`) stand in process.py and
+extension.py; the trainer's hooks in status.py and memory.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import ZitMergeError
+
+SINCE = "0.7.6 (2025-11-28)"
+
+
+def _part(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise ZitMergeError(
+            f"this AI-Toolkit ({version()}) has no {module}.{name}: zit_merge was made for {SINCE} and newer; update both"
+        ) from e
+
+
+def version() -> str:
+    """The toolkit's version, as far as it says one."""
+    try:
+        return str(import_module("version").VERSION)
+    except (ImportError, AttributeError):
+        return "of unknown version"
+
+
+def accelerator() -> Any:
+    """The job's accelerator (toolkit/accelerator.py)."""
+    return _part("toolkit.accelerator", "get_accelerator")()
+
+
+def flush() -> None:
+    """Empties the caches of the GPU."""
+    _part("toolkit.basic", "flush")()
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """A config file as the toolkit reads it.
+
+    Args:
+        path: The file.
+        name: What replaces [name].
+    """
+    return _part("toolkit.config", "get_config")(str(path.absolute()), name)
+
+
+def config_root() -> Path:
+    """Where the toolkit looks for configs by name."""
+    return Path(_part("toolkit.paths", "CONFIG_ROOT"))
+
+
+def get_lr_scheduler() -> Callable[..., Any]:
+    """The maker of learning-rate schedulers (toolkit/scheduler.py)."""
+    return _part("toolkit.scheduler", "get_lr_scheduler")

@@ -1,0 +1,229 @@
+"""What the UI's job row says from start to end, on the real toolkit and a real database; and who gets the memory back."""
+
+import sqlite3
+import threading
+import time
+
+import pytest
+import torch
+from host import tiny_zimage
+from host.job import job, training
+from host.test_job import write
+from host.ui import Launched, make_database, row
+from oracles import producers
+
+pytestmark = pytest.mark.toolkit
+
+STEPS = 3  # of the training
+
+
+@pytest.fixture(scope="session")
+def place(toolkit, tmp_path_factory):
+    """The tiny model, its pictures, a LoRA that fits it, and a broken one."""
+    folder = tmp_path_factory.mktemp("status")
+    tiny_zimage.make_model(folder / "model")
+    tiny_zimage.make_dataset(folder / "dataset")
+    made = producers.PRODUCERS["ai-toolkit"].make(tiny_zimage.linear_shapes(tiny_zimage.transformer()), 4, 5, torch.bfloat16)
+    producers.save(made, folder / "style.safetensors")
+    made.tensors["diffusion_model.layers.20.attention.to_q.lora_A.weight"][0, 0] = float("nan")
+    producers.save(made, folder / "broken.safetensors")
+    return folder
+
+
+@pytest.fixture
+def database(tmp_path):
+    return make_database(tmp_path / "aitk_db.db")
+
+
+def merging(folder, *names, lora="style.safetensors", **keys):
+    loras = [{"lora": str(folder / lora) if lora.endswith("rs") else lora, "ratio": 0.5}]
+    return {"type": "zit_merge", "shapes": "free", "steps": [{"name": n, "loras": loras} for n in names]} | keys
+
+
+def trains(folder, name, database, **changes):
+    return training(folder, name, sqlite_db_path=str(database), **changes)
+
+
+def alone(folder, database, *names, **keys):
+    """A merge-only job's section as the UI writes it."""
+    host = {"sqlite_db_path": str(database), "training_folder": str(folder / "output"), "device": "cuda"}
+    return merging(folder, *names, **keys) | host
+
+
+def parts(folder):
+    return list(folder.rglob("*.part"))
+
+
+def test_the_row_says_running_until_the_last_merge_is_done(toolkit, place, database):
+    sections = [merging(place, "soft", lora="trained"), merging(place, "more", "last")]
+    config = write(place, "sa", job("sa", trains(place, "sa", database), *sections))
+    ran = Launched(toolkit, config, database)
+    assert ran.code == 0, ran.log[-3000:]
+    assert ran.statuses == ["running", "completed"], ran.seen
+    infos = ran.infos
+    after = next(i for i, info in enumerate(infos) if "erging LoRAs" in info)
+    assert "Training completed" not in infos[:after]
+    assert any(i.startswith("Merging soft: ") and i.endswith("/240") for i in infos[after:])
+    assert any(i.startswith("Merging last: ") for i in infos[after:])
+    assert row(database)["step"] == STEPS, "the training's own count stays"
+    names = {p.name for p in (place / "output" / "sa").glob("merged_*")}
+    assert names == {f"merged_sa_{n}.safetensors" for n in ("soft", "more", "last")}
+
+
+def test_an_exception_in_the_merge_is_shown_with_its_sentence(toolkit, place, database):
+    config = write(place, "sb", job("sb", trains(place, "sb", database), merging(place, "bad", lora="broken.safetensors")))
+    ran = Launched(toolkit, config, database)
+    assert ran.code != 0
+    assert ran.statuses == ["running", "error"], ran.seen
+    assert "broken.safetensors" in ran.infos[-1] and "NaN" in ran.infos[-1]
+    assert row(database)["step"] == STEPS
+    assert not parts(place / "output" / "sb")
+
+
+def test_sigint_stops_after_training_without_a_trace(toolkit, place, database):
+    section = merging(place, *(f"s{i}" for i in range(60)), lora="trained")
+    config = write(place, "sc", job("sc", trains(place, "sc", database), section))
+    ran = Launched(toolkit, config, database, when=("Merging s", Launched.interrupt))
+    assert ran.code == 0, (ran.seen[-3:], ran.log[-3000:])
+    assert ran.seen[-1] == ("stopped", "Job stopped"), ran.seen[-3:]
+    assert "completed" not in ran.statuses
+    written = list((place / "output" / "sc").glob("merged_*"))
+    assert len(written) < 60 and not parts(place / "output" / "sc")
+
+
+@pytest.mark.parametrize("column, status", [("stop", "stopped"), ("return_to_queue", "queued")])
+def test_the_flags_in_the_row_stop_a_merge_after_a_training(toolkit, place, database, column, status):
+    section = merging(place, *(f"s{i}" for i in range(60)), lora="trained")
+    config = write(place, f"sd{column}", job(f"sd{column}", trains(place, f"sd{column}", database), section))
+    ran = Launched(toolkit, config, database, when=("Merging s", lambda r: r.set(**{column: 1})))
+    assert ran.seen[-1][0] == status, ran.seen[-3:]
+    assert not parts(place / "output")
+
+
+def test_a_merge_only_job_fills_the_row(toolkit, place, database):
+    config = write(place, "se", job("se", alone(place, database, "a", "b")))
+    ran = Launched(toolkit, config, database)
+    assert ran.code == 0, ran.log[-3000:]
+    assert ran.statuses == ["running", "completed"]
+    last = row(database)
+    assert (last["step"], last["total_steps"]) == (480, 480)
+    assert last["speed_string"].endswith(" modules/s") and last["info"] == "Merge completed"
+
+
+@pytest.mark.parametrize(
+    "act, status, code",
+    [
+        (Launched.interrupt, "stopped", 0),
+        (lambda r: r.set(stop=1), "stopped", 1),
+        (lambda r: r.set(return_to_queue=1), "queued", 1),
+    ],
+)
+def test_a_merge_only_job_can_be_stopped(toolkit, place, database, act, status, code):
+    config = write(place, "sf", job("sf", alone(place, database, *(f"s{i}" for i in range(60)))))
+    ran = Launched(toolkit, config, database, when=("Merging s", act))
+    assert ran.seen[-1][0] == status and ran.code == code, (ran.seen[-3:], ran.log[-2000:])
+    assert not parts(place / "output")
+
+
+def test_a_wrong_config_shows_as_error(toolkit, place, database, tmp_path):
+    for name, processes in {
+        "sg": (trains(place, "sg", database), merging(place, "x", lora="nowhere.safetensors")),
+        "sh": (alone(place, database, "x", lora="nowhere.safetensors"),),
+    }.items():
+        db = make_database(tmp_path / f"{name}.db")
+        for process in processes:
+            if "sqlite_db_path" in process:
+                process["sqlite_db_path"] = str(db)
+        ran = Launched(toolkit, write(place, name, job(name, *processes)), db)
+        assert ran.code != 0
+        assert ran.seen[-1][0] == "error" and "nowhere.safetensors is not there" in ran.seen[-1][1], ran.seen
+
+
+def test_a_locked_database_is_waited_for(toolkit, place, database):
+    held = threading.Event()
+
+    def hold(ran):
+        db = sqlite3.connect(database, isolation_level=None)
+        db.execute("BEGIN IMMEDIATE")
+        held.set()
+        time.sleep(3)
+        db.execute("COMMIT")
+        db.close()
+
+    config = write(place, "si", job("si", alone(place, database, *(f"s{i}" for i in range(20)))))
+    ran = Launched(toolkit, config, database, when=("Merging s", hold))
+    assert held.is_set()
+    assert ran.code == 0 and ran.statuses[-1] == "completed", ran.log[-2000:]
+
+
+def spoil_table(path):
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE Job RENAME TO Jobs")
+    db.close()
+
+
+def spoil_id(path):
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM Job")
+    db.close()
+
+
+def spoil_writing(path):
+    """A write version that sqlite does not know makes a database read-only for everybody, root too (sqlite.org/fileformat)."""
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA journal_mode=DELETE")
+    db.close()
+    data = bytearray(path.read_bytes())
+    data[18] = 9
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [(spoil_table, "no such table: Job"), (spoil_id, "has no job j1"), (spoil_writing, "readonly database")],
+)
+def test_a_database_that_can_not_be_used_costs_no_merge(toolkit, place, database, run_python, spoil, says):
+    spoil(database)
+    config = write(place, "sj", job("sj", alone(place, database, "a")))
+    done = run_python("run.py", config, AITK_JOB_ID="j1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if "the UI's database" in line]
+    assert len(lines) == 1 and says in lines[0] and "the merge goes on" in lines[0]
+
+
+def test_a_missing_database_is_no_error(toolkit, place, tmp_path, run_python):
+    config = write(place, "sk", job("sk", alone(place, tmp_path / "none.db", "a")))
+    done = run_python("run.py", config, AITK_JOB_ID="j1")
+    assert done.returncode == 0 and "the UI's database" not in done.stdout
+    assert not (tmp_path / "none.db").exists()
+
+
+LIVE = """
+import gc, sys
+sys.argv = ["run.py", sys.argv[1]]
+import torch
+from toolkit.job import get_job
+
+job = get_job(sys.argv[1], None)
+merge = job.process[1]
+run = merge._merge
+def count():
+    gc.collect()
+    names = {"ZImageTransformer2DModel", "Qwen3ForCausalLM", "AutoencoderKL", "LoRASpecialNetwork"}
+    return sorted({type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.nn.Module)} & names)
+def counted():
+    print("LIVE before", count())
+    run()
+    print("LIVE after", count())
+merge._merge = counted
+job.run()
+"""
+
+
+def test_the_trainers_models_are_released(place, run_python, database):
+    config = write(place, "sl", job("sl", trains(place, "sl", database), merging(place, "soft", lora="trained")))
+    done = run_python("-c", LIVE, config)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    live = {line.split(maxsplit=2)[1]: line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if line.startswith("LIVE")}
+    assert live["before"] == str(["AutoencoderKL", "LoRASpecialNetwork", "Qwen3ForCausalLM", "ZImageTransformer2DModel"])
+    assert live["after"] == "[]"
