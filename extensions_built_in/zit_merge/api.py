@@ -54,7 +54,7 @@ class Merge:
         Raises:
             ZitMergeError: Nothing was written; the message says why.
         """
-        ((_, written),) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
+        ((_, written, _),) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
         return written
 
 

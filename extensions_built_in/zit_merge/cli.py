@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from . import __version__
@@ -172,9 +173,9 @@ def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> Non
     if args.dry_run:
         return
     with Bar(args.quiet) as bar:
-        for plan, path in run_plans(plans, device, bar.tick):
+        for plan, path, made in run_plans(plans, device, bar.tick):
             bar.close()
-            _say(args, done_text(plan, path))
+            _say(args, done_text(plan, path, made))
 
 
 _MERGE_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
@@ -247,6 +248,7 @@ def _check(args: argparse.Namespace) -> None:
     from .execute import pick_device
     from .jobfile import load_job
     from .plan import plan_section
+    from .preflight import preflight
     from .report.tables import plan_text
     from .sources import check_twins, make_site
 
@@ -257,11 +259,14 @@ def _check(args: argparse.Namespace) -> None:
         pick_device(section.device)
         for plan in plan_section(section, site, before_training=site.training is not None):
             _say(args, plan_text(plan) + "\n")
+        for text in preflight(site, section):
+            _say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
     _say(args, "no errors")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from .report.inspect import describe, inspect_text
+    from .report.progress import watched
     from .report.tables import methods_text, presets_text
 
     if args.methods or args.presets:
@@ -271,7 +276,7 @@ def _inspect(args: argparse.Namespace) -> None:
         raise not_available_yet("comparing several files") if args.files else ZitMergeError("inspect: name a LoRA file")
     from .formats.reader import load_lora
 
-    facts = describe(load_lora(args.files[0]))
+    facts = describe(load_lora(args.files[0]), watched(args.quiet))
     print(json.dumps(facts, indent=1) if args.json else inspect_text(facts))
 
 

@@ -24,8 +24,8 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 # Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
 _LATER: Mapping[str, tuple[str, ...]] = {
-    "section": ("preview", "sweep", "ablate", "bake", "train_fixes"),
-    "step": ("checkpoints", "preview", "sweep", "ablate", "bake", "train_fixes"),
+    "section": ("preview", "sweep", "ablate", "bake"),
+    "step": ("checkpoints", "preview", "sweep", "ablate", "bake"),
 }
 _LATER_METHODS = (
     *("average", "normalize", "slerp", "nuslerp", "karcher", "ties", "dare_linear", "dare_ties", "della"),
@@ -144,6 +144,7 @@ class Section(_Settings):
     steps: Annotated[list[Step], Field(min_length=1)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})|mps)$")] = "auto"
     output_dir: str | None = None
+    train_fixes: list[Annotated[str, _choice(("cosine_with_restarts",), (), "fix")]] = []
     training_folder: str | None = None
     name: str | None = None
     sqlite_db_path: Any = None

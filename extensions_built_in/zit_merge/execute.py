@@ -6,7 +6,7 @@ Memory stays at one module of every input, whatever the size of the files. The i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,33 +28,56 @@ Tick = Callable[[StepPlan, int], None]  # called after each module with the numb
 
 def run_plans(
     plans: Sequence[StepPlan], device: torch.device, tick: Tick = lambda plan, done: None
-) -> Iterator[tuple[StepPlan, Path]]:
-    """Runs the steps in order and yields each one with its file; steps that are not kept are gone at the end.
+) -> Iterator[tuple[StepPlan, Path, bool]]:
+    """Runs the steps in order; a step whose file is there from the same recipe is not made again.
 
     Args:
         plans: Final plans of one section.
         device: Where the algebra runs.
         tick: Progress, and the place to stop from.
 
+    Yields:
+        (plan, its file, whether it was made now). Files of steps that are not kept are gone at the end.
+
     Raises:
         ZitMergeError: With no part of the failing step's file left behind.
     """
     for plan in plans:
         _clear(writer.part_path(plan.path))
-    hashes: dict[Path, Future[str]] = {}
     with contextlib.ExitStack() as cleanup:
         pool = ThreadPoolExecutor(max_workers=2)
         cleanup.callback(pool.shutdown, cancel_futures=True)
+        hashes = {path: pool.submit(tensor_hash, path) for path in dict.fromkeys(p for plan in plans for p in plan.hashed)}
+        there = {plan.name for plan in plans if plan.spec.keep and _is_made(plan, hashes)}
+        wanted = _to_make(plans, there)
         for plan in plans:
-            for source in plan.hashed:
-                if source not in hashes:
-                    hashes[source] = pool.submit(tensor_hash, source)
-            path = _run(plan, hashes, device, tick)
+            path = _run(plan, hashes, device, tick) if plan.name in wanted else plan.lies_at
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
-            elif plan.spec.copy_to:
+            elif plan.spec.copy_to and (plan.name in wanted or not plan.targets()[1].exists()):
                 writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
-            yield plan, path
+            if plan.spec.keep or plan.name in wanted:
+                yield plan, path, plan.name in wanted
+
+
+def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]]) -> bool:
+    """Whether the output is there, whole, and made by this recipe with this version."""
+    if not plan.path.is_file():
+        return False
+    try:
+        found = load_lora(plan.path).metadata
+    except ZitMergeError:
+        return False
+    return found == plan.metadata({path: hashes[path].result() for path in plan.hashed})
+
+
+def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
+    """The steps to run: those whose file is not there, and the unkept ones that they use."""
+    wanted: set[str] = set()
+    for plan in reversed(plans):
+        if plan.name in wanted or (plan.spec.keep and plan.name not in there):
+            wanted |= {plan.name, *(i.step.name for i in plan.inputs if i.step and i.step.name not in there)}
+    return wanted
 
 
 def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> Path:

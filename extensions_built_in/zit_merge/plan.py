@@ -151,8 +151,7 @@ class StepPlan:
             return merged
         if self.spec.save.format == "kohya":
             merged |= kohya_metadata(self.ranks)
-        has_reader = not self.spec.save.uniform and not self.form.native  # diffusers; it reads no fused names
-        return merged | (adapter_metadata(self.ranks) if has_reader else {})
+        return merged | ({} if self.spec.save.uniform else adapter_metadata(self.ranks))
 
     @cached_property
     def draft(self) -> dict[str, str]:

@@ -44,7 +44,12 @@ def presets() -> Mapping[str, Preset]:
 
 
 def _plain(value: Any) -> Any:
-    return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
+    """As a config's values are once they are validated: keys are text, numbers are floats."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return float(value) if isinstance(value, int) else value
 
 
 def preset_names() -> list[str]:

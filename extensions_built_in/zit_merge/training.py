@@ -24,6 +24,10 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+# The families of model.arch that are Z-Image: zimage, zimage:turbo, zimage:deturbo (extensions_built_in/diffusion_models/z_image)
+ARCHS = ("zimage", "zimage_l2p")
+
+
 @dataclass(frozen=True)
 class Outline:
     """What is known of a LoRA without its numbers.
@@ -59,11 +63,13 @@ class Training:
         place: `process[0]`.
         job: `config.name`, which the files are named after.
         config: The raw process section.
+        index: Which process it is.
     """
 
     place: str
     job: str
     config: Mapping[str, Any]
+    index: int = 0
 
     @property
     def folder(self) -> Path:
@@ -81,8 +87,8 @@ class Training:
 
     def _whole(self, key: str, default: int, least: int = 1) -> int:
         """A whole number of the section, at table.key."""
-        table, _, name = key.partition(".")
-        value = _table(self.config, table).get(name)
+        part, _, name = key.partition(".")
+        value = table(self.config, part).get(name)
         if value is None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -120,13 +126,17 @@ class Training:
         network = self.config.get("network")
         if not isinstance(network, Mapping):
             raise ZitMergeError(f"{self.place}: trains no LoRA (it has no network:), so there is no `trained` to merge")
-        arch = _table(self.config, "model").get("arch")
-        if arch is not None and not str(arch).startswith("zimage"):
+        arch = table(self.config, "model").get("arch")
+        if arch is not None and str(arch).split(":")[0] not in ARCHS:
             raise ZitMergeError(
                 f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
             )
+        if table(self.config, "train").get("merge_network_on_save"):
+            raise ZitMergeError(
+                f"{self.place}.train.merge_network_on_save: saves whole models, so there is no `trained` LoRA to merge: drop it"
+            )
         kind = str(network.get("type") or "lora").lower()
-        extras = {**network, **_table(network, "network_kwargs")}
+        extras = {**network, **table(network, "network_kwargs")}
         if kind == "dora" or extras.get("dora"):
             raise ZitMergeError(
                 f"{self.place}.network: a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: "
@@ -144,7 +154,7 @@ class Training:
             )
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
         algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
-        dtype = _DTYPES.get(str(_table(self.config, "save").get("dtype") or "float16"), torch.float16)
+        dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), torch.float16)
         return Outline(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
 
     def _rank(self, module: Module, kind: str, network: Mapping[str, Any], whole: bool) -> int:
@@ -177,7 +187,7 @@ class Training:
         if not path.is_relative_to(folder) or path == folder:
             return False
         name = path.relative_to(folder).parts[0]
-        trigger = _table(self.config, "embedding").get("trigger")
+        trigger = table(self.config, "embedding").get("trigger")
         globs = [f"{self.job}*", f"CRITIC_{self.job}_*", *([f"{trigger}_*"] if trigger else [])]
         names = {n for whole in (name, f"{name}.part") for n in (whole, whole.lower())}
         return any(fnmatch.fnmatchcase(n, g) for glob in globs for g in (glob, glob.lower()) for n in names)
@@ -192,7 +202,7 @@ def training_before(job: str, processes: Sequence[Any], index: int) -> Training 
     for i in reversed(range(index)):
         process = processes[i]
         if isinstance(process, Mapping) and process.get("type") != PROCESS_TYPE and process.get("training_folder"):
-            return Training(f"process[{i}]", job, process)
+            return Training(f"process[{i}]", job, process, i)
     return None
 
 
@@ -206,6 +216,7 @@ def _factorization(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a config that is a mapping; empty where it is none."""
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}

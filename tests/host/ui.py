@@ -16,9 +16,9 @@ from host.shim import SHIM
 SCHEMA = """
 CREATE TABLE Job (id TEXT PRIMARY KEY, name TEXT UNIQUE, gpu_ids TEXT, job_config TEXT,
  created_at DATETIME DEFAULT CURRENT_TIMESTAMP, updated_at DATETIME, status TEXT DEFAULT 'stopped', stop BOOLEAN DEFAULT 0,
- return_to_queue BOOLEAN DEFAULT 0, step INTEGER DEFAULT 0, total_steps INTEGER, info TEXT DEFAULT '', speed_string TEXT DEFAULT '',
- queue_position INTEGER DEFAULT 0, pid INTEGER, job_type TEXT DEFAULT 'train', job_ref TEXT, save_now BOOLEAN DEFAULT 0,
- sample_now BOOLEAN DEFAULT 0);
+ return_to_queue BOOLEAN DEFAULT 0, step INTEGER DEFAULT 0, total_steps INTEGER, info TEXT DEFAULT '',
+ speed_string TEXT DEFAULT '', queue_position INTEGER DEFAULT 0, pid INTEGER, job_type TEXT DEFAULT 'train', job_ref TEXT,
+ save_now BOOLEAN DEFAULT 0, sample_now BOOLEAN DEFAULT 0);
 """
 
 

@@ -25,19 +25,20 @@ def model():
     return tiny_zimage.transformer(n_layers=3).eval()
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=str)
-@pytest.mark.parametrize("rank", ["exact", 5])
-def test_the_fused_weights_differ_by_the_wanted_delta(model, tmp_path, mix, rank):
-    """base + what diffusers makes of our file == base + sum of strength * delta, from the producers' own float64 deltas."""
-    shapes = tiny_zimage.linear_shapes(model)
+def inputs_of(mix, shapes, folder):
+    """(file, ratio) of each LoRA, and what diffusers must add to each weight, from the producers' own float64 deltas."""
     inputs, wanted = [], {}
-    for seed, (name, ratio) in enumerate(MIXES[mix]):
+    for seed, (name, ratio) in enumerate(mix):
         made = producers.PRODUCERS[name].make(shapes, 3, seed, torch.float32)
-        producers.save(made, tmp_path / f"{name}.safetensors")
-        inputs.append((tmp_path / f"{name}.safetensors", ratio))
+        producers.save(made, folder / f"{name}.safetensors")
+        inputs.append((folder / f"{name}.safetensors", ratio))
         for module, delta in made.deltas.items():
             wanted[module] = wanted.get(module, 0) + ratio * delta
-    path = merge(inputs, rank=rank, dtype="fp32", shapes="free").save(tmp_path / "out.safetensors")
+    return inputs, wanted
+
+
+def fused(model, path):
+    """Module -> what diffusers adds to its weight when it fuses the file."""
     pipe = diffusers.ZImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
@@ -48,13 +49,44 @@ def test_the_fused_weights_differ_by_the_wanted_delta(model, tmp_path, mix, rank
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
         model.load_state_dict(before)
-    changed = 0
-    for module in shapes:
-        got = after[f"{module}.weight"].double() - before[f"{module}.weight"].double()
-        want = wanted.get(module, torch.zeros(shapes[module], dtype=torch.float64))
-        if rank != "exact" and torch.is_tensor(want) and want.any():
+    return {m: after[f"{m}.weight"].double() - before[f"{m}.weight"].double() for m in tiny_zimage.linear_shapes(model)}
+
+
+def check(model, path, wanted, rank="exact"):
+    got, changed = fused(model, path), 0
+    for module, shape in tiny_zimage.linear_shapes(model).items():
+        want = wanted.get(module, torch.zeros(shape, dtype=torch.float64))
+        if rank != "exact" and want.any():
             left, values, right = torch.linalg.svd(want, full_matrices=False)
             want = left[:, :rank] * values[:rank] @ right[:rank]
-        assert (got - want).abs().max() <= 1e-6, module  # float32 weights of size 0.05
+        assert (got[module] - want).abs().max() <= 1e-6, module  # float32 weights of size 0.05
         changed += bool(want.any())
     assert changed == len(wanted)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("rank", ["exact", 5])
+def test_the_fused_weights_differ_by_the_wanted_delta(model, tmp_path, mix, rank):
+    inputs, wanted = inputs_of(MIXES[mix], tiny_zimage.linear_shapes(model), tmp_path)
+    path = merge(inputs, rank=rank, dtype="fp32", shapes="free").save(tmp_path / "out.safetensors")
+    check(model, path, wanted, rank)
+
+
+@pytest.mark.parametrize(("form", "since"), [("ai-toolkit", (0, 36)), ("diffusers", (0, 36)), ("kohya", (0, 39))], ids=str)
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "own ranks"])
+def test_other_forms_and_ranks_of_their_own(model, tmp_path, form, since, uniform):
+    release = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    if release < since:
+        pytest.skip(f"diffusers reads format {form} from {since[0]}.{since[1]} on")
+    if form == "kohya" and not uniform and release < (0, 40):
+        pytest.skip("before 0.40 diffusers takes one scale for all modules, unless the metadata name them by its own names")
+    mix = [("onetrainer-legacy", 0.9), ("kohya-resized", -0.7)]  # all 276 at rank 3, and other ranks from module to module
+    inputs, wanted = inputs_of(mix, tiny_zimage.linear_shapes(model), tmp_path)
+    path = merge(inputs, dtype="fp32", shapes="free", format=form, uniform=uniform).save(tmp_path / "out.safetensors")
+    check(model, path, wanted)
+
+
+def test_a_lokr_merged_into_a_lora(model, tmp_path):
+    inputs, wanted = inputs_of([("ai-toolkit-lokr", 0.8), ("ai-toolkit", 0.5)], tiny_zimage.linear_shapes(model), tmp_path)
+    path = merge(inputs, dtype="fp32", shapes="free").save(tmp_path / "out.safetensors")
+    check(model, path, wanted)

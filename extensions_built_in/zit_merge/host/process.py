@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 
 from jobs.process import BaseExtensionProcess
@@ -48,8 +49,27 @@ class ZitMergeProcess(BaseExtensionProcess):
         if self._section.device != "auto":
             pick_device(self._section.device)
         plans = plan_section(self._section, self._site, before_training=self._site.training is not None)
+        told = self._look_at_training()
         if _is_main():
-            _say("\n\n".join(map(plan_text, plans)))
+            _say("\n\n".join([*map(plan_text, plans), *told]))
+
+    def _look_at_training(self) -> list[str]:
+        """Checks the training before us on the toolkit's own parts; gives advice, and what was fixed."""
+        from ..preflight import preflight
+        from . import fixes
+
+        site, section = self._site, self._section
+        found = preflight(
+            site,
+            section,
+            scheduler=toolkit.get_lr_scheduler(),
+            has_package=lambda package: find_spec(package) is not None,
+            old_ema=toolkit.has_broken_ema(),
+        )
+        if site.training is None:
+            return []
+        done = fixes.apply(section.train_fixes, self.job.process[site.training.index], site.training, site.at("train_fixes"))
+        return [*done, *(f"advice: {text}" for text in found)]
 
     def run(self):
         """Releases the trainer's memory, plans again with the trained file at hand, merges, reports."""
@@ -76,9 +96,9 @@ class ZitMergeProcess(BaseExtensionProcess):
             release(process)
         plans = plan_section(self._section, self._site)
         with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
-            for plan, path in run_plans(plans, self._device(), watch.tick):
+            for plan, path, made in run_plans(plans, self._device(), watch.tick):
                 bar.close()
-                _say(done_text(plan, path))
+                _say(done_text(plan, path, made))
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""

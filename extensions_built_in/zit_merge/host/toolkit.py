@@ -36,6 +36,12 @@ def version() -> str:
         return "of unknown version"
 
 
+def has_broken_ema() -> bool:
+    """Whether it is older than the fix of EMA, which was never set up before 0.10.5 (2026-06-07)."""
+    numbers = version().split(".")
+    return all(n.isdecimal() for n in numbers) and [int(n) for n in numbers] < [0, 10, 5]
+
+
 def accelerator() -> Any:
     """The job's accelerator (toolkit/accelerator.py)."""
     return _part("toolkit.accelerator", "get_accelerator")()

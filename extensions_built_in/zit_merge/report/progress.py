@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from tqdm import tqdm
 
+from ..formats.reader import LoraFile
 from ..plan import StepPlan
 
 
@@ -33,3 +36,12 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def watched(quiet: bool) -> Callable[[LoraFile], Iterable[str]]:
+    """Passes the modules of a file on and shows a bar when that takes over a second.
+
+    Args:
+        quiet: Show none.
+    """
+    return lambda lora: tqdm(lora, desc=lora.path.name[:30], unit="module", ascii=True, disable=quiet, delay=1, mininterval=0.5)

@@ -24,11 +24,10 @@ def plan_text(plan: StepPlan) -> str:
     if not plan.spec.keep:
         lines[0] = f"step {plan.name}: {len(plan.inputs)} LoRA{'s' * (len(plan.inputs) > 1)}, for later steps only (keep: false)"
     for i in plan.inputs:
-        what = f"{len(i.outline.ranks)} modules, {_ranks(i.outline)}, {DTYPE_NAMES[i.outline.dtype]}"
-        if not i.outline.ranks:
-            what = "still on the hub"
-        elif not i.lora and not i.step:
-            what += ", still to be trained"
+        what = "not fetched yet"
+        if i.outline.ranks:
+            what = f"{len(i.outline.ranks)} modules, {_ranks(i.outline)}, {DTYPE_NAMES[i.outline.dtype]}"
+            what += "" if i.lora or i.step else ", still to be trained"
         lines += ["", f"  {i.label}  ratio {i.spec.ratio:g}  ({what})"]
         lines += [f"    {line}" for line in strength_table(i.strengths, i.outline.ranks)]
         if i.spec.preset:
@@ -57,9 +56,19 @@ def strength_table(strengths: Mapping[str, float], present: Collection[str]) -> 
     )
 
 
-def norm_table(norms: Mapping[str, float]) -> list[str]:
-    """Layers x components of a LoRA's Frobenius norms, a row for each layer."""
+def norm_table(norms: Mapping[str, float | str]) -> list[str]:
+    """Layers x components of a LoRA's Frobenius norms, a row for each layer; a word of six letters may stand for a norm."""
     return _table(lambda section: [(i, i) for i in range(SECTIONS[section])], lambda module: norms[module], norms)
+
+
+def value_table(values: Mapping[str, float | str]) -> list[str]:
+    """Layers x components of anything that a file says of its modules; equal neighbouring layers share a row.
+
+    Args:
+        values: Module -> value, for the modules that the file has; texts of six letters at most.
+    """
+    everywhere = {module: values.get(module) for module in zimage.MODULES}
+    return _table(lambda section: [(a, b) for a, b, _ in runs(everywhere, section)], lambda module: values[module], values)
 
 
 def _origin_table(i: Input) -> list[str]:
@@ -89,20 +98,24 @@ def _table(
 
 
 def _short(value: float | str) -> str:
-    text = value if isinstance(value, str) else f"{value:.3g}"
-    return text if len(text) <= 6 else f"{value:.1g}"
+    """In six letters, with as many digits as they hold; texts as they are."""
+    if isinstance(value, str):
+        return value
+    return next((text for digits in (3, 2) if len(text := f"{value:.{digits}g}") <= 6), f"{value:.1g}")
 
 
 def _ranks(outline: Outline) -> str:
     """`rank 32`, `LoKr of rank 3840 at most`."""
-    span = f"rank {_span(outline.ranks.values())}"
-    return span if outline.is_lora else f"{' and '.join(outline.algorithms)} of {span} at most"
+    rank = f"rank {span(outline.ranks.values())}"
+    return rank if outline.is_lora else f"{' and '.join(outline.algorithms)} of {rank} at most"
 
 
 def _written(plan: StepPlan) -> str:
     """`240 modules, rank 32, bf16`."""
     modules = f"{len(plan.shapes or plan.stacked)} modules"
-    rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {_span(plan.ranks.values())}"
+    rank = (
+        "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values()) if plan.ranks else 'not known yet'}"
+    )
     form = f", format {plan.spec.save.format}" if plan.spec.save.format != "ai-toolkit" else ""
     return f"{modules}, {rank}, {DTYPE_NAMES[plan.dtype]}{form}"
 
@@ -111,13 +124,16 @@ def _module(section: str, index: int, component: str) -> str:
     return zimage.at(section, index, component).name if component in zimage.section_components(section) else ""
 
 
-def _span(values: Collection[int]) -> str:
+def span(values: Collection[int]) -> str:
+    """`32`, or `4-32` where they differ."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
 
 
-def done_text(plan: StepPlan, path: Path) -> str:
-    """One line for a file that was written."""
+def done_text(plan: StepPlan, path: Path, made: bool = True) -> str:
+    """One line for a file that was written, or that was there already."""
+    if not made:
+        return f"kept {path} (made before by the same recipe)"
     if not plan.spec.keep:
         return f"{plan.name}: merged for later steps ({_written(plan)})"
     size = path.stat().st_size / 1e6

@@ -1,0 +1,246 @@
+"""The training before us, looked at before it starts: what can't work or would not do what its config says, and what is worth
+knowing.
+
+Errors stop the job while nothing is lost yet; advice is only printed. What the toolkit itself can try, its schedulers and whether
+an optimizer's package is there, is handed in; without a toolkit the tables here stand for it, measured with AI-Toolkit 0.12.26.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Section
+from .errors import ZitMergeError, nearest
+from .sources import Site
+from .training import Training, table
+
+RESTARTS = "cosine_with_restarts"
+Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
+
+# name -> (torch's class, what total_iters is called there); toolkit/scheduler.py
+_SCHEDULERS: Mapping[str, tuple[str, str]] = {
+    "cosine": ("CosineAnnealingLR", "T_max"),
+    RESTARTS: ("CosineAnnealingWarmRestarts", "T_0"),
+    "constant": ("ConstantLR", "total_iters"),
+    "linear": ("LinearLR", "total_iters"),
+}
+_WARMUP = "constant_with_warmup"
+
+# toolkit/optimizer.py: name -> the package that it needs beside the toolkit's own
+OPTIMIZERS: Mapping[str, str | None] = {
+    **dict.fromkeys(("adam", "adamw", "adagrad", "adafactor", "adam8", "adamw8", "prodigy8bit"), None),
+    **dict.fromkeys(("automagic", "automagic2", "automagic3", "automagicexperiment"), None),
+    **dict.fromkeys(("adam8bit", "adamw8bit", "ademamix8bit", "lion8bit"), "bitsandbytes"),
+    **dict.fromkeys(("dadaptation", "dadaptationadam", "dadaptationlion"), "dadaptation"),
+    "prodigy": "prodigyopt",
+    "lion": "lion_pytorch",
+}
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
+    """What AI-Toolkit's get_lr_scheduler does with these parameters, without the toolkit.
+
+    Raises:
+        Exception: As it would.
+    """
+    if name == _WARMUP:
+        parameters.pop("total_iters")
+        unknown = set(parameters) - {"num_warmup_steps", "last_epoch"}
+        if unknown:
+            raise TypeError(f"unexpected {', '.join(sorted(unknown))}")
+        return None
+    if name not in _SCHEDULERS:
+        raise ValueError(f"{name} is none of {', '.join((*_SCHEDULERS, _WARMUP))}")
+    kind, length = _SCHEDULERS[name]
+    if "total_iters" in parameters:
+        parameters[length] = parameters.pop("total_iters")
+    return getattr(torch.optim.lr_scheduler, kind)(optimizer, **parameters)
+
+
+def preflight(
+    site: Site,
+    section: Section,
+    scheduler: Scheduler = known_scheduler,
+    has_package: Callable[[str], bool] = lambda package: True,
+    old_ema: bool = False,
+) -> list[str]:
+    """Checks the training before a section and gives advice on it; nothing where there is none.
+
+    Args:
+        site: Where the section runs.
+        section: The section.
+        scheduler: The toolkit's maker of schedulers.
+        has_package: Whether a package can be imported where the training runs.
+        old_ema: The toolkit is older than its fix of EMA.
+
+    Raises:
+        ZitMergeError: The training can't work, or would not do what its config says.
+    """
+    if site.training is None:
+        if section.train_fixes:
+            raise ZitMergeError(f"{site.at('train_fixes')}: there is no training before this section: drop it")
+        return []
+    check_training(site.training, section.train_fixes, scheduler, has_package)
+    return advice(site.training, old_ema)
+
+
+def check_training(
+    training: Training,
+    fixes: Sequence[str] = (),
+    scheduler: Scheduler = known_scheduler,
+    has_package: Callable[[str], bool] = lambda package: True,
+) -> None:
+    """Raises ZitMergeError for the first thing in the training's config that can't work.
+
+    Args:
+        training: The process before us.
+        fixes: The section's train_fixes.
+        scheduler: The toolkit's maker of schedulers.
+        has_package: Whether a package can be imported where the training runs.
+    """
+    train = table(training.config, "train")
+    _check_scheduler(training, train, fixes, scheduler)
+    name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
+    place = f"{training.place}.train.optimizer"
+    if name not in OPTIMIZERS:
+        raise ZitMergeError(f"{place}: AI-Toolkit knows no {name}{nearest(name, OPTIMIZERS)}; it has {', '.join(OPTIMIZERS)}")
+    package = OPTIMIZERS[name]
+    if package and not has_package(package):
+        raise ZitMergeError(f"{place}: {name} needs the package {package}, which is not installed: pip install {package}")
+
+
+def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]:
+    """(steps of the first cosine, the other parameters) for `train_fixes: [cosine_with_restarts]`.
+
+    Raises:
+        ZitMergeError: The training has another scheduler, or no period.
+    """
+    train = table(training.config, "train")
+    if train.get("lr_scheduler") != RESTARTS:
+        raise ZitMergeError(
+            f"{place}: {training.place}.train.lr_scheduler is {train.get('lr_scheduler') or 'constant'}: set it to {RESTARTS}, "
+            "or drop the fix"
+        )
+    parameters = dict(table(train, "lr_scheduler_params"))
+    parameters.pop("max_iterations", None)  # not torch's; in the toolkit it only keeps total_iters from being overwritten
+    periods = {key: parameters.pop(key) for key in ("total_iters", "T_0") if key in parameters}
+    at = f"{training.place}.train.lr_scheduler_params"
+    if len(set(periods.values())) != 1:
+        raise ZitMergeError(f"{at}: give the steps until the first restart, once: total_iters: 500")
+    period = next(iter(periods.values()))
+    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        raise ZitMergeError(f"{at}: total_iters must be a whole number of steps, not {period!r}")
+    return period, parameters
+
+
+def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Sequence[str], scheduler: Scheduler) -> None:
+    name, given = train.get("lr_scheduler") or "constant", dict(table(train, "lr_scheduler_params"))
+    place = f"{training.place}.train.lr_scheduler"
+    if RESTARTS in fixes:
+        period, given = restart_period(training, place)
+        given["T_0"] = period
+    elif name == RESTARTS:
+        raise ZitMergeError(
+            f"{place}: {RESTARTS} never restarts in AI-Toolkit, which replaces its period by the number of steps: write cosine, "
+            f"or add train_fixes: [{RESTARTS}] to the zit_merge section and total_iters to lr_scheduler_params"
+        )
+    elif "max_iterations" not in given:
+        given["total_iters"] = training.steps  # as BaseSDTrainProcess does
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    try:
+        scheduler(name, optimizer, **given)
+    except Exception as e:
+        shown = ", ".join(f"{k}: {v}" for k, v in table(train, "lr_scheduler_params").items()) or "none"
+        reason = " ".join(str(e).split())
+        raise ZitMergeError(
+            f"{place}: AI-Toolkit can't make {name} with the parameters {shown} ({reason}): use constant, cosine or linear, with "
+            "torch's parameters"
+        ) from e
+
+
+def advice(training: Training, old_ema: bool = False) -> list[str]:
+    """What is worth knowing of a training, a sentence each.
+
+    Args:
+        training: The process before us.
+        old_ema: The toolkit is older than its fix of EMA.
+    """
+    train, network, sample = (table(training.config, key) for key in ("train", "network", "sample"))
+    datasets = [d for d in training.config.get("datasets") or [] if isinstance(d, Mapping)]
+    found = [*_of_rate(train, training.steps), *_of_data(train, datasets, training.steps)]
+    scale = train.get("differential_guidance_scale", 3)
+    if not train.get("do_differential_guidance") or scale != 3:
+        found.append("do_differential_guidance with differential_guidance_scale: 3 is what Z-Image Turbo LoRAs are trained with")
+    prompts = len(sample.get("samples") or sample.get("prompts") or [])
+    if prompts > 1 and not train.get("disable_sampling"):
+        found.append(f"{prompts} sample prompts: each one pauses the training at every sampling, one will do")
+    rank, alpha = network.get("rank", network.get("linear")), network.get("linear_alpha", network.get("alpha"))
+    if alpha is not None and rank is not None and alpha != rank and network.get("type", "lora") == "lora":
+        found.append(f"linear_alpha {alpha} is ignored by AI-Toolkit: it trains with alpha = linear = {rank}")
+    if old_ema and table(train, "ema_config").get("use_ema"):
+        found.append("ema_config has no effect in this AI-Toolkit, which is older than 0.10.5 (2026-06-07): update it")
+    for name in strangers(training):
+        found.append(f"{training.folder / name} would be taken for a checkpoint and resumed from: move it away")
+    return [f"{training.place}: {text}" for text in found]
+
+
+def _of_rate(train: Mapping[str, Any], steps: int) -> list[str]:
+    name, parameters = train.get("lr_scheduler") or "constant", table(train, "lr_scheduler_params")
+    found = []
+    if name == "linear" and "start_factor" not in parameters:
+        found.append("lr_scheduler linear rises from a third of lr; to fall: {start_factor: 1.0, end_factor: 0.0}")
+    warmup = parameters.get("num_warmup_steps", 1000)
+    if name == _WARMUP and isinstance(warmup, int) and warmup >= steps:
+        found.append(f"the warm-up takes {warmup} of {steps} steps: lr never arrives; set num_warmup_steps")
+    lr = train.get("lr", 1e-6)
+    if (
+        str(train.get("optimizer") or "").lower().startswith(("prodigy", "dadaptation"))
+        and isinstance(lr, int | float)
+        and lr < 0.1
+    ):
+        found.append(f"{train['optimizer']} prints lr 1.0 but trains with lr {lr:g}: write lr: 1.0")
+    return found
+
+
+def _of_data(train: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    found = []
+    if not train.get("cache_text_embeddings") and not any(d.get("cache_text_embeddings") for d in datasets):
+        found.append("cache_text_embeddings: true encodes each caption once and frees the text encoder's memory")
+    if any(not (d.get("cache_latents") or d.get("cache_latents_to_disk")) for d in datasets):
+        found.append("cache_latents_to_disk: true encodes each image once instead of at every step")
+    sizes = [d.get("resolution") for d in datasets if isinstance(d.get("resolution"), list)]
+    if any(len(set(map(str, size))) > 1 for size in sizes):
+        found.append("several resolutions train every image at every size: one, 1024, serves")
+    batch = train.get("batch_size", 1)
+    images = sum(_images(d) for d in datasets)
+    if isinstance(batch, int) and images > steps * batch:
+        found.append(f"{steps} steps for {images} images: some are never seen")
+    return found
+
+
+def _images(dataset: Mapping[str, Any]) -> int:
+    """Pictures of a dataset's folder, its repeats counted; 0 where it can't be looked at."""
+    folder = Path(str(dataset.get("folder_path") or dataset.get("dataset_path") or ""))
+    repeats = dataset.get("num_repeats", 1)
+    if folder == Path() or not folder.is_dir():
+        return 0
+    return sum(1 for p in folder.rglob("*") if p.suffix.lower() in _IMAGES) * (repeats if isinstance(repeats, int) else 1)
+
+
+def strangers(training: Training) -> list[str]:
+    """Files in the save folder that are no saves of the trainer, but that its next start would resume from."""
+    if not training.folder.is_dir():
+        return []
+    own = re.compile(re.escape(training.job) + r"(_\d{9})?\.(safetensors|pt)")
+    left_alone = ("_LoRA", "_refiner", "_t2i", "_cn")  # get_latest_save_path drops these
+    return sorted(
+        p.name
+        for p in training.folder.iterdir()
+        if training.claims(p) and not own.fullmatch(p.name) and not any(word in p.name for word in left_alone)
+    )

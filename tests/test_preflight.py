@@ -1,0 +1,171 @@
+"""`check` looks at the training before our section: errors stop, advice is printed."""
+
+import pytest
+
+LORA = {"steps": [{"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]}]}
+
+
+def merging(**keys):
+    return {"type": "zit_merge", "shapes": "free", **LORA, **keys}
+
+
+def training(desk, network=None, model=None, datasets=None, sample=None, **train):
+    good = {
+        "steps": 3000,
+        "batch_size": 1,
+        "cache_text_embeddings": True,
+        "do_differential_guidance": True,
+        "differential_guidance_scale": 3,
+        "optimizer": "adamw8bit",
+    }
+    return desk.training(
+        train=good | train,
+        model=model or {"arch": "zimage:turbo", "name_or_path": "x"},
+        datasets=datasets or [{"folder_path": "images", "cache_latents_to_disk": True, "resolution": [1024]}],
+        sample=sample or {"samples": [{"prompt": "one"}]},
+        **({"network": network} if network else {}),
+    )
+
+
+def check(desk, process, **keys):
+    return desk.zit("check", desk.config(process, merging(**keys)))
+
+
+def advice(desk, process, **keys):
+    text = check(desk, process, **keys).ok()
+    assert text.rstrip().endswith("no errors")
+    return " ".join(text.partition("advice: ")[2].split()) if "advice: " in text else ""
+
+
+def test_the_blogs_settings_need_no_advice(desk):
+    assert advice(desk, training(desk)) == ""
+
+
+SCHEDULERS = [
+    ({"lr_scheduler": "step"}, "can't make step"),
+    ({"lr_scheduler": "polynomial"}, "can't make polynomial"),
+    ({"lr_scheduler": "cosin"}, "can't make cosin"),
+    ({"lr_scheduler": "cosine", "lr_scheduler_params": {"max_iterations": 5}}, "can't make cosine"),
+    ({"lr_scheduler": "constant", "lr_scheduler_params": {"max_iterations": 5}}, "max_iterations: 5"),
+    ({"lr_scheduler": "linear", "lr_scheduler_params": {"eta_min": 0}}, "can't make linear"),
+    ({"lr_scheduler": "constant_with_warmup", "lr_scheduler_params": {"max_iterations": 5}}, "can't make constant_with_warmup"),
+    ({"lr_scheduler": "constant_with_warmup", "lr_scheduler_params": {"warmup": 5}}, "can't make constant_with_warmup"),
+    ({"lr_scheduler": "cosine_with_restarts"}, "never restarts"),
+    ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_params": {"T_0": 5}}, "never restarts"),
+]
+
+
+@pytest.mark.parametrize(("train", "says"), SCHEDULERS)
+def test_schedulers_that_crash_or_do_not_do_what_they_say(desk, train, says):
+    message = check(desk, training(desk, **train)).refused()
+    assert message.startswith("process[0].train.lr_scheduler: ") and says in message
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"lr_scheduler": "constant"},
+        {"lr_scheduler": "cosine"},
+        {"lr_scheduler": "cosine", "lr_scheduler_params": {"eta_min": 1e-6}},
+        {"lr_scheduler": "linear", "lr_scheduler_params": {"start_factor": 1.0, "end_factor": 0.0}},
+        {"lr_scheduler": "constant_with_warmup", "lr_scheduler_params": {"num_warmup_steps": 100}},
+    ],
+)
+def test_schedulers_that_work(desk, train):
+    assert advice(desk, training(desk, **train)) == ""
+
+
+@pytest.mark.parametrize("params", [{"total_iters": 500}, {"T_0": 500, "T_mult": 2}, {"total_iters": 500, "max_iterations": 9}])
+def test_restarts_with_the_fix(desk, params):
+    process = training(desk, lr_scheduler="cosine_with_restarts", lr_scheduler_params=params)
+    assert advice(desk, process, train_fixes=["cosine_with_restarts"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"lr_scheduler": "cosine_with_restarts"}, "give the steps until the first restart"),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_params": {"T_0": 5, "total_iters": 6}}, "once: total_iters: 500"),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_params": {"T_0": 2.5}}, "whole number of steps"),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_params": {"T_0": 5, "num_cycles": 2}}, "num_cycles"),
+        ({"lr_scheduler": "cosine"}, "lr_scheduler is cosine: set it to cosine_with_restarts"),
+    ],
+)
+def test_a_fix_with_nothing_to_fix(desk, train, says):
+    assert says in check(desk, training(desk, **train), train_fixes=["cosine_with_restarts"]).refused()
+
+
+def test_a_fix_without_a_training_and_one_that_is_none(desk, loras):
+    alone = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]}, train_fixes=["cosine_with_restarts"])
+    assert "train_fixes: there is no training before this section" in desk.zit("check", desk.config(alone)).refused()
+    assert "no such fix: 'cosine'" in check(desk, training(desk), train_fixes=["cosine"]).refused()
+
+
+@pytest.mark.parametrize("name", ["adamw8bits", "sgd", "AdEMAMix8"])
+def test_an_unknown_optimizer(desk, name):
+    message = check(desk, training(desk, optimizer=name)).refused()
+    assert message.startswith(f"process[0].train.optimizer: AI-Toolkit knows no {name.lower()}")
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW8bit", "prodigy", "automagic3", "lion", "adafactor"])
+def test_known_optimizers(desk, name):
+    assert advice(desk, training(desk, optimizer=name, lr=1.0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"arch": "flux"}}, "model.arch: flux is not Z-Image"),
+        ({"model": {"arch": "zimages"}}, "is not Z-Image"),
+        ({"merge_network_on_save": True}, "merge_network_on_save: saves whole models"),
+        ({"network": {"type": "dora", "linear": 4}}, "DoRA"),
+    ],
+)
+def test_trainings_that_leave_no_lora_to_merge(desk, changes, says):
+    assert says in check(desk, training(desk, **changes)).refused()
+
+
+@pytest.mark.parametrize("arch", ["zimage", "zimage:turbo", "zimage:deturbo"])
+def test_the_archs_of_zimage(desk, arch):
+    assert advice(desk, training(desk, model={"arch": arch})) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"cache_text_embeddings": False}, "cache_text_embeddings: true"),
+        ({"datasets": [{"folder_path": "images", "resolution": [1024]}]}, "cache_latents_to_disk: true"),
+        ({"datasets": [{"cache_latents": True, "resolution": [512, 1024]}]}, "several resolutions"),
+        ({"do_differential_guidance": False}, "differential_guidance_scale: 3"),
+        ({"differential_guidance_scale": 2}, "differential_guidance_scale: 3"),
+        ({"sample": {"samples": [{"prompt": "a"}, {"prompt": "b"}]}}, "2 sample prompts"),
+        ({"network": {"type": "lora", "linear": 4, "linear_alpha": 2}}, "linear_alpha 2 is ignored"),
+        ({"lr_scheduler": "linear"}, "rises from a third"),
+        ({"steps": 500, "lr_scheduler": "constant_with_warmup"}, "the warm-up takes 1000 of 500 steps"),
+        ({"optimizer": "prodigy", "lr": 1e-4}, "write lr: 1.0"),
+    ],
+)
+def test_advice_is_printed_and_stops_nothing(desk, changes, says):
+    text = advice(desk, training(desk, **changes))
+    assert says in text and text.startswith("process[0]: ")
+
+
+def test_few_steps_for_a_large_dataset(desk):
+    images = desk.folder / "images"
+    images.mkdir()
+    for i in range(7):
+        (images / f"{i}.jpg").touch()
+    data = [{"folder_path": str(images), "cache_latents_to_disk": True, "num_repeats": 2}]
+    assert "10 steps for 14 images" in advice(desk, training(desk, datasets=data, steps=10))
+    assert advice(desk, training(desk, datasets=data, steps=14)) == ""
+
+
+def test_files_that_the_next_start_would_resume_from(desk):
+    folder = desk.folder / "output" / "cat"
+    folder.mkdir(parents=True)
+    for name in ("cat_merged.safetensors", "cat.safetensors", "cat_000000250.safetensors", "cat_LoRA_x.pt", "merged_cat_a.png"):
+        (folder / name).touch()
+    text = advice(desk, training(desk))
+    assert "cat_merged.safetensors would be taken for a checkpoint" in text
+    assert text.count("would be taken") == 1
