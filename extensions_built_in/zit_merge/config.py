@@ -154,6 +154,7 @@ class Section(_Settings):
     sample: Any = None
     train: Any = None
     trigger_word: Any = None
+    logging: Any = None
     # A recipe, printed as a section, says which job and version made it.
     job: str | None = None
     made_by: str | None = None
@@ -264,6 +265,7 @@ _HOST_KEYS = (
     "sample",
     "train",
     "trigger_word",
+    "logging",
     "training_folder",
 )
 _RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter")

@@ -24,7 +24,7 @@ def plan_text(plan: StepPlan) -> str:
     if not plan.spec.keep:
         lines[0] = f"step {plan.name}: {len(plan.inputs)} LoRA{'s' * (len(plan.inputs) > 1)}, for later steps only (keep: false)"
     for i in plan.inputs:
-        what = "not fetched yet"
+        what = "still on the hub"
         if i.outline.ranks:
             what = f"{len(i.outline.ranks)} modules, {_ranks(i.outline)}, {DTYPE_NAMES[i.outline.dtype]}"
             what += "" if i.lora or i.step else ", still to be trained"
