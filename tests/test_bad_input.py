@@ -212,6 +212,20 @@ def pair(name: str, rank: int = 2, out: int = 8, into: int = 8) -> dict[str, tor
     return {f"{name}.lora_A.weight": torch.ones(rank, into), f"{name}.lora_B.weight": torch.ones(out, rank)}
 
 
+def different(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: 2 * tensor for key, tensor in tensors.items()}
+
+
+def lokr_of_two_ranks() -> dict[str, torch.Tensor]:
+    ranks = {"w1": 1, "w2": 2}
+    return {f"{Q}.lokr_{w}_{ab}": torch.ones((4, r) if ab == "a" else (r, 4)) for w, r in ranks.items() for ab in "ab"}
+
+
+def loha(**sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+    shapes = {"w1_a": (8, 2), "w1_b": (2, 8), "w2_a": (8, 2), "w2_b": (2, 8)} | sizes
+    return {f"{Q}.hada_{part}": torch.ones(shape) for part, shape in shapes.items()}
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -259,7 +273,7 @@ def test_a_key_that_no_rule_explains(desk):
     [
         ({}, "holds no tensors"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 8)}, "half of the pair is missing"),
-        ({f"{Q}.alpha": torch.tensor(1.0)}, "half of the pair is missing"),
+        ({f"{Q}.alpha": torch.tensor(1.0)}, "stands alone, what it scales is missing"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 8), f"{Q}.lora_B.weight": torch.ones(8, 3)}, "are not a pair"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 8, 1, 1), f"{Q}.lora_B.weight": torch.ones(8, 2, 1, 1)}, "are not a pair"),
         ({f"{Q}.lora_A.weight": torch.ones(0, 8), f"{Q}.lora_B.weight": torch.ones(8, 0)}, "are not a pair"),
@@ -268,14 +282,21 @@ def test_a_key_that_no_rule_explains(desk):
         (pair(Q) | {f"{Q}.alpha": torch.tensor(float("inf"))}, "alpha"),
         (pair(Q) | {f"{Q}.alpha": torch.ones(3)}, "alpha is one number"),
         (pair(Q) | {f"{Q}.alpha": torch.ones(0)}, "alpha is one number"),
-        (pair(Q) | pair("transformer.layers.0.attention.to_q"), "twice"),
+        (pair(Q) | different(pair("transformer.layers.0.attention.to_q")), "twice and differently"),
+        (pair(Q) | {k.replace("lora_A.", "lora_down."): v for k, v in pair(Q).items()}, "has two down"),
         (pair("diffusion_model.layers.0.attention.qkv", out=10), "split into q, k and v"),
         ({"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, "text-encoder keys only"),
-        ({f"{Q}.lokr_w1": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(4, 4)}, "LoKr"),
-        ({f"{Q}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 has no w2_b factor beside it, half of the pair is missing"),
+        ({f"{Q}.lokr_w1_a": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(4, 4)}, "lokr_w1_a has no w1_b factor beside it"),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2, 1), f"{Q}.lokr_w2": torch.ones(4, 4)}, "a Kronecker factor"),
+        (lokr_of_two_ranks(), "alpha / rank has no meaning"),
+        ({f"{Q}.hada_w1_a": torch.ones(2, 2)}, "hada_w1_a has no w1_b factor beside it"),
+        (loha(w2_b=(2, 9)), "is for a 8 x 8 matrix"),
+        ({f"{Q}.diff": torch.ones(8, 8, 1)}, "the difference of a weight is a matrix"),
+        ({f"{Q}.diff": torch.ones(8)}, "the difference of a weight is a matrix"),
         (pair(Q) | {f"{Q}.dora_scale": torch.ones(8, 1)}, "DoRA"),
     ],
-    ids=[str(i) for i in range(17)],
+    ids=[str(i) for i in range(24)],
 )
 def test_files_of_a_form_that_is_not_a_lora(desk, tensors, says):
     write(desk, tensors)
@@ -291,9 +312,9 @@ def test_nan_or_infinity_in_weights(desk, value, part):
     assert "me.safetensors" in message and key in message and "NaN or infinity" in message
 
 
-def test_nan_stops_inspect_too(desk):
+def test_inspect_names_the_module_with_nan(desk):
     desk.lora("me.safetensors", change=lambda tensors: tensors[f"{Q}.lora_A.weight"].fill_(float("nan")))
-    assert "NaN" in desk.zit("inspect", "me.safetensors").refused()
+    assert "layers.0.attention.to_q holds NaN or infinity" in " ".join(desk.zit("inspect", "me.safetensors").ok().split())
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("fp16", 1.0), ("bf16", 1e30)])

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from extensions_built_in.zit_merge.config import Section, parse_section
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -14,10 +16,8 @@ from extensions_built_in.zit_merge.jobfile import load_job
 LORA = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [LORA]}
 LATER_KEYS = [
-    *(("section", key) for key in ("preview", "sweep", "ablate", "bake", "train_fixes")),
-    *(("step", key) for key in ("checkpoints", "preview", "sweep", "ablate", "bake", "train_fixes")),
-    *(("lora", key) for key in ("preset", "alpha", "qkv", "drop")),
-    *(("save", key) for key in ("keep_lokr", "uniform")),
+    *(("section", key) for key in ("preview", "sweep", "ablate", "bake")),
+    *(("step", key) for key in ("checkpoints", "preview", "sweep", "ablate", "bake")),
 ]
 
 
@@ -112,7 +112,9 @@ def test_what_is_missing_or_of_the_wrong_kind(raw, start):
         ({"save": "bf16"}, "save"),
         ({"save": {"dtyp": "bf16"}}, "save.dtyp"),
         ({"save": {"dtype": "bf1"}}, "save.dtype"),
-        ({"save": {"format": "kohya"}}, "save.format"),
+        ({"save": {"format": "kohja"}}, "save.format"),
+        ({"save": {"uniform": "no"}}, "save.uniform"),
+        ({"save": {"keep_lokr": 1}}, "save.keep_lokr"),
         ({"allow_unmatched": "yes"}, "allow_unmatched"),
         ({"shapes": "loose"}, "shapes"),
         ({"rank": 0}, "rank"),
@@ -359,15 +361,52 @@ def test_reserved_keys_are_not_available_yet(level, key):
     raw, place = {
         "section": (section(**{key: value}), ""),
         "step": (section(step={key: value}), "steps[0]."),
-        "lora": (section({key: value}), "steps[0].loras[0]."),
-        "save": (section(save={key: value}), "save."),
     }[level]
     assert refusal(raw).startswith(f"process[1].{place}{key} is not available yet")
 
 
-def test_reserved_keys_of_a_steps_save_are_not_available_yet():
-    message = refusal(section(step={"save": {"keep_lokr": True}}))
-    assert message.startswith("process[1].steps[0].save.keep_lokr is not available yet")
+def test_what_a_training_leaves_open_may_be_answered():
+    lora = settled(section({"preset": "fade_in", "alpha": "metadata", "qkv": "sum", "drop": ["norm", "bias"]})).steps[0].loras[0]
+    assert (lora.preset, lora.alpha, lora.qkv, lora.drop) == ("fade_in", "metadata", "sum", ["norm", "bias"])
+    for alpha in ("key", "none", 16, 0.5, -1):
+        assert settled(section({"alpha": alpha})).steps[0].loras[0].alpha == alpha
+    for qkv in ("split", "fused"):
+        assert settled(section({"qkv": qkv})).steps[0].loras[0].qkv == qkv
+
+
+@pytest.mark.parametrize(
+    ("lora", "place", "named"),
+    [
+        ({"alpha": "keys"}, "alpha", ("key", "metadata", "none", "'keys'")),
+        ({"alpha": "16"}, "alpha", ("key", "metadata", "none", "'16'")),
+        ({"alpha": 0}, "alpha", ("number", "0")),
+        ({"alpha": True}, "alpha", ("number", "True")),
+        ({"alpha": [16]}, "alpha", ("number", "[16]")),
+        ({"alpha": math.nan}, "alpha", ("number", "nan")),
+        ({"alpha": -math.inf}, "alpha", ("number", "inf")),
+        ({"qkv": "fuse"}, "qkv", ("split", "fused", "sum", "did you mean fused?")),
+        ({"qkv": 3}, "qkv", ("split", "fused", "sum")),
+        ({"qkv": ["split"]}, "qkv", ("split", "fused", "sum")),
+        ({"drop": ["norms"]}, "drop[0]", ("norm", "bias", "did you mean norm?")),
+        ({"drop": ["norm", "weights"]}, "drop[1]", ("norm", "bias")),
+        ({"drop": "norm"}, "drop", ("list",)),
+        ({"drop": {"norm": True}}, "drop", ("list",)),
+        ({"preset": 7}, "preset", ("text",)),
+        ({"preset": ["fade_in"]}, "preset", ("text",)),
+    ],
+    ids=str,
+)
+def test_wrong_answers_are_one_sentence_with_the_choices(lora, place, named):
+    message = refusal(section(lora))
+    assert message.startswith(f"process[1].steps[0].loras[0].{place}: ")
+    for word in named:
+        assert word in message
+
+
+@pytest.mark.parametrize("value", [1, "yes", [], "false"])
+@pytest.mark.parametrize("key", ["uniform", "keep_lokr"])
+def test_uniform_and_keep_lokr_are_true_or_false(key, value):
+    assert refusal(section(step={"save": {key: value}})).startswith(f"process[1].steps[0].save.{key}: must be true or false")
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "slerp", "karcher", "tsv", "average", "project"])
@@ -375,10 +414,9 @@ def test_methods_of_later_versions(method):
     assert f"method {method} is not available yet" in refusal(section(method=method))
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "kohya", "comfyui"])
-def test_formats_of_later_versions(kind):
-    message = refusal(section(step={"save": {"format": kind}}))
-    assert message.startswith("process[1].steps[0].save.format: ") and f"format {kind} is not available yet" in message
+@pytest.mark.parametrize("kind", ["ai-toolkit", "diffusers", "kohya", "comfyui"])
+def test_formats(kind):
+    assert settled(section(save={"format": kind})).steps[0].save.format == kind
 
 
 @pytest.mark.parametrize("rank", [{"energy": 0.99}, {"energy": 0.99, "max": 64}, {"size_mb": 150}])
@@ -387,10 +425,52 @@ def test_ranks_of_later_versions(rank):
     assert message.startswith("process[1].steps[0].rank: ") and "not available yet" in message
 
 
-def test_hub_sources_are_not_available_yet(desk):
-    config = desk.job(STEP | {"loras": [{"lora": "hf:user/repo/file.safetensors", "ratio": 1.0}]})
-    message = desk.zit("check", config).refused()
-    assert message.startswith("process[0].steps[0].loras[0].lora") and "not available yet" in message
+def cells(text: str) -> list[list[str]]:
+    """The rows of the table that says where each cell comes from: layer, then one word for each component."""
+    lines = iter(text.splitlines())
+    next(line for line in lines if "where each cell comes from" in line)
+    assert next(lines).split()[0] == "layer"
+    rows = []
+    for line in lines:
+        if not line.strip() or line.strip().startswith("other:"):
+            break
+        rows.append(line.split())
+    return rows
+
+
+def test_a_preset_in_a_config_is_what_it_says_written_out(desk, loras):
+    """late_20_29: the other layers, the refiners and `other` are 0; what the user writes stands on top."""
+    mine = {"layers": {"0-9": 0.25}, "blocks": {"to_q": -0.5}, "overrides": {"3.to_v": 2.0}}
+    out = {"layers": {"0-9": 0.25, "10-19": 0, "noise_refiner": 0, "context_refiner": 0, "other": 0}}
+    steps = [
+        {"name": "preset", "loras": [LORA | {"ratio": 0.8, "preset": "late_20_29"} | mine]},
+        {"name": "out", "loras": [LORA | {"ratio": 0.8} | mine | out]},
+        {"name": "none", "loras": [LORA | {"ratio": 0.8} | mine]},
+    ]
+    desk.zit("run", desk.job(*steps)).ok()
+    preset, written, none = (load_file(desk.out / f"merged_cat_{s['name']}.safetensors") for s in steps)
+    assert all(torch.equal(preset[key], written[key]) for key in written)
+    assert not all(torch.equal(none[key], written[key]) for key in written)
+    key = "diffusion_model.layers.{}.attention.to_k.lora_B.weight"
+    assert preset[key.format(25)].any() and preset[key.format(5)].any() and not preset[key.format(15)].any()
+
+
+def test_the_dry_run_shows_where_each_cell_comes_from(desk, loras):
+    lora = LORA | {"preset": "late_20_29", "layers": {"5": 0.25}, "blocks": {"to_q": -0.5}}
+    text = desk.zit("run", desk.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
+    table = {row[0]: row[1:] for row in cells(text)}
+    # to_q of every layer is the user's; 0-19 are the preset's zeros; of 5 the narrower entry wins
+    assert table["0-4"] == ["preset", "both", *["preset"] * 6]
+    assert table["5"] == ["own"] * 8
+    assert table["6-19"] == table["0-4"]
+    assert table["20-29"] == [".", "own", *["."] * 6]
+    assert "the preset late_20_29" in text
+    assert "where each cell" not in desk.zit("check", desk.job({"name": "a", "loras": [LORA]})).ok()
+
+
+def test_the_sentence_about_a_preset_names_its_place_and_the_nearest(desk, loras):
+    message = desk.zit("check", desk.job(STEP | {"loras": [LORA | {"preset": "fade_inn"}]})).refused()
+    assert message.startswith("process[0].steps[0].loras[0].preset: no such preset: 'fade_inn' (did you mean fade_in?)")
 
 
 @pytest.mark.parametrize(
@@ -400,6 +480,8 @@ def test_hub_sources_are_not_available_yet(desk):
         (section(step={"method": "tie"}), "method", "ties"),
         (section(step={"save": {"dtype": "bf1"}}), "save.dtype", "bf16"),
         (section(step={"save": {"format": "ai_toolkit"}}), "save.format", "ai-toolkit"),
+        (section(step={"save": {"format": "diffuser"}}), "save.format", "diffusers"),
+        (section(step={"save": {"format": "comfy"}}), "save.format", "comfyui"),
     ],
 )
 def test_an_unknown_choice_gets_the_nearest_one(raw, place, meant):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles.dense import best_error, product, read_deltas, relative, weighted_sum
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 
@@ -490,10 +490,11 @@ def test_the_rank_of_a_fused_qkv_is_not_taken_for_three_blocks(tmp_path):
 def test_an_alpha_of_301_survives(tmp_path):
     """bfloat16 has no 301: an alpha stored in the factors' dtype would weaken every module by a third of a percent."""
     rank = 301
-    one = lora(rank, modules={"layers.0.attention.to_out.0": (DIM, DIM)})
+    one = lora(rank, modules={"layers.0.attention.to_out.0": (320, 320)})  # a smaller one would have a smaller rank
     assert float(torch.tensor(float(rank)).bfloat16()) != rank
     path = write(tmp_path / "in.safetensors", one)
     out = merge([(path, 1.0)], shapes="free", dtype="bf16").save(tmp_path / "out.safetensors")
     stored = load_lora(out)
-    assert set(stored.alphas.values()) == {301.0}
+    assert {c.alpha for changes in stored.changes.values() for c in changes} == {301.0}
+    assert {float(t) for k, t in load_file(out).items() if k.endswith(".alpha")} == {301.0}
     assert stored.rank == 301

@@ -17,7 +17,7 @@ from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the inputs' size: half a unit in the last place for each factor; in float32 strength x alpha / rank is rounded too.
 ROUNDING = {"fp32": 3e-7, "bf16": 2**-7, "fp16": 2**-10}
-# They differ in names, in where alpha stands and what it is, in fused or split attention, in the modules they have.
+# They differ in names, in where alpha stands and what it is, in fused or split attention, in the modules they have, in algorithm.
 MIXED = [
     "ai-toolkit",  # layers only, no alpha
     "ai-toolkit-all",  # all 276
@@ -29,6 +29,13 @@ MIXED = [
     "none-converter-fp8",
     "lora-linear-layer",  # attention only
     "musubi-convert-other",  # garbled names
+    "ai-toolkit-lokr",  # whole Kronecker factors, alpha without meaning
+    "musubi-lokr",  # one of them a product
+    "musubi-comfy-lokr",  # LoKr, with LoRA on a fused qkv
+    "diffusion-pipe-lokr",  # of a fused qkv
+    "comfyui-train-loha",  # of a fused qkv
+    "lycoris-full",  # whole differences
+    "diffusers-rslora",  # alpha / sqrt(rank), in the metadata
 ]
 SHAPES = small_shapes(dim=12, ffn=20, temb=8, cap=12, n_layers=2, n_refiners=1)
 
@@ -77,7 +84,7 @@ def check(found, parts, tolerance):
 ratios = st.sampled_from([0.5, 1.0, -1.0, 0.0, 1.7])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(
@@ -97,7 +104,7 @@ def test_any_mix_of_trainers_ranks_and_ratios(parts, dtype):
 
 
 @pytest.mark.parametrize("other", MIXED)
-@pytest.mark.parametrize("ratios", [(0.5, 0.5), (1.0, 1.0), (1.0, -1.0), (0.0, 0.7), (-0.3, 1.4)])
+@pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.0, 0.7), (-0.3, 1.4)])
 def test_two_loras(tmp_path, other, ratios):
     one, two = write(tmp_path, "ai-toolkit", 8), write(tmp_path, other, 3, 1)
     out = make(tmp_path, [(one[0], ratios[0]), (two[0], ratios[1])])
@@ -325,6 +332,50 @@ def test_a_cut_file_is_as_close_as_its_rank_allows(tmp_path, pair, rank):
         assert abs(excess) < 1e-6 * float(delta.norm()), module
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ai-toolkit-lokr",),
+        ("lycoris-lokr-both",),
+        ("diffusion-pipe-lokr",),
+        ("ai-toolkit-lokr", "ai-toolkit"),
+        ("ai-toolkit-lokr", "musubi-lokr", "musubi-loha"),
+        ("lycoris-full", "ai-toolkit-lokr-split"),
+        ("comfyui-train-loha",),
+    ],
+    ids=" + ".join,
+)
+def test_other_algorithms_are_cut_as_close_as_the_rank_allows(tmp_path, names, rank):
+    made, ratios = [write(tmp_path, name, 2, i) for i, name in enumerate(names)], (0.7, -0.4, 1.1)
+    out = make(tmp_path, [(path, ratio) for (path, _), ratio in zip(made, ratios, strict=False)], rank=rank)
+    whole = {"lycoris-lokr-both": 4, "comfyui-train-loha": 4}.get(names[0], rank)  # 2 x 2: there is nothing to cut at 5
+    assert ranks(out) == {min(rank, whole)}
+    found = read_deltas(out)
+    for module, delta in weighted_sum([(deltas, ratio) for (_, deltas), ratio in zip(made, ratios, strict=False)]).items():
+        excess = float((found[module] - delta).norm()) - best_error(delta, rank)
+        assert abs(excess) < 1e-6 * float(delta.norm()), module
+
+
+@pytest.mark.parametrize("name", ["ai-toolkit-lokr", "musubi-loha", "lycoris-full"])
+def test_rank_same_needs_a_number_where_the_rank_is_no_trainers_choice(tmp_path, name):
+    paths = [write(tmp_path, n, seed=i)[0] for i, n in enumerate((name, "ai-toolkit"))]
+    with pytest.raises(ZitMergeError, match=rf"rank: same is the rank of LoRAs, {name}_0\.safetensors is a .*rank: 64"):
+        make(tmp_path, [(path, 1.0) for path in paths], rank="same")
+
+
+def test_a_lora_keeps_the_answers_that_it_was_opened_with(tmp_path):
+    path, deltas = write(tmp_path, "peft", 4)  # alpha is not in the file
+    lora = load_lora(path, alpha=2.0)
+    found = read_deltas(make(tmp_path, [(lora, 0.5)]))
+    module = "layers.0.attention.to_q"
+    torch.testing.assert_close(found[module], deltas[module] / 1.5 * (2.0 / 4) * 0.5, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ZitMergeError, match=r"adapter_config\.json"):
+        make(tmp_path, [(load_lora(path), 0.5)])
+    both, _ = write(tmp_path, "comfyui-train-all")
+    assert make(tmp_path, [(load_lora(both, drop=("norm", "bias")), 0.5)]).is_file()
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_cut_file_in_half_precision_loses_one_rounding_more(tmp_path, pair, dtype):
     found, wanted = read_deltas(make(tmp_path, pair[0], rank=3, dtype=dtype)), weighted_sum(pair[1])
@@ -379,7 +430,7 @@ COMPLETE = {
     "layers.1.feed_forward.w3",
     "noise_refiner.0.feed_forward.w2",
     "cap_embedder.1",
-    "layers.0.attention.to_k",
+    *(f"layers.0.attention.to_{c}" for c in "qkv"),  # to_k always, and what belongs to it
 }
 
 

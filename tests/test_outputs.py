@@ -249,10 +249,12 @@ def _raise_in(folder: Path, fsync: Callable[[int], None]) -> Callable[[int], Non
 @posix
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(desk, loras, keep):
-    steps = [STEP | {"keep": keep}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}, STYLE]}]
-    config = desk.job(*steps)
-    desk.zit("run", config).ok()
+    def config(ratio: float) -> Path:
+        return desk.job(STEP | {"keep": keep}, {"name": "b", "loras": [{"lora": "a", "ratio": ratio}, STYLE]})
+
+    desk.zit("run", config(1.0)).ok()
     old = {name: (desk.out / name).read_bytes() for name in desk.files()}
+    changed = config(0.5)  # a file that the same recipe made would be left as it is
     script = (
         "import os, sys\n"
         "from extensions_built_in.zit_merge import cli\n"
@@ -264,12 +266,14 @@ def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(desk, loras
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", script, "run", config, "--quiet"], env=environment, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", script, "run", changed, "--quiet"], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert {name: (desk.out / name).read_bytes() for name in old} == old
     assert f"{'merged_cat_b.safetensors'}.part" in desk.files()
-    desk.zit("run", config).ok()
+    desk.zit("run", changed).ok()
     assert desk.files() == sorted(old)
+    assert (desk.out / "merged_cat_b.safetensors").read_bytes() != old["merged_cat_b.safetensors"]
+    desk.zit("run", config(1.0)).ok()
     assert {name: (desk.out / name).read_bytes() for name in old} == old
 
 
@@ -469,8 +473,9 @@ def test_over_2_gb_needs_confirmation_before_the_training(desk, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
     message = desk.zit("check", big_job(desk)).refused()
     assert message.startswith("process[1].steps[0]: ") and "rank: 64" in message and "confirm_size: true" in message
-    # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x 4096 x 2 bytes
-    size = 30 * (4 * 7680 + 3 * 14080 + 15616) * 4096 * 2 / 1e9
+    # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x 3840 x 2 bytes: no change of a
+    # matrix of 3840 rows has a rank of 4096
+    size = 30 * (4 * 7680 + 3 * 14080 + 15616) * 3840 * 2 / 1e9
     assert f"{size:.1f} GB" in message
     assert "no errors" in desk.zit("check", big_job(desk, confirm_size=True)).ok()
     assert "no errors" in desk.zit("check", big_job(desk, rank=64)).ok()

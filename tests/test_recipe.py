@@ -6,14 +6,19 @@ import contextlib
 import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from desk import Desk
+from desk import SMALL, Desk
+from oracles import producers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from extensions_built_in.zit_merge import hub, presets
 
 ME = {
     "lora": "me.safetensors",
@@ -24,6 +29,7 @@ ME = {
 }
 STYLE = {"lora": "style.safetensors", "ratio": 1, "effects": {"composition": 1e-5, "color_light": 1.3}}
 ONE_STEP = {"name": "a", "loras": [ME, STYLE]}
+K = "diffusion_model.layers.0.attention.to_k"
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -265,3 +271,283 @@ def test_odd_names_survive_the_recipe(desk, real_loras):
     recipe = printed_recipe(desk, desk.folder / "out.safetensors")
     assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"][0]["loras"][0]["lora"] == name
     assert again(desk, recipe, "--loras", desk.folder).is_file()
+
+
+# --- presets -------------------------------------------------------------------------------------------------------------------
+
+PRESET = {"lora": "me.safetensors", "ratio": 0.9, "preset": "late_20_29", "layers": {"0-19": 0.25}, "blocks": {"to_q": 0.5}}
+
+
+def test_a_recipe_holds_the_expansion_of_a_preset(desk, loras):
+    desk.zit("run", desk.job({"name": "a", "loras": [PRESET, STYLE]})).ok()
+    entry = yaml.safe_load(desk.zit("recipe", desk.out / "merged_cat_a.safetensors").ok())["steps"][0]["loras"][0]
+    assert "preset" not in entry
+    assert entry["layers"] == {"0-19": 0.25, "noise_refiner": 0, "context_refiner": 0, "other": 0}
+    assert entry["blocks"] == {"to_q": 0.5}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"preset": "late_20_29", "layers": {"0-19": 0.25}, "blocks": {"to_q": 0.5}},
+        {"preset": "fade_in"},
+        {"preset": "fade_in", "layers": [0.5] * 29 + [1]},
+        {"preset": "adaln_only", "blocks": {"adaLN": -1}, "overrides": {"3.to_q": 2}},
+        {"preset": "even_layers", "effects": {"detail": 2}},
+    ],
+    ids=str,
+)
+def test_a_recipe_of_a_preset_runs_without_it(desk, loras, monkeypatch, keys):
+    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | keys, STYLE]})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    recipe = printed_recipe(desk, made)
+    monkeypatch.setattr(presets, "presets", lambda: {})  # a later version may have dropped or changed it
+    remade = again(desk, recipe, "--loras", move_and_rename(desk, *loras))
+    assert remade.read_bytes() == made.read_bytes()
+
+
+# --- alpha beside the tensors --------------------------------------------------------------------------------------------------
+
+
+def peft_adapter(desk: Desk, name: str = "peft/adapter_model.safetensors") -> Path:
+    """PEFT's adapter, whose alpha of 3/2 r stands in adapter_config.json alone."""
+    path = desk.lora(name, "peft")
+    producers.save_sidecars(producers.PRODUCERS["peft"].make(SMALL, 2, 0, torch.bfloat16), path.parent)
+    return path
+
+
+def scale_of(path: Path, source: Path, module: str = "layers.4.attention.to_v") -> float:
+    """How many times the product of the stored factors of the source is in a merged file."""
+    stored, made = load_file(source), load_file(path)
+    a, b = next(
+        (stored[f"{p}{module}.lora_A.weight"], stored[f"{p}{module}.lora_B.weight"])
+        for p in ("base_model.model.", "transformer.")
+        if f"{p}{module}.lora_A.weight" in stored
+    )
+    delta = b.double() @ a.double()
+    got = made[f"diffusion_model.{module}.lora_B.weight"].double() @ made[f"diffusion_model.{module}.lora_A.weight"].double()
+    return float((got * delta).sum() / delta.square().sum())
+
+
+@pytest.mark.parametrize("gone", ["deleted", "changed"])
+def test_a_recipe_carries_the_adapter_config(desk, gone):
+    source = peft_adapter(desk)
+    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}], "save": {"dtype": "fp32"}})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    assert scale_of(made, source) == pytest.approx(1.5, rel=1e-6)
+    recipe = printed_recipe(desk, made)
+    assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["adapter"]["lora_alpha"] == 3
+    config = source.parent / "adapter_config.json"
+    if gone == "deleted":
+        config.unlink()
+        assert (
+            "adapter_config.json"
+            in desk.zit("run", desk.job({"name": "b", "loras": [{"lora": str(source), "ratio": 1}]})).refused()
+        )
+    else:
+        config.write_text(json.dumps({"lora_alpha": 77, "r": 2}))
+    remade = again(desk, recipe, "--loras", move_and_rename(desk, source) if gone == "deleted" else source.parent)
+    assert remade.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["simpletuner-peft", "diffusers-alpha", "diffusers-rslora", "diffusers-patterns"])
+@pytest.mark.parametrize("how", ["stripped", "as it is"])
+def test_a_recipe_carries_what_the_metadata_said_of_alpha(desk, name, how):
+    """The hash covers the tensors alone: a program that strips or rewrites metadata must not change the merge."""
+    source = desk.lora("me.safetensors", name, rank=4)
+    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    recipe = printed_recipe(desk, made)
+    if how == "stripped":
+        save_file(load_file(source), source)
+        assert "lora_adapter_metadata" not in (metadata(source) or {})
+        other = desk.folder / "other"
+        desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]}, output_dir=str(other))).ok()
+        assert (other / made.name).read_bytes() != made.read_bytes()  # without the recipe it is another strength
+    assert again(desk, recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("adapter", [{}, {"lora_alpha": "x"}, {"lora_alpha": 1, "alpha_pattern": {"(": 2}}], ids=str)
+def test_a_broken_adapter_of_a_recipe_is_refused(desk, adapter):
+    source = peft_adapter(desk)
+    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}]})).ok()
+    recipe = yaml.safe_load(desk.zit("recipe", desk.out / "merged_cat_a.safetensors").ok())
+    recipe["steps"][0]["loras"][0]["adapter"] = adapter
+    message = desk.zit("run", desk.write(recipe, "peft/r.yaml"), "--output-dir", "again").refused()
+    assert message.startswith("steps[0].loras[0].adapter: ")
+
+
+@pytest.mark.parametrize("alpha", ["none", 5, "metadata"])
+def test_a_recipe_remembers_the_answer_about_alpha(desk, alpha):
+    source = peft_adapter(desk)
+    lora = {"lora": str(source), "ratio": 1.0, "alpha": alpha}
+    desk.zit("run", desk.job({"name": "a", "loras": [lora], "save": {"dtype": "fp32"}})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    assert scale_of(made, source) == pytest.approx({"none": 1.0, 5: 2.5, "metadata": 1.5}[alpha], rel=1e-6)
+    recipe = printed_recipe(desk, made)
+    assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["alpha"] == alpha
+    (source.parent / "adapter_config.json").unlink()
+    assert again(desk, recipe, "--loras", source.parent).read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("qkv", ["split", "fused", "sum"])
+def test_a_recipe_remembers_the_answer_about_qkv(desk, qkv):
+    pair = {f"layers.0.attention.to_{c}": torch.eye(8)[i : i + 1] for i, c in enumerate("qkv")}
+    tensors = {f"diffusion_model.{m}.lora_A.weight": row.clone() for m, row in pair.items()}
+    tensors |= {f"diffusion_model.{m}.lora_B.weight": torch.ones(8, 1) for m in pair}
+    tensors["diffusion_model.layers.0.attention.qkv.lora_A.weight"] = torch.ones(1, 8)
+    tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] = torch.full((24, 1), 10.0)
+    save_file(tensors, "twice.safetensors")
+    lora = {"lora": "twice.safetensors", "ratio": 1.0}
+    message = desk.zit("run", desk.job({"name": "a", "loras": [lora]})).refused()
+    assert "set qkv: split, fused or sum" in message
+    desk.zit("run", desk.job({"name": "a", "loras": [lora | {"qkv": qkv}]})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    split, fused = torch.ones(8, 1) @ pair["layers.0.attention.to_k"], torch.full((8, 8), 10.0)
+    out = load_file(made)
+    found = out[f"{K}.lora_B.weight"].float() @ out[f"{K}.lora_A.weight"].float()
+    assert torch.equal(found, {"split": split, "fused": fused, "sum": split + fused}[qkv])
+    assert again(desk, printed_recipe(desk, made), "--loras", desk.folder).read_bytes() == made.read_bytes()
+
+
+def test_a_recipe_remembers_what_was_dropped(desk):
+    desk.lora("me.safetensors", "comfyui-train-all")
+    lora = {"lora": "me.safetensors", "ratio": 1.0}
+    assert "drop: [norm]" in desk.zit("run", desk.job({"name": "a", "loras": [lora]})).refused()
+    assert "drop: [bias]" in desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm"]}]})).refused()
+    desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm", "bias"]}]})).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    recipe = printed_recipe(desk, made)
+    assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["drop"] == ["norm", "bias"]
+    assert again(desk, recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+
+
+# --- sources on the hub --------------------------------------------------------------------------------------------------------
+
+COMMIT, NEWER = "0123456789" * 4, "b" * 40
+HUB = "hf:user/repo/sub/style.safetensors"
+
+
+@pytest.fixture
+def hub_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty cache of the hub, offline, and no network at all."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    folder = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_pins", {})
+
+    def nobody(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, nobody)
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    return folder
+
+
+def cache(folder: Path, source: Path, commit: str = COMMIT, ref: str | None = "main") -> Path:
+    """Puts a file into the cache as huggingface_hub lays it out: the snapshot is a link to a blob."""
+    home, content = folder / "models--user--repo", source.read_bytes()
+    blob, path = home / "blobs" / hashlib.sha256(content).hexdigest(), home / "snapshots" / commit / "sub" / "style.safetensors"
+    for made in (blob.parent, path.parent, home / "refs"):
+        made.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    path.symlink_to(blob)
+    if ref:
+        (home / "refs" / ref).write_text(commit)
+    return path
+
+
+FROM_HUB = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": HUB, "ratio": 0.5}]}
+
+
+@pytest.mark.parametrize("command", [("check",), ("run", "--dry-run")], ids=str)
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_source_that_nobody_has_fetched_is_a_note_and_no_download(desk, loras, hub_cache, monkeypatch, command, offline):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    text = " ".join(desk.zit(command[0], desk.job(FROM_HUB), *command[1:]).ok().split())
+    assert "style.safetensors is not in the local cache: it is fetched from the hub when the merge runs" in text
+    assert "still on the hub" in text and "size not known yet" in text
+    assert list(hub_cache.iterdir()) == [] and desk.files() == []
+
+
+def test_what_else_is_wrong_is_found_without_the_file(desk, loras, hub_cache):
+    step = FROM_HUB | {"loras": [{"lora": HUB, "ratio": 0.5, "blocks": {"to_w": 1}}]}
+    assert desk.zit("check", desk.job(step)).refused().startswith("process[0].steps[0].loras[0].blocks.to_w: ")
+    step = FROM_HUB | {"loras": [{"lora": "hf:user/style.safetensors", "ratio": 0.5}]}
+    assert (
+        desk.zit("check", desk.job(step)).refused().startswith("process[0].steps[0].loras[0].lora: 'hf:user/style.safetensors'")
+    )
+
+
+def test_a_run_without_the_file_and_without_the_network_is_refused(desk, loras, hub_cache):
+    message = desk.zit("run", desk.job(FROM_HUB)).refused()
+    assert message.startswith("process[0].steps[0].loras[1].lora: ") and "HF_HUB_OFFLINE" in message
+    assert desk.files() == []
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_a_file_of_the_cache_is_merged_offline_and_pinned(desk, loras, hub_cache, revision):
+    cache(hub_cache, loras[1])
+    step = FROM_HUB | {"loras": [FROM_HUB["loras"][0], {"lora": HUB + revision, "ratio": 0.5}]}
+    local = FROM_HUB | {"name": "local", "loras": [FROM_HUB["loras"][0], {"lora": "style.safetensors", "ratio": 0.5}]}
+    desk.zit("run", desk.job(step, local)).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    one, two = load_file(made), load_file(desk.out / "merged_cat_local.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    entry = yaml.safe_load(desk.zit("recipe", made).ok())["steps"][0]["loras"][1]
+    raw = loras[1].read_bytes()
+    assert entry["lora"] == f"{HUB}@{COMMIT}"
+    assert entry["sha256"] == hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert str(hub_cache) not in json.dumps(metadata(made))
+    assert "style" in metadata(made)["modelspec.merged_from"] or "musubi" in metadata(made)["modelspec.merged_from"]
+
+
+@pytest.mark.parametrize("where", ["cache", "--loras", "moved branch"])
+def test_a_recipe_of_a_hub_source_runs_offline(desk, loras, hub_cache, where):
+    path = cache(hub_cache, loras[1])
+    desk.zit("run", desk.job(FROM_HUB)).ok()
+    made = desk.out / "merged_cat_a.safetensors"
+    recipe = printed_recipe(desk, made)
+    loras[1].unlink()
+    hub._pins.clear()
+    folder = desk.folder / "attic"
+    folder.mkdir()
+    loras[0].rename(folder / "renamed.safetensors")
+    if where == "--loras":
+        (folder / "another name.safetensors").write_bytes(path.read_bytes())
+        shutil.rmtree(hub_cache / "models--user--repo")
+    if where == "moved branch":
+        desk.lora("newer.safetensors", seed=7)
+        cache(hub_cache, desk.folder / "newer.safetensors", NEWER)
+    remade = again(desk, recipe, "--loras", folder)
+    assert remade.read_bytes() == made.read_bytes()
+    assert desk.zit("recipe", remade).ok() == desk.zit("recipe", made).ok()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_other_bytes_than_the_recipes_are_refused(desk, loras, hub_cache, command):
+    path = cache(hub_cache, loras[1])
+    desk.zit("run", desk.job(FROM_HUB)).ok()
+    recipe = printed_recipe(desk, desk.out / "merged_cat_a.safetensors", "recipe.yaml")
+    path.resolve().write_bytes(desk.lora("other.safetensors", "musubi", rank=3, seed=9).read_bytes())
+    message = desk.zit(command, recipe, "--output-dir", "again").refused()
+    assert message.startswith("steps[0].loras[1].lora: ") and "does not hold the tensors of the recipe" in message
+    assert not Path("again").exists()
+
+
+def test_a_name_on_the_hub_is_no_name_of_a_step_or_file(desk, loras, hub_cache):
+    """The file name alone is no source: what lies in the working directory by that name is another file."""
+    cache(hub_cache, desk.lora("elsewhere.safetensors", "musubi", rank=3, seed=5))
+    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": HUB, "ratio": 1.0}], "save": {"dtype": "same"}})).ok()
+    found = load_file(desk.out / "merged_cat_a.safetensors")
+    stored = load_file("elsewhere.safetensors")
+    assert torch.equal(found[f"{K}.lora_A.weight"], stored["lora_unet_layers_0_attention_to_k.lora_down.weight"])
+
+
+def test_merge_of_the_command_line_takes_a_hub_source(desk, real_loras, hub_cache):
+    cache(hub_cache, real_loras[1])
+    desk.zit("merge", real_loras[0], HUB, "-o", "o.safetensors", "--ratio", 1, 0.5, "--device", "cpu").ok()
+    entry = yaml.safe_load(desk.zit("recipe", "o.safetensors").ok())["steps"][0]["loras"][1]
+    assert entry["lora"] == f"{HUB}@{COMMIT}"

@@ -230,7 +230,7 @@ def _plan_step(
         path=site.output(step),
     )
     plan = replace(plan, notes=notes(plan, site.prefix))
-    if shapes:
+    if shapes and (plan.kept or not step.save.keep_lokr):
         size = writer.header_size(plan.layout(), plan.draft) + writer.data_size(plan.layout())
         plan = replace(plan, bytes=size)
     _check_output(plan, site, place)
@@ -248,6 +248,10 @@ def _check_rank(step: Step, inputs: Sequence[Input], known: bool, place: str) ->
                 "uniform: drop them, or keep_lokr"
             )
         lora, outline = inputs[0].lora, inputs[0].outline
+        if inputs[0].step:
+            raise ZitMergeError(
+                f"{place}.save.keep_lokr: {inputs[0].label} is an earlier step: give the LoKr's own file, with all weights here"
+            )
         reason = lokr.why_not(lora) if lora else None if "LoKr" in outline.algorithms else f"{inputs[0].label} is no LoKr"
         if reason:
             raise ZitMergeError(f"{place}.save.keep_lokr: {reason}: drop keep_lokr")

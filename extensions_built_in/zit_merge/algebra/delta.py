@@ -71,7 +71,8 @@ class Kron(NamedTuple):
 
     def expand(self) -> Factors:
         """Exactly, without an SVD: (A B) kron (C D) = (A kron C) (B kron D)."""
-        left, right = self.map(single)
+        # torch.kron fails on transposed views with a side of 1; copies it takes
+        left, right = self.map(lambda t: single(t).clone(memory_format=torch.contiguous_format))
         return Factors(torch.kron(left.up, right.up), torch.kron(left.down, right.down))
 
     def rows(self, first: int, last: int) -> Kron | Factors:
@@ -143,7 +144,7 @@ def inner(x: Delta, y: Delta) -> float:
     if isinstance(x, Kron) and isinstance(y, Kron) and x.left.shape == y.left.shape:
         return inner(x.left, y.left) * inner(x.right, y.right)
     x, y = sorted((x, y), key=lambda d: (isinstance(d, Factors), -d.rank))  # y is the one that gets expanded
-    x, y = x.map(wide), y.expand().map(wide)
+    x, y = x.map(wide), y.map(wide).expand()
     if isinstance(x, Kron):
         return float((y.up * (x @ y.down.T)).sum())
     return float(((x.up.T @ y.up) * (x.down @ y.down.T)).sum())

@@ -36,20 +36,23 @@ def leading(x: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     basis = torch.linalg.qr(start).Q
     image = x @ basis
     gram = image.T @ image
-    energy = 0.0
-    while True:
+    values, vectors = torch.linalg.eigh(gram)
+    energy, gain = float(values[-rank:].sum()), torch.inf
+    while gain > _GAIN * energy and basis.shape[1] < into:
+        if 2 * (basis.shape[1] + width) > into:  # from here on the whole of X is cheaper
+            basis = torch.eye(into, dtype=torch.float64, device=x.device)
+            image = x @ basis
+            gram = image.T @ image
+        else:
+            block = x.T @ image[:, -width:]
+            for _ in range(2):  # the second pass takes off what rounding left of the basis
+                block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+            fresh = x @ block
+            cross = image.T @ fresh
+            gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, fresh.T @ fresh], 1)])
+            basis, image = torch.cat([basis, block], 1), torch.cat([image, fresh], 1)
         values, vectors = torch.linalg.eigh(gram)
-        found, gain = float(values[-rank:].sum()), float(values[-rank:].sum()) - energy
-        if gain <= _GAIN * found or basis.shape[1] + width > into:
-            break
-        energy = found
-        block = x.T @ image[:, -width:]
-        for _ in range(2):  # the second pass takes off what rounding left of the basis
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-        fresh = x @ block
-        cross = image.T @ fresh
-        gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, fresh.T @ fresh], 1)])
-        basis, image = torch.cat([basis, block], 1), torch.cat([image, fresh], 1)
+        gain, energy = float(values[-rank:].sum()) - energy, float(values[-rank:].sum())
     values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     alive = max(1, int((values > values[0] * torch.finfo(values.dtype).eps * len(gram)).sum()))
     sigma = values[:alive].clamp(min=0).sqrt()

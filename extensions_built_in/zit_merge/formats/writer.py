@@ -83,14 +83,12 @@ def complete(modules: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
         modules: Canonical names.
         sizes: The model's sizes; a module whose shape they do not give is not added.
     """
-    wanted = set(modules)
+    wanted = {*modules, *([ALWAYS] if "dim" in sizes else [])}
     for name in list(wanted):
         module = MODULES[name]
         for together in _TOGETHER:
             if module.section != "other" and module.component in together:
                 wanted |= {zimage.at(module.section, module.index, c).name for c in together}
-    if "dim" in sizes:
-        wanted.add(ALWAYS)
     return [name for name in MODULES if name in wanted]
 
 

@@ -112,10 +112,10 @@ def _ranks(outline: Outline) -> str:
 
 def _written(plan: StepPlan) -> str:
     """`240 modules, rank 32, bf16`."""
+    if not plan.stacked:
+        return "what the source on the hub changes"
     modules = f"{len(plan.shapes or plan.stacked)} modules"
-    rank = (
-        "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values()) if plan.ranks else 'not known yet'}"
-    )
+    rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
     form = f", format {plan.spec.save.format}" if plan.spec.save.format != "ai-toolkit" else ""
     return f"{modules}, {rank}, {DTYPE_NAMES[plan.dtype]}{form}"
 
