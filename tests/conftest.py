@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from desk import REAL, Desk, lora_bytes
+
+torch.set_num_threads(1)  # the matrices are small: a second thread only waits for the first, worse so beside other workers
 
 
 @pytest.fixture

@@ -43,7 +43,11 @@ def run_python(toolkit):
 
     def run(*words, cwd=None, timeout=300, **variables):
         path = [str(toolkit)] + ([] if torch.version.cuda else [str(SHIM)])
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+        env = (
+            os.environ
+            | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            | variables
+        )
         return subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=cwd or toolkit,

@@ -57,6 +57,7 @@ class Launched:
             "PYTHONPATH": os.pathsep.join(path),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
             "AITK_JOB_ID": job_id,
         }
         self.database, self.job_id, self.seen = database, job_id, []
