@@ -526,12 +526,6 @@ def test_help_is_0(desk, words):
     assert "zit_merge" in text and text.isascii()
 
 
-@pytest.mark.parametrize("words", [[], ["config.yaml", "--section", "section.yaml"]], ids=" ".join)
-def test_attach_is_not_available_yet(desk, words):
-    ran = desk.zit("attach", *words)
-    assert "attach is not available yet" in ran.refused()
-
-
 def test_an_interruption_is_130(desk, loras, monkeypatch):
     def interrupt(bar: progress.Bar, plan: object, done: int) -> None:
         if done == 100:

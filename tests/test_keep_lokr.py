@@ -263,8 +263,25 @@ def test_another_algorithm_inside_is_refused(tmp_path, other):
 def test_a_result_too_large_for_fp16_is_refused(tmp_path):
     path, _ = write(tmp_path, "ai-toolkit-lokr")
     with pytest.raises(ZitMergeError, match="too large for fp16"):
-        keep(tmp_path, [(path, 1e9)], dtype="fp16")
+        keep(tmp_path, [(path, 1e14)], dtype="fp16")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "musubi-lokr"])
+def test_factors_that_fp16_would_lose_are_levelled(tmp_path, producer):
+    """w1 of thousands beside w2 of billionths: each alone leaves the range, their product does not."""
+    path, made = write(tmp_path, producer)
+    stored = load_file(path)
+    changed = {
+        k: t * (2.0**14 if ".lokr_w1" in k else 2.0**-22 if k.endswith((".lokr_w2", ".lokr_w2_a")) else 1)
+        for k, t in stored.items()
+    }
+    save_file(changed, path)
+    out = load_lora(keep(tmp_path, [(path, 1.0)], dtype="fp16"))
+    for module, delta in made.deltas.items():
+        got = out[module].map(torch.Tensor.double).expand()
+        wanted = delta * 2.0**-8
+        assert float((got.up @ got.down - wanted).norm()) <= 2e-3 * float(wanted.norm()), module
 
 
 # --- through the command line --------------------------------------------------------------------------------------------------

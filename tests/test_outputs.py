@@ -575,3 +575,39 @@ def test_the_output_is_what_safetensors_itself_can_read(desk, loras):
         assert len(list(file.keys())) == 3 * 240
         assert file.get_tensor("diffusion_model.layers.29.attention.to_out.0.lora_B.weight").shape == (8, 5)
         assert file.get_tensor("diffusion_model.layers.29.attention.to_out.0.alpha").item() == 5.0
+
+
+def test_a_stale_copy_is_made_again(desk, loras):
+    """The step's own file is there from this recipe, the copy is from an older one."""
+    (desk.folder / "copies").mkdir()
+    step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]}
+    copied = step | {"copy_to": str(desk.folder / "copies")}
+    desk.zit("run", desk.job(copied)).ok()
+    half = {"loras": [{"lora": "me.safetensors", "ratio": 0.5}]}
+    desk.zit("run", desk.job(step | half)).ok()
+    assert "kept " in desk.zit("run", desk.job(copied | half)).ok()
+    name = "merged_cat_a.safetensors"
+    assert (desk.folder / "copies" / name).read_bytes() == (desk.out / name).read_bytes()
+
+
+def test_answers_have_no_place_on_a_step(desk, loras):
+    steps = [
+        {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]},
+        {"name": "b", "loras": [{"lora": "a", "ratio": 1.0, "alpha": 64}]},
+    ]
+    assert "steps[1].loras[0].alpha: the file of the step a leaves nothing open" in desk.zit("check", desk.job(*steps)).refused()
+
+
+def test_a_section_does_not_read_what_an_earlier_one_writes(desk, loras):
+    first = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
+    second = desk.section({"name": "b", "loras": [{"lora": "out/merged_cat_a.safetensors", "ratio": 1.0}]})
+    message = desk.zit("check", desk.config(first, second)).refused()
+    assert message.startswith("process[1].steps[0].loras[0].lora: process[0].steps[0] writes out/merged_cat_a.safetensors")
+
+
+def test_a_fused_file_that_feeds_a_step_has_its_true_rank(desk, loras):
+    steps = [
+        {"name": "a", "save": {"format": "comfyui"}, "loras": [{"lora": "me.safetensors", "ratio": 1.0}]},
+        {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]},
+    ]
+    assert "rank 6" in desk.zit("run", desk.job(*steps), "--dry-run").ok()

@@ -76,6 +76,38 @@ def test_schedulers_that_work(desk, train):
     assert advice(desk, training(desk, **train)) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("cosine", {"total_iters": 500}), ("cosine", {"T_max": 500}), ("linear", {"total_iters": 500, "start_factor": 1.0})],
+)
+def test_lengths_that_the_toolkit_overwrites(desk, name, params):
+    message = check(desk, training(desk, lr_scheduler=name, lr_scheduler_params=params)).refused()
+    assert "replaces 500 by the number of steps, 3000" in message
+    whole = {key: 3000 if value == 500 else value for key, value in params.items()}
+    assert advice(desk, training(desk, lr_scheduler=name, lr_scheduler_params=whole)) == ""
+
+
+def test_sections_share_the_fixes_and_the_advice_of_their_training(desk):
+    process = training(desk, lr_scheduler="cosine_with_restarts", lr_scheduler_params={"T_0": 5}, cache_text_embeddings=False)
+    second = merging() | {"steps": [{"name": "b", "loras": [{"lora": "trained", "ratio": 0.5}]}]}
+    text = desk.zit("check", desk.config(process, merging(train_fixes=["cosine_with_restarts"]), second)).ok()
+    assert text.count("advice: ") == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"datasets": [5]},
+        {"datasets": 5},
+        {"sample": {"samples": 5}},
+        {"datasets": [{"folder_path": "x" * 400, "cache_latents": 1}]},
+    ],
+)
+def test_advice_on_odd_values_stops_nothing(desk, odd):
+    process = training(desk) | odd
+    assert check(desk, process).ok().rstrip().endswith("no errors")
+
+
 @pytest.mark.parametrize("params", [{"total_iters": 500}, {"T_0": 500, "T_mult": 2}, {"total_iters": 500, "max_iterations": 9}])
 def test_restarts_with_the_fix(desk, params):
     process = training(desk, lr_scheduler="cosine_with_restarts", lr_scheduler_params=params)
@@ -157,7 +189,8 @@ def test_few_steps_for_a_large_dataset(desk):
     for i in range(7):
         (images / f"{i}.jpg").touch()
     data = [{"folder_path": str(images), "cache_latents_to_disk": True, "num_repeats": 2}]
-    assert "10 steps for 14 images" in advice(desk, training(desk, datasets=data, steps=10))
+    assert "10 steps see 10 images, the datasets hold 14" in advice(desk, training(desk, datasets=data, steps=10))
+    assert advice(desk, training(desk, datasets=data, steps=7, batch_size=2)) == ""
     assert advice(desk, training(desk, datasets=data, steps=14)) == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ from . import __version__
 from .errors import ZitMergeError, not_available_yet
 from .zimage import ALIASES, COMPONENTS, GROUPS
 
-_LATER = ("attach",)
 _WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
 
 
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
+        if args.quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         args.command(args)
     except SystemExit as e:  # argparse has printed what is wrong
         return int(e.code or 0)
@@ -94,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("folder", type=Path, metavar="AI_TOOLKIT_DIR")
     install.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
 
-    for name in _LATER:
-        later = commands.add_parser(name, help="not available yet", add_help=False)
-        later.add_argument("words", nargs=argparse.REMAINDER)
-        later.set_defaults(command=_later(name))
+    attach = add("attach", _attach, "append a zit_merge section to an AI-Toolkit config; a backup is kept")
+    attach.add_argument("config", type=Path)
+    attach.add_argument("--section", type=Path, required=True, metavar="FILE", help="YAML or JSON: a section, a recipe, or a job")
+    attach.add_argument("--replace", action="store_true", help="put it in the place of the config's own zit_merge section")
     return parser
 
 
@@ -122,13 +124,6 @@ def _merge_arguments(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
     merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
     merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
-
-
-def _later(name: str) -> Callable[[argparse.Namespace], None]:
-    def command(args: argparse.Namespace) -> None:
-        raise not_available_yet(f"the command {name}")
-
-    return command
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
@@ -259,7 +254,7 @@ def _check(args: argparse.Namespace) -> None:
         pick_device(section.device)
         for plan in plan_section(section, site, before_training=site.training is not None):
             _say(args, plan_text(plan) + "\n")
-        for text in preflight(site, section):
+        for text in preflight(job, site, section):
             _say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
     _say(args, "no errors")
 
@@ -270,7 +265,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from .report.tables import methods_text, presets_text
 
     if args.methods or args.presets:
-        _say(args, "\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
+        print("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
         return
     if len(args.files) != 1:
         raise not_available_yet("comparing several files") if args.files else ZitMergeError("inspect: name a LoRA file")
@@ -295,3 +290,9 @@ def _install(args: argparse.Namespace) -> None:
     from .host.install import install
 
     _say(args, install(args.folder, copy=args.copy))
+
+
+def _attach(args: argparse.Namespace) -> None:
+    from .attach import attach
+
+    _say(args, attach(args.config, args.section, replace=args.replace).text())

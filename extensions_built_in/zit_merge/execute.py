@@ -48,24 +48,24 @@ def run_plans(
         pool = ThreadPoolExecutor(max_workers=2)
         cleanup.callback(pool.shutdown, cancel_futures=True)
         hashes = {path: pool.submit(tensor_hash, path) for path in dict.fromkeys(p for plan in plans for p in plan.hashed)}
-        there = {plan.name for plan in plans if plan.spec.keep and _is_made(plan, hashes)}
+        there = {plan.name for plan in plans if plan.spec.keep and _is_made(plan, hashes, plan.path)}
         wanted = _to_make(plans, there)
         for plan in plans:
             path = _run(plan, hashes, device, tick) if plan.name in wanted else plan.lies_at
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
-            elif plan.spec.copy_to and (plan.name in wanted or not plan.targets()[1].exists()):
+            elif plan.spec.copy_to and (plan.name in wanted or not _is_made(plan, hashes, plan.targets()[1])):
                 writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
             if plan.spec.keep or plan.name in wanted:
                 yield plan, path, plan.name in wanted
 
 
-def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]]) -> bool:
-    """Whether the output is there, whole, and made by this recipe with this version."""
-    if not plan.path.is_file():
+def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]], path: Path) -> bool:
+    """Whether a file is the step's output, whole, and made by this recipe with this version."""
+    if not path.is_file():
         return False
     try:
-        found = load_lora(plan.path).metadata
+        found = load_lora(path).metadata
     except ZitMergeError:
         return False
     return found == plan.metadata({path: hashes[path].result() for path in plan.hashed})
@@ -115,8 +115,8 @@ def _weigh(plan: StepPlan, reader: TensorReader, out: writer.LoraWriter, tick: T
             module = key.removeprefix(writer.FORMS["ai-toolkit"].prefix).removesuffix(".alpha")
             out.write(key, torch.tensor(lokr.alpha(lora.changes[module][0])))
     for done, module in enumerate(lora, 1):
-        for key, tensor in lokr.tensors(lora, reader, module, strengths[module]):
-            out.write(key, _checked(tensor.to(plan.dtype), plan, module))
+        for key, tensor in lokr.tensors(lora, reader, module, strengths[module], plan.dtype):
+            out.write(key, _checked(tensor, plan, module))
         tick(plan, done)
 
 

@@ -48,7 +48,7 @@ class Job:
         return found
 
 
-_RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
+RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
 
 
 def load_job(path: str | Path) -> Job:
@@ -67,16 +67,16 @@ def load_job(path: str | Path) -> Job:
     except OSError as e:
         raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
     try:
-        return _job(text, path)
+        return job_of(text, path)
     except RecursionError:
         raise ZitMergeError(f"{path}: is nested too deeply, or contains itself") from None
 
 
-def _job(text: str, path: Path) -> Job:
-    if re.search(_RECIPE, text, re.MULTILINE):
-        raw = _parse(text, path)
+def job_of(text: str, path: Path) -> Job:
+    if re.search(RECIPE, text, re.MULTILINE):
+        raw = parse(text, path)
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
-    raw = _parse(_fill_environment(text, path), path)
+    raw = parse(fill_environment(text, path), path)
     if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("config"), Mapping):
@@ -91,10 +91,10 @@ def _job(text: str, path: Path) -> Job:
     processes = raw["config"].get("process")
     if not isinstance(processes, list):
         raise ZitMergeError(f"{path}: config.process must be a list of processes")
-    return Job(name, [_fill_name(p, name) for p in processes], path.parent)
+    return Job(name, [fill_name(p, name) for p in processes], path.parent)
 
 
-def _fill_environment(text: str, path: Path) -> str:
+def fill_environment(text: str, path: Path) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise ZitMergeError(f"{path}: the environment variable {match[1]} is not set: set it or write the path out")
@@ -103,29 +103,29 @@ def _fill_environment(text: str, path: Path) -> str:
     return re.sub(r"\$\{([^}]+)\}", value, text)  # comments included, as toolkit/config.py does
 
 
-def _fill_name(value: Any, name: str) -> Any:
+def fill_name(value: Any, name: str) -> Any:
     if isinstance(value, str):
         return value.replace("[name]", name)
     if isinstance(value, Mapping):
-        return {_fill_name(k, name): _fill_name(v, name) for k, v in value.items()}
-    return [_fill_name(v, name) for v in value] if isinstance(value, list) else value
+        return {fill_name(k, name): fill_name(v, name) for k, v in value.items()}
+    return [fill_name(v, name) for v in value] if isinstance(value, list) else value
 
 
-def _parse(text: str, path: Path) -> Any:
+def parse(text: str, path: Path) -> Any:
     if path.suffix in (".json", ".jsonc"):
         try:
             return json.loads(text, object_pairs_hook=_no_twins)
         except ValueError as e:
             raise ZitMergeError(f"{path}: is not valid JSON: {e}") from e
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         _refuse_twins(loader, node, set())
         return loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise ZitMergeError(f"{path}: line {mark.line + 1 if mark else '?'}: {e.problem or e.context}") from e
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as e:  # the last two: tags that YAML itself can't build
         raise ZitMergeError(f"{path}: is not valid YAML: {' '.join(str(e).split())}") from e
 
 
@@ -158,12 +158,12 @@ def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -
         _refuse_twins(loader, value, seen)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML with AI-Toolkit's idea of a number."""
 
 
 # toolkit/config.py:55: PyYAML alone takes 1e-3 for text, since YAML 1.1 wants a dot.
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
         r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+(?:[eE][-+][0-9]+)?

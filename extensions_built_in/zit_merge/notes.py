@@ -29,6 +29,8 @@ def notes(plan: StepPlan, prefix: str) -> tuple[str, ...]:
 
 
 def _of_rank(plan: StepPlan) -> list[str]:
+    if not all(i.outline.ranks for i in plan.inputs):
+        return []  # a file on the hub may hold more
     save, asked, exact = plan.spec.save, plan.spec.rank, max([1, *plan.stacked.values()])
     if save.keep_lokr:
         return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
@@ -48,7 +50,7 @@ def _of_rank(plan: StepPlan) -> list[str]:
             "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
             "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
         }
-        found.append(f"format {save.format} is read by {readers[save.format]}; ai-toolkit is read by all")
+        found.append(f"format {save.format} is read by {readers[save.format]}; ai-toolkit is read by all of them")
     return found
 
 

@@ -123,7 +123,8 @@ class StepPlan:
         """What later steps can know of it."""
         if self.spec.save.keep_lokr:
             return replace(self.inputs[0].outline, dtype=self.dtype)
-        return Outline(self.ranks, self.shapes, self.dtype)
+        fused = {m for unit in self.form.units(self.ranks).values() if len(unit) > 1 for m in unit}  # block-diagonal
+        return Outline({m: 3 * r if m in fused else r for m, r in self.ranks.items()}, self.shapes, self.dtype)
 
     @property
     def form(self) -> writer.Form:
@@ -252,7 +253,8 @@ def _check_rank(step: Step, inputs: Sequence[Input], known: bool, place: str) ->
             raise ZitMergeError(
                 f"{place}.save.keep_lokr: {inputs[0].label} is an earlier step: give the LoKr's own file, with all weights here"
             )
-        reason = lokr.why_not(lora) if lora else None if "LoKr" in outline.algorithms else f"{inputs[0].label} is no LoKr"
+        known_lokr = "LoKr" in outline.algorithms or not outline.ranks  # what is still on the hub is looked at when it is here
+        reason = lokr.why_not(lora) if lora else None if known_lokr else f"{inputs[0].label} is no LoKr"
         if reason:
             raise ZitMergeError(f"{place}.save.keep_lokr: {reason}: drop keep_lokr")
     elif other and step.rank == "same":
@@ -309,6 +311,9 @@ def _plan_input(
     if spec.strengths is not None:
         _check_table(spec, table, place)
     if not spec.sha256 and (earlier := plans.get(spec.lora)):
+        for key in ("alpha", "qkv", "drop"):
+            if getattr(spec, key):
+                raise ZitMergeError(f"{place}.{key}: the file of the step {spec.lora} leaves nothing open: drop {key}")
         return Input(spec, spec.lora, earlier.outline, table, earlier.lies_at, step=earlier)
     if not spec.sha256 and spec.lora in {s.name for s in section.steps}:
         raise ZitMergeError(f"{place}.lora: {spec.lora} is this step or a later one: a step can use only the steps before it")
@@ -428,7 +433,8 @@ def _check_room(plans: Sequence[StepPlan], site: Site) -> None:
             parent = check_writable(path.parent, place)
             disk = parent.stat().st_dev
             first, where, needed = disks.get(disk, (place, parent, 0))
-            disks[disk] = first, where, needed + plan.bytes
+            replaced = path.stat().st_size if path.is_file() else 0
+            disks[disk] = first, where, needed + max(0, plan.bytes - replaced)
     for place, parent, needed in disks.values():
         free = shutil.disk_usage(parent).free
         if needed > free:

@@ -7,17 +7,19 @@ an optimizer's package is there, is handed in; without a toolkit the tables here
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 from .config import Section
 from .errors import ZitMergeError, nearest
+from .jobfile import Job
 from .sources import Site
-from .training import Training, table
+from .training import Training, table, training_before
 
 RESTARTS = "cosine_with_restarts"
 Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
@@ -63,20 +65,31 @@ def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: A
     return getattr(torch.optim.lr_scheduler, kind)(optimizer, **parameters)
 
 
+def known_trouble(optimizer: str) -> str:
+    """Why AI-Toolkit can't make an optimizer, by its name; empty if it can."""
+    if optimizer in OPTIMIZERS:
+        return ""
+    return f"AI-Toolkit knows no {optimizer}{nearest(optimizer, OPTIMIZERS)}; it has {', '.join(OPTIMIZERS)}"
+
+
 def preflight(
+    job: Job,
     site: Site,
     section: Section,
     scheduler: Scheduler = known_scheduler,
-    has_package: Callable[[str], bool] = lambda package: True,
+    optimizer_trouble: Callable[[str], str] = known_trouble,
     old_ema: bool = False,
 ) -> list[str]:
     """Checks the training before a section and gives advice on it; nothing where there is none.
 
+    Sections that share a training share their train_fixes, and only the first one gives the advice.
+
     Args:
+        job: The whole config.
         site: Where the section runs.
         section: The section.
         scheduler: The toolkit's maker of schedulers.
-        has_package: Whether a package can be imported where the training runs.
+        optimizer_trouble: Why an optimizer can't be made; empty if it can.
         old_ema: The toolkit is older than its fix of EMA.
 
     Raises:
@@ -86,15 +99,19 @@ def preflight(
         if section.train_fixes:
             raise ZitMergeError(f"{site.at('train_fixes')}: there is no training before this section: drop it")
         return []
-    check_training(site.training, section.train_fixes, scheduler, has_package)
-    return advice(site.training, old_ema)
+    sharing = [
+        s for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == site.training.index
+    ]
+    fixes = {fix for s in sharing for fix in s.train_fixes}
+    check_training(site.training, fixes, scheduler, optimizer_trouble)
+    return advice(site.training, old_ema) if sharing[0] == section else []
 
 
 def check_training(
     training: Training,
-    fixes: Sequence[str] = (),
+    fixes: Collection[str] = (),
     scheduler: Scheduler = known_scheduler,
-    has_package: Callable[[str], bool] = lambda package: True,
+    optimizer_trouble: Callable[[str], str] = known_trouble,
 ) -> None:
     """Raises ZitMergeError for the first thing in the training's config that can't work.
 
@@ -102,17 +119,13 @@ def check_training(
         training: The process before us.
         fixes: The section's train_fixes.
         scheduler: The toolkit's maker of schedulers.
-        has_package: Whether a package can be imported where the training runs.
+        optimizer_trouble: Why an optimizer can't be made; empty if it can.
     """
     train = table(training.config, "train")
     _check_scheduler(training, train, fixes, scheduler)
     name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
-    place = f"{training.place}.train.optimizer"
-    if name not in OPTIMIZERS:
-        raise ZitMergeError(f"{place}: AI-Toolkit knows no {name}{nearest(name, OPTIMIZERS)}; it has {', '.join(OPTIMIZERS)}")
-    package = OPTIMIZERS[name]
-    if package and not has_package(package):
-        raise ZitMergeError(f"{place}: {name} needs the package {package}, which is not installed: pip install {package}")
+    if trouble := optimizer_trouble(name):
+        raise ZitMergeError(f"{training.place}.train.optimizer: {trouble}")
 
 
 def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]:
@@ -139,11 +152,11 @@ def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]
     return period, parameters
 
 
-def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Sequence[str], scheduler: Scheduler) -> None:
+def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Collection[str], scheduler: Scheduler) -> None:
     name, given = train.get("lr_scheduler") or "constant", dict(table(train, "lr_scheduler_params"))
     place = f"{training.place}.train.lr_scheduler"
     if RESTARTS in fixes:
-        period, given = restart_period(training, place)
+        period, given = restart_period(training, "train_fixes")
         given["T_0"] = period
     elif name == RESTARTS:
         raise ZitMergeError(
@@ -151,6 +164,11 @@ def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Sequen
             f"or add train_fixes: [{RESTARTS}] to the zit_merge section and total_iters to lr_scheduler_params"
         )
     elif "max_iterations" not in given:
+        for key in ("total_iters", "T_max"):
+            if given.get(key, training.steps) != training.steps:
+                raise ZitMergeError(
+                    f"{place}_params.{key}: AI-Toolkit replaces {given[key]} by the number of steps, {training.steps}: drop {key}"
+                )
         given["total_iters"] = training.steps  # as BaseSDTrainProcess does
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
     try:
@@ -172,12 +190,12 @@ def advice(training: Training, old_ema: bool = False) -> list[str]:
         old_ema: The toolkit is older than its fix of EMA.
     """
     train, network, sample = (table(training.config, key) for key in ("train", "network", "sample"))
-    datasets = [d for d in training.config.get("datasets") or [] if isinstance(d, Mapping)]
+    datasets = [d for d in _list(training.config.get("datasets")) if isinstance(d, Mapping)]
     found = [*_of_rate(train, training.steps), *_of_data(train, datasets, training.steps)]
     scale = train.get("differential_guidance_scale", 3)
     if not train.get("do_differential_guidance") or scale != 3:
         found.append("do_differential_guidance with differential_guidance_scale: 3 is what Z-Image Turbo LoRAs are trained with")
-    prompts = len(sample.get("samples") or sample.get("prompts") or [])
+    prompts = len(_list(sample.get("samples")) or _list(sample.get("prompts")))
     if prompts > 1 and not train.get("disable_sampling"):
         found.append(f"{prompts} sample prompts: each one pauses the training at every sampling, one will do")
     rank, alpha = network.get("rank", network.get("linear")), network.get("linear_alpha", network.get("alpha"))
@@ -217,20 +235,23 @@ def _of_data(train: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], st
     sizes = [d.get("resolution") for d in datasets if isinstance(d.get("resolution"), list)]
     if any(len(set(map(str, size))) > 1 for size in sizes):
         found.append("several resolutions train every image at every size: one, 1024, serves")
-    batch = train.get("batch_size", 1)
+    seen = steps * prod(n for key in ("batch_size", "gradient_accumulation") if isinstance(n := train.get(key, 1), int))
     images = sum(_images(d) for d in datasets)
-    if isinstance(batch, int) and images > steps * batch:
-        found.append(f"{steps} steps for {images} images: some are never seen")
+    if images > seen:
+        found.append(f"{steps} steps see {seen} images, the datasets hold {images} with their repeats: some are never seen")
     return found
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _images(dataset: Mapping[str, Any]) -> int:
     """Pictures of a dataset's folder, its repeats counted; 0 where it can't be looked at."""
-    folder = Path(str(dataset.get("folder_path") or dataset.get("dataset_path") or ""))
-    repeats = dataset.get("num_repeats", 1)
-    if folder == Path() or not folder.is_dir():
-        return 0
-    return sum(1 for p in folder.rglob("*") if p.suffix.lower() in _IMAGES) * (repeats if isinstance(repeats, int) else 1)
+    folder, repeats = str(dataset.get("folder_path") or dataset.get("dataset_path") or ""), dataset.get("num_repeats", 1)
+    # os.walk passes over what vanishes or can't be read: somebody may be copying images there now
+    images = sum(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names) if folder else 0
+    return images * (repeats if isinstance(repeats, int) else 1)
 
 
 def strangers(training: Training) -> list[str]:

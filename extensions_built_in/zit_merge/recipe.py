@@ -14,6 +14,7 @@ import yaml
 
 from . import __version__
 from .config import PROCESS_TYPE, Save
+from .jobfile import Loader
 from .weights import compact
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def to_yaml(recipe: Mapping[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists of numbers in flow style, no aliases."""
+    """Lists of numbers in flow style, no aliases; words that the toolkit reads as numbers, such as 1e3, in quotes."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
     def ignore_aliases(self, data: object) -> bool:
         """Equal tables are written out."""

@@ -20,12 +20,17 @@ CREATE TABLE Job (id TEXT PRIMARY KEY, name TEXT UNIQUE, gpu_ids TEXT, job_confi
  speed_string TEXT DEFAULT '', queue_position INTEGER DEFAULT 0, pid INTEGER, job_type TEXT DEFAULT 'train', job_ref TEXT,
  save_now BOOLEAN DEFAULT 0, sample_now BOOLEAN DEFAULT 0);
 """
+# Ours: whatever was ever written into a row, in order.
+DIARY = """
+CREATE TABLE Diary (id TEXT, status TEXT, info TEXT);
+CREATE TRIGGER Told AFTER UPDATE ON Job BEGIN INSERT INTO Diary VALUES (NEW.id, NEW.status, NEW.info); END;
+"""
 
 
 def make_database(path: Path, job_id: str = "j1") -> Path:
     """A database with one job that was just started."""
     with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA)
+        db.executescript(SCHEMA + DIARY)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("INSERT INTO Job (id, name, status, info) VALUES (?, ?, 'running', 'Starting job...')", (job_id, job_id))
     db.close()
@@ -60,7 +65,7 @@ class Launched:
             "OMP_NUM_THREADS": "1",
             "AITK_JOB_ID": job_id,
         }
-        self.database, self.job_id, self.seen = database, job_id, []
+        self.database, self.job_id = database, job_id
         self.process = subprocess.Popen(
             [sys.executable, "run.py", str(config)],
             cwd=toolkit,
@@ -83,8 +88,6 @@ class Launched:
         while True:
             ended = self.process.poll() is not None
             now = row(self.database, self.job_id)
-            if not self.seen or self.seen[-1] != (now["status"], now["info"]):
-                self.seen.append((now["status"], now["info"]))
             if when and now["info"].startswith(when[0]):
                 act, when = when[1], None
                 act(self)
@@ -104,9 +107,18 @@ class Launched:
         db.close()
 
     @property
+    def seen(self) -> list[tuple[str, str]]:
+        """(status, info) of every write, in order."""
+        db = sqlite3.connect(self.database)
+        found = db.execute("SELECT status, info FROM Diary WHERE id = ? ORDER BY rowid", (self.job_id,)).fetchall()
+        db.close()
+        return found
+
+    @property
     def statuses(self) -> list[str]:
         """The statuses in order, each once."""
-        return [s for i, (s, _) in enumerate(self.seen) if i == 0 or self.seen[i - 1][0] != s]
+        seen = self.seen
+        return [s for i, (s, _) in enumerate(seen) if i == 0 or seen[i - 1][0] != s]
 
     @property
     def infos(self) -> list[str]:

@@ -7,6 +7,7 @@ without. The strength goes into the smaller factor, w1. Pairs of a mixed file st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,13 +49,19 @@ def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
     return alphas | entries
 
 
-def tensors(lora: LoraFile, reader: TensorReader, module: str, strength: float) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of one module in the order of the layout, unrounded, without alpha."""
+def tensors(
+    lora: LoraFile, reader: TensorReader, module: str, strength: float, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor in `dtype`) of one module in the order of the layout, without alpha."""
     change = lora.changes[module][0]
     delta = reader.change(change).times(strength * change.scale)
-    parts = _lokr_parts(delta) if isinstance(delta, Kron) else {"up": delta.up, "down": delta.down}
+    parts = (
+        _lokr_parts(_level(delta) if dtype == torch.float16 else delta)
+        if isinstance(delta, Kron)
+        else {"up": delta.up, "down": delta.down}
+    )
     for part in change.sizes:
-        yield f"{_FORM.prefix}{module}{_suffix(part)}", parts[part]
+        yield f"{_FORM.prefix}{module}{_suffix(part)}", parts[part].to(dtype)
 
 
 def alpha(change: Change) -> float:
@@ -68,6 +75,16 @@ def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
         whole: Factors = factor.map(single)
         parts |= {name: whole.up @ whole.down, f"{name}_a": factor.up, f"{name}_b": factor.down}
     return parts
+
+
+def _level(delta: Kron) -> Kron:
+    """The same delta with its two factors of about one size, by a power of two, where float16 would lose the smaller one."""
+    left, right = (f.map(single) for f in delta)
+    sizes = [float((f.up @ f.down).abs().mean()) for f in (left, right)]
+    if min(sizes) == 0 or all(1e-3 < size < 1e3 for size in sizes):
+        return delta
+    shift = round((math.log2(sizes[1]) - math.log2(sizes[0])) / 2)
+    return Kron(left.times(2.0**shift), right.times(2.0**-shift))
 
 
 def _rows(change: Change, *parts: str) -> int:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from importlib.util import find_spec
 from pathlib import Path
 
 from jobs.process import BaseExtensionProcess
-from yaml import YAMLError
 
 from . import toolkit
 
@@ -28,7 +26,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         self._status = status_of(job, process_id, config) if _is_main() else Status()
         try:
             self._forecast(process_id, job, config)
-        except Exception as e:
+        except BaseException as e:
             self._status.refuse(e)
             raise
 
@@ -60,10 +58,11 @@ class ZitMergeProcess(BaseExtensionProcess):
 
         site, section = self._site, self._section
         found = preflight(
+            self._job,
             site,
             section,
             scheduler=toolkit.get_lr_scheduler(),
-            has_package=lambda package: find_spec(package) is not None,
+            optimizer_trouble=toolkit.optimizer_trouble,
             old_ema=toolkit.has_broken_ema(),
         )
         if site.training is None:
@@ -119,6 +118,8 @@ def _is_main() -> bool:
 
 def _config_folder(job, process_id: int, section) -> Path:
     """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again."""
+    from yaml import YAMLError
+
     endings = (".json", ".jsonc", ".yaml", ".yml")
     for word in sys.argv[1:]:
         in_root = [toolkit.config_root() / f"{word}{ending}" for ending in ("", *endings)]  # get_config looks there first

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..config import PROCESS_TYPE
 from ..execute import Tick
 from ..plan import StepPlan
 
@@ -55,8 +54,8 @@ class Status:
     def complete(self) -> None:
         """This section is done."""
 
-    def refuse(self, error: Exception) -> None:
-        """The config is wrong; called before anything runs."""
+    def refuse(self, error: BaseException) -> None:
+        """The config is wrong, or the user has interrupted its check; called before anything runs."""
 
     def fail(self, error: BaseException) -> None:
         """The run ends with this."""
@@ -69,8 +68,8 @@ class TrainerStatus(Status):
     `done_hook` runs; both are why its methods are used and no second connection is made.
 
     Args:
-        trainer: `job.process[0]`, a DiffusionTrainer.
-        is_last: No other section of ours follows.
+        trainer: The nearest DiffusionTrainer before us.
+        is_last: No other process follows.
     """
 
     def __init__(self, trainer, is_last: bool):
@@ -97,8 +96,9 @@ class TrainerStatus(Status):
         if self._is_last:
             self._trainer.zit_merge_done_hook()
 
-    def refuse(self, error: Exception) -> None:
-        self._trainer.update_status("error", str(error))  # its on_error would also set `step` back to 0
+    def refuse(self, error: BaseException) -> None:
+        # its on_error would also set `step` back to 0
+        self._trainer.update_status(*(("stopped", "Job stopped") if _is_stop(error) else ("error", str(error))))
 
 
 class RowStatus(Status):
@@ -109,7 +109,7 @@ class RowStatus(Status):
     Args:
         path: The database.
         job_id: The row's id.
-        is_last: No other section of ours follows.
+        is_last: No other process follows.
     """
 
     def __init__(self, path: Path, job_id: str, is_last: bool):
@@ -137,11 +137,11 @@ class RowStatus(Status):
         if self._is_last:
             self._write(status="completed", info="Merge completed")
 
-    def refuse(self, error: Exception) -> None:
-        self._write(status="error", info=str(error))
+    def refuse(self, error: BaseException) -> None:
+        self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        if isinstance(error, KeyboardInterrupt):
+        if _is_stop(error):
             self._write(status="stopped", info="Job stopped")
         elif not isinstance(error, JobStopped):
             self._write(status="error", info=str(error))
@@ -161,12 +161,19 @@ class RowStatus(Status):
                 cursor = db.execute(sql, values)
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except sqlite3.Error as e:
-            self._give_up(f"can't be used ({e})")
+            if "locked" in str(e) or "busy" in str(e):  # for longer than we wait: the next write may get through
+                print(f"zit_merge: the UI's database {self._path} is locked, it may show an older state", flush=True)
+            else:
+                self._give_up(f"can't be used ({e})")
             return None
 
     def _give_up(self, why: str) -> None:
         self._broken = True
         print(f"zit_merge: the UI's database {self._path} {why}: the merge goes on, only the UI does not see it", flush=True)
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt)
 
 
 class Watch:
@@ -231,10 +238,11 @@ def status_of(job, process_id: int, config: Mapping[str, Any]) -> Status:
         process_id: Ours.
         config: Our section; where we are the first process the UI has written its database into it.
     """
-    is_last = not any(p.get("type") == PROCESS_TYPE for p in job.config["process"][process_id + 1 :])
+    is_last = process_id == len(job.config["process"]) - 1  # else what follows has the last word
+    for process in reversed(job.process):
+        if getattr(process, "is_ui_trainer", False) and all(hasattr(process, name) for name in _TRAINER):
+            return TrainerStatus(process, is_last)
     first = job.process[0] if job.process else None
-    if getattr(first, "is_ui_trainer", False) and all(hasattr(first, name) for name in _TRAINER):
-        return TrainerStatus(first, is_last)
     job_id = (os.environ.get("AITK_JOB_ID") or "").strip()
     database = Path((job.config["process"][0] if first else config).get("sqlite_db_path") or "./aitk_db.db")
     return RowStatus(database, job_id, is_last) if job_id and database.is_file() else Status()

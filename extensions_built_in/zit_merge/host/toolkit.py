@@ -67,6 +67,25 @@ def config_root() -> Path:
     return Path(_part("toolkit.paths", "CONFIG_ROOT"))
 
 
+def optimizer_trouble(name: str) -> str:
+    """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py).
+
+    What else goes wrong with a single number to train (a GPU is missing) says nothing of the training.
+    """
+    import torch
+
+    make = _part("toolkit.optimizer", "get_optimizer")
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))], name, 1e-4, {})
+    except ImportError as e:
+        return f"{name} needs a package that is not installed ({' '.join(str(e).split())}): install it"
+    except ValueError as e:
+        return f"AI-Toolkit knows no {name} ({e}): use adamw8bit, adamw or prodigy" if "nknown optimizer" in str(e) else ""
+    except Exception:  # noqa: BLE001
+        return ""
+    return ""
+
+
 def get_lr_scheduler() -> Callable[..., Any]:
     """The maker of learning-rate schedulers (toolkit/scheduler.py)."""
     return _part("toolkit.scheduler", "get_lr_scheduler")

@@ -112,8 +112,8 @@ def _ranks(outline: Outline) -> str:
 
 def _written(plan: StepPlan) -> str:
     """`240 modules, rank 32, bf16`."""
-    if not plan.stacked:
-        return "what the source on the hub changes"
+    if not all(i.outline.ranks for i in plan.inputs):
+        return "what the files on the hub will tell"
     modules = f"{len(plan.shapes or plan.stacked)} modules"
     rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
     form = f", format {plan.spec.save.format}" if plan.spec.save.format != "ai-toolkit" else ""
