@@ -589,3 +589,13 @@ def test_ctrl_c_ends_the_program_with_130(desk, loras):
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "zit_merge: interrupted, nothing half-written is left\n"
     assert desk.files() == []
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(desk, loras):
+    """inspect FILE | head -1"""
+    code = "import sys; from extensions_built_in.zit_merge.cli import main; sys.exit(main(sys.argv[1:]))"
+    root = Path(__file__).parents[1]
+    words = [sys.executable, "-c", code, "inspect", str(loras[0])]
+    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()

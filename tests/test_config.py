@@ -426,9 +426,9 @@ def test_ranks_of_later_versions(rank):
 
 
 def cells(text: str) -> list[list[str]]:
-    """The rows of the table that says where each cell comes from: layer, then one word for each component."""
+    """The rows of the table that says where it comes from: layer, then one word for each component."""
     lines = iter(text.splitlines())
-    next(line for line in lines if "where each cell comes from" in line)
+    next(line for line in lines if "where it comes from" in line)
     assert next(lines).split()[0] == "layer"
     rows = []
     for line in lines:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZitMergeError as e:
         print(f"zit_merge: {e}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
         return 130

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from oracles import producers
 
 from extensions_built_in.zit_merge import cli
 from extensions_built_in.zit_merge.config import parse_section
@@ -124,3 +126,38 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     trainer.snr_gos = trainer.adapter_config = trainer.network_config = None
     Trainer.clean_up_saves(trainer)
     assert all(path.exists() for path in ours)
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize(
+    "gone, says",
+    [
+        ([("toolkit.scheduler", "get_lr_scheduler"), ("toolkit.optimizer", "get_optimizer"), ("toolkit.basic", "flush")], ""),
+        ([("toolkit.config", "get_config"), ("toolkit.paths", "CONFIG_ROOT")], ""),
+        ([("toolkit.accelerator", "get_accelerator")], "has no toolkit.accelerator.get_accelerator"),
+    ],
+)
+def test_a_toolkit_that_lacks_a_part(run_python, tmp_path, gone, says):
+    """A merge goes on without what it can do without; what it needs is named before anything runs."""
+    made = producers.PRODUCERS["ai-toolkit"].make(producers.small_shapes(dim=8, ffn=16, temb=8, cap=8), 2, 0, torch.bfloat16)
+    producers.save(made, tmp_path / "me.safetensors")
+    section = {"type": "zit_merge", "shapes": "free", "device": "cpu", "output_dir": str(tmp_path / "out")}
+    section["steps"] = [{"name": "a", "loras": [{"lora": str(tmp_path / "me.safetensors"), "ratio": 1}]}]
+    code = f"""
+import importlib
+from collections import OrderedDict
+from jobs import ExtensionJob
+import toolkit.config, toolkit.optimizer, toolkit.basic, toolkit.paths, toolkit.scheduler
+config = OrderedDict(job="extension", config=OrderedDict(name="x", process=[OrderedDict({section!r})]), meta=OrderedDict())
+from toolkit.extension import get_all_extensions_process_dict
+get_all_extensions_process_dict()
+for module, name in {gone!r}:
+    delattr(importlib.import_module(module), name)
+ExtensionJob(config).run()
+"""
+    done = run_python("-c", code)
+    if says:
+        assert done.returncode != 0 and says in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "merged_x_a.safetensors").is_file() == (not says)

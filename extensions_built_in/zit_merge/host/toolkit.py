@@ -1,10 +1,11 @@
 """Every part of AI-Toolkit that zit_merge uses, in one place.
 
-Works from the toolkit of 2025-11-28 (0.7.6, the first with Z-Image) on; tried with 0.12.26. A part that a future toolkit has
-moved gives a sentence with its name, and only where it is needed.
+Works from the toolkit of 2025-11-28 (0.7.6, the first with Z-Image) on; tried with 0.12.26. Where a newer toolkit lacks a part
+that a merge can do without, such as its schedulers to try, what the command line does without a toolkit is done; where it lacks
+one that is needed, a sentence names that part before the training starts.
 
 The base class (`jobs.process.BaseExtensionProcess`) and the registration (`toolkit.extension.Extension`) stand in process.py and
-extension.py; the trainer's hooks in status.py and memory.py.
+extension.py; the trainer's hooks, each asked for before it is used, in status.py and memory.py.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ZitMergeError
 
 SINCE = "0.7.6 (2025-11-28)"
 
 
-def _part(module: str, name: str) -> Any:
+def _find(module: str, name: str) -> Any:
+    """A part of the toolkit; None if this toolkit does not have it."""
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise ZitMergeError(
-            f"this AI-Toolkit ({version()}) has no {module}.{name}: zit_merge was made for {SINCE} and newer; update both"
-        ) from e
+    except (ImportError, AttributeError):
+        return None
 
 
 def version() -> str:
@@ -43,13 +45,26 @@ def has_broken_ema() -> bool:
 
 
 def accelerator() -> Any:
-    """The job's accelerator (toolkit/accelerator.py)."""
-    return _part("toolkit.accelerator", "get_accelerator")()
+    """The job's accelerator (toolkit/accelerator.py).
+
+    Raises:
+        ZitMergeError: The toolkit has none.
+    """
+    get_accelerator = _find("toolkit.accelerator", "get_accelerator")
+    if get_accelerator is None:
+        raise ZitMergeError(
+            f"this AI-Toolkit ({version()}) has no toolkit.accelerator.get_accelerator: zit_merge was made for {SINCE} and "
+            "newer; update both"
+        )
+    return get_accelerator()
 
 
 def flush() -> None:
     """Empties the caches of the GPU."""
-    _part("toolkit.basic", "flush")()
+    if found := _find("toolkit.basic", "flush"):
+        found()
+    elif torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
@@ -58,34 +73,39 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
     Args:
         path: The file.
         name: What replaces [name].
+
+    Raises:
+        ValueError: This toolkit reads configs in another way.
     """
-    return _part("toolkit.config", "get_config")(str(path.absolute()), name)
+    get_config = _find("toolkit.config", "get_config")
+    if get_config is None:
+        raise ValueError("no toolkit.config.get_config")
+    return get_config(str(path.absolute()), name)
 
 
 def config_root() -> Path:
     """Where the toolkit looks for configs by name."""
-    return Path(_part("toolkit.paths", "CONFIG_ROOT"))
+    return Path(_find("toolkit.paths", "CONFIG_ROOT") or "config")
 
 
 def optimizer_trouble(name: str) -> str:
-    """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py).
+    """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py)."""
+    from ..preflight import known_trouble
 
-    What else goes wrong with a single number to train (a GPU is missing) says nothing of the training.
-    """
-    import torch
-
-    make = _part("toolkit.optimizer", "get_optimizer")
+    get_optimizer = _find("toolkit.optimizer", "get_optimizer")
+    if get_optimizer is None:
+        return known_trouble(name)
     try:
-        make([torch.nn.Parameter(torch.zeros(1))], name, 1e-4, {})
+        get_optimizer([torch.nn.Parameter(torch.zeros(1))], name, 1e-4, {})
     except ImportError as e:
         return f"{name} needs a package that is not installed ({' '.join(str(e).split())}): install it"
-    except ValueError as e:
+    except Exception as e:  # what else goes wrong with a single number to train, a GPU is missing, says nothing of the training
         return f"AI-Toolkit knows no {name} ({e}): use adamw8bit, adamw or prodigy" if "nknown optimizer" in str(e) else ""
-    except Exception:  # noqa: BLE001
-        return ""
     return ""
 
 
 def get_lr_scheduler() -> Callable[..., Any]:
     """The maker of learning-rate schedulers (toolkit/scheduler.py)."""
-    return _part("toolkit.scheduler", "get_lr_scheduler")
+    from ..preflight import known_scheduler
+
+    return _find("toolkit.scheduler", "get_lr_scheduler") or known_scheduler

@@ -31,7 +31,7 @@ def plan_text(plan: StepPlan) -> str:
         lines += ["", f"  {i.label}  ratio {i.spec.ratio:g}  ({what})"]
         lines += [f"    {line}" for line in strength_table(i.strengths, i.outline.ranks)]
         if i.spec.preset:
-            lines += ["", f"    where each cell comes from: the preset {i.spec.preset}, your own entries, both, or neither (.)"]
+            lines += ["", f"    where it comes from: preset {i.spec.preset}, your own, both, neither (.)"]
             lines += [f"    {line}" for line in _origin_table(i)]
     size = f"{plan.bytes / 1e6:,.1f} MB" if plan.bytes else "size not known yet"
     lines += ["", f"  writes {_written(plan)}, {size}"]
