@@ -19,7 +19,7 @@ from .config import Section
 from .errors import ZitMergeError, nearest
 from .jobfile import Job
 from .sources import Site
-from .training import Training, table, training_before
+from .training import ARCHS, Training, table, training_before
 
 RESTARTS = "cosine_with_restarts"
 Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
@@ -78,6 +78,7 @@ def preflight(
     section: Section,
     scheduler: Scheduler = known_scheduler,
     optimizer_trouble: Callable[[str], str] = known_trouble,
+    archs: Collection[str] = ARCHS,
     old_ema: bool = False,
 ) -> list[str]:
     """Checks the training before a section and gives advice on it; nothing where there is none.
@@ -90,6 +91,7 @@ def preflight(
         section: The section.
         scheduler: The toolkit's maker of schedulers.
         optimizer_trouble: Why an optimizer can't be made; empty if it can.
+        archs: The toolkit's families of Z-Image.
         old_ema: The toolkit is older than its fix of EMA.
 
     Raises:
@@ -103,6 +105,7 @@ def preflight(
         s for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == site.training.index
     ]
     fixes = {fix for s in sharing for fix in s.train_fixes}
+    site.training.check_arch(archs)
     check_training(site.training, fixes, scheduler, optimizer_trouble)
     return advice(site.training, old_ema) if sharing[0] == section else []
 

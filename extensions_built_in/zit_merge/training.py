@@ -113,6 +113,19 @@ class Training:
                 f"max_step_saves_to_keep {keep} leave {kept}"
             )
 
+    def check_arch(self, archs: Collection[str] | None = None) -> None:
+        """Raises unless it trains Z-Image.
+
+        Args:
+            archs: The families of model.arch that are Z-Image, a variant follows after a colon; None takes any that begins so.
+        """
+        arch = table(self.config, "model").get("arch")
+        family = str(arch).split(":")[0]
+        if arch is not None and (not family.startswith("zimage") if archs is None else family not in archs):
+            raise ZitMergeError(
+                f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
+            )
+
     def outline(self, shapes: str, drop: Collection[str] = ()) -> Outline:
         """What it will save, as far as the config tells.
 
@@ -126,11 +139,7 @@ class Training:
         network = self.config.get("network")
         if not isinstance(network, Mapping):
             raise ZitMergeError(f"{self.place}: trains no LoRA (it has no network:), so there is no `trained` to merge")
-        arch = table(self.config, "model").get("arch")
-        if arch is not None and str(arch).split(":")[0] not in ARCHS:
-            raise ZitMergeError(
-                f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
-            )
+        self.check_arch()
         if table(self.config, "train").get("merge_network_on_save"):
             raise ZitMergeError(
                 f"{self.place}.train.merge_network_on_save: saves whole models, so there is no `trained` LoRA to merge: drop it"

@@ -10,6 +10,7 @@ from host.job import job, training
 from host.test_job import write
 
 from extensions_built_in.zit_merge.preflight import OPTIMIZERS, known_scheduler
+from extensions_built_in.zit_merge.training import ARCHS
 
 pytestmark = pytest.mark.toolkit
 
@@ -83,6 +84,11 @@ def test_our_table_of_optimizers_is_the_toolkits(toolkit, name):
     if package and importlib.util.find_spec(package) is None:
         assert known, name
     assert known == (name in OPTIMIZERS) or name == "prodigy8bit2"  # the toolkit takes any name that begins so
+
+
+def test_our_table_of_archs_is_the_toolkits(run_python):
+    code = "from extensions_built_in.zit_merge.host import toolkit; print('ARCHS', sorted(toolkit.zimage_archs()))"
+    assert f"ARCHS {sorted(ARCHS)}" in run_python("-c", code).stdout
 
 
 @pytest.mark.parametrize(

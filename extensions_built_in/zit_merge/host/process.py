@@ -63,6 +63,7 @@ class ZitMergeProcess(BaseExtensionProcess):
             section,
             scheduler=toolkit.get_lr_scheduler(),
             optimizer_trouble=toolkit.optimizer_trouble,
+            archs=toolkit.zimage_archs(),
             old_ema=toolkit.has_broken_ema(),
         )
         if site.training is None:

@@ -104,6 +104,15 @@ def optimizer_trouble(name: str) -> str:
     return ""
 
 
+def zimage_archs() -> set[str]:
+    """The families of model.arch that are Z-Image here (toolkit/util/get_model.py)."""
+    from ..training import ARCHS
+
+    get_all_models = _find("toolkit.util.get_model", "get_all_models")
+    found = {str(getattr(model, "arch", "")) for model in get_all_models()} if get_all_models else set()
+    return {arch for arch in found if arch.startswith("zimage")} or set(ARCHS)
+
+
 def get_lr_scheduler() -> Callable[..., Any]:
     """The maker of learning-rate schedulers (toolkit/scheduler.py)."""
     from ..preflight import known_scheduler
