@@ -98,7 +98,7 @@ def test_our_table_of_archs_is_the_toolkits(run_python):
         ({"lr_scheduler": "cosine", "lr_scheduler_params": {"max_iterations": 3}}, "process[0].train.lr_scheduler"),
         ({"lr_scheduler": "cosine_with_restarts"}, "never restarts"),
         ({"optimizer": "sgd"}, "process[0].train.optimizer: AI-Toolkit knows no sgd"),
-        ({"optimizer": "dadaptation"}, "needs the package dadaptation"),
+        ({"optimizer": "dadaptation"}, "dadaptation needs a package that is not installed"),
     ],
 )
 def test_errors_stop_the_job_before_the_training(place, run_python, train, says):
