@@ -464,7 +464,7 @@ def test_the_dry_run_shows_where_each_cell_comes_from(desk, loras):
     assert table["5"] == ["own"] * 8
     assert table["6-19"] == table["0-4"]
     assert table["20-29"] == [".", "own", *["."] * 6]
-    assert "the preset late_20_29" in text
+    assert "preset late_20_29" in text
     assert "where each cell" not in desk.zit("check", desk.job({"name": "a", "loras": [LORA]})).ok()
 
 
