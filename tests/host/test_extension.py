@@ -94,6 +94,7 @@ HOSTILE = [
     "[!a]",
     "zit*",
     "a b",
+    "plugin",
     "\u00fcn\u00efc\u00f6de",
     "m_",
     "x[1]",
