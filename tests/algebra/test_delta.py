@@ -4,32 +4,13 @@ import itertools
 
 import pytest
 import torch
+from algebra.operands import dense, draw, kron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge.algebra import linear
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, distance, inner, norm
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, whole
-
-
-def draw(out, into, rank, seed=0, dtype=torch.float32, size=1.0):
-    random = torch.Generator().manual_seed(seed)
-    up, down = torch.randn(out, rank, generator=random) * size, torch.randn(rank, into, generator=random)
-    return Factors(up.to(dtype), down.to(dtype))
-
-
-def kron(p, q, s, t, a, b, seed=0, dtype=torch.float32):
-    """A Kron of shape (p s, q t) whose factors have the ranks a and b."""
-    return Kron(draw(p, q, a, seed, dtype), draw(s, t, b, seed + 1, dtype))
-
-
-def dense(x):
-    """The delta in float64, by its definition."""
-    if isinstance(x, Sum):
-        return sum(map(dense, x.parts))
-    if isinstance(x, Kron):
-        return torch.kron(dense(x.left), dense(x.right))
-    return x.up.double() @ x.down.double()
 
 
 def close(found, wanted, tolerance=1e-6):

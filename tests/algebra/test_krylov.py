@@ -5,6 +5,7 @@ The measure is the squared error beyond the least possible one (Eckart-Young), a
 
 import pytest
 import torch
+from algebra.operands import dense, draw, kron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,16 +19,6 @@ EXCESS = 1e-9  # of the least squared error
 ROUNDING = 1e-14  # of the squared norm: what Gram matrices in float64 leave where nothing has to be cut
 
 
-def draw(out, into, rank, seed=0, size=1.0, dtype=torch.float32):
-    random = torch.Generator().manual_seed(seed)
-    up, down = torch.randn(out, rank, generator=random) * size, torch.randn(rank, into, generator=random)
-    return Factors(up.to(dtype), down.to(dtype))
-
-
-def kron(p, q, s, t, a, b, seed=0, size=1.0):
-    return Kron(draw(p, q, a, seed, size), draw(s, t, b, seed + 1))
-
-
 def frame(size, count, seed):
     """Orthonormal columns (size, count)."""
     random = torch.Generator().manual_seed(seed)
@@ -38,14 +29,6 @@ def spectrum(out, into, values, seed=0):
     """A dense (out, in) with these singular values."""
     values = torch.as_tensor(values, dtype=torch.float64)
     return (frame(out, len(values), seed) * values) @ frame(into, len(values), seed + 1).T
-
-
-def dense(x):
-    if isinstance(x, Sum):
-        return sum(map(dense, x.parts))
-    if isinstance(x, Kron):
-        return torch.kron(dense(x.left), dense(x.right))
-    return x.up.double() @ x.down.double()
 
 
 def check_triplets(x, rank, triplets, excess=EXCESS):
