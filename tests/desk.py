@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 import yaml
 from oracles import producers
 
+from extensions_built_in.zit_merge import hub, merge
 from extensions_built_in.zit_merge.cli import main
 
 SMALL = producers.small_shapes(dim=8, ffn=16, temb=8, cap=8)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REAL = {
     "layers.0.adaLN_modulation.0": (15360, 256),
     "layers.0.attention.to_q": (3840, 3840),
@@ -33,6 +38,51 @@ def lora_bytes(producer: str, rank: int, seed: int, shapes: producers.Shapes) ->
 @cache
 def _small_bytes(producer: str, rank: int, seed: int) -> bytes:
     return lora_bytes(producer, rank, seed, SMALL)
+
+
+def write_lora(
+    folder: Path,
+    producer: str,
+    rank: int = 2,
+    seed: int = 0,
+    *,
+    shapes: producers.Shapes = SMALL,
+    dtype: torch.dtype = torch.float32,
+    stem: str = "",
+) -> tuple[Path, producers.Made]:
+    """Writes a trainer's file with what lies beside it. Returns the path, and what is in it."""
+    made = producers.PRODUCERS[producer].make(shapes, rank, seed, dtype)
+    path = folder / f"{stem or producer}.safetensors"
+    producers.save(made, path)
+    producers.save_sidecars(made, folder)
+    return path, made
+
+
+def merge_into(folder: Path, loras: Sequence[Any], name: str = "out", **how: Any) -> Path:
+    """Merges LoRAs into a file of the folder; those of a small model, in fp32, unless `how` says otherwise."""
+    return merge(loras, **{"shapes": "free", "dtype": "fp32", "device": "cpu"} | how).save(folder / f"{name}.safetensors")
+
+
+def empty_hub_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hugging Face hub, offline, in a process that was given nothing from it yet."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_pins", {})
+    return folder
+
+
+def put_into_hub_cache(cache: Path, commit: str, name: str, content: bytes, ref: str | None = None) -> Path:
+    """Puts a file of user/repo there as huggingface_hub lays it out: the snapshot is a link to a blob."""
+    home = cache / "models--user--repo"
+    blob, path = home / "blobs" / sha256(content).hexdigest(), home / "snapshots" / commit / name
+    for folder in (blob.parent, path.parent, (home / "refs" / (ref or "main")).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    path.symlink_to(blob)
+    if ref:
+        (home / "refs" / ref).write_text(commit)
+    return path
 
 
 @dataclass(frozen=True)
@@ -89,6 +139,7 @@ class Desk:
     def write(self, content: str | Mapping[str, Any] | Sequence[Any], name: str = "config.yaml") -> Path:
         """Writes a config file: text as it is, data as YAML or JSON by the name's ending."""
         path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not isinstance(content, str):
             content = json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, allow_unicode=True)
         path.write_text(content, encoding="utf-8")
@@ -127,6 +178,18 @@ class Desk:
         self._read()
         code = main([str(w) for w in words])
         return Ran(code, *self._read())
+
+    def recipe(self, made: Path, name: str = "recipe.yaml") -> Path:
+        """What `recipe FILE` prints, as a file; in the working directory, relative names in it hold as they did."""
+        return self.write(self.zit("recipe", made).ok(), name)
+
+    def again(self, recipe: Path, *words: object) -> Path:
+        """The one file that a recipe makes."""
+        folder = self.folder / "again"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.zit("run", recipe, "--output-dir", folder, *words).ok()
+        (path,) = folder.iterdir()
+        return path
 
     def files(self) -> list[str]:
         """Names of what lies in `out`, part files too."""

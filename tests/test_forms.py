@@ -1,19 +1,16 @@
 """The forms of a merged file: keys, shapes, alphas and metadata by tables of their own, numbers in float64."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from desk import SMALL
+from desk import DTYPES, SMALL, merge_into, write_lora
 from oracles.dense import read_metadata, sizes, weighted_sum
-from oracles.producers import PRODUCERS, save, small_shapes
+from oracles.producers import small_shapes
 from safetensors.torch import load_file
 
-from extensions_built_in.zit_merge import load_lora, merge
+from extensions_built_in.zit_merge import load_lora
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {"fp32": 3e-7, "bf16": 2**-7, "fp16": 2**-10}
 AB, DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
 # form -> (endings of the two factors, whether it has alpha): interface.md section 3, formats.md 3.1 to 3.5
@@ -72,15 +69,9 @@ def read(path, form, modules):
     return deltas
 
 
-def write(folder, name, rank=3, seed=0, shapes=SMALL, dtype=torch.float32):
-    made = PRODUCERS[name].make(shapes, rank, seed, dtype)
-    path = Path(folder) / f"{name}_{seed}.safetensors"
-    save(made, path)
+def write(folder, name, rank=3, seed=0, shapes=SMALL):
+    path, made = write_lora(folder, name, rank, seed, shapes=shapes, stem=f"{name}_{seed}")
     return path, made.deltas
-
-
-def make(folder, loras, name="out", **how):
-    return merge(loras, **{"shapes": "free", "dtype": "fp32", "device": "cpu"} | how).save(Path(folder) / f"{name}.safetensors")
 
 
 def mixed(folder, name, shapes):
@@ -109,7 +100,7 @@ def mix(tmp_path):
 @pytest.mark.parametrize("form", ENDINGS)
 def test_keys_shapes_alphas_and_numbers(tmp_path, whole_mix, form, dtype):
     loras, wanted, size, shapes = whole_mix
-    out = make(tmp_path, loras, format=form, dtype=dtype)
+    out = merge_into(tmp_path, loras, format=form, dtype=dtype)
     tensors, expected = load_file(out), table(form, shapes, 5)
     assert {key: tuple(t.shape) for key, t in tensors.items()} == expected
     for key, tensor in tensors.items():
@@ -125,7 +116,7 @@ def test_keys_shapes_alphas_and_numbers(tmp_path, whole_mix, form, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_our_own_reader_reads_the_same(tmp_path, mix, form, dtype):
     loras, wanted, size, shapes = mix
-    lora = load_lora(make(tmp_path, loras, format=form, dtype=dtype))
+    lora = load_lora(merge_into(tmp_path, loras, format=form, dtype=dtype))
     assert set(lora) == set(shapes)
     assert (lora.unmatched, lora.questions, lora.skipped) == ((), (), ())
     for module in shapes:
@@ -137,7 +128,7 @@ def test_our_own_reader_reads_the_same(tmp_path, mix, form, dtype):
 @pytest.mark.parametrize("rank", ["exact", 2, "same"])
 def test_every_form_holds_the_same_factors_bit_for_bit(tmp_path, mix, rank):
     loras, _, _, shapes = mix
-    made = {form: load_file(make(tmp_path, loras, form, format=form, dtype="bf16", rank=rank)) for form in ENDINGS}
+    made = {form: load_file(merge_into(tmp_path, loras, form, format=form, dtype="bf16", rank=rank)) for form in ENDINGS}
     kept = {"exact": 5, 2: 2, "same": 3}[rank]
     for module, (out, _) in shapes.items():
         a, b = (made["ai-toolkit"][stem("ai-toolkit", module) + end] for end in AB)
@@ -156,9 +147,9 @@ def test_every_form_holds_the_same_factors_bit_for_bit(tmp_path, mix, rank):
 
 def test_the_sum_of_all_forms_is_their_sum(tmp_path, mix):
     loras, wanted, size, shapes = mix
-    files = [(make(tmp_path, loras, form, format=form), 0.25) for form in ENDINGS]
+    files = [(merge_into(tmp_path, loras, form, format=form), 0.25) for form in ENDINGS]
     for form in ENDINGS:
-        found = read(make(tmp_path, files, f"sum_{form}", format=form), form, shapes)
+        found = read(merge_into(tmp_path, files, f"sum_{form}", format=form), form, shapes)
         assert {m for m in shapes if not float((found[m] - wanted[m]).norm()) < 2 * ROUNDING["fp32"] * size[m]} == set()
 
 
@@ -166,7 +157,7 @@ def test_the_sum_of_all_forms_is_their_sum(tmp_path, mix):
 def test_what_clients_want_beside_the_merged_modules_is_in_every_form(tmp_path, form):
     shapes = {m: SMALL[m] for m in ("layers.3.attention.to_v", "layers.7.feed_forward.w3")}
     path, deltas = write(tmp_path, "ai-toolkit", shapes=shapes)
-    out = make(tmp_path, [(path, 1.0)], format=form)
+    out = merge_into(tmp_path, [(path, 1.0)], format=form)
     modules = [f"layers.{i}.attention.to_{c}" for i in (0, 3) for c in "qkv"] + [f"layers.7.feed_forward.w{i}" for i in (1, 3)]
     found = {k: tuple(t.shape) for k, t in load_file(out).items()}
     assert found == table(form, {m: SMALL[m] for m in modules}, 3)
@@ -180,7 +171,7 @@ def test_what_clients_want_beside_the_merged_modules_is_in_every_form(tmp_path, 
 def test_real_sizes_in_comfyuis_form(tmp_path, real_loras):
     """me.safetensors holds adaLN, to_q and to_v of layer 0 at rank 2; at ratio 1 nothing is rounded."""
     stored = load_file(real_loras[0])
-    out = load_file(make(tmp_path, [(real_loras[0], 1.0)], format="comfyui", shapes="strict", dtype="bf16"))
+    out = load_file(merge_into(tmp_path, [(real_loras[0], 1.0)], format="comfyui", shapes="strict", dtype="bf16"))
     key = "diffusion_model.layers.0.attention"
     up, down = out.pop(f"{key}.qkv.lora_up.weight"), out.pop(f"{key}.qkv.lora_down.weight")
     assert (up.shape, down.shape, float(out.pop(f"{key}.qkv.alpha"))) == ((11520, 6), (6, 3840), 6.0)
@@ -206,7 +197,7 @@ def test_real_sizes_in_comfyuis_form(tmp_path, real_loras):
 def test_other_algorithms_become_loras_of_every_form(tmp_path, name, form):
     one, two = write(tmp_path, name, 2, shapes=FEW), write(tmp_path, "ai-toolkit", 3, 1, FEW)
     drop = {"drop": ["norm", "bias"]}
-    out = make(tmp_path, [(one[0], {"ratio": 0.7} | drop), (two[0], 0.5)], format=form)
+    out = merge_into(tmp_path, [(one[0], {"ratio": 0.7} | drop), (two[0], 0.5)], format=form)
     parts = [(one[1], 0.7), (two[1], 0.5)]
     wanted, size = weighted_sum(parts), sizes(parts)
     assert {k: v for k, v in load_file(out).items() if not k.endswith((*AB, *DOWN_UP, ".alpha"))} == {}
@@ -235,7 +226,7 @@ def written_ranks(path, form, modules):
 @pytest.mark.parametrize("form", ["ai-toolkit", "diffusers", "kohya"])
 def test_each_module_at_its_own_rank(tmp_path, form, rank):
     one, two = write(tmp_path, "kohya-resized", 3, shapes=FEW), write(tmp_path, "musubi", 1, 1, FEW)
-    out = make(tmp_path, [(one[0], 0.7), (two[0], 0.5)], format=form, uniform=False, rank=rank)
+    out = merge_into(tmp_path, [(one[0], 0.7), (two[0], 0.5)], format=form, uniform=False, rank=rank)
     resized, wanted = own_ranks(one[0]), weighted_sum([(one[1], 0.7), (two[1], 0.5)])
     most = 8 if rank == "exact" else 4  # no matrix of the small model has more than 8
     expected = {m: min(resized[m] + 1, most) for m in resized}
@@ -261,7 +252,7 @@ def test_each_module_at_its_own_rank(tmp_path, form, rank):
 
 def test_a_fused_qkv_of_three_ranks(tmp_path):
     path, deltas = write(tmp_path, "kohya-resized", 3, shapes=FEW)
-    out = make(tmp_path, [(path, 0.7)], format="comfyui", uniform=False)
+    out = merge_into(tmp_path, [(path, 0.7)], format="comfyui", uniform=False)
     ranks = own_ranks(path)
     ranks["layers.0.attention.to_k"] = max(min(r, 8) for r in ranks.values())
     ranks = {m: min(r, 8) for m, r in ranks.items()}
@@ -284,7 +275,7 @@ def test_a_fused_qkv_of_three_ranks(tmp_path):
 def test_a_module_that_is_written_as_zeros_has_rank_1(tmp_path):
     modules = ("layers.3.attention.to_v", "layers.7.feed_forward.w3")
     path, _ = write(tmp_path, "ai-toolkit", shapes={m: SMALL[m] for m in modules})
-    out = make(tmp_path, [(path, {"ratio": 1.0, "overrides": {"7.w3": 0.0}})], uniform=False)
+    out = merge_into(tmp_path, [(path, {"ratio": 1.0, "overrides": {"7.w3": 0.0}})], uniform=False)
     zeros = {
         "layers.3.attention.to_q": 1,
         "layers.3.attention.to_k": 1,
@@ -309,7 +300,7 @@ def test_the_metadata_give_every_module_its_own_rank_and_scale_1(tmp_path, form,
     peft = pytest.importorskip("peft")
     pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
     one, two = write(tmp_path, "kohya-resized", 3, shapes=FEW), write(tmp_path, "ai-toolkit-all", 1, 1, FEW)
-    out = make(tmp_path, [(one[0], 0.7), (two[0], 0.5)], format=form, uniform=False, rank=rank)
+    out = merge_into(tmp_path, [(one[0], 0.7), (two[0], 0.5)], format=form, uniform=False, rank=rank)
     raw = json.loads(read_metadata(out)["lora_adapter_metadata"])
     assert all(key.startswith("transformer.") for key in raw)
     config = peft.LoraConfig(**adapter(out))
@@ -325,14 +316,14 @@ def test_the_metadata_give_every_module_its_own_rank_and_scale_1(tmp_path, form,
 
 @pytest.mark.parametrize("form", ENDINGS)
 def test_a_uniform_file_has_no_adapter_metadata(tmp_path, form):
-    out = make(tmp_path, [(write(tmp_path, "kohya-resized", shapes=FEW)[0], 1.0)], format=form)
+    out = merge_into(tmp_path, [(write(tmp_path, "kohya-resized", shapes=FEW)[0], 1.0)], format=form)
     assert "lora_adapter_metadata" not in read_metadata(out)
 
 
 @pytest.mark.parametrize(("uniform", "dim"), [(True, "6"), (False, "Dynamic")])
 def test_kohyas_metadata(tmp_path, uniform, dim):
     path, _ = write(tmp_path, "kohya-resized", shapes=FEW)
-    metadata = read_metadata(make(tmp_path, [(path, 1.0)], format="kohya", uniform=uniform))
+    metadata = read_metadata(merge_into(tmp_path, [(path, 1.0)], format="kohya", uniform=uniform))
     assert {k: v for k, v in metadata.items() if k.startswith("ss_network")} == {
         "ss_network_module": "networks.lora_zimage",
         "ss_network_dim": dim,
@@ -344,7 +335,7 @@ def test_kohyas_metadata(tmp_path, uniform, dim):
 
 @pytest.mark.parametrize("form", ["ai-toolkit", "diffusers", "comfyui"])
 def test_other_forms_claim_no_network_of_kohyas(tmp_path, form):
-    metadata = read_metadata(make(tmp_path, [(write(tmp_path, "musubi", shapes=FEW)[0], 1.0)], format=form))
+    metadata = read_metadata(merge_into(tmp_path, [(write(tmp_path, "musubi", shapes=FEW)[0], 1.0)], format=form))
     assert [k for k in metadata if k.startswith("ss_network") or k == "ss_v2"] == []
     assert metadata["modelspec.architecture"] == "Z-Image/lora"
 
@@ -354,23 +345,13 @@ def test_other_forms_claim_no_network_of_kohyas(tmp_path, form):
 BOTH = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.5}]
 
 
-def again(desk, made, *words):
-    """The file that the recipe of a file makes."""
-    recipe = desk.write(desk.zit("recipe", made).ok(), "elsewhere.yaml")
-    folder = desk.folder / "again"
-    shutil.rmtree(folder, ignore_errors=True)
-    desk.zit("run", recipe, "--output-dir", folder, *words).ok()
-    (path,) = folder.iterdir()
-    return path
-
-
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("form", ENDINGS)
 def test_a_recipe_of_every_form_makes_the_same_bytes(desk, loras, form, uniform):
     step = {"name": "a", "loras": BOTH, "rank": 2, "save": {"format": form, "uniform": uniform}}
     text = desk.zit("run", desk.job(step)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    assert again(desk, made).read_bytes() == made.read_bytes()
+    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
     assert text.count(f"{made.stat().st_size / 1e6:,.1f} MB") == 2
     (recipe,) = json.loads(read_metadata(made)["zit_merge.recipe"])["steps"]
     assert recipe["save"]["format"] == form
@@ -407,7 +388,7 @@ def test_a_later_step_reads_an_earlier_one_of_any_form(desk, loras, form):
         )
         assert float((a - b).norm()) <= 1e-6 * float(b.norm()), module
     made = desk.out / "merged_cat_b.safetensors"
-    assert again(desk, made).read_bytes() == made.read_bytes()
+    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
 
 
 def test_merge_of_the_command_line_takes_a_form(desk, real_loras):

@@ -16,6 +16,7 @@ from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
 import pytest
+from desk import empty_hub_cache, put_into_hub_cache
 
 from extensions_built_in.zit_merge import ZitMergeError, hub
 from extensions_built_in.zit_merge.hub import HubFile
@@ -72,12 +73,9 @@ class Answers:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, a process that was given nothing yet, and nobody logged in."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "_pins", {})
-    return tmp_path / "hub"
+    return empty_hub_cache(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture
@@ -129,16 +127,7 @@ def online(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 def keep(cache: Path, commit: str, name: str = FILE.file, content: bytes = b"kept", *, ref: str | None = None) -> Path:
     """Puts a file of user/repo into the cache, by hand."""
-    home = cache / "models--user--repo"
-    blob = home / "blobs" / sha256(content).hexdigest()
-    path = home / "snapshots" / commit / name
-    for folder in (blob.parent, path.parent, (home / "refs" / (ref or "main")).parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    blob.write_bytes(content)
-    path.symlink_to(blob)
-    if ref:
-        (home / "refs" / ref).write_text(commit)
-    return path
+    return put_into_hub_cache(cache, commit, name, content, ref)
 
 
 def refused(file: HubFile = FILE) -> str:

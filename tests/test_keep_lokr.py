@@ -1,21 +1,19 @@
 """`save: {keep_lokr: true}`: a LoKr that is only weighed stays one, read back by its definition in float64."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from desk import Desk
+from desk import DTYPES, Desk, merge_into, write_lora
 from oracles.dense import read_metadata
-from oracles.producers import FAKE_HASH, PRODUCERS, save, save_sidecars, small_shapes
+from oracles.producers import FAKE_HASH, small_shapes
 from safetensors.torch import load_file, save_file
 
-from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
+from extensions_built_in.zit_merge import ZitMergeError, load_lora
 
 SHAPES = small_shapes(dim=12, ffn=20, temb=8, cap=12)  # a fused qkv has 36 rows, 6 x 6: a third is two rows of the left factor
 UNALIGNED = small_shapes(dim=8, ffn=16, temb=8, cap=8)  # 24 rows, 4 x 6: a third ends inside of a block
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {"fp32": 5e-7, "bf16": 3 * 2**-8, "fp16": 3 * 2**-11}  # up to three or four factors
 PRODUCED = {  # name -> parts of a module's change as they are expected in the output
     "ai-toolkit-lokr": {"w1", "w2"},
@@ -49,17 +47,12 @@ def strength(module):
     return factor * (0.0 if module.endswith("w2") else 1.0)
 
 
-def write(folder, name, rank=2, seed=0, dtype=torch.float32, shapes=SHAPES, stem=None):
-    made = PRODUCERS[name].make(shapes, rank, seed, dtype)
-    path = Path(folder) / f"{stem or name}.safetensors"
-    save(made, path)
-    save_sidecars(made, folder)
-    return path, made
+def write(folder, name, rank=2, seed=0, dtype=torch.float32, shapes=SHAPES, stem=""):
+    return write_lora(folder, name, rank, seed, shapes=shapes, dtype=dtype, stem=stem)
 
 
 def keep(folder, loras, name="out", **how):
-    settled = merge(loras, **{"shapes": "free", "dtype": "fp32", "device": "cpu", "keep_lokr": True} | how)
-    return settled.save(Path(folder) / f"{name}.safetensors")
+    return merge_into(folder, loras, name, **{"keep_lokr": True} | how)
 
 
 def modules_of(path):
@@ -299,15 +292,6 @@ def lokr(desk: Desk) -> Path:
     return desk.lora("lokr.safetensors", "ai-toolkit-lokr-split")
 
 
-def again(desk: Desk, made: Path, *words: object) -> Path:
-    recipe = desk.write(desk.zit("recipe", made).ok(), "elsewhere.yaml")
-    folder = desk.folder / "again"
-    shutil.rmtree(folder, ignore_errors=True)
-    desk.zit("run", recipe, "--output-dir", folder, *words).ok()
-    (path,) = folder.iterdir()
-    return path
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "same"])
 def test_the_recipe_makes_the_same_bytes(desk, lokr, dtype):
     text = desk.zit("run", desk.job(KEPT | {"save": {"keep_lokr": True, "dtype": dtype}})).ok()
@@ -319,7 +303,7 @@ def test_the_recipe_makes_the_same_bytes(desk, lokr, dtype):
     folder = desk.folder / "attic"
     folder.mkdir()
     lokr.rename(folder / "other.safetensors")
-    assert again(desk, made, "--loras", folder).read_bytes() == made.read_bytes()
+    assert desk.again(desk.recipe(made), "--loras", folder).read_bytes() == made.read_bytes()
 
 
 def test_a_later_step_uses_it(desk, lokr):
@@ -343,7 +327,7 @@ def test_a_later_step_uses_it(desk, lokr):
         assert float((lora[module].up.double() @ lora[module].down.double() - wanted).norm()) <= 1e-6 * float(wanted.norm())
     for name in ("both", "lora"):
         made = desk.out / f"merged_cat_{name}.safetensors"
-        assert again(desk, made).read_bytes() == made.read_bytes()
+        assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("keep_first", [True, False])

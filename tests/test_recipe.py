@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from desk import SMALL, Desk
+from desk import SMALL, Desk, empty_hub_cache, put_into_hub_cache
 from oracles import producers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,17 +30,12 @@ ME = {
 STYLE = {"lora": "style.safetensors", "ratio": 1, "effects": {"composition": 1e-5, "color_light": 1.3}}
 ONE_STEP = {"name": "a", "loras": [ME, STYLE]}
 K = "diffusion_model.layers.0.attention.to_k"
+ELSEWHERE = "elsewhere/recipe.yaml"  # a folder in which none of the inputs lies
 
 
 def metadata(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return file.metadata()
-
-
-def printed_recipe(desk: Desk, path: Path, name: str = "elsewhere/recipe.yaml") -> Path:
-    """What `recipe FILE` prints, as a file in a folder of its own."""
-    (desk.folder / name).parent.mkdir(parents=True, exist_ok=True)
-    return desk.write(desk.zit("recipe", path).ok(), name)
 
 
 def move_and_rename(desk: Desk, *paths: Path) -> Path:
@@ -50,15 +45,6 @@ def move_and_rename(desk: Desk, *paths: Path) -> Path:
     for i, path in enumerate(paths):
         path.rename(folder / "deep" / f"{len(paths) - i}_renamed.safetensors")
     return folder
-
-
-def again(desk: Desk, recipe: Path, *words: object) -> Path:
-    """The one file that a recipe makes."""
-    folder = desk.folder / "again"
-    shutil.rmtree(folder, ignore_errors=True)
-    desk.zit("run", recipe, "--output-dir", folder, *words).ok()
-    (path,) = folder.iterdir()
-    return path
 
 
 @pytest.mark.parametrize(
@@ -75,16 +61,16 @@ def again(desk: Desk, recipe: Path, *words: object) -> Path:
 def test_a_recipe_makes_the_same_bytes_from_inputs_renamed_and_moved(desk, loras, settings):
     desk.zit("run", desk.job(ONE_STEP | settings)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     attic = move_and_rename(desk, *loras)
-    remade = again(desk, recipe, "--loras", attic)
+    remade = desk.again(recipe, "--loras", attic)
     assert remade.name == made.name and remade.read_bytes() == made.read_bytes()
 
 
 def test_inputs_beside_the_recipe_need_no_flag(desk, loras):
     desk.zit("run", desk.job(ONE_STEP)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    assert again(desk, printed_recipe(desk, made, "recipe.yaml")).read_bytes() == made.read_bytes()
+    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -97,9 +83,9 @@ def test_a_recipe_carries_the_steps_that_it_uses(desk, loras, keep):
     ]
     desk.zit("run", desk.job(*steps)).ok()
     made = desk.out / "merged_cat_c.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     assert [s["name"] for s in yaml.safe_load(recipe.read_text())["steps"]] == ["a", "b", "c"]
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, *loras))
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, *loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
@@ -111,11 +97,11 @@ def test_a_recipe_remembers_what_was_left_out(desk):
     config = desk.job({"name": "a", "loras": [ME], "allow_unmatched": True})
     desk.zit("run", config).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     (step,) = yaml.safe_load(recipe.read_text())["steps"]
     assert step["allow_unmatched"] is True
     assert step["loras"][0]["unmatched"] == ["diffusion_model.layers.0.attention.to_x.lora_A.weight"]
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, source))
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, source))
     assert remade.read_bytes() == made.read_bytes()
 
 
@@ -125,8 +111,8 @@ def test_a_recipe_of_a_trained_file(desk, source):
     section = desk.section({"name": "a", "loras": [{"lora": source, "ratio": 0.9}]})
     desk.zit("run", desk.config(desk.training(), section)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, *trained))
+    recipe = desk.recipe(made, ELSEWHERE)
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, *trained))
     assert remade.read_bytes() == made.read_bytes()
 
 
@@ -134,22 +120,22 @@ def test_a_recipe_of_a_file_that_got_another_prefix(desk, loras):
     section = desk.section({"name": "a", "loras": [ME]}, output_dir=str(desk.folder / "output" / "m"))
     desk.zit("run", desk.config(desk.training(), section, job="m")).ok()
     (made,) = (desk.folder / "output" / "m").iterdir()
-    remade = again(desk, printed_recipe(desk, made), "--loras", desk.folder)
+    remade = desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder)
     assert remade.read_bytes() == made.read_bytes()
 
 
 def test_a_recipe_of_a_merge_from_the_command_line(desk, real_loras):
     desk.zit("merge", *real_loras, "-o", "both.safetensors", "--ratio", 1, 0.5, "--to_q", 0.5, "--device", "cpu").ok()
     made = desk.folder / "both.safetensors"
-    recipe = printed_recipe(desk, made)
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, *real_loras))
+    recipe = desk.recipe(made, ELSEWHERE)
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, *real_loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
 def test_a_recipe_of_a_remade_file_is_the_same_recipe(desk, loras):
     desk.zit("run", desk.job(ONE_STEP)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    remade = again(desk, printed_recipe(desk, made), "--loras", desk.folder)
+    remade = desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder)
     assert desk.zit("recipe", remade).ok() == desk.zit("recipe", made).ok()
 
 
@@ -230,7 +216,7 @@ def test_changed_weights_without_their_table_are_fine(desk, loras):
         lora["ratio"] = 0.5
         del lora["strengths"]
 
-    assert again(desk, edited(desk, change)).is_file()
+    assert desk.again(edited(desk, change)).is_file()
 
 
 def test_a_changed_input_is_not_found(desk, loras):
@@ -253,7 +239,7 @@ def test_a_recipe_needs_an_output_dir(desk, loras):
 def test_what_else_lies_in_the_folders_does_not_disturb_the_search(desk, loras):
     desk.zit("run", desk.job(ONE_STEP)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     attic = move_and_rename(desk, *loras)
     (attic / "00_empty.safetensors").touch()
     (attic / "00_short.safetensors").write_bytes(b"abc")
@@ -261,16 +247,16 @@ def test_what_else_lies_in_the_folders_does_not_disturb_the_search(desk, loras):
     (attic / "00_folder.safetensors").mkdir()
     with contextlib.suppress(OSError):  # Windows without the right to make links
         (attic / "00_dangling.safetensors").symlink_to(attic / "gone")
-    assert again(desk, recipe, "--loras", attic).read_bytes() == made.read_bytes()
+    assert desk.again(recipe, "--loras", attic).read_bytes() == made.read_bytes()
 
 
 def test_odd_names_survive_the_recipe(desk, real_loras):
     name = "50% ${off} [name] 'x' #1: é.safetensors"
     real_loras[0].rename(desk.folder / name)
     desk.zit("merge", name, "-o", "out.safetensors", "--ratio", 1).ok()
-    recipe = printed_recipe(desk, desk.folder / "out.safetensors")
+    recipe = desk.recipe(desk.folder / "out.safetensors", ELSEWHERE)
     assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"][0]["loras"][0]["lora"] == name
-    assert again(desk, recipe, "--loras", desk.folder).is_file()
+    assert desk.again(recipe, "--loras", desk.folder).is_file()
 
 
 # --- presets -------------------------------------------------------------------------------------------------------------------
@@ -300,9 +286,9 @@ def test_a_recipe_holds_the_expansion_of_a_preset(desk, loras):
 def test_a_recipe_of_a_preset_runs_without_it(desk, loras, monkeypatch, keys):
     desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | keys, STYLE]})).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     monkeypatch.setattr(presets, "presets", lambda: {})  # a later version may have dropped or changed it
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, *loras))
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, *loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
@@ -335,7 +321,7 @@ def test_a_recipe_carries_the_adapter_config(desk, gone):
     desk.zit("run", desk.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}], "save": {"dtype": "fp32"}})).ok()
     made = desk.out / "merged_cat_a.safetensors"
     assert scale_of(made, source) == pytest.approx(1.5, rel=1e-6)
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["adapter"]["lora_alpha"] == 3
     config = source.parent / "adapter_config.json"
     if gone == "deleted":
@@ -346,7 +332,7 @@ def test_a_recipe_carries_the_adapter_config(desk, gone):
         )
     else:
         config.write_text(json.dumps({"lora_alpha": 77, "r": 2}))
-    remade = again(desk, recipe, "--loras", move_and_rename(desk, source) if gone == "deleted" else source.parent)
+    remade = desk.again(recipe, "--loras", move_and_rename(desk, source) if gone == "deleted" else source.parent)
     assert remade.read_bytes() == made.read_bytes()
 
 
@@ -357,14 +343,14 @@ def test_a_recipe_carries_what_the_metadata_said_of_alpha(desk, name, how):
     source = desk.lora("me.safetensors", name, rank=4)
     desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]})).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     if how == "stripped":
         save_file(load_file(source), source)
         assert "lora_adapter_metadata" not in (metadata(source) or {})
         other = desk.folder / "other"
         desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]}, output_dir=str(other))).ok()
         assert (other / made.name).read_bytes() != made.read_bytes()  # without the recipe it is another strength
-    assert again(desk, recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert desk.again(recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("adapter", [{}, {"lora_alpha": "x"}, {"lora_alpha": 1, "alpha_pattern": {"(": 2}}], ids=str)
@@ -384,10 +370,10 @@ def test_a_recipe_remembers_the_answer_about_alpha(desk, alpha):
     desk.zit("run", desk.job({"name": "a", "loras": [lora], "save": {"dtype": "fp32"}})).ok()
     made = desk.out / "merged_cat_a.safetensors"
     assert scale_of(made, source) == pytest.approx({"none": 1.0, 5: 2.5, "metadata": 1.5}[alpha], rel=1e-6)
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["alpha"] == alpha
     (source.parent / "adapter_config.json").unlink()
-    assert again(desk, recipe, "--loras", source.parent).read_bytes() == made.read_bytes()
+    assert desk.again(recipe, "--loras", source.parent).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("qkv", ["split", "fused", "sum"])
@@ -407,7 +393,7 @@ def test_a_recipe_remembers_the_answer_about_qkv(desk, qkv):
     out = load_file(made)
     found = out[f"{K}.lora_B.weight"].float() @ out[f"{K}.lora_A.weight"].float()
     assert torch.equal(found, {"split": split, "fused": fused, "sum": split + fused}[qkv])
-    assert again(desk, printed_recipe(desk, made), "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder).read_bytes() == made.read_bytes()
 
 
 def test_a_recipe_remembers_what_was_dropped(desk):
@@ -417,9 +403,9 @@ def test_a_recipe_remembers_what_was_dropped(desk):
     assert "drop: [bias]" in desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm"]}]})).refused()
     desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm", "bias"]}]})).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["drop"] == ["norm", "bias"]
-    assert again(desk, recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert desk.again(recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
 
 
 # --- sources on the hub --------------------------------------------------------------------------------------------------------
@@ -430,12 +416,7 @@ HUB = "hf:user/repo/sub/style.safetensors"
 
 @pytest.fixture
 def hub_cache(tmp_path_factory, monkeypatch) -> Path:
-    """An empty cache of the hub, offline, and no network at all."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    folder = tmp_path_factory.mktemp("hub")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "_pins", {})
+    """An empty cache of the hub, and no network at all."""
 
     def nobody(*args: object, **kwargs: object) -> None:
         raise AssertionError("the network was asked")
@@ -443,20 +424,12 @@ def hub_cache(tmp_path_factory, monkeypatch) -> Path:
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, nobody)
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
-    return folder
+    return empty_hub_cache(tmp_path_factory.mktemp("hub"), monkeypatch)
 
 
-def cache(folder: Path, source: Path, commit: str = COMMIT, ref: str | None = "main") -> Path:
-    """Puts a file into the cache as huggingface_hub lays it out: the snapshot is a link to a blob."""
-    home, content = folder / "models--user--repo", source.read_bytes()
-    blob, path = home / "blobs" / hashlib.sha256(content).hexdigest(), home / "snapshots" / commit / "sub" / "style.safetensors"
-    for made in (blob.parent, path.parent, home / "refs"):
-        made.mkdir(parents=True, exist_ok=True)
-    blob.write_bytes(content)
-    path.symlink_to(blob)
-    if ref:
-        (home / "refs" / ref).write_text(commit)
-    return path
+def cache(folder: Path, source: Path, commit: str = COMMIT) -> Path:
+    """Puts a file into the cache under the name of HUB, as what main is now."""
+    return put_into_hub_cache(folder, commit, "sub/style.safetensors", source.read_bytes(), "main")
 
 
 FROM_HUB = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": HUB, "ratio": 0.5}]}
@@ -509,7 +482,7 @@ def test_a_recipe_of_a_hub_source_runs_offline(desk, loras, hub_cache, where):
     path = cache(hub_cache, loras[1])
     desk.zit("run", desk.job(FROM_HUB)).ok()
     made = desk.out / "merged_cat_a.safetensors"
-    recipe = printed_recipe(desk, made)
+    recipe = desk.recipe(made, ELSEWHERE)
     loras[1].unlink()
     hub._pins.clear()
     folder = desk.folder / "attic"
@@ -521,7 +494,7 @@ def test_a_recipe_of_a_hub_source_runs_offline(desk, loras, hub_cache, where):
     if where == "moved branch":
         desk.lora("newer.safetensors", seed=7)
         cache(hub_cache, desk.folder / "newer.safetensors", NEWER)
-    remade = again(desk, recipe, "--loras", folder)
+    remade = desk.again(recipe, "--loras", folder)
     assert remade.read_bytes() == made.read_bytes()
     assert desk.zit("recipe", remade).ok() == desk.zit("recipe", made).ok()
 
@@ -530,7 +503,7 @@ def test_a_recipe_of_a_hub_source_runs_offline(desk, loras, hub_cache, where):
 def test_other_bytes_than_the_recipes_are_refused(desk, loras, hub_cache, command):
     path = cache(hub_cache, loras[1])
     desk.zit("run", desk.job(FROM_HUB)).ok()
-    recipe = printed_recipe(desk, desk.out / "merged_cat_a.safetensors", "recipe.yaml")
+    recipe = desk.recipe(desk.out / "merged_cat_a.safetensors")
     path.resolve().write_bytes(desk.lora("other.safetensors", "musubi", rank=3, seed=9).read_bytes())
     message = desk.zit(command, recipe, "--output-dir", "again").refused()
     assert message.startswith("steps[0].loras[1].lora: ") and "does not hold the tensors of the recipe" in message
