@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from host import tiny_zimage
 from host.shim import SHIM
+from oracles import producers
 
 REPO = Path(__file__).parents[2]
 
@@ -59,3 +61,19 @@ def run_python(toolkit):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def style(toolkit) -> producers.Made:
+    """A LoRA of another trainer that fits the tiny model; it changes no adaLN."""
+    return producers.PRODUCERS["musubi"].make(tiny_zimage.linear_shapes(tiny_zimage.transformer()), 3, 5, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def place(toolkit, style, tmp_path_factory) -> Path:
+    """A folder with the tiny model, its pictures, and style.safetensors; jobs of any name train here."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_zimage.make_model(folder / "model")
+    tiny_zimage.make_dataset(folder / "dataset")
+    producers.save(style, folder / "style.safetensors")
+    return folder

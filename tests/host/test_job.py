@@ -7,26 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from host import tiny_zimage
 from host.job import job, training
-from oracles import producers
 from safetensors.torch import load_file, safe_open
 
 LOADER = Path(__file__).with_name("load_in_toolkit.py")
 
 pytestmark = pytest.mark.toolkit
-
-
-@pytest.fixture(scope="session")
-def tiny(toolkit, tmp_path_factory):
-    """A folder with the tiny model, its pictures, and a second LoRA of musubi's kind that fits it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_zimage.make_model(folder / "model")
-    tiny_zimage.make_dataset(folder / "dataset")
-    shapes = tiny_zimage.linear_shapes(tiny_zimage.transformer())
-    style = producers.PRODUCERS["musubi"].make(shapes, 3, 5, torch.bfloat16)
-    producers.save(style, folder / "style.safetensors")
-    return folder, style
 
 
 def merging(**changes) -> dict:
@@ -73,13 +59,12 @@ def component(module: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, run_python):
+def trained(place, run_python):
     """One real training of three steps with our section after it."""
-    folder, _ = tiny
-    config = write(folder, "cat_v1", job("cat_v1", training(folder, "cat_v1"), merging()))
+    config = write(place, "cat_v1", job("cat_v1", training(place, "cat_v1"), merging()))
     done = run_python("run.py", config)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "output" / "cat_v1", done
+    return place / "output" / "cat_v1", done
 
 
 def test_the_job_trains_and_merges_in_one_go(trained):
@@ -103,11 +88,11 @@ def test_the_weighed_file_holds_the_strengths_that_were_asked_for(trained):
         assert (after[module] - strength * delta).norm() <= 1e-6 * delta.norm(), module
 
 
-def test_the_second_lora_is_added_as_products(trained, tiny):
+def test_the_second_lora_is_added_as_products(trained, style):
     folder, _ = trained
     soft, both = products(folder / "merged_cat_v1_soft.safetensors"), products(folder / "merged_cat_v1_with_style.safetensors")
     for module, got in both.items():
-        want = soft[module] + (-0.6 * (2.0 if component(module) == "w2" else 1.0)) * tiny[1].deltas.get(module, 0)
+        want = soft[module] + (-0.6 * (2.0 if component(module) == "w2" else 1.0)) * style.deltas.get(module, 0)
         assert (got - want).norm() <= 1e-6 * want.norm(), module
 
 
@@ -125,10 +110,10 @@ def test_our_files_never_claim_to_be_the_training(trained):
     assert json.loads(metadata["zit_merge.recipe"])["job"] == "cat_v1"
 
 
-def test_running_the_same_merge_alone_gives_the_same_bytes(trained, tiny, run_python, tmp_path):
+def test_running_the_same_merge_alone_gives_the_same_bytes(trained, place, run_python, tmp_path):
     """The command line without AI-Toolkit and the job in it are one program."""
     folder, _ = trained
-    config = tiny[0] / "cat_v1.yaml"
+    config = place / "cat_v1.yaml"
     done = run_python("-m", "extensions_built_in.zit_merge", "run", config, "--step", "with_style", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     for step in ("soft", "with_style"):
@@ -140,20 +125,19 @@ def digest(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_merge_only_job(tiny, run_python):
-    folder, style = tiny
+def test_a_merge_only_job(place, style, run_python):
     section = {
         "type": "zit_merge",
         "device": "cuda",  # what the UI writes into the first process; means auto
-        "training_folder": str(folder / "output"),
+        "training_folder": str(place / "output"),
         "sqlite_db_path": "./aitk_db.db",
         "model": {"name_or_path": "x"},
         "shapes": "free",
         "steps": [{"name": "half", "loras": [{"lora": "style.safetensors", "ratio": 0.5}]}],
     }
-    done = run_python("run.py", write(folder, "alone", job("alone", section)))
+    done = run_python("run.py", write(place, "alone", job("alone", section)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    got = products(folder / "output" / "alone" / "merged_alone_half.safetensors")
+    got = products(place / "output" / "alone" / "merged_alone_half.safetensors")
     assert all((got[m] - 0.5 * d).norm() <= 4e-3 * (0.5 * d).norm() for m, d in style.deltas.items()), "bf16 rounding"
 
 
@@ -169,34 +153,32 @@ def test_a_merge_only_job(tiny, run_python):
         ({"devise": "cpu"}, "process[1].devise: unknown key (did you mean device?)"),
     ],
 )
-def test_a_mistake_stops_the_job_before_the_training(tiny, run_python, change, says):
-    folder, _ = tiny
-    done = run_python("run.py", write(folder, "typo", job("typo", training(folder, "typo"), merging(**change))))
+def test_a_mistake_stops_the_job_before_the_training(place, run_python, change, says):
+    done = run_python("run.py", write(place, "typo", job("typo", training(place, "typo"), merging(**change))))
     assert done.returncode != 0
     assert "Error running job: " in done.stdout and says in done.stdout
     assert "Running  2 processes" not in done.stdout
-    assert not list((folder / "output" / "typo").glob("*.safetensors"))
+    assert not list((place / "output" / "typo").glob("*.safetensors"))
 
 
-def test_two_processes_write_one_file(tiny, run_python):
+def test_two_processes_write_one_file(place, run_python):
     """Under `accelerate launch`, which is torchrun underneath, every rank runs the job; only the main one merges."""
-    folder, _ = tiny
-    section = {"type": "zit_merge", "training_folder": str(folder / "output"), "shapes": "free"}
-    section["steps"] = [{"name": "one", "loras": [{"lora": str(folder / "style.safetensors"), "ratio": 1}]}]
-    config = write(folder, "ranks", job("ranks", section))
+    section = {"type": "zit_merge", "training_folder": str(place / "output"), "shapes": "free"}
+    section["steps"] = [{"name": "one", "loras": [{"lora": str(place / "style.safetensors"), "ratio": 1}]}]
+    config = write(place, "ranks", job("ranks", section))
     done = run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py", config, ACCELERATE_USE_CPU="true"
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("wrote ") == 1 and done.stdout.count("Running job: ranks") == 2
-    assert (folder / "output" / "ranks" / "merged_ranks_one.safetensors").is_file()
+    assert (place / "output" / "ranks" / "merged_ranks_one.safetensors").is_file()
 
 
-def test_the_toolkits_own_loader_reads_our_file(trained, tiny, run_python, tmp_path):
+def test_the_toolkits_own_loader_reads_our_file(trained, place, run_python, tmp_path):
     """LoRASpecialNetwork, which trains and previews with a file, holds the wanted delta in every module."""
     folder, _ = trained
     path = folder / "merged_cat_v1_with_style.safetensors"
     torch.save(products(path), tmp_path / "wanted.pt")
-    done = run_python(LOADER, tiny[0] / "model", path, tmp_path / "wanted.pt")
+    done = run_python(LOADER, place / "model", path, tmp_path / "wanted.pt")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "240 modules agree" in done.stdout

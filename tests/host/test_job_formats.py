@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from host import tiny_zimage
 from host.job import job, training
 from host.test_job import component, products, write
-from oracles import producers
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.toolkit
@@ -16,18 +14,6 @@ WEIGHTS = {"ratio": 0.9, "blocks": {"to_q": -0.5, "feed_forward": 0.25}}
 
 def strength(module: str) -> float:
     return 0.9 * {"to_q": -0.5, "w1": 0.25, "w2": 0.25, "w3": 0.25}.get(component(module), 1.0)
-
-
-@pytest.fixture(scope="session")
-def place(toolkit, tmp_path_factory):
-    """A folder with the tiny model, its pictures, and a LoRA of musubi's kind that fits it."""
-    folder = tmp_path_factory.mktemp("formats")
-    tiny_zimage.make_model(folder / "model")
-    tiny_zimage.make_dataset(folder / "dataset")
-    shapes = tiny_zimage.linear_shapes(tiny_zimage.transformer())
-    style = producers.PRODUCERS["musubi"].make(shapes, 3, 5, torch.bfloat16)
-    producers.save(style, folder / "style.safetensors")
-    return folder, style
 
 
 def section(*steps, **keys):
@@ -42,7 +28,6 @@ def run_job(run_python, folder, name, network, merging):
 @pytest.fixture(scope="session")
 def lokr(place, run_python):
     """A default LoKr training, then three merges of it."""
-    folder, _ = place
     steps = (
         {"name": "thin", "rank": RANK, "loras": [{"lora": "trained", **WEIGHTS}]},
         {"name": "kept", "save": {"keep_lokr": True}, "loras": [{"lora": "trained", **WEIGHTS}]},
@@ -53,9 +38,9 @@ def lokr(place, run_python):
         },
     )
     network = {"type": "lokr", "linear": RANK, "linear_alpha": RANK, "lokr_full_rank": True, "lokr_factor": -1}
-    done = run_job(run_python, folder, "kr", network, section(*steps))
+    done = run_job(run_python, place, "kr", network, section(*steps))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "output" / "kr"
+    return place / "output" / "kr"
 
 
 def krons(path) -> dict[str, torch.Tensor]:
@@ -90,30 +75,30 @@ def test_a_lokr_that_is_only_weighed_stays_one(lokr):
     assert all((kept[m] - strength(m) * d).norm() <= 1e-6 * d.norm() for m, d in trained.items())
 
 
-def test_a_lokr_and_a_lora_of_another_trainer(lokr, place):
+def test_a_lokr_and_a_lora_of_another_trainer(lokr, style):
     trained, styled = krons(lokr / "kr.safetensors"), products(lokr / "merged_kr_styled.safetensors")
     for module, delta in trained.items():
-        want = delta + 0.7 * place[1].deltas.get(module, 0)
+        want = delta + 0.7 * style.deltas.get(module, 0)
         assert excess(styled[module], want, RANK) < 1e-6, module
 
 
 @pytest.mark.parametrize("shapes", ["strict", "free"])
 def test_without_a_rank_a_lokr_stops_before_the_training(place, run_python, shapes):
     step = {"name": "exact", "loras": [{"lora": "trained", "ratio": 1}]}
-    done = run_job(run_python, place[0], f"kr_{shapes}", {"type": "lokr"}, section(step, shapes=shapes))
+    done = run_job(run_python, place, f"kr_{shapes}", {"type": "lokr"}, section(step, shapes=shapes))
     assert done.returncode != 0
     message = next(line for line in done.stdout.splitlines() if line.startswith("Error running job: "))
     assert "process[1].steps[0]" in message and "rank: 64" in message and "keep_lokr: true" in message
     assert "Running  2 processes" not in done.stdout
-    assert not list((place[0] / "output" / f"kr_{shapes}").glob("*.safetensors"))
+    assert not list((place / "output" / f"kr_{shapes}").glob("*.safetensors"))
 
 
 def test_a_lokr_of_products_merges_exactly(place, run_python):
     network = {"type": "lokr", "linear": 2, "linear_alpha": 1, "lokr_full_rank": False, "lokr_factor": 4}
     step = {"name": "all", "confirm_size": True, "loras": [{"lora": "trained", **WEIGHTS}]}
-    done = run_job(run_python, place[0], "kp", network, section(step))
+    done = run_job(run_python, place, "kp", network, section(step))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = place[0] / "output" / "kp"
+    folder = place / "output" / "kp"
     stored, got = load_file(folder / "kp.safetensors"), products(folder / "merged_kp_all.safetensors")
     assert len(got) == 240 and any(k.endswith("lokr_w2_a") for k in stored), "the small model must leave room for products"
     for module, delta in got.items():
@@ -130,13 +115,13 @@ def test_whole_differences_and_norms_beside_pairs(place, run_python):
     extras = {"full_if_contains": ["adaLN_modulation"]}
     network = {"type": "lora", "linear": RANK, "linear_alpha": RANK, "all_layers": True, "network_kwargs": extras}
     lora = {"lora": "trained", **WEIGHTS}
-    asked = run_job(run_python, place[0], "nd", network, section({"name": "no", "rank": 8, "loras": [lora]}))
+    asked = run_job(run_python, place, "nd", network, section({"name": "no", "rank": 8, "loras": [lora]}))
     assert asked.returncode != 0 and "drop: [norm, bias]" in asked.stdout and "Running  2 processes" not in asked.stdout
 
     step = {"name": "full", "rank": 8, "loras": [lora | {"drop": ["norm", "bias"]}]}
-    done = run_job(run_python, place[0], "df", network, section(step))
+    done = run_job(run_python, place, "df", network, section(step))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = place[0] / "output" / "df"
+    folder = place / "output" / "df"
     stored, got = load_file(folder / "df.safetensors"), products(folder / "merged_df_full.safetensors")
     assert any(".norm_q.diff" in k for k in stored) and any(k.endswith(".diff_b") for k in stored)
     pairs = products(folder / "df.safetensors")
@@ -152,9 +137,9 @@ def test_whole_differences_and_norms_beside_pairs(place, run_python):
 
 def test_a_full_rank_network(place, run_python):
     step = {"name": "low", "rank": RANK, "loras": [{"lora": "trained", **WEIGHTS}]}
-    done = run_job(run_python, place[0], "fr", {"type": "fullrank", "linear": RANK, "linear_alpha": RANK}, section(step))
+    done = run_job(run_python, place, "fr", {"type": "fullrank", "linear": RANK, "linear_alpha": RANK}, section(step))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = place[0] / "output" / "fr"
+    folder = place / "output" / "fr"
     stored, got = load_file(folder / "fr.safetensors"), products(folder / "merged_fr_low.safetensors")
     assert not any(k.endswith("lora_B.weight") for k in stored)
     for module, delta in got.items():
@@ -164,5 +149,5 @@ def test_a_full_rank_network(place, run_python):
 
 def test_a_dora_stops_before_the_training(place, run_python):
     step = {"name": "x", "rank": 8, "loras": [{"lora": "trained", "ratio": 1}]}
-    done = run_job(run_python, place[0], "dr", {"type": "dora", "linear": RANK, "linear_alpha": RANK}, section(step))
+    done = run_job(run_python, place, "dr", {"type": "dora", "linear": RANK, "linear_alpha": RANK}, section(step))
     assert done.returncode != 0 and "DoRA" in done.stdout and "Running  2 processes" not in done.stdout

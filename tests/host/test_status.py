@@ -3,10 +3,9 @@
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 
 import pytest
-import torch
-from host import tiny_zimage
 from host.job import job, training
 from host.test_job import write
 from host.ui import Launched, make_database, row
@@ -18,16 +17,12 @@ STEPS = 3  # of the training
 
 
 @pytest.fixture(scope="session")
-def place(toolkit, tmp_path_factory):
-    """The tiny model, its pictures, a LoRA that fits it, and a broken one."""
-    folder = tmp_path_factory.mktemp("status")
-    tiny_zimage.make_model(folder / "model")
-    tiny_zimage.make_dataset(folder / "dataset")
-    made = producers.PRODUCERS["ai-toolkit"].make(tiny_zimage.linear_shapes(tiny_zimage.transformer()), 4, 5, torch.bfloat16)
-    producers.save(made, folder / "style.safetensors")
-    made.tensors["diffusion_model.layers.20.attention.to_q.lora_A.weight"][0, 0] = float("nan")
-    producers.save(made, folder / "broken.safetensors")
-    return folder
+def broken(place, style):
+    """A LoRA with a NaN beside the good one."""
+    tensors = {k: t.clone() for k, t in style.tensors.items()}
+    tensors["lora_unet_layers_20_attention_to_q.lora_down.weight"][0, 0] = float("nan")
+    producers.save(replace(style, tensors=tensors), place / "broken.safetensors")
+    return "broken.safetensors"
 
 
 @pytest.fixture
@@ -70,8 +65,8 @@ def test_the_row_says_running_until_the_last_merge_is_done(toolkit, place, datab
     assert names == {f"merged_sa_{n}.safetensors" for n in ("soft", "more", "last")}
 
 
-def test_an_exception_in_the_merge_is_shown_with_its_sentence(toolkit, place, database):
-    config = write(place, "sb", job("sb", trains(place, "sb", database), merging(place, "bad", lora="broken.safetensors")))
+def test_an_exception_in_the_merge_is_shown_with_its_sentence(toolkit, place, broken, database):
+    config = write(place, "sb", job("sb", trains(place, "sb", database), merging(place, "bad", lora=broken)))
     ran = Launched(toolkit, config, database)
     assert ran.code != 0
     assert ran.statuses == ["running", "error"], ran.seen
@@ -99,13 +94,13 @@ def test_a_queue_that_stops_gets_the_job_back(toolkit, place, database):
     assert not parts(place / "output")
 
 
-def test_a_merge_only_job_fills_the_row(toolkit, place, database):
+def test_a_merge_only_job_fills_the_row(toolkit, place, style, database):
     config = write(place, "se", job("se", alone(place, database, "a", "b")))
     ran = Launched(toolkit, config, database)
     assert ran.code == 0, ran.log[-3000:]
     assert ran.statuses == ["running", "completed"]
     last = row(database)
-    assert (last["step"], last["total_steps"]) == (480, 480)
+    assert (last["step"], last["total_steps"]) == (2 * len(style.deltas),) * 2
     assert last["speed_string"].endswith(" modules/s") and last["info"] == "Merge completed"
 
 
@@ -195,6 +190,41 @@ def test_a_missing_database_is_no_error(toolkit, place, tmp_path, run_python):
     done = run_python("run.py", config, AITK_JOB_ID="j1")
     assert done.returncode == 0 and "the UI's database" not in done.stdout
     assert not (tmp_path / "none.db").exists()
+
+
+INTERRUPTED = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from extensions_built_in.zit_merge import plan
+plan.plan_section = lambda *_, **__: signal.raise_signal(signal.SIGINT)
+sys.argv = ["run.py", sys.argv[1]]
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("after", ["nothing", "a training"])
+def test_a_stop_while_the_config_is_checked_shows_as_stopped(place, database, run_python, after):
+    """Before anything runs: the toolkit has no job yet whose on_error it could call."""
+    if after == "nothing":
+        processes = (alone(place, database, "a"),)
+    else:
+        processes = (trains(place, "sn", database), merging(place, "a", lora="trained"))
+    done = run_python("-c", INTERRUPTED, write(place, "sn", job("sn", *processes)), AITK_JOB_ID="j1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (row(database)["status"], row(database)["info"]) == ("stopped", "Job stopped")
+    assert "Running  " not in done.stdout
+
+
+def test_a_training_after_our_section_has_the_last_word(toolkit, place, database):
+    config = write(place, "sm", job("sm", alone(place, database, "a"), trains(place, "sm", database)))
+    ran = Launched(toolkit, config, database)
+    assert ran.code == 0, ran.log[-3000:]
+    assert ran.statuses == ["running", "completed"], ran.seen
+    infos = ran.infos
+    assert infos.index("Merging LoRAs") < infos.index("Loading model") < infos.index("Training")
+    assert infos[-1] == "Training completed"
+    assert row(database)["step"] == STEPS
+    assert {"sm.safetensors", "merged_sm_a.safetensors"} <= {p.name for p in (place / "output" / "sm").iterdir()}
 
 
 LIVE = """
