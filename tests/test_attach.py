@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -743,6 +744,11 @@ def test_a_change_by_another_program_is_not_overwritten(files, monkeypatch):
     assert sorted(p.name for p in files.folder.iterdir()) == ["config.yaml", "me.safetensors", "section.yaml"]
 
 
+def test_a_training_that_check_would_refuse(files):
+    text = CONFIG.replace("      sample:", "      train: {steps: 9, lr_scheduler: step}\n      sample:")
+    assert refused(files, text).startswith("process[0].train.lr_scheduler: AI-Toolkit can't make step")
+
+
 def test_what_a_killed_run_left_is_no_obstacle(files):
     put(files, "half", "config.yaml.zit_merge.part")
     attach(put(files, CONFIG), files.folder / "section.yaml")
@@ -766,6 +772,9 @@ def test_every_example(files, path, eol):
     if has_one:
         assert "--replace" in refused(files, text)
     put(files, SECTION.replace("me.safetensors", str(files.folder / "me.safetensors")), "section.yaml")
+    if "\n        arch:" in text and "arch: zimage" not in text.replace('"', ""):
+        assert "is not Z-Image" in refused(files, text, replace=True)
+        text = re.sub(r"(\n {8}arch:) \S+", r"\1 zimage", text)
     new = done(files, text, replace=True)
     wanted = ATTACHED.replace("me.safetensors", str(files.folder / "me.safetensors"))
     added = inserted(text, new) if not has_one else ""

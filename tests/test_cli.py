@@ -273,6 +273,14 @@ def test_check_finds_before_the_training_that_another_lora_is_not_there(desk):
     assert message.startswith("process[1].steps[0].loras[1].lora: gone.safetensors is not there")
 
 
+def test_check_names_the_lora_that_an_earlier_section_will_write(desk, loras):
+    first = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
+    mine = {"name": "b", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]}
+    theirs = {"name": "c", "loras": [{"lora": "b", "ratio": 1.0}, {"lora": "out/merged_cat_a.safetensors", "ratio": 1.0}]}
+    message = desk.zit("check", desk.config(first, desk.section(mine, theirs))).refused()
+    assert message.startswith("process[1].steps[1].loras[1].lora: process[0].steps[0] writes out/merged_cat_a.safetensors")
+
+
 def test_check_finds_before_the_training_that_another_lora_is_of_another_model(desk, loras):
     both = [{"lora": "trained", "ratio": 1.0}, ME]
     message = desk.zit(

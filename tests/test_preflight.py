@@ -1,5 +1,7 @@
 """`check` looks at the training before our section: errors stop, advice is printed."""
 
+import sys
+
 import pytest
 
 LORA = {"steps": [{"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]}]}
@@ -126,6 +128,93 @@ def test_restarts_with_the_fix(desk, params):
 )
 def test_a_fix_with_nothing_to_fix(desk, train, says):
     assert says in check(desk, training(desk, **train), train_fixes=["cosine_with_restarts"]).refused()
+
+
+@pytest.mark.parametrize(("fixing", "place"), [((0,), 1), ((1,), 2), ((0, 1), 1)])
+def test_a_fix_is_named_with_the_section_that_asks_for_it(desk, fixing, place):
+    process = training(desk, lr_scheduler="cosine")
+    sections = [merging(), merging(steps=[{"name": "b", "loras": [{"lora": "trained", "ratio": 0.5}]}])]
+    for i in fixing:
+        sections[i]["train_fixes"] = ["cosine_with_restarts"]
+    message = desk.zit("check", desk.config(process, *sections)).refused()
+    assert message.startswith(f"process[{place}].train_fixes: process[0].train.lr_scheduler is cosine")
+
+
+TOOLKIT = {
+    "__init__": "",
+    "scheduler": """
+print("a greeting")
+def get_lr_scheduler(name, optimizer, **parameters):
+    print("Trying to use it")
+    if parameters.keys() - {"total_iters"}:
+        raise TypeError("it takes no parameters")
+""",
+    "optimizer": """
+def get_optimizer(params, name, lr, given):
+    print("Using it")
+    if name != "automagic9":
+        raise ImportError(f"No module named {name!r}")
+""",
+    "util/get_model": """
+from types import SimpleNamespace
+def get_all_models():
+    print("Failed to import an extension")
+    return [SimpleNamespace(arch="zimage"), SimpleNamespace(arch="zimage_next")]
+""",
+}
+
+
+@pytest.fixture
+def toolkit(desk, monkeypatch):
+    """Puts a small toolkit into the working directory: toolkit(module=source, ...) replaces its modules."""
+
+    def put(**changed):
+        for name, source in (TOOLKIT | changed).items():
+            desk.write(source, f"toolkit/{name}.py")
+
+    (desk.folder / "toolkit" / "util").mkdir(parents=True)
+    monkeypatch.syspath_prepend(desk.folder)
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "toolkit"}
+    yield put
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toolkit"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_a_toolkit_at_hand_is_asked(desk, toolkit):
+    toolkit()
+    ours = {"optimizer": "automagic9", "model": {"arch": "zimage_next:turbo"}, "lr_scheduler": "anything"}
+    text = check(desk, training(desk, **ours)).ok()
+    assert not any(word in text for word in ("a greeting", "Trying to use it", "Using it", "Failed to import"))
+    says = {
+        "needs a package that is not installed (No module named 'lion')": ours | {"optimizer": "lion"},
+        "can't make constant with the parameters power: 2": ours
+        | {"lr_scheduler": "constant", "lr_scheduler_params": {"power": 2}},
+        "zimage_l2p is not Z-Image": ours | {"model": {"arch": "zimage_l2p"}},
+    }
+    for message, changes in says.items():
+        assert message in check(desk, training(desk, **changes)).refused()
+
+
+@pytest.mark.parametrize("where", ["__init__", "all", "get_all_models"])
+@pytest.mark.parametrize("error", ["RuntimeError('no CUDA')", "ModuleNotFoundError('torchvision')", "NameError('x')"])
+def test_a_toolkit_that_breaks_is_done_without(desk, toolkit, where, error):
+    crash = f"print('half way')\nraise {error}\n"
+    if where == "get_all_models":
+        toolkit(**{"util/get_model": f"def get_all_models():\n    raise {error}\n", "scheduler": crash, "optimizer": crash})
+    else:
+        toolkit(**dict.fromkeys(TOOLKIT if where == "all" else [where], crash))
+    arch = {"arch": "zimage_l2p"}
+    assert advice(desk, training(desk, optimizer="lion", model=arch)) == ""
+    assert "can't make step" in check(desk, training(desk, lr_scheduler="step", model=arch)).refused()
+    assert "knows no sgd" in check(desk, training(desk, optimizer="sgd")).refused()
+
+
+def test_a_toolkit_is_left_alone_where_there_is_no_training(desk, toolkit, loras):
+    toolkit(**dict.fromkeys(TOOLKIT, "raise SystemExit('imported')"))
+    alone = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]})
+    desk.zit("check", desk.config(alone)).ok()
+    desk.zit("run", desk.config(alone)).ok()
 
 
 def test_a_fix_without_a_training_and_one_that_is_none(desk, loras):

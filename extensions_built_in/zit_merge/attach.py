@@ -22,11 +22,10 @@ import yaml
 
 from .config import PROCESS_TYPE, parse_section
 from .errors import ZitMergeError
-from .execute import pick_device
 from .formats.writer import open_exclusively, os_errors, part_path, publish_file
 from .jobfile import RECIPE, Job, Loader, fill_environment, fill_name, job_of, parse
-from .plan import plan_section
-from .sources import check_twins, make_site
+from .planning import plan_job
+from .preflight import NO_TOOLKIT, Toolkit
 
 _ENVIRONMENT = re.compile(r"\$\{[^}]+\}")
 _BREAKS = "\n\r\x85\u2028\u2029"  # YAML 1.1
@@ -61,25 +60,26 @@ class Attached:
         return f"{self.config}: the section is {how} as {self.place}; the file as it was is {self.backup}"
 
 
-def attach(config: Path, section: Path, *, replace: bool = False) -> Attached:
+def attach(config: Path, section: Path, *, replace: bool = False, toolkit: Toolkit = NO_TOOLKIT) -> Attached:
     """Appends a section to the processes of an AI-Toolkit config. Comments, order and layout of the file stay.
 
     Args:
         config: The job, YAML or JSON.
         section: A file with one zit_merge section: bare (a recipe too), as a list of one, or in a whole job; YAML or JSON.
         replace: Put it in the place of the one zit_merge section of the config, if there is one.
+        toolkit: What tells of the training before the section.
 
     Raises:
         ZitMergeError: One of the files is wrong, the section would not pass `check`, or the file can't be written. The config is
             as it was then, and there is no new file.
     """
     try:
-        return _attach(Path(config), Path(section), replace)
+        return _attach(Path(config), Path(section), replace, toolkit)
     except RecursionError:
         raise ZitMergeError(f"{config} or {section}: is nested too deeply: mend it") from None
 
 
-def _attach(config: Path, section: Path, replace: bool) -> Attached:
+def _attach(config: Path, section: Path, replace: bool, toolkit: Toolkit) -> Attached:
     file, source = _File.read(config), _Source.read(section)
     job = job_of(file.text, config)
     if job.recipe:
@@ -91,7 +91,7 @@ def _attach(config: Path, section: Path, replace: bool) -> Attached:
     _check_section(source, job.name, position)
     text = _edit(file, len(job.processes), index, source)
     _check_edit(file, text, index, source)
-    _check_plan(job_of(text, config), position, config)
+    _check_plan(job_of(text, config), position, config, toolkit)
     backup = None if text == file.text else _write(file, text)
     return Attached(config, f"process[{position}]", index is not None, backup)
 
@@ -575,16 +575,13 @@ def _shape(value: Any) -> str:
     return repr(plain(value))
 
 
-def _check_plan(job: Job, position: int, config: Path) -> None:
+def _check_plan(job: Job, position: int, config: Path, toolkit: Toolkit) -> None:
     """What `check` does."""
-    check_twins(job)
-    for index, section in job.sections():
-        site = make_site(job, index, section)
-        pick_device(section.device)
-        plan_section(section, site, before_training=site.training is not None)
-        if index == position and site.training and site.training.claims(config.resolve()):
+    for planned in plan_job(job, before_training=True, toolkit=toolkit):
+        training = planned.site.training
+        if planned.index == position and training and training.claims(config.resolve()):
             raise ZitMergeError(
-                f"{config}: lies in the folder of {site.training.place}, which would take the changed file for its newest "
+                f"{config}: lies in the folder of {training.place}, which would take the changed file for its newest "
                 "checkpoint: move the config elsewhere"
             )
 

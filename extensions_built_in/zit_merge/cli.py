@@ -142,22 +142,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .execute import pick_device
     from .jobfile import load_job
-    from .plan import plan_section
-    from .sources import check_twins, make_site
+    from .planning import plan_job
 
-    job = load_job(args.config)
-    check_twins(job, output_dir=args.output_dir)
-    sections = job.sections()
-    if args.step and len(sections) > 1:
-        named = [(i, s) for i, s in sections if args.step in {step.name for step in s.steps}]
-        sections = named or sections[:1]
-    for index, section in sections:
-        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run)
-        plans = plan_section(section, site, only=args.step)
-        device = pick_device(section.device)
-        _execute(args, plans, device)
+    for planned in plan_job(
+        load_job(args.config),
+        only=args.step,
+        output_dir=args.output_dir,
+        lora_folders=args.loras,
+        may_download=not args.dry_run,
+    ):
+        _execute(args, planned.plans, planned.device)
 
 
 def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> None:
@@ -242,21 +237,17 @@ def _layer_spec(spec: str) -> dict[str, float | list[float]]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from .execute import pick_device
+    from .host.toolkit import at_hand
     from .jobfile import load_job
-    from .plan import plan_section
-    from .preflight import preflight
+    from .planning import plan_job
     from .report.tables import plan_text
-    from .sources import check_twins, make_site
 
-    job = load_job(args.config)
-    check_twins(job, output_dir=args.output_dir)
-    for index, section in job.sections():
-        site = make_site(job, index, section, output_dir=args.output_dir, lora_folders=args.loras)
-        pick_device(section.device)
-        for plan in plan_section(section, site, before_training=site.training is not None):
+    for planned in plan_job(
+        load_job(args.config), output_dir=args.output_dir, lora_folders=args.loras, before_training=True, toolkit=at_hand()
+    ):
+        for plan in planned.plans:
             _say(args, plan_text(plan) + "\n")
-        for text in preflight(job, site, section):
+        for text in planned.advice:
             _say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
     _say(args, "no errors")
 
@@ -296,5 +287,6 @@ def _install(args: argparse.Namespace) -> None:
 
 def _attach(args: argparse.Namespace) -> None:
     from .attach import attach
+    from .host.toolkit import at_hand
 
-    _say(args, attach(args.config, args.section, replace=args.replace).text())
+    _say(args, attach(args.config, args.section, replace=args.replace, toolkit=at_hand()).text())

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ class Job:
         """How messages call a process."""
         return "" if self.recipe else f"process[{index}]"
 
-    def sections(self) -> list[tuple[int, Section]]:
+    def sections(self) -> Sequence[tuple[int, Section]]:
         """(index, section) of every zit_merge process, validated."""
-        found = [
+        return self._sections
+
+    @cached_property
+    def _sections(self) -> Sequence[tuple[int, Section]]:
+        found = tuple(
             (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe))
             for i, raw in enumerate(self.processes)
             if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE
-        ]
+        )
         if not found:
             raise ZitMergeError(f"config.process: there is no process of type {PROCESS_TYPE}: append one")
         return found

@@ -2,7 +2,8 @@
 knowing.
 
 Errors stop the job while nothing is lost yet; advice is only printed. What the toolkit itself can try, its schedulers and whether
-an optimizer's package is there, is handed in; without a toolkit the tables here stand for it, measured with AI-Toolkit 0.12.26.
+an optimizer's package is there, is handed in as a `Toolkit`; without one the tables here stand for it, measured with AI-Toolkit
+0.12.26.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -72,15 +74,27 @@ def known_trouble(optimizer: str) -> str:
     return f"AI-Toolkit knows no {optimizer}{nearest(optimizer, OPTIMIZERS)}; it has {', '.join(OPTIMIZERS)}"
 
 
-def preflight(
-    job: Job,
-    site: Site,
-    section: Section,
-    scheduler: Scheduler = known_scheduler,
-    optimizer_trouble: Callable[[str], str] = known_trouble,
-    archs: Collection[str] = ARCHS,
-    old_ema: bool = False,
-) -> list[str]:
+@dataclass(frozen=True)
+class Toolkit:
+    """What tells of a training: the parts of an AI-Toolkit, each asked only where it is needed; else what is known of them here.
+
+    Attributes:
+        scheduler: Its maker of schedulers.
+        optimizer_trouble: Why it can't make an optimizer, by its name; empty if it can.
+        archs: Its families of Z-Image.
+        old_ema: Whether it is older than its fix of EMA.
+    """
+
+    scheduler: Scheduler = known_scheduler
+    optimizer_trouble: Callable[[str], str] = known_trouble
+    archs: Callable[[], Collection[str]] = lambda: ARCHS
+    old_ema: Callable[[], bool] = lambda: False
+
+
+NO_TOOLKIT = Toolkit()
+
+
+def preflight(job: Job, site: Site, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
     """Checks the training before a section and gives advice on it; nothing where there is none.
 
     Sections that share a training share their train_fixes, and only the first one gives the advice.
@@ -89,46 +103,30 @@ def preflight(
         job: The whole config.
         site: Where the section runs.
         section: The section.
-        scheduler: The toolkit's maker of schedulers.
-        optimizer_trouble: Why an optimizer can't be made; empty if it can.
-        archs: The toolkit's families of Z-Image.
-        old_ema: The toolkit is older than its fix of EMA.
+        toolkit: What tells of the training.
 
     Raises:
         ZitMergeError: The training can't work, or would not do what its config says.
     """
-    if site.training is None:
+    training = site.training
+    if training is None:
         if section.train_fixes:
             raise ZitMergeError(f"{site.at('train_fixes')}: there is no training before this section: drop it")
         return []
     sharing = [
-        s for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == site.training.index
+        (i, s) for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == training.index
     ]
-    fixes = {fix for s in sharing for fix in s.train_fixes}
-    site.training.check_arch(archs)
-    check_training(site.training, fixes, scheduler, optimizer_trouble)
-    return advice(site.training, old_ema) if sharing[0] == section else []
-
-
-def check_training(
-    training: Training,
-    fixes: Collection[str] = (),
-    scheduler: Scheduler = known_scheduler,
-    optimizer_trouble: Callable[[str], str] = known_trouble,
-) -> None:
-    """Raises ZitMergeError for the first thing in the training's config that can't work.
-
-    Args:
-        training: The process before us.
-        fixes: The section's train_fixes.
-        scheduler: The toolkit's maker of schedulers.
-        optimizer_trouble: Why an optimizer can't be made; empty if it can.
-    """
+    fixes = {fix: f"{job.place(i)}.train_fixes" for i, s in reversed(sharing) for fix in s.train_fixes}
+    if str(table(training.config, "model").get("arch", ARCHS[0])).split(":")[0] != ARCHS[0]:  # that one every toolkit has
+        training.check_arch(toolkit.archs())
     train = table(training.config, "train")
-    _check_scheduler(training, train, fixes, scheduler)
+    _check_scheduler(training, train, fixes, toolkit.scheduler)
     name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
-    if trouble := optimizer_trouble(name):
+    if trouble := toolkit.optimizer_trouble(name):
         raise ZitMergeError(f"{training.place}.train.optimizer: {trouble}")
+    if site.place != job.place(sharing[0][0]):  # another section gives the advice
+        return []
+    return advice(training, toolkit.old_ema())
 
 
 def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]:
@@ -155,11 +153,19 @@ def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]
     return period, parameters
 
 
-def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Collection[str], scheduler: Scheduler) -> None:
+def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mapping[str, str], scheduler: Scheduler) -> None:
+    """Raises unless it can be made and does what it says.
+
+    Args:
+        training: The process before us.
+        train: Its `train`.
+        fixes: Each fix that is asked for -> the place of the train_fixes that asks.
+        scheduler: The toolkit's maker of schedulers.
+    """
     name, given = train.get("lr_scheduler") or "constant", dict(table(train, "lr_scheduler_params"))
     place = f"{training.place}.train.lr_scheduler"
     if RESTARTS in fixes:
-        period, given = restart_period(training, "train_fixes")
+        period, given = restart_period(training, fixes[RESTARTS])
         given["T_0"] = period
     elif name == RESTARTS:
         raise ZitMergeError(

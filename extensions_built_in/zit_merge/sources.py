@@ -101,29 +101,6 @@ def make_site(
     )
 
 
-def check_twins(job: Job, output_dir: str | None = None) -> None:
-    """Raises if two sections of a job write one file; within a section the names differ."""
-    owner: dict[str, str] = {}
-    for index, section in job.sections():
-        site = make_site(job, index, section, output_dir=output_dir)
-        names = {step.name for step in section.steps}
-        for i, step in enumerate(section.steps):
-            place = site.at(f"steps[{i}]")
-            for j, lora in enumerate(lora for lora in step.loras if lora.lora not in names and not lora.sha256):
-                for folder in site.folders:
-                    other = owner.get(str((folder / lora.lora).absolute()).lower(), place)
-                    if not other.startswith(f"{site.place}." if site.place else ""):
-                        raise ZitMergeError(
-                            f"{place}.loras[{j}].lora: {other} writes {lora.lora}, which is not there before the job runs: put "
-                            "both steps into one section and use the step's name"
-                        )
-            path = str(site.output(step).absolute()).lower()
-            if owner.setdefault(path, place) != place:
-                raise ZitMergeError(
-                    f"{place}.name: {owner[path]} writes {site.output(step).name} too: give one of them another name"
-                )
-
-
 def user_path(text: str | Path, place: str) -> Path:
     """A path as people write it, ~ included.
 

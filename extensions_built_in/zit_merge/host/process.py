@@ -32,44 +32,19 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _forecast(self, process_id: int, job, config: OrderedDict) -> None:
         """Checks everything that can be known before the training."""
-        from ..config import parse_section
-        from ..execute import pick_device
         from ..jobfile import Job
-        from ..plan import plan_section
+        from ..planning import plan_job
         from ..report.tables import plan_text
-        from ..sources import check_twins, make_site
-
-        processes = job.config["process"]
-        self._job = Job(job.name, processes, _config_folder(job, process_id, config))
-        check_twins(self._job)
-        self._section = parse_section(config, self._job.place(process_id), first=process_id == 0)
-        self._site = make_site(self._job, process_id, self._section, may_download=True)
-        if self._section.device != "auto":
-            pick_device(self._section.device)
-        plans = plan_section(self._section, self._site, before_training=self._site.training is not None)
-        told = self._look_at_training()
-        if _is_main():
-            _say("\n\n".join([*map(plan_text, plans), *told]))
-
-    def _look_at_training(self) -> list[str]:
-        """Checks the training before us on the toolkit's own parts; gives advice, and what was fixed."""
-        from ..preflight import preflight
         from . import fixes
 
-        site, section = self._site, self._section
-        found = preflight(
-            self._job,
-            site,
-            section,
-            scheduler=toolkit.get_lr_scheduler(),
-            optimizer_trouble=toolkit.optimizer_trouble,
-            archs=toolkit.zimage_archs(),
-            old_ema=toolkit.has_broken_ema(),
-        )
-        if site.training is None:
-            return []
-        done = fixes.apply(section.train_fixes, self.job.process[site.training.index], site.training, site.at("train_fixes"))
-        return [*done, *(f"advice: {text}" for text in found)]
+        whole = Job(job.name, job.config["process"], _config_folder(job, process_id, config))
+        (planned,) = plan_job(whole, index=process_id, may_download=True, before_training=True, toolkit=toolkit.at_hand())
+        section, site = self._section, self._site = planned.section, planned.site
+        told = [f"advice: {text}" for text in planned.advice]
+        if training := site.training:
+            told = [*fixes.apply(section.train_fixes, job.process[training.index], training, site.at("train_fixes")), *told]
+        if _is_main():
+            _say("\n\n".join([*map(plan_text, planned.plans), *told]))
 
     def run(self):
         """Releases the trainer's memory, plans again with the trained file at hand, merges, reports."""

@@ -1,8 +1,8 @@
 """Every part of AI-Toolkit that zit_merge uses, in one place.
 
 Works from the toolkit of 2025-11-28 (0.7.6, the first with Z-Image) on; tried with 0.12.26. Where a newer toolkit lacks a part
-that a merge can do without, such as its schedulers to try, what the command line does without a toolkit is done; where it lacks
-one that is needed, a sentence names that part before the training starts.
+that a merge can do without, such as its schedulers to try, what `check` does without a toolkit is done; where it lacks one that
+is needed, a sentence names that part before the training starts.
 
 The base class (`jobs.process.BaseExtensionProcess`) and the registration (`toolkit.extension.Extension`) stand in process.py and
 extension.py; the trainer's hooks, each asked for before it is used, in status.py and memory.py.
@@ -10,32 +10,52 @@ extension.py; the trainer's hooks, each asked for before it is used, in status.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ZitMergeError
 
+if TYPE_CHECKING:
+    from ..preflight import Toolkit
+
 SINCE = "0.7.6 (2025-11-28)"
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What the toolkit prints when it is only asked something is no output of ours."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+@_silence()
 def _find(module: str, name: str) -> Any:
     """A part of the toolkit; None if this toolkit does not have it."""
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError):
+    except Exception:  # the import runs much of the toolkit and its packages: whatever breaks there, the part can't be had
         return None
+
+
+def at_hand() -> Toolkit:
+    """What tells of a training: this toolkit's parts, or without a toolkit what is known of them."""
+    from ..preflight import NO_TOOLKIT, Toolkit
+
+    if find_spec("toolkit") is None:
+        return NO_TOOLKIT
+    return Toolkit(make_scheduler, optimizer_trouble, zimage_archs, has_broken_ema)
 
 
 def version() -> str:
     """The toolkit's version, as far as it says one."""
-    try:
-        return str(import_module("version").VERSION)
-    except (ImportError, AttributeError):
-        return "of unknown version"
+    return str(_find("version", "VERSION") or "of unknown version")
 
 
 def has_broken_ema() -> bool:
@@ -88,6 +108,7 @@ def config_root() -> Path:
     return Path(_find("toolkit.paths", "CONFIG_ROOT") or "config")
 
 
+@_silence()
 def optimizer_trouble(name: str) -> str:
     """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py)."""
     from ..preflight import known_trouble
@@ -104,17 +125,26 @@ def optimizer_trouble(name: str) -> str:
     return ""
 
 
+@_silence()
 def zimage_archs() -> set[str]:
     """The families of model.arch that are Z-Image here (toolkit/util/get_model.py)."""
     from ..training import ARCHS
 
     get_all_models = _find("toolkit.util.get_model", "get_all_models")
-    found = {str(getattr(model, "arch", "")) for model in get_all_models()} if get_all_models else set()
+    try:
+        found = {str(getattr(model, "arch", "")) for model in get_all_models()} if get_all_models else set()
+    except Exception:  # it imports every extension, broken ones too
+        found = set()
     return {arch for arch in found if arch.startswith("zimage")} or set(ARCHS)
 
 
-def get_lr_scheduler() -> Callable[..., Any]:
-    """The maker of learning-rate schedulers (toolkit/scheduler.py)."""
+@_silence()
+def make_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
+    """What the toolkit makes of a learning-rate scheduler's name and parameters (toolkit/scheduler.py).
+
+    Raises:
+        Exception: It can't make one.
+    """
     from ..preflight import known_scheduler
 
-    return _find("toolkit.scheduler", "get_lr_scheduler") or known_scheduler
+    return (_find("toolkit.scheduler", "get_lr_scheduler") or known_scheduler)(name, optimizer, **parameters)
