@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge import attach as module
+from extensions_built_in.zit_merge import textedit
 from extensions_built_in.zit_merge.attach import Attached, attach
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.jobfile import load_job
@@ -793,8 +794,8 @@ def test_our_examples_as_sections(files, path):
     """Each has one section, which is taken with its comments."""
     text = path.read_text(encoding="utf-8").replace("/path/to/loras/", f"{files.folder}/")
     put(files, text, "other.yaml")
-    source = module._Source.read(files.folder / "other.yaml")
-    lines = module._block_lines(source, 0, [])
+    source = module._read_source(files.folder / "other.yaml")
+    lines = textedit._block_lines(source, 0, [])
     again = yaml.safe_load("\n".join(lines))[0]
     assert repr(again) == repr(dict(source.data))
     last = text[text.index("\n      steps:") + 1 :].split("\nmeta:")[0].rstrip("\n").split("\n")

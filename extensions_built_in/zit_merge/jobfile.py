@@ -53,6 +53,50 @@ class Job:
         return found
 
 
+@dataclass(frozen=True)
+class TextFile:
+    """A text file and how it was stored.
+
+    Attributes:
+        path: The file.
+        start: Its byte order mark, or nothing.
+        codec: Of the rest.
+        text: What it says.
+    """
+
+    path: Path
+    start: bytes
+    codec: str
+    text: str
+
+    @classmethod
+    def read(cls, path: Path) -> TextFile:
+        """UTF-8, or UTF-16 with a mark, as PowerShell's > writes it.
+
+        Raises:
+            ZitMergeError: It can't be read, or is no text.
+        """
+        marks = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+        try:
+            content = path.read_bytes()
+            start = next(filter(content.startswith, marks), b"")
+            codec = marks.get(start, "utf-8")
+            return cls(path, start, codec, content[len(start) :].decode(codec))
+        except UnicodeDecodeError as e:
+            raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
+        except OSError as e:
+            raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
+
+    def encode(self, text: str) -> bytes:
+        """A text as this file stores it."""
+        return self.start + text.encode(self.codec)
+
+    @property
+    def is_json(self) -> bool:
+        """As the toolkit decides it."""
+        return _is_json(self.path)
+
+
 RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
 
 
@@ -62,17 +106,9 @@ def load_job(path: str | Path) -> Job:
     Raises:
         ZitMergeError: The file can't be read, has a key twice, or is neither.
     """
-    path = Path(path)
+    file = TextFile.read(Path(path))
     try:
-        content = path.read_bytes()
-        # PowerShell's > writes UTF-16 with a mark.
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ZitMergeError(f"{path}: is not a text file: give a YAML or JSON config") from e
-    except OSError as e:
-        raise ZitMergeError(f"{path}: can't be read ({e.strerror}): give the path of a YAML or JSON config") from e
-    try:
-        return job_of(text, path)
+        return job_of(file.text, file.path)
     except RecursionError:
         raise ZitMergeError(f"{path}: is nested too deeply, or contains itself") from None
 
@@ -116,8 +152,12 @@ def fill_name(value: Any, name: str) -> Any:
     return [fill_name(v, name) for v in value] if isinstance(value, list) else value
 
 
+def _is_json(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonc")
+
+
 def parse(text: str, path: Path) -> Any:
-    if path.suffix in (".json", ".jsonc"):
+    if _is_json(path):
         try:
             return json.loads(text, object_pairs_hook=_no_twins)
         except ValueError as e:
