@@ -1,6 +1,9 @@
 """The row of a merge-only job in a database that somebody else holds."""
 
+import signal
 import sqlite3
+import threading
+import time
 
 import pytest
 from host.ui import make_database, row
@@ -31,3 +34,100 @@ def test_a_lock_that_outlasts_our_wait_costs_that_one_write(tmp_path, monkeypatc
     assert row(database)["status"] == "stopped"
     assert capsys.readouterr().out == ""
     other.close()
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A database that somebody holds, and the connection that does."""
+    database = make_database(tmp_path / "aitk_db.db")
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    yield database, other
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "end, told",
+    [
+        (lambda shown: shown.complete(), ("completed", "Merge completed")),
+        (lambda shown: shown.fail(ValueError("no room")), ("error", "no room")),
+        (lambda shown: shown.fail(KeyboardInterrupt()), ("stopped", "Job stopped")),
+    ],
+)
+def test_the_last_write_waits_longer_than_the_others(locked, monkeypatch, capsys, end, told):
+    monkeypatch.setattr(status, "_WAIT", 0.05)
+    monkeypatch.setattr(status, "_TRY", 0.05)
+    database, other = locked
+    shown = status.RowStatus(database, "j1", is_last=True)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(1, other.execute, ["COMMIT"])
+    release.start()
+    end(shown)
+    release.join()
+    assert (row(database)["status"], row(database)["info"]) == told
+    assert capsys.readouterr().out == ""
+
+
+def test_a_last_write_that_never_gets_through_is_said_once(locked, monkeypatch, capsys):
+    monkeypatch.setattr(status, "_LAST_WAIT", 0.3)
+    monkeypatch.setattr(status, "_TRY", 0.05)
+    database, other = locked
+    shown = status.RowStatus(database, "j1", is_last=True)
+    other.execute("BEGIN EXCLUSIVE")
+    shown.complete()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "is locked" in line and "may show the job as running from now on; it is completed" in line
+
+
+def test_the_last_write_can_be_interrupted(locked, capsys):
+    database, other = locked
+    shown = status.RowStatus(database, "j1", is_last=True)
+    other.execute("BEGIN EXCLUSIVE")
+    start = time.monotonic()
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        shown.complete()
+    assert time.monotonic() - start < 10
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "it is completed" in line
+
+
+def numbers(database):
+    return tuple(row(database)[key] for key in ("step", "total_steps", "speed_string"))
+
+
+@pytest.mark.parametrize("next_total", [400, None])
+def test_what_follows_does_not_inherit_our_count(tmp_path, next_total):
+    database = make_database(tmp_path / "aitk_db.db")
+    for end in (lambda s: s.complete(), lambda s: s.fail(ValueError("x")), lambda s: s.fail(KeyboardInterrupt())):
+        shown = status.RowStatus(database, "j1", is_last=False, next_total=next_total)
+        shown.progress("Merging a: 7/210", 7, 210, "1 modules/s")
+        assert numbers(database) == (7, 210, "1 modules/s")
+        end(shown)
+        assert numbers(database) == (0, next_total, "")
+
+
+def test_a_section_that_is_refused_leaves_the_steps_of_an_earlier_run(tmp_path):
+    database = make_database(tmp_path / "aitk_db.db")
+    with sqlite3.connect(database) as db:
+        db.execute("UPDATE Job SET step = 100")
+    db.close()
+    status.RowStatus(database, "j1", is_last=False, next_total=400).refuse(ValueError("no such file"))
+    assert (row(database)["status"], row(database)["step"]) == ("error", 100)
+
+
+class Told:
+    """A process that notes what it is told."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def on_error(self, error):
+        self.told.append((self.name, error))
+
+
+def test_an_error_is_passed_on_the_last_process_first():
+    told, error = [], ValueError("x")
+    status.pass_on(error, [Told("a", told), object(), Told("b", told)])
+    assert told == [("b", error), ("a", error)]
+    status.pass_on(status.JobStopped("Job returning to queue"), [Told("a", told)])
+    assert len(told) == 2

@@ -223,8 +223,49 @@ def test_a_training_after_our_section_has_the_last_word(toolkit, place, database
     infos = ran.infos
     assert infos.index("Merging LoRAs") < infos.index("Loading model") < infos.index("Training")
     assert infos[-1] == "Training completed"
-    assert row(database)["step"] == STEPS
+    assert (row(database)["step"], row(database)["total_steps"]) == (STEPS, STEPS)
     assert {"sm.safetensors", "merged_sm_a.safetensors"} <= {p.name for p in (place / "output" / "sm").iterdir()}
+
+
+def test_an_error_in_a_training_after_our_section_is_shown(toolkit, place, database):
+    bad = trains(place, "so", database)
+    bad["datasets"] = [dict(bad["datasets"][0], folder_path=str(place / "nowhere"))]
+    ran = Launched(toolkit, write(place, "so", job("so", alone(place, database, "a"), bad)), database)
+    assert ran.code != 0
+    assert ran.statuses == ["running", "error"], ran.seen
+    assert "Error running on_error" not in ran.log
+    assert (row(database)["step"], row(database)["total_steps"]) == (0, STEPS)
+
+
+@pytest.mark.parametrize(
+    "act, end, code",
+    [(Launched.interrupt, ("stopped", "Job stopped"), 0), (lambda r: r.set(return_to_queue=1), ("queued", "Job queued"), 1)],
+)
+def test_a_training_after_our_section_can_be_stopped(toolkit, place, database, act, end, code):
+    long = trains(place, "sp", database)
+    long["train"] = dict(long["train"], steps=400)
+    ran = Launched(toolkit, write(place, "sp", job("sp", alone(place, database, "a"), long)), database, when=("Training", act))
+    assert (ran.seen[-1], ran.code) == (end, code), (ran.seen[-3:], ran.log[-3000:])
+    assert row(database)["step"] < row(database)["total_steps"] == 400
+
+
+@pytest.mark.parametrize("act, status", [(Launched.interrupt, "stopped"), (lambda r: r.set(return_to_queue=1), "queued")])
+def test_a_stop_before_the_training_stays_what_it_is(toolkit, place, database, act, status):
+    section = alone(place, database, *(f"s{i}" for i in range(60)))
+    ran = Launched(
+        toolkit, write(place, "sq", job("sq", section, trains(place, "sq", database))), database, when=("Merging s", act)
+    )
+    assert ran.seen[-1][0] == status, (ran.seen[-3:], ran.log[-2000:])
+    assert (row(database)["step"], row(database)["total_steps"]) == (0, STEPS)
+
+
+def test_an_error_after_a_training_between_two_sections_is_shown(toolkit, place, broken, database):
+    sections = alone(place, database, "a"), trains(place, "sr", database), merging(place, "bad", lora=broken)
+    ran = Launched(toolkit, write(place, "sr", job("sr", *sections)), database)
+    assert ran.code != 0
+    assert ran.statuses == ["running", "error"], ran.seen
+    assert "broken.safetensors" in ran.infos[-1] and "NaN" in ran.infos[-1]
+    assert row(database)["step"] == STEPS
 
 
 LIVE = """

@@ -58,6 +58,13 @@ class ZitMergeProcess(BaseExtensionProcess):
             raise
         self._status.complete()
 
+    def on_error(self, e: BaseException) -> None:
+        """run.py calls this for whatever ended the job, on its first process only."""
+        from .status import pass_on
+
+        super().on_error(e)
+        pass_on(e, [p for p in self.job.process[self.process_id + 1 :] if not isinstance(p, ZitMergeProcess)])
+
     def _merge(self) -> None:
         from ..execute import run_plans
         from ..plan import plan_section
@@ -71,9 +78,9 @@ class ZitMergeProcess(BaseExtensionProcess):
             release(process)
         plans = plan_section(self._section, self._site)
         with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
-            for plan, path, made in run_plans(plans, self._device(), watch.tick):
+            for done in run_plans(plans, self._device(), watch.tick):
                 bar.close()
-                _say(done_text(plan, path, made))
+                _say(done_text(done))
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""

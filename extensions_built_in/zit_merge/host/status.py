@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from ..execute import Tick
 from ..plan import StepPlan
 
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
+_LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT
+_TRY = 1.0  # seconds that sqlite itself may wait: meanwhile Ctrl+C is not heard
 _PAUSE = 0.5  # seconds between two looks at the database
 _TRAINER = ("done_hook", "update_status", "maybe_stop", "step_num")  # of DiffusionTrainer
 
@@ -98,11 +100,11 @@ class TrainerStatus(Status):
 
     def refuse(self, error: BaseException) -> None:
         # its on_error would also set `step` back to 0
-        self._trainer.update_status(*(("stopped", "Job stopped") if _is_stop(error) else ("error", str(error))))
+        self._trainer.update_status(*_outcome(error))
 
 
 class RowStatus(Status):
-    """The row itself, for a job that has no trainer.
+    """The row itself, for a job that has no trainer before us.
 
     Trouble with the database is printed once and stops no merge.
 
@@ -110,10 +112,14 @@ class RowStatus(Status):
         path: The database.
         job_id: The row's id.
         is_last: No other process follows.
+        next_total: The steps of the training that follows. A trainer leaves `total_steps` alone, and the UI looks for a training
+            in the first process only.
     """
 
-    def __init__(self, path: Path, job_id: str, is_last: bool):
-        self._path, self._job_id, self._is_last = path, job_id, is_last
+    def __init__(self, path: Path, job_id: str, is_last: bool, next_total: int | None = None):
+        self._path, self._job_id = path, job_id
+        # what we have counted is not what the process that follows counts
+        self._handover = {} if is_last else {"step": 0, "total_steps": next_total, "speed_string": ""}
         self._broken = False
         self._write(status="running", info="Starting")
 
@@ -127,53 +133,94 @@ class RowStatus(Status):
         rows = self._ask("SELECT stop, return_to_queue FROM Job WHERE id = ?", self._job_id)
         stop, queue = rows[0] if rows else (0, 0)
         if stop:
-            self._write(status="stopped", info="Job stopped")
+            self._end("stopped", "Job stopped", **self._handover)
             raise JobStopped("Job stopped")
         if queue:
-            self._write(status="queued", info="Job queued")
+            self._end("queued", "Job queued", **self._handover)
             raise JobStopped("Job returning to queue")
 
     def complete(self) -> None:
-        if self._is_last:
-            self._write(status="completed", info="Merge completed")
+        if self._handover:
+            self._write(wait=_LAST_WAIT, **self._handover)
+        else:
+            self._end("completed", "Merge completed")
 
     def refuse(self, error: BaseException) -> None:
-        self.fail(error)
+        self._end(*_outcome(error))
 
     def fail(self, error: BaseException) -> None:
-        if _is_stop(error):
-            self._write(status="stopped", info="Job stopped")
-        elif not isinstance(error, JobStopped):
-            self._write(status="error", info=str(error))
+        if not isinstance(error, JobStopped):
+            self._end(*_outcome(error), **self._handover)
 
-    def _write(self, **values: object) -> None:
+    def _end(self, status: str, info: str, **numbers: object) -> None:
+        """The job's last write: while the row says `running`, the UI's queue starts nothing else."""
+        lost = f"it may show the job as running from now on; it is {status}"
+        try:
+            self._write(wait=_LAST_WAIT, lost=lost, status=status, info=info, **numbers)
+        except KeyboardInterrupt:
+            self._warn(lost)
+            raise
+
+    def _write(self, *, wait: float | None = None, lost: str = "it may show an older state", **values: object) -> None:
         columns = ", ".join(f"{column} = ?" for column in values)
-        changed = self._ask(f"UPDATE Job SET {columns} WHERE id = ?", *values.values(), self._job_id)
+        changed = self._ask(f"UPDATE Job SET {columns} WHERE id = ?", *values.values(), self._job_id, wait=wait, lost=lost)
         if changed == []:
             self._give_up(f"has no job {self._job_id}")
 
-    def _ask(self, sql: str, *values: object) -> list[tuple] | None:
-        """The rows of a statement, empty ones for rows that it changed; None where the database does not answer."""
-        if self._broken:
-            return None
-        try:
-            with contextlib.closing(sqlite3.connect(f"file:{quote(str(self._path))}?mode=rw", timeout=_WAIT, uri=True)) as db, db:
-                cursor = db.execute(sql, values)
-                return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
-        except sqlite3.Error as e:
-            if "locked" in str(e) or "busy" in str(e):  # for longer than we wait: the next write may get through
-                print(f"zit_merge: the UI's database {self._path} is locked, it may show an older state", flush=True)
-            else:
-                self._give_up(f"can't be used ({e})")
-            return None
+    def _ask(self, sql: str, *values: object, wait: float | None = None, lost: str = "a stop waits") -> list[tuple] | None:
+        """The rows of a statement, empty ones for rows that it changed; None where the database does not answer.
+
+        Args:
+            sql: The statement.
+            values: Of its question marks.
+            wait: Seconds for a locked database, `_WAIT` if left out.
+            lost: What a lock that outlasts them costs; the next statement may get through again.
+        """
+        wait = wait or _WAIT
+        end = time.monotonic() + wait
+        while not self._broken:
+            try:
+                return self._execute(sql, values, min(wait, _TRY))
+            except sqlite3.Error as e:
+                if "locked" not in str(e) and "busy" not in str(e):
+                    self._give_up(f"can't be used ({e})")
+                elif time.monotonic() >= end:
+                    self._warn(lost)
+                    return None
+                else:
+                    time.sleep(0.05)  # there are locks that sqlite itself does not wait for
+        return None
+
+    def _execute(self, sql: str, values: Sequence[object], wait: float) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(self._path))}?mode=rw", timeout=wait, uri=True)) as db, db:
+            cursor = db.execute(sql, values)
+            return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
+
+    def _warn(self, lost: str) -> None:
+        print(f"zit_merge: the UI's database {self._path} is locked, {lost}", flush=True)
 
     def _give_up(self, why: str) -> None:
         self._broken = True
         print(f"zit_merge: the UI's database {self._path} {why}: the merge goes on, only the UI does not see it", flush=True)
 
 
-def _is_stop(error: BaseException) -> bool:
-    return isinstance(error, KeyboardInterrupt)
+def _outcome(error: BaseException) -> tuple[str, str]:
+    """`status` and `info` of a job that ends with this, as the trainer's `on_error` writes them."""
+    return ("stopped", "Job stopped") if isinstance(error, KeyboardInterrupt) else ("error", str(error))
+
+
+def pass_on(error: BaseException, following: Iterable[Any]) -> None:
+    """Tells other processes how the job ended, so that a trainer among them says so in its row.
+
+    Args:
+        error: Whatever run.py has caught, of any process.
+        following: Those after the first, which are not ours.
+    """
+    if isinstance(error, JobStopped):
+        return  # the row has it already; they would make an error of it
+    # The last one first: a trainer that has not begun writes step = 0, and one that is done has closed its database threads.
+    for process in reversed([p for p in following if hasattr(p, "on_error")]):
+        process.on_error(error)
 
 
 class Watch:
@@ -238,11 +285,15 @@ def status_of(job, process_id: int, config: Mapping[str, Any]) -> Status:
         process_id: Ours.
         config: Our section; where we are the first process the UI has written its database into it.
     """
-    is_last = process_id == len(job.config["process"]) - 1  # else what follows has the last word
+    following = job.config["process"][process_id + 1 :]
+    is_last = not following  # else what follows has the last word
     for process in reversed(job.process):
         if getattr(process, "is_ui_trainer", False) and all(hasattr(process, name) for name in _TRAINER):
             return TrainerStatus(process, is_last)
     first = job.process[0] if job.process else None
     job_id = (os.environ.get("AITK_JOB_ID") or "").strip()
     database = Path((job.config["process"][0] if first else config).get("sqlite_db_path") or "./aitk_db.db")
-    return RowStatus(database, job_id, is_last) if job_id and database.is_file() else Status()
+    if not job_id or not database.is_file():
+        return Status()
+    trainings = [p["train"] for p in following if isinstance(p, Mapping) and isinstance(p.get("train"), Mapping)]
+    return RowStatus(database, job_id, is_last, trainings[0].get("steps") if trainings else None)
