@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,7 +178,8 @@ class Desk:
         """Runs a command."""
         self._read()
         code = main([str(w) for w in words])
-        return Ran(code, *self._read())
+        out, err = self._read()
+        return Ran(code, out, re.sub(r"[^\r\n]*\dmodule/s\]\n?|\r", "", err))  # bars appear when it takes over a second
 
     def recipe(self, made: Path, name: str = "recipe.yaml") -> Path:
         """What `recipe FILE` prints, as a file; in the working directory, relative names in it hold as they did."""

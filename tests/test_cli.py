@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from extensions_built_in.zit_merge import load_lora
+from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.report import progress
 
 ROOT = Path(__file__).parent.parent
@@ -189,7 +190,7 @@ def test_merge_with_a_layer_spec_for_each(desk, real_loras):
         (["--ratio", 1, "--to_q", "inf"], "finite"),
         (["--ratio", 1, "--rank", "0"], "rank"),
         (["--ratio", 1, "--rank", "half"], "rank"),
-        (["--ratio", 1, "--method", "ties"], "not available yet"),
+        (["--ratio", 1, "--method", "blend"], "no such method"),
         (["--ratio", 1, "--dtype", "int8"], "dtype"),
         (["--ratio", 1, "--device", "gpu"], "device"),
     ],
@@ -482,7 +483,8 @@ def test_inspect_of_our_own_file_shows_its_recipe(desk, loras):
 
 def test_inspect_lists_the_methods(desk):
     text = desk.zit("inspect", "--methods").ok()
-    assert text.startswith("sum  (no parameters)\n") and len(text.splitlines()) >= 2
+    assert text.startswith("sum: ") and all(f"\n{name}: " in f"\n{text}" for name in METHODS)
+    assert "density: 0.2, above 0 and at most 1." in text and max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

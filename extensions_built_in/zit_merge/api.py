@@ -54,37 +54,41 @@ class Merge:
         Raises:
             ZitMergeError: Nothing was written; the message says why.
         """
-        ((_, written, _),) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
-        return written
+        (done,) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
+        return done.path
 
 
 def merge(
     loras: Sequence[Weighed],
     *,
-    rank: int | str = "exact",
+    rank: int | str | Mapping[str, float] = "exact",
     dtype: str = "bf16",
     format: str = "ai-toolkit",  # noqa: A002 - as in the config
     uniform: bool = True,
     keep_lokr: bool = False,
     device: str = "auto",
     method: str = "sum",
+    params: Mapping[str, Any] | None = None,
     shapes: str = "strict",
     allow_unmatched: bool = False,
     confirm_size: bool = False,
 ) -> Merge:
-    """The sum of several LoRAs, each with its strengths: sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i for each module.
+    """Several LoRAs as one, each with its strengths; by default sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i per module.
 
     Args:
         loras: (LoRA, ratio) or (LoRA, {"ratio": ..., "preset": ..., "blocks": ..., "layers": ..., "effects": ...,
             "overrides": ...}); the LoRA is what `load_lora` gave, a path, or hf:user/repo/file.safetensors.
-        rank: `exact` (ranks add up, nothing is lost), a number (the closest approximation of that rank) or `same` (the largest
-            rank among LoRAs).
+        rank: `exact` (ranks add up, nothing is lost), a number (the closest approximation of that rank), `same` (the largest
+            rank among LoRAs), `{"energy": 0.99, "max": 64}` (the smallest rank that keeps this share of the squared norm) or
+            `{"size_mb": 150}` (the largest rank that the file has room for).
         dtype: `bf16`, `fp16`, `fp32` or `same` (as the inputs).
         format: `ai-toolkit` (every program reads it), `diffusers`, `kohya` or `comfyui`.
         uniform: One rank in every module; False keeps each module's own.
         keep_lokr: A single LoKr stays a LoKr.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        method: `sum`.
+        method: `sum`, `average`, `normalize`, `slerp`, `nuslerp`, `karcher`, `ties`, `dare_linear`, `dare_ties`, `della`, `tsv`,
+            `project` or `shared_once`; their docstrings in `algebra` give formulas and sources.
+        params: The method's parameters, such as `{"density": 0.2}`.
         shapes: `strict` (the real Z-Image) or `free` (any one consistent set of sizes).
         allow_unmatched: Merge although a file holds keys that no rule explains.
         confirm_size: Write a file of over 2 GB.
@@ -97,7 +101,7 @@ def merge(
     """
     entries = [{**_source(lora), **(weight if isinstance(weight, Mapping) else {"ratio": weight})} for lora, weight in loras]
     save = {"dtype": dtype, "format": format, "uniform": uniform, "keep_lokr": keep_lokr}
-    step = {"rank": rank, "method": method, "save": save, "loras": entries, "shapes": shapes}
+    step = {"rank": rank, "method": method, "params": dict(params or {}), "save": save, "loras": entries, "shapes": shapes}
     step |= {"allow_unmatched": allow_unmatched, "confirm_size": confirm_size}
     return Merge({"type": "zit_merge", "device": device, "steps": [step]})
 

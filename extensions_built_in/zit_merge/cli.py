@@ -14,7 +14,7 @@ from textwrap import wrap
 from typing import Any
 
 from . import __version__
-from .errors import ZitMergeError, not_available_yet
+from .errors import ZitMergeError
 from .zimage import ALIASES, COMPONENTS, GROUPS
 
 _WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
@@ -85,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
     )
 
-    inspect = add("inspect", _inspect, "show what is in a LoRA file")
+    inspect = add("inspect", _inspect, "show what is in a LoRA file, or what several have in common")
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
     inspect.add_argument("--json", action="store_true")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
     inspect.add_argument("--presets", action="store_true", help="list the presets")
@@ -116,8 +117,10 @@ def _merge_arguments(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
     merge.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
     merge.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
-    merge.add_argument("--rank", default="exact", help="exact (default), same or a number")
-    merge.add_argument("--method", default="sum")
+    merge.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
+    merge.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
+    merge.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
+    merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
     merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
     merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
     merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
@@ -165,9 +168,9 @@ def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> Non
     if args.dry_run:
         return
     with Bar(args.quiet) as bar:
-        for plan, path, made in run_plans(plans, device, bar.tick):
+        for done in run_plans(plans, device, bar.tick):
             bar.close()
-            _say(args, done_text(plan, path, made))
+            _say(args, done_text(done))
 
 
 _MERGE_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
@@ -178,9 +181,9 @@ def _merge(args: argparse.Namespace) -> None:
     from .execute import pick_device
 
     weights = _merge_weights(args)
-    rank = int(args.rank) if args.rank.isdecimal() else args.rank
     settings = {key: getattr(args, key) for key in _MERGE_SETTINGS}
-    settled = merge(list(zip(args.files, weights, strict=True)), rank=rank, **settings)
+    settings |= {"rank": _rank(args.rank), "params": _pairs(args.params, "--params"), "uniform": args.uniform == "true"}
+    settled = merge(list(zip(args.files, weights, strict=True)), **settings)
     _execute(args, [settled.plan(args.out, may_download=not args.dry_run)], pick_device(args.device))
 
 
@@ -208,6 +211,25 @@ def _merge_weights(args: argparse.Namespace) -> list[dict[str, Any]]:
         for weight, spec in zip(weights, each("layers", args.layers), strict=True):
             weight["layers"] = _layer_spec(spec)
     return weights
+
+
+def _rank(text: str) -> int | str | dict[str, float | str]:
+    """`32`, `same`, or `energy=0.99,max=64` as a mapping."""
+    return _pairs(text.split(","), "--rank") if "=" in text else int(text) if text.isdecimal() else text
+
+
+def _pairs(words: Sequence[str], flag: str) -> dict[str, float | str]:
+    """NAME=VALUE words as a mapping; numbers as the config would read them."""
+    found: dict[str, float | str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ZitMergeError(f"{flag}: {word!r} is not NAME=VALUE, such as density=0.3")
+        if name.strip() in found:
+            raise ZitMergeError(f"{flag}: {name.strip()} stands there twice")
+        number = _number_or_word(value.strip())
+        found[name.strip()] = int(value) if value.strip().isdecimal() else number
+    return found
 
 
 def _number_or_word(text: str) -> float | str:
@@ -253,19 +275,33 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .report.inspect import describe, inspect_text
-    from .report.progress import watched
     from .report.tables import methods_text, presets_text
 
     if args.methods or args.presets:
         print("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
         return
-    if len(args.files) != 1:
-        raise not_available_yet("comparing several files") if args.files else ZitMergeError("inspect: name a LoRA file")
-    from .formats.reader import load_lora
+    if not args.files:
+        raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
+    if args.sources and len(args.files) > 1:
+        raise ZitMergeError(f"inspect --sources: looks into one file, {len(args.files)} were named before it")
+    facts, text = _look(args)
+    print(json.dumps(facts, indent=1) if args.json else text(facts))
 
-    facts = describe(load_lora(args.files[0]), watched(args.quiet))
-    print(json.dumps(facts, indent=1) if args.json else inspect_text(facts))
+
+def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
+    """What `inspect` finds, and how it is shown: a file with its sources, several files, or one."""
+    from .formats.reader import load_lora
+    from .report import inspect, overlap, sources
+    from .report.progress import watched
+
+    loras = [load_lora(path) for path in args.files]
+    if args.sources:
+        return sources.trace(
+            loras[0], [load_lora(path) for path in args.sources], overlap.watched("sources", args.quiet)
+        ), sources.trace_text
+    if len(loras) > 1:
+        return overlap.compare(loras, overlap.watched("compare", args.quiet)), overlap.compare_text
+    return inspect.describe(loras[0], watched(args.quiet)), inspect.inspect_text
 
 
 def _recipe(args: argparse.Namespace) -> None:

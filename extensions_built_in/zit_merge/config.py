@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
+from .algebra.ema import gamma_of
+from .algebra.factors import Factors
 from .algebra.methods import METHODS
 from .errors import ZitMergeError, nearest, not_available_yet
 from .formats.scales import ALPHA_FORMS, TWINS, VECTORS, is_alpha
@@ -23,24 +27,54 @@ TRAINED = "trained"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 # Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
-_LATER: Mapping[str, tuple[str, ...]] = {
-    "section": ("preview", "sweep", "ablate", "bake"),
-    "step": ("checkpoints", "preview", "sweep", "ablate", "bake"),
-}
-_LATER_METHODS = (
-    *("average", "normalize", "slerp", "nuslerp", "karcher", "ties", "dare_linear", "dare_ties", "della"),
-    *("tsv", "project", "shared_once"),
-)
+_LATER = ("preview", "sweep", "ablate", "bake")
 FORMATS = ("ai-toolkit", "diffusers", "kohya", "comfyui")
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """A rank that follows from the numbers.
+
+    Attributes:
+        energy: The smallest rank that keeps this share of the squared norm of the whole file.
+        max: With energy: no rank above it.
+        size_mb: The largest rank whose file takes at most so many MB (10^6 bytes).
+    """
+
+    energy: float | None = None
+    max: int | None = None
+    size_mb: float | None = None
+
+    def record(self) -> dict[str, float]:
+        """As it stands in a config."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def _rank(value: object) -> object:
     if isinstance(value, Mapping):
-        raise ValueError(str(not_available_yet("rank by energy or size", "give a number, exact or same")))
+        return _rank_rule(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if (whole and value >= 1) or value in ("exact", "same"):
         return value
-    raise ValueError(f"must be exact, same or a whole number from 1, not {value!r}")
+    raise ValueError(f"must be exact, same, a whole number from 1, {{energy: 0.99}} or {{size_mb: 150}}, not {value!r}")
+
+
+def _rank_rule(value: Mapping[str, Any]) -> RankRule:
+    for key in value:
+        if key not in ("energy", "max", "size_mb"):
+            raise ValueError(f"has no {key}{nearest(str(key), ('energy', 'max', 'size_mb'))}; there are energy, max, size_mb")
+    if ("energy" in value) == ("size_mb" in value):
+        raise ValueError("needs either energy, such as {energy: 0.99, max: 64}, or size_mb, such as {size_mb: 150}")
+    for key, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
+            raise ValueError(f"needs a number above 0 for {key}, not {number!r}")
+    if value.get("energy", 0) > 1:
+        raise ValueError(f"takes energy as a share from 0 to 1, not {value['energy']!r}: 0.99 keeps 99 %")
+    if not isinstance(value.get("max", 1), int):
+        raise ValueError(f"needs a whole number for max, not {value['max']!r}")
+    if "max" in value and "size_mb" in value:
+        raise ValueError("takes max beside energy only: size_mb is a limit itself")
+    return RankRule(**value)
 
 
 def _alpha(value: object) -> object:
@@ -49,26 +83,24 @@ def _alpha(value: object) -> object:
     return value
 
 
-def _choice(known: Iterable[str], later: Iterable[str], what: str) -> BeforeValidator:
-    known, later = tuple(known), tuple(later)
+def _choice(known: Iterable[str], what: str) -> BeforeValidator:
+    known = tuple(known)
 
     def check(value: object) -> object:
         if value in known:
             return value
-        if value in later:
-            raise ValueError(str(not_available_yet(f"{what} {value}", f"use {' or '.join(known)}")))
-        raise ValueError(f"no such {what}: {value!r}{nearest(str(value), (*known, *later))}; there are {', '.join(known)}")
+        raise ValueError(f"no such {what}: {value!r}{nearest(str(value), known)}; there are {', '.join(known)}")
 
     return BeforeValidator(check)
 
 
-Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), (), "dtype")]
-Format = Annotated[str, _choice(FORMATS, (), "format")]
+Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), "dtype")]
+Format = Annotated[str, _choice(FORMATS, "format")]
 Alpha = Annotated[str | float, BeforeValidator(_alpha)]
-Qkv = Annotated[str, _choice(TWINS, (), "qkv")]
-Vector = Annotated[str, _choice(VECTORS, (), "drop")]
-Method = Annotated[str, _choice(METHODS, _LATER_METHODS, "method")]
-Rank = Annotated[int | str, BeforeValidator(_rank)]
+Qkv = Annotated[str, _choice(TWINS, "qkv")]
+Vector = Annotated[str, _choice(VECTORS, "drop")]
+Method = Annotated[str, _choice(METHODS, "method")]
+Rank = Annotated[int | str | RankRule, PlainValidator(_rank)]
 Table = dict[str, float]
 Depths = dict[str, float | list[float]] | list[float]
 StepName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -127,11 +159,24 @@ class _Settings(_Model):
     confirm_size: bool = False
 
 
+class Checkpoints(_Model):
+    """An average over the checkpoints of the training before us, weighed by training step.
+
+    The profile is step^gamma, given by `gamma` or by its relative width `sigma_rel`; or `weights`, oldest first.
+    """
+
+    last: Annotated[int, Field(ge=1)] | None = None
+    sigma_rel: float | None = None
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    weights: Annotated[list[float], Field(min_length=1)] | None = None
+
+
 class Step(_Settings):
     """One merge and the file it makes."""
 
     name: StepName
-    loras: Annotated[list[Lora], Field(min_length=1)]
+    loras: Annotated[list[Lora], Field(min_length=1)] = []
+    checkpoints: Checkpoints | None = None
     keep: bool = True
     copy_to: str | None = None
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
@@ -144,7 +189,7 @@ class Section(_Settings):
     steps: Annotated[list[Step], Field(min_length=1)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})|mps)$")] = "auto"
     output_dir: str | None = None
-    train_fixes: list[Annotated[str, _choice(("cosine_with_restarts",), (), "fix")]] = []
+    train_fixes: list[Annotated[str, _choice(("cosine_with_restarts",), "fix")]] = []
     training_folder: str | None = None
     name: str | None = None
     sqlite_db_path: Any = None
@@ -181,9 +226,9 @@ def parse_section(raw: object, place: str = "", *, first: bool = False) -> Secti
     shared = {k: raw[k] for k in _Settings.model_fields if k in raw}
     section = _validate(raw | {"steps": [_inherit(shared, step) for step in raw["steps"]]}, place)
     _check_names(section.steps, place)
-    for at, settings in ((place, section), *((_join(place, f"steps[{i}]"), s) for i, s in enumerate(section.steps))):
-        for key in settings.params:
-            raise ZitMergeError(f"{_join(at, f'params.{key}')}: the method {settings.method} has no parameters")
+    _check_params(section, place)
+    for i, step in enumerate(section.steps):
+        _check_step(step, _join(place, f"steps[{i}]"))
     for i, step in enumerate(section.steps):
         if step.file and not section.made_by:
             raise ZitMergeError(f"{_join(place, f'steps[{i}].file')}: unknown key; the file is named by the job and the step")
@@ -218,18 +263,83 @@ def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, An
     merged = {**shared, **step}
     if "save" in shared and "save" in step:
         merged["save"] = {**shared["save"], **step["save"]}
+    if "params" not in step and step.get("method", shared.get("method")) != shared.get("method"):
+        merged.pop("params", None)  # they belong to the section's method
+    if "checkpoints" in step:
+        merged.setdefault("rank", "same")
     return merged
 
 
 def _refuse_later(raw: Mapping[str, Any], place: str) -> None:
-    def refuse(value: object, kind: str, at: str) -> None:
+    def refuse(value: object, at: str) -> None:
         for key in value if isinstance(value, Mapping) else ():
-            if key in _LATER[kind] and value[key] is not None:
+            if key in _LATER and value[key] is not None:
                 raise not_available_yet(_join(at, key))
 
-    refuse(raw, "section", place)
+    refuse(raw, place)
     for i, step in enumerate(raw.get("steps") if isinstance(raw.get("steps"), list) else ()):
-        refuse(step, "step", _join(place, f"steps[{i}]"))
+        refuse(step, _join(place, f"steps[{i}]"))
+
+
+def _check_params(settings: _Settings, place: str) -> None:
+    """Raises unless a method has these parameters, in their ranges."""
+    method, at = METHODS[settings.method], _join(place, "params")
+    for key, value in settings.params.items():
+        if key not in method.parameters:
+            known = f"; there are {', '.join(method.parameters)}" if method.parameters else ", it takes none"
+            raise ZitMergeError(
+                f"{at}.{key}: the method {settings.method} has no such parameter{nearest(key, method.parameters)}{known}"
+            )
+        if trouble := method.parameters[key].trouble(value):
+            raise ZitMergeError(f"{at}.{key}: {trouble}")
+    if not method.is_linear:
+        try:  # what two parameters mean together shows on the smallest merge there is
+            method.function([Factors(torch.ones(1, 1), torch.ones(1, 1))] * 2, **settings.params)
+        except ValueError as e:
+            raise ZitMergeError(f"{at}: {e}") from None
+
+
+def _check_step(step: Step, place: str) -> None:
+    """Raises where the parts of a step don't fit together."""
+    _check_params(step, place)
+    if step.checkpoints:
+        if step.loras:
+            raise ZitMergeError(f"{place}: has loras and checkpoints: make two steps, the second can use the first by its name")
+        if step.method != "sum":
+            raise ZitMergeError(f"{place}.method: an average over checkpoints is a weighted sum: set method: sum on this step")
+        _check_checkpoints(step.checkpoints, _join(place, "checkpoints"))
+        return
+    if not step.loras:
+        raise ZitMergeError(f"{_join(place, 'loras')}: is missing: list the LoRAs to merge (or give checkpoints)")
+    method, count = METHODS[step.method], len(step.loras)
+    if method.takes and count != method.takes:
+        other = " (karcher takes any number)" if method.is_spherical else ""
+        raise ZitMergeError(f"{place}.method: {step.method} takes exactly two LoRAs, the step has {count}{other}")
+    for j, lora in enumerate(step.loras):
+        if method.is_spherical and lora.ratio < 0:
+            raise ZitMergeError(
+                f"{place}.loras[{j}].ratio: {step.method} goes between directions, where {lora.ratio:g} has no meaning: use a "
+                "number from 0, or method: sum"
+            )
+    total = sum(lora.ratio for lora in step.loras)
+    if method.is_mean and abs(total) <= 1e-12 * sum(abs(lora.ratio) for lora in step.loras):
+        raise ZitMergeError(f"{place}: the ratios sum to 0, {step.method} divides by their sum: change one of them")
+
+
+def _check_checkpoints(asked: Checkpoints, place: str) -> None:
+    given = [key for key in ("sigma_rel", "gamma", "weights") if getattr(asked, key) is not None]
+    if len(given) > 1:
+        raise ZitMergeError(f"{place}: {' and '.join(given)} both say how to weigh: keep one")
+    if asked.sigma_rel is not None:
+        try:
+            gamma_of(asked.sigma_rel)
+        except ValueError as e:
+            raise ZitMergeError(f"{place}.sigma_rel: {e}") from None
+    if asked.weights is not None:
+        if asked.last not in (None, len(asked.weights)):
+            raise ZitMergeError(f"{place}.weights: {len(asked.weights)} weights for last: {asked.last}: give one for each")
+        if abs(sum(asked.weights)) <= 1e-12 * sum(map(abs, asked.weights)):
+            raise ZitMergeError(f"{place}.weights: sum to 0, an average divides by their sum: change one of them")
 
 
 def _check_names(steps: Sequence[Step], place: str) -> None:
@@ -283,7 +393,7 @@ def _sentence(error: ValidationError, place: str) -> str:
     if kind == "extra_forbidden":
         owner = Section
         for part in loc[:-1]:
-            owner = {"steps": Step, "loras": Lora, "save": Save}.get(part, owner)
+            owner = {"steps": Step, "loras": Lora, "save": Save, "checkpoints": Checkpoints}.get(part, owner)
         shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
         return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
     form = _FORMS.get(str(loc[-1]) if loc else "", "another form is")
@@ -298,6 +408,7 @@ def _sentence(error: ValidationError, place: str) -> str:
         "dict_type": f"must be a mapping, not {value!r}",
         "model_type": f"must be a mapping, not {value!r}",
         "too_short": "must have at least one entry",
+        "greater_than_equal": f"must be at least {first.get('ctx', {}).get('ge')}, not {value!r}",
         "literal_error": f"must be {first.get('ctx', {}).get('expected')}, not {value!r}",
         "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({form} allowed)",
     }

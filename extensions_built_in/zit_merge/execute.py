@@ -6,29 +6,50 @@ Memory stays at one module of every input, whatever the size of the files. The i
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .algebra import ranks
 from .algebra.delta import Delta
 from .algebra.factors import Factors, is_finite, pad
 from .algebra.methods import METHODS
 from .algebra.rounding import to_dtype
-from .algebra.truncate import truncate
+from .algebra.truncate import singular_values, truncate
+from .audit import CHECK_KEY, Audit, Verdict
 from .errors import ZitMergeError
 from .formats import lokr, writer
+from .formats.metadata import OF_RANKS
 from .formats.reader import TensorReader, load_lora, tensor_hash
-from .plan import DTYPE_NAMES, StepPlan
+from .merging import Merger
+from .plan import DTYPE_NAMES, Input, StepPlan, settle
 
 Tick = Callable[[StepPlan, int], None]  # called after each module with the number done; may raise to stop
 
 
-def run_plans(
-    plans: Sequence[StepPlan], device: torch.device, tick: Tick = lambda plan, done: None
-) -> Iterator[tuple[StepPlan, Path, bool]]:
+class Done(NamedTuple):
+    """A step that is done.
+
+    Attributes:
+        plan: As it was run, its ranks settled.
+        path: Its file.
+        made: Whether it was made now; else it was there already, from the same recipe.
+        verdict: What the check of the file found; None for one that was there.
+    """
+
+    plan: StepPlan
+    path: Path
+    made: bool
+    verdict: Verdict | None = None
+
+
+def run_plans(plans: Sequence[StepPlan], device: torch.device, tick: Tick = lambda plan, done: None) -> Iterator[Done]:
     """Runs the steps in order; a step whose file is there from the same recipe is not made again.
 
     Args:
@@ -37,7 +58,7 @@ def run_plans(
         tick: Progress, and the place to stop from.
 
     Yields:
-        (plan, its file, whether it was made now). Files of steps that are not kept are gone at the end.
+        Each step when it is done. Files of steps that are not kept are gone at the end.
 
     Raises:
         ZitMergeError: With no part of the failing step's file left behind.
@@ -50,14 +71,37 @@ def run_plans(
         hashes = {path: pool.submit(tensor_hash, path) for path in dict.fromkeys(p for plan in plans for p in plan.hashed)}
         there = {plan.name for plan in plans if plan.spec.keep and _is_made(plan, hashes, plan.path)}
         wanted = _to_make(plans, there)
+        settled: dict[str, StepPlan] = {}
         for plan in plans:
-            path = _run(plan, hashes, device, tick) if plan.name in wanted else plan.lies_at
+            plan, path, verdict = _renewed(plan, settled), plan.lies_at, None
+            if plan.name in wanted:
+                plan, path, verdict = _run(plan, hashes, device, tick)
+            settled[plan.name] = plan
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
             elif plan.spec.copy_to and (plan.name in wanted or not _is_made(plan, hashes, plan.targets()[1])):
                 writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
             if plan.spec.keep or plan.name in wanted:
-                yield plan, path, plan.name in wanted
+                yield Done(plan, path, plan.name in wanted, verdict)
+
+
+def _renewed(plan: StepPlan, settled: Mapping[str, StepPlan]) -> StepPlan:
+    """The plan over the earlier steps as they came out: a rank that followed from the numbers is known now."""
+
+    def renewed(i: Input) -> Input:
+        if not i.step or not settled[i.step.name].lies_at.is_file():
+            return i
+        step = settled[i.step.name]
+        lora = load_lora(step.lies_at)  # of a step that was kept, the plan does not know the ranks
+        return replace(i, step=step, outline=replace(step.outline, ranks=lora.ranks))
+
+    if not any(i.step and _follows_from_numbers(i.step) for i in plan.inputs):
+        return plan
+    return settle(replace(plan, inputs=tuple(map(renewed, plan.inputs))))
+
+
+def _follows_from_numbers(plan: StepPlan) -> bool:
+    return plan.is_open or any(i.step and _follows_from_numbers(i.step) for i in plan.inputs)
 
 
 def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]], path: Path) -> bool:
@@ -68,7 +112,9 @@ def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]], path: Path) -> 
         found = load_lora(path).metadata
     except ZitMergeError:
         return False
-    return found == plan.metadata({path: hashes[path].result() for path in plan.hashed})
+    wanted = plan.metadata({path: hashes[path].result() for path in plan.hashed})
+    open_keys = {CHECK_KEY, *(OF_RANKS if _follows_from_numbers(plan) else ())}
+    return {k: v for k, v in found.items() if k not in open_keys} == {k: v for k, v in wanted.items() if k not in open_keys}
 
 
 def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
@@ -80,34 +126,86 @@ def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
     return wanted
 
 
-def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> Path:
+def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> tuple[StepPlan, Path, Verdict]:
     with _threads(plan), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
+        merger = Merger(plan, readers, device)
+        plan = _with_ranks(plan, merger)
+        audit = Audit([i.spec.ratio for i in plan.inputs], plan.dtype, plan.rank < max([0, *plan.stacked.values()]))
         with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
             if plan.kept:
-                _weigh(plan, readers[0], out, tick)
+                _weigh(plan, readers[0], merger, out, audit, tick)
             else:
-                _write(plan, readers, device, out, tick)
+                _write(plan, merger, out, audit, tick)
             files.close()  # Windows replaces no file that is mapped
-            return out.finish(plan.metadata({path: hashes[path].result() for path in plan.hashed}), publish=plan.spec.keep)
+            verdict = audit.verdict()
+            metadata = plan.metadata({path: hashes[path].result() for path in plan.hashed}) | verdict.metadata()
+            return plan, out.finish(metadata, publish=plan.spec.keep), verdict
 
 
-def _write(plan: StepPlan, readers: Sequence[TensorReader], device: torch.device, out: writer.LoraWriter, tick: Tick) -> None:
-    """Merges and writes module after module."""
+def _with_ranks(plan: StepPlan, merger: Merger) -> StepPlan:
+    """Settles a rank that follows from the singular values of all modules."""
+    if not plan.is_open:
+        return plan
+    rule, spectra = plan.spec.rank, {}
+    for module in plan.shapes:
+        merged = merger.merged(module, merger.deltas(module))
+        spectra[module] = torch.zeros(1, dtype=torch.float64) if merged is None else singular_values(merged).cpu()
+    costs = {module: sum(plan.shapes[module]) for module in spectra}
+    if rule.size_mb:
+        chosen = ranks.ranks_that_fit(spectra, costs, lambda r: settle(plan, r).bytes <= rule.size_mb * 1e6)
+    elif plan.spec.save.uniform:
+        chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy))
+    else:
+        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy)
+    return settle(plan, chosen)
+
+
+def _write(plan: StepPlan, merger: Merger, out: writer.LoraWriter, audit: Audit, tick: Tick) -> None:
+    """Merges, checks and writes module after module."""
     form, done = plan.form, 0
     units = form.units(plan.shapes)
     if form.alpha:
         for stem, modules in units.items():
             out.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
-    for stem, modules in units.items():
-        merged = writer.fuse([_finish(_merge(plan, module, readers, device), plan, module) for module in modules])
-        out.write(stem + form.down, merged.down)
-        out.write(stem + form.up, merged.up)
-        done += len(modules)
-        tick(plan, done)
+    with _Checker(audit) as checker:
+        for stem, modules in units.items():
+            parts = []
+            for module in modules:
+                deltas = merger.deltas(module)
+                merged = merger.merged(module, deltas)
+                parts.append(_finish(merged, plan, module))
+                checker.add(module, deltas, merger.factors(module), merged, parts[-1])
+            whole = writer.fuse(parts)
+            out.write(stem + form.down, whole.down)
+            out.write(stem + form.up, whole.up)
+            done += len(modules)
+            tick(plan, done)
 
 
-def _weigh(plan: StepPlan, reader: TensorReader, out: writer.LoraWriter, tick: Tick) -> None:
+class _Checker:
+    """Checks modules in a thread of its own while the next ones are merged and written; `add` is the audit's."""
+
+    def __init__(self, audit: Audit):
+        self._audit, self._pool = audit, ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Checker:
+        return self
+
+    def add(self, *module: Any) -> None:
+        """Hands a module over; waits where two are pending, so that memory stays flat."""
+        self._pending.append(self._pool.submit(self._audit.add, *module))
+        if len(self._pending) > 2:
+            self._pending.popleft().result()
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        for future in () if kind else self._pending:
+            future.result()
+
+
+def _weigh(plan: StepPlan, reader: TensorReader, merger: Merger, out: writer.LoraWriter, audit: Audit, tick: Tick) -> None:
     """Writes a LoKr that stays one."""
     lora, strengths = plan.kept, plan.inputs[0].strengths
     for key, (_, shape) in plan.layout().items():
@@ -115,8 +213,11 @@ def _weigh(plan: StepPlan, reader: TensorReader, out: writer.LoraWriter, tick: T
             module = key.removeprefix(writer.FORMS["ai-toolkit"].prefix).removesuffix(".alpha")
             out.write(key, torch.tensor(lokr.alpha(lora.changes[module][0])))
     for done, module in enumerate(lora, 1):
-        for key, tensor in lokr.tensors(lora, reader, module, strengths[module], plan.dtype):
+        written = lokr.weighed(lora.changes[module][0], reader, strengths[module], plan.dtype)
+        for key, tensor in lokr.tensors(module, written):
             out.write(key, _checked(tensor, plan, module))
+        deltas = merger.deltas(module)
+        audit.add(module, deltas, merger.factors(module), merger.merged(module, deltas), lokr.delta(written))
         tick(plan, done)
 
 
@@ -125,22 +226,12 @@ def _threads(plan: StepPlan) -> Iterator[None]:
     """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
     beside the hashes only cost time."""
     before = torch.get_num_threads()
-    if max(plan.stacked.values()) <= plan.rank or plan.kept:
+    if plan.kept or (METHODS[plan.spec.method].is_linear and max(plan.stacked.values()) <= plan.rank and not plan.is_open):
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _merge(plan: StepPlan, module: str, readers: Sequence[TensorReader], device: torch.device) -> Delta | None:
-    """The method's answer for one module; None where no input changes it."""
-    deltas = []
-    for i, reader in zip(plan.inputs, readers, strict=True):
-        if i.counts(module):
-            alpha_over_rank, stored = reader.delta(module)
-            deltas.append(stored.map(lambda t: t.to(device)).times(i.strengths[module] * alpha_over_rank))
-    return METHODS[plan.spec.method](deltas, **plan.spec.params) if deltas else None
 
 
 def _finish(merged: Delta | None, plan: StepPlan, module: str) -> Factors:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .algebra.methods import METHODS
+from .config import RankRule
 from .formats.writer import ALWAYS
 from .zimage import GROUPS, MODULES, canonical_component
 
@@ -11,21 +13,35 @@ if TYPE_CHECKING:
     from .plan import Input, StepPlan
 
 
-def notes(plan: StepPlan, prefix: str) -> tuple[str, ...]:
+def notes(plan: StepPlan) -> tuple[str, ...]:
     """The notes of a step.
 
     Args:
         plan: The step, settled.
-        prefix: What the names of outputs begin with.
     """
     found = [note for i in plan.inputs for note in _of_input(i)]
-    if prefix != "merged_":
-        found.append(f"the file is called {prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {plan.job}")
+    if plan.prefix != "merged_":
+        found.append(
+            f"the file is called {plan.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {plan.job}"
+        )
+    found += _of_method(plan)
     found += _of_rank(plan)
     silent = sum(1 for n in plan.stacked.values() if n == 0)
     if silent:
         found.append(f"{silent} of {len(plan.stacked)} modules have strength 0 throughout and are written as zeros")
     return tuple(found)
+
+
+def _of_method(plan: StepPlan) -> list[str]:
+    method, name = METHODS[plan.spec.method], plan.spec.method
+    found = []
+    if method.is_mean and len(plan.inputs) > 1:
+        shares = " : ".join(f"{i.spec.ratio:g}" for i in plan.inputs)
+        found.append(f"{name} is a mean: only the proportions of the ratios count, {shares}")
+    wide = next((i for i in plan.inputs if not i.outline.is_lora), None)
+    if wide and not method.is_linear:
+        found.append(f"{wide.label} is no LoRA of low rank: {name} works on whole matrices then, minutes for each layer")
+    return found
 
 
 def _of_rank(plan: StepPlan) -> list[str]:
@@ -35,7 +51,12 @@ def _of_rank(plan: StepPlan) -> list[str]:
     if save.keep_lokr:
         return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
     found = []
-    if asked != "exact" and plan.rank < exact:
+    if plan.is_open:
+        limit = f"{asked.energy:.6g} of the energy" if asked.energy else f"{asked.size_mb:g} MB"
+        found.append(f"the rank follows from the singular values, for {limit}: {plan.rank} at most")
+    elif isinstance(asked, RankRule) and asked.size_mb and plan.rank < exact:
+        found.append(f"rank {plan.rank} is what {asked.size_mb:g} MB hold, rank {exact} would hold everything")
+    elif asked != "exact" and plan.rank < exact:
         found.append(f"rank {exact} holds everything, the best approximation of rank {plan.rank} is written")
     elif isinstance(asked, int) and asked > exact:
         found.append(f"rank {asked} was asked for, {exact} holds everything: nothing is cut")

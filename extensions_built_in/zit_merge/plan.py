@@ -6,9 +6,8 @@ reads the files' headers. Both are made here by the same code, so that whatever 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +15,21 @@ from pathlib import Path
 import torch
 
 from . import __version__, hub
-from .config import Lora, Section, Step
+from .audit import placeholder
+from .config import Lora, RankRule, Section, Step
 from .errors import ZitMergeError, nearest
 from .formats import lokr, writer
 from .formats.header import common_dtype
-from .formats.metadata import Adapter, adapter_metadata, dumps, kohya_metadata, made_by, merged_metadata, read_adapter
+from .formats.metadata import Adapter, adapter_metadata, dumps, kohya_metadata, merged_metadata, read_adapter
 from .formats.reader import LoraFile, load_lora, unmatched_error
 from .notes import notes
+from .outputs import check_output, check_room
 from .recipe import recipe_of
-from .sources import Site, check_writable, resolve, trained_step, user_path
+from .sources import Site, checkpoint_loras, resolve, trained_step
 from .training import Outline
 from .weights import compact, strengths
 from .zimage import MODULES, REAL_SIZES, infer_sizes
 
-SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
-NAME_LIMIT = 255  # bytes of a file name, on every common file system
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -85,6 +84,9 @@ class StepPlan:
         path: The output.
         bytes: Its size; 0 while it is not known.
         notes: What a person should know, a sentence each.
+        place: Of the step in the config.
+        prefix: What the names of outputs begin with.
+        is_open: The ranks are only bounds: they follow from singular values, which `execute` looks at.
     """
 
     job: str
@@ -97,6 +99,9 @@ class StepPlan:
     path: Path
     bytes: int = 0
     notes: tuple[str, ...] = ()
+    place: str = ""
+    prefix: str = "merged_"
+    is_open: bool = False
 
     @property
     def name(self) -> str:
@@ -156,8 +161,8 @@ class StepPlan:
 
     @cached_property
     def draft(self) -> dict[str, str]:
-        """The metadata with placeholders of the same length for the hashes."""
-        return self.metadata(dict.fromkeys(self.hashed, "0" * 64))
+        """The metadata with placeholders of at least the same length for the hashes and what the check will find."""
+        return self.metadata(dict.fromkeys(self.hashed, "0" * 64)) | placeholder(len(self.inputs))
 
     def targets(self) -> list[Path]:
         """Every file that will be there at the end."""
@@ -184,7 +189,7 @@ def plan_section(section: Section, site: Site, *, before_training: bool = False,
             step = step.model_copy(update={"keep": True})  # asked for by name
         if step.name in wanted:
             plans[step.name] = _plan_step(step, site, site.at(f"steps[{i}]"), section, plans, before_training)
-    _check_room(list(plans.values()), site)
+    check_room(list(plans.values()), site)
     return list(plans.values())
 
 
@@ -206,36 +211,74 @@ def _needed(section: Section, site: Site, only: str | None) -> set[str]:
 def _plan_step(
     step: Step, site: Site, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
 ) -> StepPlan:
+    if step.checkpoints:
+        loras = checkpoint_loras(step.checkpoints, site, f"{place}.checkpoints", before_training)
+        step = step.model_copy(update={"loras": loras})
     inputs = tuple(
         _plan_input(spec, step, site, f"{place}.loras[{j}]", section, plans, before_training) for j, spec in enumerate(step.loras)
     )
-    sizes = _sizes(inputs, step.shapes, place)
+    dtype = _DTYPES.get(step.save.dtype) or common_dtype(i.outline.dtype for i in inputs)
+    plan = StepPlan(site.job, step, inputs, {}, {}, {}, dtype, site.output(step), place=place, prefix=site.prefix)
+    plan = settle(plan)
+    check_output(plan, site)
+    return plan
+
+
+def settle(plan: StepPlan, chosen: Mapping[str, int] | None = None) -> StepPlan:
+    """The plan with the shapes, ranks, size and notes that follow from its inputs.
+
+    Args:
+        plan: With job, step, inputs, dtype and path.
+        chosen: Module -> rank, once a rule has been settled by the numbers.
+
+    Raises:
+        ZitMergeError: The inputs don't belong together, or the rank has no meaning for them.
+    """
+    step, inputs = plan.spec, plan.inputs
+    sizes = _sizes(inputs, step.shapes, plan.place)
     stacked = {
         m: sum(i.outline.ranks[m] for i in inputs if i.counts(m)) for m in MODULES if any(m in i.outline.ranks for i in inputs)
     }
     known = all(i.outline.shapes for i in inputs)
-    _check_rank(step, inputs, known, place)
+    _check_rank(step, inputs, known, plan.place)
     if known:
         stacked = {m: min(n, *MODULES[m].shape(sizes)) for m, n in stacked.items()}
     shapes = {m: MODULES[m].shape(sizes) for m in writer.complete(stacked, sizes)} if known else {}
     if step.save.keep_lokr:
         shapes = {m: shape for m, shape in shapes.items() if m in stacked}
-    plan = StepPlan(
-        job=site.job,
-        spec=step,
-        inputs=inputs,
-        shapes=shapes,
-        ranks=_ranks(step, inputs, shapes or stacked, stacked),
-        stacked=stacked,
-        dtype=_DTYPES.get(step.save.dtype) or common_dtype(i.outline.dtype for i in inputs),
-        path=site.output(step),
-    )
-    plan = replace(plan, notes=notes(plan, site.prefix))
-    if shapes and (plan.kept or not step.save.keep_lokr):
-        size = writer.header_size(plan.layout(), plan.draft) + writer.data_size(plan.layout())
-        plan = replace(plan, bytes=size)
-    _check_output(plan, site, place)
-    return plan
+    plan = replace(plan, shapes=shapes, stacked=stacked, is_open=isinstance(step.rank, RankRule) and not chosen)
+    plan = _sized(plan, chosen or {m: stacked.get(m, 0) for m in shapes or stacked})
+    if isinstance(step.rank, RankRule) and step.rank.size_mb and plan.bytes:
+        plan = _fitted(plan, int(step.rank.size_mb * 1e6))
+    return replace(plan, notes=notes(plan))
+
+
+def _sized(plan: StepPlan, most: Mapping[str, int]) -> StepPlan:
+    """With the ranks that were asked for, none above `most`, and the size that follows."""
+    plan = replace(plan, ranks=_ranks(plan.spec, plan.inputs, most))
+    if not plan.shapes or (plan.spec.save.keep_lokr and not plan.kept):
+        return plan
+    return replace(plan, bytes=writer.header_size(plan.layout(), plan.draft) + writer.data_size(plan.layout()))
+
+
+def _fitted(plan: StepPlan, limit: int) -> StepPlan:
+    """With the largest common rank whose file takes at most `limit` bytes. Raises where rank 1 takes more.
+
+    With `uniform: false` the ranks that are found here are bounds: the components are chosen by their singular values.
+    """
+
+    def capped(rank: int) -> StepPlan:
+        return _sized(plan, {m: min(n, rank) for m, n in most.items()})
+
+    most = dict(plan.ranks)
+    if (least := capped(1).bytes) > limit:
+        raise ZitMergeError(f"{plan.place}.rank: a file of rank 1 takes {least / 1e6:.1f} MB: set size_mb to that or more")
+    if not plan.is_open or plan.bytes <= limit:
+        return replace(plan, is_open=False)
+    if not plan.spec.save.uniform:
+        return replace(plan, bytes=limit)
+    best = bisect_right(range(1, plan.rank + 1), limit, key=lambda rank: capped(rank).bytes)
+    return replace(capped(best), is_open=False)
 
 
 def _check_rank(step: Step, inputs: Sequence[Input], known: bool, place: str) -> None:
@@ -271,10 +314,13 @@ def _check_rank(step: Step, inputs: Sequence[Input], known: bool, place: str) ->
         )
 
 
-def _ranks(step: Step, inputs: Sequence[Input], modules: Iterable[str], stacked: Mapping[str, int]) -> dict[str, int]:
+def _ranks(step: Step, inputs: Sequence[Input], most: Mapping[str, int]) -> dict[str, int]:
     """The rank of every module written: what was asked for, as far as the inputs hold it."""
-    most = {"exact": None, "same": max((i.outline.rank for i in inputs), default=1)}.get(step.rank, step.rank)
-    ranks = {m: max(1, min(n for n in (most, stacked.get(m, 0)) if n is not None)) for m in modules}
+    if isinstance(step.rank, RankRule):
+        asked = step.rank.max
+    else:
+        asked = {"exact": None, "same": max((i.outline.rank for i in inputs), default=1)}.get(step.rank, step.rank)
+    ranks = {m: max(1, n if asked is None else min(n, asked)) for m, n in most.items()}
     largest = max(ranks.values(), default=1)
     if step.save.uniform:
         return dict.fromkeys(ranks, largest)
@@ -370,75 +416,3 @@ def _check_table(spec: Lora, table: Mapping[str, float], place: str) -> None:
             f"{place}.strengths: the table does not follow from ratio, blocks, layers, effects and overrides: "
             "drop it if you changed them; else another version of zit_merge made this recipe"
         )
-
-
-def _check_output(plan: StepPlan, site: Site, place: str) -> None:
-    if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
-        raise ZitMergeError(
-            f"{place}.name: {plan.path.name[:60]}... is too long for a file name: shorten the step's or the job's name"
-        )
-    if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
-        raise ZitMergeError(
-            f"{place}: {plan.path.name} would take {plan.bytes / 1e9:.1f} GB at rank {plan.rank}: set rank: 64, "
-            + ("save: {keep_lokr: true} to keep it a LoKr, " if _could_stay(plan) else "")
-            + "or confirm_size: true if you want it so"
-        )
-    if plan.spec.copy_to:
-        if not plan.spec.keep:
-            raise ZitMergeError(
-                f"{place}.copy_to: the step is not kept (keep: false), so there is nothing to copy: drop one of the two"
-            )
-        folder = user_path(plan.spec.copy_to, f"{place}.copy_to")
-        if site.training and site.training.claims(folder / plan.path.name):
-            raise ZitMergeError(
-                f"{place}.copy_to: AI-Toolkit would take the copy for a checkpoint of {plan.job}: give another folder"
-            )
-        if not folder.is_dir():
-            raise ZitMergeError(f"{place}.copy_to: {folder} is not a folder: make it or mend the path")
-        check_writable(folder, f"{place}.copy_to")
-    for target in plan.targets():
-        for i in plan.inputs:
-            if i.path.exists() and target.exists() and i.path.samefile(target):
-                raise ZitMergeError(f"{place}: {target} is both an input and the output: give the step another name")
-        _check_ours(target, plan, place)
-
-
-def _could_stay(plan: StepPlan) -> bool:
-    """Whether keep_lokr would do for this step."""
-    only = plan.inputs[0] if len(plan.inputs) == 1 and plan.spec.rank == "exact" else None
-    return bool(only and "LoKr" in only.outline.algorithms and (not only.lora or not lokr.why_not(only.lora)))
-
-
-def _check_ours(target: Path, plan: StepPlan, place: str) -> None:
-    """A file that this step of this job wrote may be replaced, any other may not."""
-    if not os.path.lexists(target):
-        return
-    try:
-        wrote = made_by(load_lora(target).metadata) if target.is_file() else None
-    except ZitMergeError:
-        wrote = None
-    if wrote != (plan.job, plan.name):
-        raise ZitMergeError(
-            f"{place}: {target} exists and was not written by this step of this job: move it away, or give the step another name"
-        )
-
-
-def _check_room(plans: Sequence[StepPlan], site: Site) -> None:
-    """Folders that can be written, and space for everything that will be."""
-    check_writable(site.output_dir, site.at("output_dir"))
-    disks: dict[int, tuple[str, Path, int]] = {}
-    for plan in plans:
-        for i, path in enumerate(plan.targets() or [plan.lies_at]):
-            place = site.at("copy_to" if i else "output_dir")
-            parent = check_writable(path.parent, place)
-            disk = parent.stat().st_dev
-            first, where, needed = disks.get(disk, (place, parent, 0))
-            replaced = path.stat().st_size if path.is_file() else 0
-            disks[disk] = first, where, needed + max(0, plan.bytes - replaced)
-    for place, parent, needed in disks.values():
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise ZitMergeError(
-                f"{place}: the outputs need {needed / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB free: "
-                "free some, or set a smaller rank or another folder"
-            )

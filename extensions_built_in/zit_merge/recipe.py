@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import __version__
-from .config import PROCESS_TYPE, Save
+from .algebra.methods import METHODS
+from .config import PROCESS_TYPE, RankRule, Save, Step
 from .jobfile import Loader
 from .weights import compact
 
@@ -40,7 +41,8 @@ def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[s
     spec = plan.spec
     step: dict[str, Any] = {"name": spec.name}
     step |= {"keep": False} if feeds else {"file": plan.path.name}
-    step |= {"method": spec.method, "rank": spec.rank, "save": _save(spec.save)}
+    step |= {"method": spec.method, **_params(spec)}
+    step |= {"rank": spec.rank.record() if isinstance(spec.rank, RankRule) else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
         step["shapes"] = spec.shapes
     if spec.allow_unmatched:
@@ -49,6 +51,12 @@ def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[s
         step["confirm_size"] = True
     step["loras"] = [_input(i, hashes) for i in plan.inputs]
     steps[spec.name] = step
+
+
+def _params(spec: Step) -> dict[str, Any]:
+    """Every parameter of the method, those left at their defaults too: seeds above all."""
+    defaults = {name: p.default for name, p in METHODS[spec.method].parameters.items()}
+    return {"params": defaults | spec.params} if defaults else {}
 
 
 def _save(save: Save) -> dict[str, Any]:

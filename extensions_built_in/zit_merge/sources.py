@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import hub
-from .config import PICKLES, TRAINED, Lora, Section, Step
+from .algebra.ema import gamma_of, profile
+from .config import PICKLES, TRAINED, Checkpoints, Lora, Section, Step
 from .errors import ZitMergeError, nearest
 from .formats.reader import tensor_hash
 from .jobfile import Job
 from .training import Training, training_before
+
+SIGMA_REL = 0.1  # of a checkpoints step that says nothing: the paper's wider example, about the last third of the training
 
 # The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.
 _PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
@@ -115,6 +118,41 @@ def user_path(text: str | Path, place: str) -> Path:
         reason = e.strerror if isinstance(e, OSError) else e
         raise ZitMergeError(f"{place}: {str(text)[:80]!r} is no path that this system can have ({reason}): mend it") from e
     return path
+
+
+def checkpoint_loras(asked: Checkpoints, site: Site, place: str, before_training: bool) -> list[Lora]:
+    """The checkpoints of an average as LoRAs whose ratios sum to 1, by training step, the oldest first.
+
+    Args:
+        asked: Which ones and how to weigh them.
+        site: Where the section runs.
+        place: Of `checkpoints`.
+        before_training: Those that the training will leave, as its config says; else those that are there.
+
+    Raises:
+        ZitMergeError: There are fewer than asked for.
+    """
+    training = site.training
+    if training is None:
+        raise ZitMergeError(f"{place}: needs a training process before this section in the job, whose saves can be averaged")
+    steps = training.kept() if before_training else training.saved()
+    if training.steps not in steps:
+        there = ", ".join(training.files()) or "no .safetensors file"
+        raise ZitMergeError(f"{place}: {training.file()} is not there, the folder holds {there}: finish the training first")
+    count = asked.last or (len(asked.weights) if asked.weights else len(steps))
+    if count > len(steps):
+        reason = training.how_kept() if before_training else f"{training.folder} holds those of {', '.join(map(str, steps))}"
+        there = "will be" if before_training else "are"
+        raise ZitMergeError(
+            f"{place}: {count} checkpoints are asked for, {len(steps)} {there} there ({reason}; the last one is the final file): "
+            f"set last: {len(steps)}, or let the training keep more"
+        )
+    steps = steps[-count:]
+    if asked.weights:
+        shares = [w / sum(asked.weights) for w in asked.weights]
+    else:
+        shares = profile(steps, gamma_of(asked.sigma_rel or SIGMA_REL) if asked.gamma is None else asked.gamma)
+    return [Lora(lora=f"{TRAINED}@{step}", ratio=share) for step, share in zip(steps, shares, strict=True)]
 
 
 def trained_step(source: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -101,17 +102,28 @@ class Training:
             return self.folder / f"{self.job}.safetensors"
         return self.folder / f"{self.job}_{step:09d}.safetensors"
 
-    def check_step(self, step: int, place: str) -> None:
-        """Raises unless the training will have kept a checkpoint of this step."""
+    def kept(self) -> list[int]:
+        """The steps whose checkpoints it will have kept, the final file's as the last."""
         every, keep = self._whole("save.save_every", 1000, 0), self._whole("save.max_step_saves_to_keep", 5, 0)  # SaveConfig
         # No step file for the last step, none at all for 0; clean_up_saves keeps the newest, all of them for 0.
-        saved = list(range(every, self.steps, every))[-keep:] if every else []
-        if step != self.steps and step not in saved:
-            kept = ", ".join(map(str, (*saved, self.steps)))
-            raise ZitMergeError(
-                f"{place}: {self.place} will not keep a checkpoint of step {step}: steps {self.steps}, save_every {every} and "
-                f"max_step_saves_to_keep {keep} leave {kept}"
-            )
+        return [*(list(range(every, self.steps, every))[-keep:] if every else []), self.steps]
+
+    def how_kept(self) -> str:
+        """What leads to `kept`, in words."""
+        every, keep = self._whole("save.save_every", 1000, 0), self._whole("save.max_step_saves_to_keep", 5, 0)
+        kept = ", ".join(map(str, self.kept()))
+        return f"steps {self.steps}, save_every {every} and max_step_saves_to_keep {keep} leave {kept}"
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints that lie in its folder, by their names; the final file is the last."""
+        pattern = re.compile(re.escape(self.job) + r"_(\d{9})\.safetensors")
+        found = {int(match[1]) for name in self.files() if (match := pattern.fullmatch(name))}
+        return [*sorted(step for step in found if step < self.steps), *([self.steps] if self.file().is_file() else [])]
+
+    def check_step(self, step: int, place: str) -> None:
+        """Raises unless the training will have kept a checkpoint of this step."""
+        if step not in self.kept():
+            raise ZitMergeError(f"{place}: {self.place} will not keep a checkpoint of step {step}: {self.how_kept()}")
 
     def check_arch(self, archs: Collection[str] | None = None) -> None:
         """Raises unless it trains Z-Image.

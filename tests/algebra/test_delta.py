@@ -188,7 +188,7 @@ def test_the_sum_of_any_two_forms(names):
     if any(isinstance(p, Sum) for p in parts):
         found = Sum(tuple(q for p in parts for q in (p.parts if isinstance(p, Sum) else (p,))))
     else:
-        found = linear.sum(parts)
+        found = linear.add(parts)
     assert found.shape == (24, 30)
     assert found.rank == sum(p.rank for p in parts)
     assert float((dense(found) - wanted).norm()) <= 1e-12 * size
@@ -202,11 +202,11 @@ def test_the_sum_of_any_two_forms(names):
 
 def test_a_lokr_alone_stays_a_lokr_in_a_sum_and_loras_are_stacked_beside_it():
     x = FORMS["kron 4x5 6x6"]
-    assert linear.sum([x]) is x
-    both = linear.sum([FORMS["factors"], x, FORMS["LoHa"]])
+    assert linear.add([x]) is x
+    both = linear.add([FORMS["factors"], x, FORMS["LoHa"]])
     assert isinstance(both, Sum)
     assert sorted(type(p).__name__ for p in both.parts) == ["Factors", "Kron"]
-    assert isinstance(linear.sum([FORMS["factors"], FORMS["LoHa"]]), Factors)
+    assert isinstance(linear.add([FORMS["factors"], FORMS["LoHa"]]), Factors)
 
 
 @pytest.mark.parametrize("name", FORMS)

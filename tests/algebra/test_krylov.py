@@ -53,7 +53,7 @@ def check_triplets(x, rank, triplets, excess=EXCESS):
 
 def check(x, rank):
     """By the road that truncate takes, by Krylov, and what truncate itself gives in float32."""
-    check_triplets(x, rank, module._svd(x.map(torch.Tensor.double), rank))
+    check_triplets(x, rank, module.svd(x.map(torch.Tensor.double), rank))
     check_triplets(x, rank, leading(x.map(torch.Tensor.double), rank))
     kept, delta = truncate(x, rank), dense(x)
     assert kept.up.dtype == kept.down.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_any_mix_of_forms_and_ranks(sides, parts, rank, seed):
 def test_transposing_changes_nothing(name):
     x = FORMS[name]
     # against the best one, since equal singular values leave a choice of vectors
-    check_triplets(x.T, 3, module._svd(x.T.map(torch.Tensor.double), 3))
+    check_triplets(x.T, 3, module.svd(x.T.map(torch.Tensor.double), 3))
     one, two = truncate(x, 3), truncate(x.T, 3)
     assert one.rank == two.rank
     delta = dense(x)
@@ -252,7 +252,7 @@ def test_spectra_without_a_gap(name, rank, monkeypatch):
     called = []
     monkeypatch.setattr(module, "leading", lambda x, rank: called.append(rank) or leading(x, rank))
     x = whole(SPECTRA[name](513, 520))
-    triplets = module._svd(x, rank)
+    triplets = module.svd(x, rank)
     assert called == [rank]
     check_triplets(x, rank, triplets)
 
@@ -262,6 +262,6 @@ def test_a_lokr_with_a_lora_at_the_size_where_krylov_begins(out, into, monkeypat
     called = []
     monkeypatch.setattr(module, "leading", lambda x, rank: called.append(rank) or leading(x, rank))
     x = Sum((kron(out[0], into[0], out[1], into[1], 20, 26, 0), draw(out[0] * out[1], into[0] * into[1], 16, 2, size=3.0)))
-    triplets = module._svd(x.map(torch.Tensor.double), 32)
+    triplets = module.svd(x.map(torch.Tensor.double), 32)
     assert called == [32]
     check_triplets(x, 32, triplets)

@@ -1,10 +1,56 @@
-"""The merge methods by the names they have in a config. A method's keyword arguments are its parameters."""
+"""The merge methods by the names they have in a config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from . import linear
-from .delta import Delta
+from . import linear, sparse, subspace
+from .parameters import PER, Parameter, parameters_of
 
-METHODS: Mapping[str, Callable[..., Delta]] = {"sum": linear.sum}
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge.
+
+    Attributes:
+        function: (gram, weights, **parameters) -> coefficients of a linear method, (deltas, **parameters) -> delta of any other.
+        is_linear: Which of the two it is.
+        per: Of a linear method: over what its Gram matrix is taken unless the parameter `per` says otherwise; empty where the
+            ratios are all that it needs.
+        is_mean: Only the proportions of the ratios count.
+        is_spherical: A mean that takes no negative ratios.
+        takes: How many LoRAs it takes; None is any number.
+    """
+
+    function: Callable[..., Any]
+    is_linear: bool = True
+    per: str = ""
+    is_mean: bool = False
+    is_spherical: bool = False
+    takes: int | None = None
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """By name, from the signature."""
+        per = {PER.name: replace(PER, default=self.per)} if self.per else {}
+        return per | parameters_of(self.function)
+
+
+METHODS: Mapping[str, Method] = {
+    "sum": Method(linear.sum),
+    "average": Method(linear.average, is_mean=True),
+    "normalize": Method(linear.normalize, per="file"),
+    "slerp": Method(linear.slerp, per="module", is_mean=True, is_spherical=True, takes=2),
+    "nuslerp": Method(linear.nuslerp, per="module", is_mean=True, is_spherical=True, takes=2),
+    "karcher": Method(linear.karcher, per="module", is_mean=True, is_spherical=True),
+    "ties": Method(sparse.ties, is_linear=False),
+    "dare_linear": Method(sparse.dare_linear, is_linear=False),
+    "dare_ties": Method(sparse.dare_ties, is_linear=False),
+    "della": Method(sparse.della, is_linear=False),
+    "tsv": Method(subspace.tsv, is_linear=False),
+    "project": Method(subspace.project, is_linear=False, takes=2),
+    "shared_once": Method(subspace.shared_once, is_linear=False),
+}

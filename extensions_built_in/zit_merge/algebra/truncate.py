@@ -37,7 +37,7 @@ def truncate(x: Delta, rank: int) -> Factors:
         up: (out, p), down: (p, in) in float32 with p = min(rank, numerical rank of x), at least 1: each component carries the
         square root of its singular value on either side.
     """
-    left, sigma, right = _svd(x.map(wide), rank)
+    left, sigma, right = svd(x.map(wide), rank)
     root = sigma.sqrt()
     return Factors((left * root).float(), (root[:, None] * right).float())
 
@@ -50,21 +50,28 @@ def singular_values(x: Delta) -> Tensor:
     return _spectrum(_fold(x.expand()))
 
 
-def _svd(x: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, p), (p,), (p, in): the leading singular triplets."""
+def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a change in float64.
+
+    Args:
+        x: (out, in).
+        rank: How many; None is all that are not zero.
+
+    Returns:
+        (out, p), (p,), (p, in) with p = min(rank, numerical rank of x), at least 1.
+    """
+    rank = min(rank or x.rank, x.rank, *x.shape)
     if isinstance(x, Kron):
         return _kron_svd(x, rank)
-    short = min(x.shape)
-    if x.rank <= max(_THIN * rank, _SMALL) or short <= max(_THIN * rank, _SMALL):
-        return _core_svd(_fold(x.expand()), rank)
-    return leading(x, rank)
+    thin = max(_THIN * rank, _SMALL)
+    return _core_svd(_fold(x.expand()), rank) if min(x.rank, *x.shape) <= thin else leading(x, rank)
 
 
 def _core_svd(x: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Through the core S T' of the balanced factors."""
-    up, down = _balance(x)
-    unroot_up, root_up = _roots(up.T @ up)
-    unroot_down, root_down = _roots(down @ down.T)
+    up, down = balance(x)
+    unroot_up, root_up = roots(up.T @ up)
+    unroot_down, root_down = roots(down @ down.T)
     left, sigma, right = torch.linalg.svd(root_up @ root_down.T, full_matrices=False)
     return up @ (unroot_up @ left[:, :rank]), sigma[:rank], (right[:rank] @ unroot_down.T) @ down
 
@@ -89,8 +96,8 @@ def _small_svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _spectrum(x: Factors) -> Tensor:
-    up, down = _balance(_fold(x))
-    return torch.linalg.svdvals(_roots(up.T @ up)[1] @ _roots(down @ down.T)[1].T)
+    up, down = balance(_fold(x))
+    return torch.linalg.svdvals(roots(up.T @ up)[1] @ roots(down @ down.T)[1].T)
 
 
 def _fold(x: Factors) -> Factors:
@@ -102,10 +109,10 @@ def _fold(x: Factors) -> Factors:
     return Factors(x.up @ x.down, eye) if into <= out else Factors(eye, x.up @ x.down)
 
 
-def _balance(x: Factors) -> Factors:
+def balance(x: Factors) -> Factors:
     """The same delta with |up[:, k]| = |down[k]| for each component, zero components dropped (one is always kept).
 
-    A lopsided pair, B times 1e6 with A over 1e6, would otherwise drown its neighbours under the relative cut-off of `_roots`.
+    A lopsided pair, B times 1e6 with A over 1e6, would otherwise drown its neighbours under the relative cut-off of `roots`.
     """
     ups, downs = x.up.norm(dim=0), x.down.norm(dim=1)
     alive = (ups > 0) & (downs > 0)
@@ -115,7 +122,7 @@ def _balance(x: Factors) -> Factors:
     return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
 
 
-def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     """For a Gram matrix G = F'F (R, R): (U, S) with F U orthonormal and F = (F U) S; U is (R, p), S is (p, R).
 
     p leaves out the directions whose eigenvalue is rounding error of the largest one. One direction is always kept.

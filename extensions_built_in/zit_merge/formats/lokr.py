@@ -8,13 +8,13 @@ without. The strength goes into the smaller factor, w1. Pairs of a mixed file st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Kron
-from ..algebra.factors import Factors, single
+from ..algebra.delta import Delta, Kron
+from ..algebra.factors import Factors, single, whole
 from .header import Change
 from .reader import LoraFile, TensorReader
 from .writer import FORMS, Layout
@@ -49,19 +49,30 @@ def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
     return alphas | entries
 
 
-def tensors(
-    lora: LoraFile, reader: TensorReader, module: str, strength: float, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor in `dtype`) of one module in the order of the layout, without alpha."""
-    change = lora.changes[module][0]
+def weighed(change: Change, reader: TensorReader, strength: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Part -> tensor in `dtype` of one module, in the order of the layout, without alpha."""
     delta = reader.change(change).times(strength * change.scale)
     parts = (
         _lokr_parts(_level(delta) if dtype == torch.float16 else delta)
         if isinstance(delta, Kron)
         else {"up": delta.up, "down": delta.down}
     )
-    for part in change.sizes:
-        yield f"{_FORM.prefix}{module}{_suffix(part)}", parts[part].to(dtype)
+    return {part: parts[part].to(dtype) for part in change.sizes}
+
+
+def tensors(module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of one module as the file has them."""
+    for part, tensor in parts.items():
+        yield f"{_FORM.prefix}{module}{_suffix(part)}", tensor
+
+
+def delta(parts: Mapping[str, Tensor]) -> Delta:
+    """The change that the parts make, whose scale is 1."""
+    if "up" in parts:
+        return Factors(parts["up"], parts["down"])
+    return Kron(
+        *(whole(parts[name]) if name in parts else Factors(parts[f"{name}_a"], parts[f"{name}_b"]) for name in ("w1", "w2"))
+    )
 
 
 def alpha(change: Change) -> float:
@@ -72,8 +83,8 @@ def alpha(change: Change) -> float:
 def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
     parts = {}
     for name, factor in zip(("w1", "w2"), delta, strict=True):
-        whole: Factors = factor.map(single)
-        parts |= {name: whole.up @ whole.down, f"{name}_a": factor.up, f"{name}_b": factor.down}
+        wide: Factors = factor.map(single)
+        parts |= {name: wide.up @ wide.down, f"{name}_a": factor.up, f"{name}_b": factor.down}
     return parts
 
 

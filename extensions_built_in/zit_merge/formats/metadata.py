@@ -12,6 +12,8 @@ from dataclasses import dataclass
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
 
+OF_RANKS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")  # what follows from the ranks
+
 ARCHITECTURE = "Z-Image/lora"  # what musubi and OneTrainer write; SwarmUI compares without regard to case
 
 

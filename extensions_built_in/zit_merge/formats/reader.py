@@ -148,7 +148,7 @@ class TensorReader:
         changes = self._lora.changes[module]
         if len(changes) == 1:
             return changes[0].scale, self.change(changes[0])
-        return 1.0, linear.sum([self.change(c).times(c.scale) for c in changes])
+        return 1.0, linear.add([self.change(c).times(c.scale) for c in changes])
 
     def change(self, change: Change) -> Factors | Kron:
         """One change as stored, without its scale."""

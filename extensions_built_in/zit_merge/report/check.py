@@ -23,7 +23,7 @@ def wanted(plan: StepPlan) -> Iterator[tuple[str, Delta | None]]:
                 if i.counts(module):
                     scale, stored = reader.delta(module)
                     parts.append(stored.map(wide).times(i.strengths[module] * scale))
-            yield module, linear.sum(parts) if parts else None
+            yield module, linear.add(parts) if parts else None
 
 
 def residuals(plan: StepPlan, path: Path) -> dict[str, float]:

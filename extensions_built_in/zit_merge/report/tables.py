@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from inspect import signature
-from pathlib import Path
 
 import yaml
 
 from .. import zimage
 from ..algebra.methods import METHODS
+from ..algebra.parameters import paragraphs
+from ..audit import Verdict
+from ..config import RankRule
+from ..execute import Done
 from ..plan import DTYPE_NAMES, Input, StepPlan
 from ..presets import origin_of, presets
 from ..training import Outline
@@ -130,25 +133,76 @@ def span(values: Collection[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def done_text(plan: StepPlan, path: Path, made: bool = True) -> str:
-    """One line for a file that was written, or that was there already."""
-    if not made:
+def done_text(done: Done) -> str:
+    """A file that was written, and what its check found; or one that was there already."""
+    plan, path = done.plan, done.path
+    if not done.made:
         return f"kept {path} (made before by the same recipe)"
-    if not plan.spec.keep:
-        return f"{plan.name}: merged for later steps ({_written(plan)})"
-    size = path.stat().st_size / 1e6
-    copied = f", copied to {plan.spec.copy_to}" if plan.spec.copy_to else ""
-    return f"wrote {path} ({_written(plan)}, {size:,.1f} MB){copied}"
+    if plan.spec.keep:
+        copied = f", copied to {plan.spec.copy_to}" if plan.spec.copy_to else ""
+        lines = [f"wrote {path} ({_written(plan)}, {path.stat().st_size / 1e6:,.1f} MB){copied}"]
+    else:
+        lines = [f"{plan.name}: merged for later steps ({_written(plan)})"]
+    if done.verdict:
+        lines += textwrap.wrap(check_line(done), 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    if isinstance(plan.spec.rank, RankRule) and not plan.spec.save.uniform:
+        lines += ["", "  rank", *(f"  {line}" for line in value_table({m: str(r) for m, r in plan.ranks.items()}))]
+    return "\n".join(lines)
+
+
+def check_line(done: Done) -> str:
+    """Asked against got, in one line."""
+    plan, verdict = done.plan, done.verdict
+    if verdict.error > 0.05 and verdict.kept < 0.9975 and not _cuts(plan):
+        found = f"off by {verdict.error:.1%}: the inputs nearly cancel and {DTYPE_NAMES[plan.dtype]} can't hold the rest"
+        return f"check: {found}; save it as fp32"
+    words = [f"check: {strengths_line([i.label for i in plan.inputs], verdict)}"] if not plan.spec.checkpoints else ["check: ok"]
+    if _cuts(plan):
+        module, error = verdict.worst
+        words.append(f"{_percent(verdict.kept)} of the energy kept, at least {_percent(1 - error**2)} ({module})")
+    else:
+        words.append(f"off by {verdict.error:.1%}, rounding to {DTYPE_NAMES[plan.dtype]}")
+    return "; ".join(words)
+
+
+def strengths_line(labels: Sequence[str], verdict: Verdict) -> str:
+    """`0.9 of a, got 0.900`, for each input."""
+    pairs = [
+        f"{label.removesuffix('.safetensors')} {'nothing' if a is None else f'{a:.3g} asked, {g:.3g} got'}"
+        for label, a, g in zip(labels, verdict.asked, verdict.got, strict=True)
+    ]
+    if verdict.alike:
+        return f"{len(labels)} inputs too alike to tell their strengths apart"
+    return ", ".join(pairs)
+
+
+def _cuts(plan: StepPlan) -> bool:
+    return plan.rank < max([0, *plan.stacked.values()])
+
+
+def _percent(share: float) -> str:
+    """Not 100 % unless it is."""
+    return f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def methods_text() -> str:
-    """The merge methods with their parameters and what they do, from their signatures."""
+    """The merge methods, from their docstrings and signatures: what they do, where they come from, their parameters."""
     lines = []
     for name, method in METHODS.items():
-        parameters = list(signature(method).parameters.values())[1:]
-        shown = ", ".join(f"{p.name}={p.default}" for p in parameters) or "no parameters"
-        lines += [f"{name}  ({shown})", f"    {(method.__doc__ or '').splitlines()[0]}"]
+        parts = paragraphs(method.function.__doc__ or "")
+        lines += [*([""] if lines else []), *textwrap.wrap(f"{name}: {parts['']}", 78, subsequent_indent="    ")]
+        for title in ("Formula", "Source", "Use"):
+            lines += _hanging(f"{title.lower():<9}{' '.join(parts[title].split())}", 13)
+        if method.takes:
+            lines += _hanging(f"{'takes':<9}exactly {method.takes} LoRAs", 13)
+        for p in method.parameters.values():
+            allowed = " or ".join(p.choices) if p.choices else str(p.within or "")
+            lines += _hanging(f"{p.name}: {p.default}{', ' * bool(allowed)}{allowed}. {p.text}", 8)
     return "\n".join(lines)
+
+
+def _hanging(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 78, initial_indent="    ", subsequent_indent=" " * indent, break_long_words=False)
 
 
 def presets_text() -> str:

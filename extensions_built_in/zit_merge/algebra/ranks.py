@@ -1,0 +1,71 @@
+"""How many components each module of a file keeps, from the singular values of all of them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Spectra = Mapping[str, Tensor]  # module -> singular values, largest first
+
+
+def common_rank(spectra: Spectra, energy: float) -> int:
+    """The smallest rank that keeps a share of the energy if every module gets it.
+
+    Args:
+        spectra: Module -> singular values.
+        energy: Share of the sum of all squared singular values, above 0 and at most 1.
+    """
+    longest = max(len(sigma) for sigma in spectra.values())
+    by_place = torch.zeros(longest, dtype=torch.float64)  # the energy of all first, all second, ... components
+    for sigma in spectra.values():
+        by_place[: len(sigma)] += sigma.cpu() ** 2
+    return _reaching(by_place, energy)
+
+
+def ranks_of_energy(spectra: Spectra, costs: Mapping[str, int], energy: float) -> dict[str, int]:
+    """The ranks that keep a share of the energy in the smallest file, every module at least one component.
+
+    Args:
+        spectra: Module -> singular values.
+        costs: Module -> what one component takes.
+        energy: Share of the sum of all squared singular values.
+    """
+    modules, order = _by_worth(spectra, costs)
+    values = torch.cat([sigma.cpu() for sigma in spectra.values()])[order] ** 2
+    return _counted(modules[order][: _reaching(values, energy)], spectra)
+
+
+def ranks_that_fit(spectra: Spectra, costs: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int]:
+    """The ranks that keep the most energy in a file that still fits, every module at least one component.
+
+    Args:
+        spectra: Module -> singular values.
+        costs: Module -> what one component takes.
+        fits: Whether a file of such ranks fits.
+    """
+    modules, order = _by_worth(spectra, costs)
+    ranked = modules[order]
+    kept = bisect_left(range(len(ranked) + 1), True, key=lambda n: not fits(_counted(ranked[:n], spectra))) - 1
+    return _counted(ranked[: max(kept, 0)], spectra)
+
+
+def _by_worth(spectra: Spectra, costs: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """(number of its module for each component, the components' order by energy for what they take, best first)."""
+    modules = torch.cat([torch.full((len(sigma),), i) for i, sigma in enumerate(spectra.values())])
+    worth = torch.cat([sigma.cpu() ** 2 / costs[name] for name, sigma in spectra.items()])
+    return modules, worth.argsort(descending=True, stable=True)
+
+
+def _counted(modules: Tensor, spectra: Spectra) -> dict[str, int]:
+    counts = torch.bincount(modules, minlength=len(spectra)).tolist()
+    return {name: max(1, count) for name, count in zip(spectra, counts, strict=True)}
+
+
+def _reaching(energies: Tensor, share: float) -> int:
+    """How many of the energies, from the first, hold a share of their sum; at least one."""
+    sums = energies.cumsum(0)
+    enough = sums >= share * sums[-1] * (1 - 1e-12)  # a share of 1 must not fail by rounding
+    return int(enough.int().argmax()) + 1

@@ -1,0 +1,191 @@
+"""Asked against got: what a file holds, compared with what it should.
+
+While a module is written, the inner products of its inputs' deltas, of what was wanted and of what was written are taken, and
+summed over the file. From them follow
+
+    error      |written - wanted| / |wanted|, of the file and of its worst module
+    kept       what share of the wanted energy is in the file, 1 - error^2
+    strengths  the least-squares strengths of the inputs in the file, beside those in what was wanted
+
+For a linear method, what was wanted is the sum of strength times delta, apart from the code that merges; for any other method
+it is the method's answer, before truncation and rounding. A module whose error is more than rounding, or more than the
+truncation that was asked for, stops the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .algebra.delta import Delta, gram, norm
+from .algebra.factors import Factors
+from .errors import ZitMergeError
+from .formats.metadata import dumps
+
+CHECK_KEY = "zit_merge.check"
+ALIKE = 1e-3  # smallest eigenvalue of the cosines below which two strengths can't be told apart: cos 0.999 for two LoRAs
+_SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
+# Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
+_SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
+_FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        error: |written - wanted| / |wanted| over the file; |written| where nothing was wanted.
+        kept: Share of the wanted energy.
+        asked: Least-squares strength of each input in what was wanted; None for one without any change.
+        got: The same in what was written.
+        alike: The inputs are too alike for their strengths to be told apart.
+        worst: (module, error) where it is largest.
+    """
+
+    error: float
+    kept: float
+    asked: tuple[float | None, ...]
+    got: tuple[float | None, ...]
+    alike: bool = False
+    worst: tuple[str, float] = ("", 0.0)
+
+    def metadata(self) -> dict[str, str]:
+        """For the file."""
+        numbers = {"error": _short(self.error), "kept": _short(self.kept, 6)}
+        lists = {key: [None if v is None else _short(v) for v in getattr(self, key)] for key in ("asked", "got")}
+        return {CHECK_KEY: dumps(numbers | lists)}
+
+
+def placeholder(inputs: int) -> dict[str, str]:
+    """Metadata at least as long as those of any verdict."""
+    longest = -1.2345e-100
+    return Verdict(longest, longest, (longest,) * inputs, (longest,) * inputs).metadata()
+
+
+def _short(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+@dataclass
+class Audit:
+    """Sums up the checks of one file.
+
+    Attributes:
+        ratios: Of every input; a strength is counted in the delta with its blocks, layers and effects but without its ratio.
+        dtype: Of the file.
+        truncated: Whether a rank was asked for that may cut.
+    """
+
+    ratios: Sequence[float]
+    dtype: torch.dtype
+    truncated: bool
+    _gram: Tensor = field(init=False)
+    _with_wanted: Tensor = field(init=False)
+    _with_written: Tensor = field(init=False)
+    _wanted: float = 0.0
+    _missed: float = 0.0
+    _worst: tuple[str, float] = ("", 0.0)
+
+    def __post_init__(self) -> None:
+        count = len(self.ratios)
+        self._gram = torch.zeros(count, count, dtype=torch.float64)
+        self._with_wanted, self._with_written = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+
+    def add(
+        self,
+        module: str,
+        deltas: Mapping[int, Delta],
+        factors: Mapping[int, float] | None,
+        merged: Delta | None,
+        written: Delta,
+    ) -> None:
+        """Checks one module.
+
+        Args:
+            module: Its name.
+            deltas: Input -> its change, strength included.
+            factors: Input -> what a linear method multiplies it with; None for any other method.
+            merged: The method's answer, before truncation and rounding; None where nothing was wanted.
+            written: As the file holds it, in its dtype.
+
+        Raises:
+            ZitMergeError: What was written is not what was wanted.
+        """
+        if merged is None:
+            return
+        numbers = list(deltas)
+        sums = _SUMS[self.dtype] if isinstance(merged, Factors) else torch.float64
+        found = gram([*deltas.values(), *([] if factors else [merged]), written.map(lambda t: t.to(merged.device))], sums)
+        want = torch.zeros(len(found), dtype=torch.float64)
+        want[: len(numbers)] = torch.tensor([factors[n] for n in numbers], dtype=torch.float64) if factors else 0.0
+        want[-2] += 0.0 if factors else 1.0
+        wanted, crossed, got = float(want @ found @ want), float(want @ found[-1]), float(found[-1, -1])
+        missed = max(wanted - 2 * crossed + got, 0.0)
+        rounding = torch.finfo(self.dtype).eps / 2 * _size(written)
+        rounding += _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
+        # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
+        beyond = abs(crossed - got) / got**0.5 if self.truncated and got else missed**0.5
+        if beyond > _SLACK * rounding:
+            share = beyond / wanted**0.5 if wanted else math.inf
+            cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
+            raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
+        error = (missed / wanted) ** 0.5 if wanted else 0.0
+        if error > self._worst[1]:
+            self._worst = module, error
+        ratios = torch.tensor([self.ratios[n] for n in numbers], dtype=torch.float64)
+        at, size = torch.tensor(numbers), len(numbers)
+        self._gram[at[:, None], at] += found[:size, :size] / torch.outer(ratios, ratios)
+        self._with_wanted[at] += (found @ want)[:size] / ratios
+        self._with_written[at] += found[:size, -1] / ratios
+        self._wanted += wanted
+        self._missed += missed
+
+    def verdict(self) -> Verdict:
+        """Of the whole file."""
+        error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
+        asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
+        return Verdict(error, 1 - error**2, asked, got, alike(self._gram), self._worst)
+
+
+def least_squares(gram: Tensor, products: Tensor) -> tuple[float | None, ...]:
+    """The strengths x that bring sum_i x_i delta_i nearest to a delta.
+
+    Args:
+        gram: (N, N), <delta_i, delta_j>.
+        products: (N,), <delta_i, delta>.
+
+    Returns:
+        N numbers; None for a delta that is zero. Of deltas that can't be told apart, the smallest numbers that do.
+    """
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    alive = norms > 0
+    found: list[float | None] = [None] * len(norms)
+    if alive.any():
+        cosines = gram[alive][:, alive] / torch.outer(norms[alive], norms[alive])
+        solved = torch.linalg.pinv(cosines, hermitian=True, rtol=1e-9) @ (products[alive] / norms[alive]) / norms[alive]
+        for n, value in zip(alive.nonzero().flatten().tolist(), solved.tolist(), strict=True):
+            found[n] = value
+    return tuple(found)
+
+
+def alike(gram: Tensor) -> bool:
+    """Whether some of the deltas are too alike for their strengths to be told apart."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    alive = norms > 0
+    if int(alive.sum()) < 2:
+        return False
+    cosines = gram[alive][:, alive] / torch.outer(norms[alive], norms[alive])
+    return bool(torch.linalg.eigvalsh(cosines)[0] < ALIKE)
+
+
+def _size(written: Delta) -> float:
+    """What rounding moves a part of: the root of the sum of |up_k|^2 |down_k|^2 over components; of a Kron its norm."""
+    if not isinstance(written, Factors):
+        return norm(written)
+    ups, downs = (torch.linalg.vector_norm(t, dim=d, dtype=torch.float32) for t, d in ((written.up, 0), (written.down, 1)))
+    return float((ups * downs).norm())
