@@ -179,6 +179,15 @@ def test_zero_deltas_have_zero_cores(deltas):
     assert dense(space.back(space.cores[0])).shape == (40, 30)
 
 
+def test_loras_that_are_lopsided_against_each_other_do_not_drown():
+    # stacked as they are, the columns of the one are 1e12 times those of the other
+    deltas = [Factors(A.up * 1e6, A.down / 1e6), Factors(B.up / 1e6, B.down * 1e6)]
+    space = core_space(deltas)
+    assert space.cores.shape == (2, 8, 8)
+    for core, delta in zip(space.cores, (A, B), strict=True):
+        assert error(space.left @ core @ space.right, dense(delta), dense(delta).norm()) < 1e-9
+
+
 def test_a_faint_lora_keeps_its_own_precision():
     faint = B.times(1e-9)
     space = core_space([A, faint])

@@ -324,6 +324,12 @@ def test_opposite_directions_have_no_mean(name, size, ratios):
         merge(name, [A, A.times(-size)], ratios)
 
 
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_an_opposite_one_without_a_ratio_is_no_obstacle(name):
+    found = dense(merge(name, [A, A.times(-3.0)], [0.5, 0.0]))
+    assert error(found, dense(A), dense(A).norm()) < 1e-9
+
+
 def test_slerp_of_opposite_ones_is_their_mean():
     for ratios in ([1.0, 1.0], [0.7, 0.3]):
         found = dense(merge("slerp", [A, A.times(-3.0)], ratios))
