@@ -20,6 +20,9 @@ from ..training import Outline
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, OTHER, SECTIONS
 
+LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
+_SHOWN = 6  # LoRAs in the line of the check
+
 
 def plan_text(plan: StepPlan) -> str:
     """One step as the dry run shows it: what goes in, how strong, what comes out."""
@@ -153,27 +156,38 @@ def done_text(done: Done) -> str:
 def check_line(done: Done) -> str:
     """Asked against got, in one line."""
     plan, verdict = done.plan, done.verdict
-    if verdict.error > 0.05 and verdict.kept < 0.9975 and not _cuts(plan):
-        found = f"off by {verdict.error:.1%}: the inputs nearly cancel and {DTYPE_NAMES[plan.dtype]} can't hold the rest"
-        return f"check: {found}; save it as fp32"
-    words = [f"check: {strengths_line([i.label for i in plan.inputs], verdict)}"] if not plan.spec.checkpoints else ["check: ok"]
+    words = [] if plan.spec.checkpoints else [_strengths_words(plan, verdict)]
     if _cuts(plan):
         module, error = verdict.worst
         words.append(f"{_percent(verdict.kept)} of the energy kept, at least {_percent(1 - error**2)} ({module})")
+        words += [f"{label} is mostly cut away, a larger rank keeps it" for label, a, g in _known(plan, verdict) if g / a < 0.5]
+    elif verdict.error > LARGE:
+        dtype = DTYPE_NAMES[plan.dtype]
+        words.append(f"off by {verdict.error:.1%}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32")
     else:
-        words.append(f"off by {verdict.error:.1%}, rounding to {DTYPE_NAMES[plan.dtype]}")
-    return "; ".join(words)
+        words.append(f"off by {verdict.error:.1g}, rounding to {DTYPE_NAMES[plan.dtype]}")
+    return "check: " + "; ".join(words)
 
 
-def strengths_line(labels: Sequence[str], verdict: Verdict) -> str:
-    """`0.9 of a, got 0.900`, for each input."""
-    pairs = [
-        f"{label.removesuffix('.safetensors')} {'nothing' if a is None else f'{a:.3g} asked, {g:.3g} got'}"
-        for label, a, g in zip(labels, verdict.asked, verdict.got, strict=True)
-    ]
+def _strengths_words(plan: StepPlan, verdict: Verdict) -> str:
+    """`asked 0.9 of a, 0.6 of b, got 0.9, 0.6`."""
     if verdict.alike:
-        return f"{len(labels)} inputs too alike to tell their strengths apart"
-    return ", ".join(pairs)
+        return "the inputs are too alike for their strengths to be told apart"
+    known = [
+        (i.label.removesuffix(".safetensors"), a, g) for i, a, g in zip(plan.inputs, verdict.asked, verdict.got, strict=True)
+    ]
+    known = [entry for entry in known if entry[1] is not None]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    asked = ", ".join(f"{a:.3g} of {label}" for label, a, _ in known[:_SHOWN]) + more
+    if not METHODS[plan.spec.method].is_linear:
+        return f"holds about {asked}"
+    return f"asked {asked}, got {', '.join(f'{g:.3g}' for *_, g in known[:_SHOWN])}"
+
+
+def _known(plan: StepPlan, verdict: Verdict) -> list[tuple[str, float, float]]:
+    """(name, asked, got) of every input whose strength can be told."""
+    found = zip(plan.inputs, verdict.asked, verdict.got, strict=True)
+    return [(i.label.removesuffix(".safetensors"), a, g) for i, a, g in found if a and not verdict.alike]
 
 
 def _cuts(plan: StepPlan) -> bool:
