@@ -24,9 +24,8 @@ from torch import Tensor
 from .algebra.delta import Delta, gram, norm
 from .algebra.factors import Factors
 from .errors import ZitMergeError
-from .formats.metadata import dumps
+from .formats.metadata import CHECK_KEY, dumps
 
-CHECK_KEY = "zit_merge.check"
 ALIKE = 1e-3  # smallest eigenvalue of the cosines below which two strengths can't be told apart: cos 0.999 for two LoRAs
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.

@@ -22,10 +22,10 @@ from .algebra.factors import Factors, is_finite, pad
 from .algebra.methods import METHODS
 from .algebra.rounding import to_dtype
 from .algebra.truncate import singular_values, truncate
-from .audit import CHECK_KEY, Audit, Verdict
+from .audit import Audit, Verdict
 from .errors import ZitMergeError
 from .formats import lokr, writer
-from .formats.metadata import OF_RANKS
+from .formats.metadata import CHECK_KEY, OF_RANKS
 from .formats.reader import TensorReader, load_lora, tensor_hash
 from .merging import Merger
 from .plan import DTYPE_NAMES, Input, StepPlan, settle
@@ -170,17 +170,21 @@ def _write(plan: StepPlan, merger: Merger, out: writer.LoraWriter, audit: Audit,
             out.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
     with _Checker(audit) as checker:
         for stem, modules in units.items():
-            parts = []
-            for module in modules:
-                deltas = merger.deltas(module)
-                merged = merger.merged(module, deltas)
-                parts.append(_finish(merged, plan, module))
-                checker.add(module, deltas, merger.factors(module), merged, parts[-1])
-            whole = writer.fuse(parts)
+            whole = writer.fuse([_module(plan, merger, checker, module) for module in modules])
             out.write(stem + form.down, whole.down)
             out.write(stem + form.up, whole.up)
+            del whole  # it may be a view of an input's mapped file, which a caller's traceback would keep open
             done += len(modules)
             tick(plan, done)
+
+
+def _module(plan: StepPlan, merger: Merger, checker: _Checker, module: str) -> Factors:
+    """One module, merged and handed to the check."""
+    deltas = merger.deltas(module)
+    merged = merger.merged(module, deltas)
+    written = _finish(merged, plan, module)
+    checker.add(module, deltas, merger.factors(module), merged, written)
+    return written
 
 
 class _Checker:

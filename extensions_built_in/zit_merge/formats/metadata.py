@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
+CHECK_KEY = "zit_merge.check"
 
 OF_RANKS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")  # what follows from the ranks
 
@@ -41,6 +42,17 @@ def read_recipe(metadata: Mapping[str, str]) -> dict | None:
     """The recipe that zit_merge left in a file, or None."""
     recipe = _json(metadata.get(RECIPE_KEY))
     return recipe if isinstance(recipe, dict) else None
+
+
+def read_check(metadata: Mapping[str, str]) -> dict | None:
+    """What zit_merge found when it wrote a file, or None where that is absent or not of that form."""
+    found = _json(metadata.get(CHECK_KEY))
+    if not isinstance(found, dict):
+        return None
+    numbers = [found.get("error"), found.get("kept")]
+    lists = [found.get("asked"), found.get("got")]
+    is_whole = all(isinstance(n, int | float) for n in numbers) and all(isinstance(part, list) for part in lists)
+    return found if is_whole and all(v is None or isinstance(v, int | float) for part in lists for v in part) else None
 
 
 def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:

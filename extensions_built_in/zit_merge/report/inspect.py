@@ -16,7 +16,7 @@ from .. import zimage
 from ..algebra.delta import norm
 from ..errors import ZitMergeError
 from ..formats.header import DTYPES, FULL, Change
-from ..formats.metadata import read_recipe, trigger_words
+from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile, TensorReader
 from ..formats.scales import ADAPTER_KEY
 from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, recognise, usual_modules
@@ -61,6 +61,7 @@ def describe(lora: LoraFile, watched: Callable[[LoraFile], Iterable[str]] = iter
         trigger_words: As the metadata name them.
         base_model: As the metadata name it, or null.
         recipe: The recipe of a file that zit_merge wrote, else null.
+        check: What zit_merge found when it wrote the file, {error, kept, asked, got}, else null.
 
     Raises:
         ZitMergeError: The file can't be read any more.
@@ -89,6 +90,7 @@ def describe(lora: LoraFile, watched: Callable[[LoraFile], Iterable[str]] = iter
         "trigger_words": trigger_words(lora.metadata),
         "base_model": lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
         "recipe": read_recipe(lora.metadata),
+        "check": read_check(lora.metadata),
     }
 
 
@@ -339,6 +341,7 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
         "base model": _cut(facts["base_model"] or "not named", _TITLE),
         "trigger words": _words(facts["trigger_words"]),
         "recipe": f"recipe {_middle(facts['file'])} prints it" if facts["recipe"] else "",
+        "check": _check(facts["check"]) if facts["check"] else "",
         "left out": f"{len(facts['skipped'])} keys that no merge takes, {_examples(facts['skipped'])}"
         if facts["skipped"]
         else "",
@@ -388,6 +391,12 @@ def _styles(styles: Sequence[str]) -> str:
     for prefix, _, ending in (style.partition("* ") for style in styles):
         endings[prefix].append(ending)
     return ", ".join(f"{prefix}* {' '.join(own)}" for prefix, own in endings.items())
+
+
+def _check(found: Mapping[str, Any]) -> str:
+    """What the check found when the file was written."""
+    asked, got = (", ".join("-" if v is None else f"{v:g}" for v in found[key]) for key in ("asked", "got"))
+    return f"asked {asked}, got {got} of its inputs; off by {found['error']:.2g}, {found['kept']:.1%} of the energy"
 
 
 def _alpha(facts: Mapping[str, Any]) -> str:
