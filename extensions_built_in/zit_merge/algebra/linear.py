@@ -89,7 +89,7 @@ def slerp(gram: Tensor, weights: Tensor) -> Tensor:
 
     Formula: (sin((1-t) a) delta_1 + sin(t a) delta_2) / sin(a), a the angle between them, t = ratio_2 / (ratio_1 + ratio_2)
     Source: Shoemake 1985; as mergekit's slerp, but dot products below zero are left as they are
-    Use: between two LoRAs of one subject, where the plain mean would lose strength. Parallel ones are averaged.
+    Use: between two LoRAs of one subject, where the plain mean would lose strength. Parallel and opposite ones are averaged.
 
     Raises:
         ValueError: Negative weights, or weights that sum to zero.
@@ -114,7 +114,7 @@ def nuslerp(gram: Tensor, weights: Tensor) -> Tensor:
         ValueError: Negative weights, or weights that sum to zero.
     """
     t, norms = _shares(weights), gram.diagonal().sqrt()
-    if float(norms.min()) == 0:
+    if float(t.min()) == 0 or float(norms.min()) == 0:
         return t
     cosines = gram / torch.outer(norms, norms)
     _refuse_opposite(cosines)

@@ -22,7 +22,8 @@ def tsv(deltas: Sequence[Delta]) -> Delta:
     Formula: U S V' with U = polar([U_1 ... U_N]), V = polar([V_1 ... V_N]), S = diag(S_1 ... S_N), from delta_i = U_i S_i V_i';
         polar(X) = X (X'X)^(-1/2)
     Source: TSV-Merge (Gargiulo et al. 2025, arXiv 2412.00081), all singular vectors kept, which a LoRA affords
-    Use: LoRAs that share directions: what two of them hold in common counts about once. Unrelated ones are summed.
+    Use: LoRAs that share directions: what two of them hold in common counts about once. Unrelated ones are summed. Of two that
+        are nearly one it keeps the difference at full strength: average those.
     """
     if len(deltas) == 1:
         return deltas[0]
@@ -87,7 +88,8 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
     """
     if len(deltas) == 1:
         return deltas[0]
-    space, parts = core_space(deltas), [triplets(d) for d in deltas]
+    space = core_space(deltas)
+    parts = [p for d in deltas if len((p := triplets(d))[1])]  # a zero change holds no direction and is not counted
     left = _common([space.left.T @ u for u, _, _ in parts], tau)
     right = _common([space.right @ v.T for _, _, v in parts], tau)
     shared = left @ space.cores @ right
