@@ -219,6 +219,7 @@ def gives_way(x: Tensor, other: Tensor, mu: float, components: int = 0) -> Tenso
 
 def shared_once(deltas: Sequence[Tensor], tau: float) -> Tensor:
     """Directions that 1 + tau (N - 1) deltas hold count once: merging notes, 4.4, each part weighed by its size."""
+    deltas = [d for d in deltas if float(d.norm())] or list(deltas)
     left = common([triplets(d)[0] for d in deltas], tau)
     right = common([triplets(d)[2] for d in deltas], tau)
     shared = [left @ left.T @ d @ right @ right.T for d in deltas]

@@ -90,6 +90,8 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
         return deltas[0]
     space = core_space(deltas)
     parts = [p for d in deltas if len((p := triplets(d))[1])]  # a zero change holds no direction and is not counted
+    if len(parts) < 2:
+        return add(deltas)
     left = _common([space.left.T @ u for u, _, _ in parts], tau)
     right = _common([space.right @ v.T for _, _, v in parts], tau)
     shared = left @ space.cores @ right
