@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .algebra import ranks
-from .algebra.delta import Delta
+from .algebra.delta import Delta, norm
 from .algebra.factors import Factors, is_finite, pad
 from .algebra.methods import METHODS
 from .algebra.rounding import to_dtype
@@ -147,17 +147,20 @@ def _with_ranks(plan: StepPlan, merger: Merger) -> StepPlan:
     """Settles a rank that follows from the singular values of all modules."""
     if not plan.is_open:
         return plan
-    rule, spectra = plan.spec.rank, {}
+    rule, spectra, total = plan.spec.rank, {}, 0.0
     for module in plan.shapes:
         merged = merger.merged(module, merger.deltas(module))
-        spectra[module] = torch.zeros(1, dtype=torch.float64) if merged is None else singular_values(merged).cpu()
+        spectra[module] = torch.zeros(1, dtype=torch.float64)
+        if merged is not None:
+            spectra[module] = singular_values(merged, plan.ranks[module]).cpu()
+            total += norm(merged) ** 2
     costs = {module: sum(plan.shapes[module]) for module in spectra}
     if rule.size_mb:
         chosen = ranks.ranks_that_fit(spectra, costs, lambda r: settle(plan, r).bytes <= rule.size_mb * 1e6)
     elif plan.spec.save.uniform:
-        chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy))
+        chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy, total))
     else:
-        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy)
+        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy, total)
     return settle(plan, chosen)
 
 

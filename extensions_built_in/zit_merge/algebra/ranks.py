@@ -11,31 +11,33 @@ from torch import Tensor
 Spectra = Mapping[str, Tensor]  # module -> singular values, largest first
 
 
-def common_rank(spectra: Spectra, energy: float) -> int:
-    """The smallest rank that keeps a share of the energy if every module gets it.
+def common_rank(spectra: Spectra, energy: float, total: float | None = None) -> int:
+    """The smallest rank that keeps a share of the energy if every module gets it; the largest there is, if none does.
 
     Args:
-        spectra: Module -> singular values.
+        spectra: Module -> singular values, from the largest on.
         energy: Share of the sum of all squared singular values, above 0 and at most 1.
+        total: That sum, where `spectra` do not hold all of them.
     """
     longest = max(len(sigma) for sigma in spectra.values())
     by_place = torch.zeros(longest, dtype=torch.float64)  # the energy of all first, all second, ... components
     for sigma in spectra.values():
         by_place[: len(sigma)] += sigma.cpu() ** 2
-    return _reaching(by_place, energy)
+    return _reaching(by_place, energy, total)
 
 
-def ranks_of_energy(spectra: Spectra, costs: Mapping[str, int], energy: float) -> dict[str, int]:
+def ranks_of_energy(spectra: Spectra, costs: Mapping[str, int], energy: float, total: float | None = None) -> dict[str, int]:
     """The ranks that keep a share of the energy in the smallest file, every module at least one component.
 
     Args:
-        spectra: Module -> singular values.
+        spectra: Module -> singular values, from the largest on.
         costs: Module -> what one component takes.
         energy: Share of the sum of all squared singular values.
+        total: That sum, where `spectra` do not hold all of them.
     """
     modules, order = _by_worth(spectra, costs)
     values = torch.cat([sigma.cpu() for sigma in spectra.values()])[order] ** 2
-    return _counted(modules[order][: _reaching(values, energy)], spectra)
+    return _counted(modules[order][: _reaching(values, energy, total)], spectra)
 
 
 def ranks_that_fit(spectra: Spectra, costs: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int]:
@@ -64,8 +66,8 @@ def _counted(modules: Tensor, spectra: Spectra) -> dict[str, int]:
     return {name: max(1, count) for name, count in zip(spectra, counts, strict=True)}
 
 
-def _reaching(energies: Tensor, share: float) -> int:
-    """How many of the energies, from the first, hold a share of their sum; at least one."""
+def _reaching(energies: Tensor, share: float, total: float | None = None) -> int:
+    """How many of the energies, from the first, hold a share of the total; at least one, and all of them if none do."""
     sums = energies.cumsum(0)
-    enough = sums >= share * sums[-1] * (1 - 1e-12)  # a share of 1 must not fail by rounding
-    return int(enough.int().argmax()) + 1
+    enough = sums >= share * (total or float(sums[-1])) * (1 - 1e-12)  # a share of 1 must not fail by rounding
+    return int(enough.int().argmax()) + 1 if enough.any() else len(energies)

@@ -42,12 +42,17 @@ def truncate(x: Delta, rank: int) -> Factors:
     return Factors((left * root).float(), (root[:, None] * right).float())
 
 
-def singular_values(x: Delta) -> Tensor:
-    """All non-zero singular values of the delta, largest first: (p,) in float64."""
+def singular_values(x: Delta, most: int | None = None) -> Tensor:
+    """The non-zero singular values of the delta, largest first: (p,) in float64.
+
+    Args:
+        x: (out, in).
+        most: How many are wanted at most; where the change is wide and no Kron, all of them take a dense decomposition.
+    """
     x = x.map(wide)
     if isinstance(x, Kron):
-        return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values
-    return _spectrum(_fold(x.expand()))
+        return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values[:most]
+    return _spectrum(_fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most)[1]
 
 
 def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +68,12 @@ def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     rank = min(rank or x.rank, x.rank, *x.shape)
     if isinstance(x, Kron):
         return _kron_svd(x, rank)
-    thin = max(_THIN * rank, _SMALL)
-    return _core_svd(_fold(x.expand()), rank) if min(x.rank, *x.shape) <= thin else leading(x, rank)
+    return _core_svd(_fold(x.expand()), rank) if _is_thin(x, rank) else leading(x, rank)
+
+
+def _is_thin(x: Delta, rank: int) -> bool:
+    """Whether the core is the shorter way to the `rank` leading components."""
+    return min(x.rank, *x.shape) <= max(_THIN * rank, _SMALL)
 
 
 def _core_svd(x: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
