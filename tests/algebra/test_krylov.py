@@ -232,7 +232,17 @@ def test_the_bytes_never_change(name, monkeypatch):
     assert made[0] == made[1]
 
 
-# --- sizes at which truncate itself goes to Krylov -----------------------------------------------------------------------------
+# --- sizes just above a border between the core and Krylov ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The ranks for which truncate went to Krylov, with the border at 512 components and four times what is kept."""
+    ranks = []
+    monkeypatch.setattr(module, "_SMALL", 512)
+    monkeypatch.setattr(module, "_THIN", 4)
+    monkeypatch.setattr(module, "leading", lambda x, rank: ranks.append(rank) or leading(x, rank))
+    return ranks
 
 
 SPECTRA = {
@@ -247,10 +257,8 @@ SPECTRA = {
 
 @pytest.mark.parametrize("rank", [64, 128])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_spectra_without_a_gap(name, rank, monkeypatch):
+def test_spectra_without_a_gap(name, rank, called):
     """128 is the largest rank that goes to Krylov at this size: three blocks fill the whole space."""
-    called = []
-    monkeypatch.setattr(module, "leading", lambda x, rank: called.append(rank) or leading(x, rank))
     x = whole(SPECTRA[name](513, 520))
     triplets = module.svd(x, rank)
     assert called == [rank]
@@ -258,9 +266,7 @@ def test_spectra_without_a_gap(name, rank, monkeypatch):
 
 
 @pytest.mark.parametrize(("out", "into"), [((20, 26), (20, 27)), ((20, 33), (20, 26))])
-def test_a_lokr_with_a_lora_at_the_size_where_krylov_begins(out, into, monkeypatch):
-    called = []
-    monkeypatch.setattr(module, "leading", lambda x, rank: called.append(rank) or leading(x, rank))
+def test_a_lokr_with_a_lora_at_the_size_where_krylov_begins(out, into, called):
     x = Sum((kron(out[0], into[0], out[1], into[1], 20, 26, 0), draw(out[0] * out[1], into[0] * into[1], 16, 2, size=3.0)))
     triplets = module.svd(x.map(torch.Tensor.double), 32)
     assert called == [32]

@@ -22,8 +22,9 @@ from .delta import Delta, Kron
 from .factors import Factors, wide
 from .krylov import leading
 
-_THIN = 4  # the core's R x R decompositions beat Krylov's passes up to about this many times the rank that is kept (measured)
-_SMALL = 512  # shorter sides than this (adaLN has in = 256) are decomposed whole
+# The core's R x R decompositions against Krylov's passes: on 3840 x 3840 and 10240 x 3840 the core was the faster way up to 1024
+# components whatever was kept, and up to about 12 times what is kept beyond that (tests/benchmarks/methods.py --thin, 2 cores).
+_THIN, _SMALL = 12, 1024
 
 
 def truncate(x: Delta, rank: int) -> Factors:
