@@ -61,14 +61,16 @@ def core_space(deltas: Sequence[Delta]) -> Core:
     norms = torch.tensor([norm(d) for d in deltas], dtype=torch.float64)
     parts = [balance(d.times(1 / n if n else 0.0).expand()) for d, n in zip(deltas, norms.tolist(), strict=True)]
     everything = stack(parts)
-    left, roots_up = _span(everything.up)
-    right, roots_down = _span(everything.down.T)
+    unroot_up, roots_up = _span(everything.up)
+    unroot_down, roots_down = _span(everything.down.T)
     ranks = [p.rank for p in parts]
     pairs = zip(roots_up.split(ranks, 1), roots_down.split(ranks, 1), strict=True)
     cores = torch.stack([up @ down.T for up, down in pairs])
     turn_left, turn_right = _principal(cores), _principal(cores.mT)
     cores = turn_left.T @ cores @ turn_right * norms.to(cores.device)[:, None, None]
-    return Core(left @ turn_left, (right @ turn_right).T, cores)
+    left = turn_left if unroot_up is None else everything.up @ (unroot_up @ turn_left)
+    right = turn_right if unroot_down is None else everything.down.T @ (unroot_down @ turn_right)
+    return Core(left, right.T, cores)
 
 
 def _principal(cores: Tensor) -> Tensor:
@@ -77,9 +79,9 @@ def _principal(cores: Tensor) -> Tensor:
     return u[:, : max(1, int((sigma > FAINT * sigma[0]).sum()))]  # a share of the entries must not depend on padding
 
 
-def _span(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(basis, coordinates): x (n, R) = basis (n, p) @ coordinates (p, R), the basis orthonormal."""
-    if x.shape[1] >= x.shape[0]:
-        return torch.eye(x.shape[0], dtype=x.dtype, device=x.device), x
-    unroot, root = roots(x.T @ x)
-    return x @ unroot, root
+def _span(x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(unroot, coordinates): x (n, R) = basis @ coordinates (p, R) for the orthonormal basis x @ unroot (n, p).
+
+    Where the columns are as many as the rows, the basis is the identity, and no unroot is given.
+    """
+    return (None, x) if x.shape[1] >= x.shape[0] else roots(x.T @ x)

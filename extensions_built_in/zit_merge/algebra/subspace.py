@@ -90,11 +90,10 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
     if len(deltas) == 1:
         return deltas[0]
     space = core_space(deltas)
-    parts = [p for d in deltas if len((p := triplets(d))[1])]  # a zero change holds no direction and is not counted
-    if len(parts) < 2:
+    bases = [b for core in space.cores if len((b := _bases(core))[0].T)]  # a zero change holds no direction and is not counted
+    if len(bases) < 2:
         return add(deltas)
-    left = _common([space.left.T @ u for u, _, _ in parts], tau)
-    right = _common([space.right @ v.T for _, _, v in parts], tau)
+    left, right = (_common(side, tau) for side in zip(*bases, strict=True))
     shared = left @ space.cores @ right
     sizes = shared.flatten(1).norm(dim=1)
     weights = sizes / sizes.sum() if float(sizes.sum()) > 0 else sizes
@@ -119,6 +118,13 @@ def _common(bases: Sequence[Tensor], tau: float) -> Tensor:
     values, vectors = counts(bases)
     common = vectors[:, values > 1 + tau * (len(bases) - 1) + 1e-9]  # 1 with its rounding is one LoRA's own direction
     return common @ common.T
+
+
+def _bases(core: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, r), (q, r): orthonormal columns that span the columns and the rows of a core, without those of rounding."""
+    u, sigma, v = torch.linalg.svd(core, full_matrices=False)
+    alive = int(((sigma > FAINT * sigma[0]) & (sigma > 0)).sum())
+    return u[:, :alive], v[:alive].T
 
 
 def triplets(x: Delta, components: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
