@@ -15,7 +15,7 @@ truncation that was asked for, stops the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ ALIKE = 1e-3  # smallest eigenvalue of the cosines below which two strengths can
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
 _SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
+_CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 
 
@@ -77,12 +78,12 @@ class Audit:
     Attributes:
         ratios: Of every input; a strength is counted in the delta with its blocks, layers and effects but without its ratio.
         dtype: Of the file.
-        truncated: Whether a rank was asked for that may cut.
+        cut: The modules that are written with a lower rank than they have.
     """
 
     ratios: Sequence[float]
     dtype: torch.dtype
-    truncated: bool
+    cut: Collection[str]
     _gram: Tensor = field(init=False)
     _with_wanted: Tensor = field(init=False)
     _with_written: Tensor = field(init=False)
@@ -118,21 +119,28 @@ class Audit:
         if merged is None:
             return
         numbers = list(deltas)
-        sums = _SUMS[self.dtype] if isinstance(merged, Factors) else torch.float64
-        found = gram([*deltas.values(), *([] if factors else [merged]), written.map(lambda t: t.to(merged.device))], sums)
-        want = torch.zeros(len(found), dtype=torch.float64)
+        vectors = [*deltas.values(), *([] if factors else [merged]), written.map(lambda t: t.to(merged.device))]
+        want = torch.zeros(len(vectors), dtype=torch.float64)
         want[: len(numbers)] = torch.tensor([factors[n] for n in numbers], dtype=torch.float64) if factors else 0.0
         want[-2] += 0.0 if factors else 1.0
-        wanted, crossed, got = float(want @ found @ want), float(want @ found[-1]), float(found[-1, -1])
+        sums = _SUMS[self.dtype] if isinstance(merged, Factors) else torch.float64
+        found = gram(vectors, sums)
+        if sums == torch.float32 and float(want @ found @ want) < _CANCELS * float(found.diagonal().sum()):
+            sums = torch.float64
+            found = gram(vectors)
+        wanted, crossed, got = max(float(want @ found @ want), 0.0), float(want @ found[-1]), float(found[-1, -1])
         missed = max(wanted - 2 * crossed + got, 0.0)
         rounding = torch.finfo(self.dtype).eps / 2 * _size(written)
         rounding += _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
         # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
-        beyond = abs(crossed - got) / got**0.5 if self.truncated and got else missed**0.5
+        beyond = abs(crossed - got) / got**0.5 if module in self.cut and got else missed**0.5
         if beyond > _SLACK * rounding:
             share = beyond / wanted**0.5 if wanted else math.inf
             cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
             raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
+        if module in self.cut:
+            parts = [delta.times(factors[n]) for n, delta in deltas.items()] if factors else [merged]
+            self._check_cut(module, parts, written, _SLACK * rounding)
         error = (missed / wanted) ** 0.5 if wanted else 0.0
         if error > self._worst[1]:
             self._worst = module, error
@@ -144,11 +152,21 @@ class Audit:
         self._wanted += wanted
         self._missed += missed
 
+    def _check_cut(self, module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:
+        """Raises if a truncation left out something larger than the smallest component that it kept."""
+        single = [p.map(lambda t: t.float()) for p in (*parts, written.map(lambda t: t.to(parts[0].device)).times(-1.0))]
+        left_out, kept = _largest(single), float(_sizes(written).min())
+        if left_out > 1.001 * kept + rounding:
+            raise ZitMergeError(
+                f"{module}: what was written differs from what was wanted by more than the truncation, which left out a component "
+                f"of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
+            )
+
     def verdict(self) -> Verdict:
         """Of the whole file."""
         error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
         asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
-        return Verdict(error, 1 - error**2, asked, got, alike(self._gram), self._worst)
+        return Verdict(error, max(1 - error**2, 0.0), asked, got, alike(self._gram), self._worst)
 
 
 def least_squares(gram: Tensor, products: Tensor) -> tuple[float | None, ...]:
@@ -184,7 +202,20 @@ def alike(gram: Tensor) -> bool:
 
 def _size(written: Delta) -> float:
     """What rounding moves a part of: the root of the sum of |up_k|^2 |down_k|^2 over components; of a Kron its norm."""
-    if not isinstance(written, Factors):
-        return norm(written)
+    return float(_sizes(written).norm()) if isinstance(written, Factors) else norm(written)
+
+
+def _sizes(written: Factors) -> Tensor:
+    """|up_k| |down_k| of each component: the singular values of what `truncate` made."""
     ups, downs = (torch.linalg.vector_norm(t, dim=d, dtype=torch.float32) for t, d in ((written.up, 0), (written.down, 1)))
-    return float((ups * downs).norm())
+    return ups * downs
+
+
+def _largest(parts: Sequence[Delta]) -> float:
+    """The largest singular value of a sum of deltas, from below: a few passes of block power iteration."""
+    into, device = parts[0].shape[1], parts[0].device
+    x = torch.randn(into, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    for _ in range(3):
+        image = sum(p @ torch.linalg.qr(x).Q for p in parts)
+        x = sum(p.T @ image for p in parts)
+    return float(torch.linalg.matrix_norm(image, 2))

@@ -131,7 +131,7 @@ def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.devic
         readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
         merger = Merger(plan, readers, device)
         plan = _with_ranks(plan, merger)
-        audit = Audit([i.spec.ratio for i in plan.inputs], plan.dtype, plan.rank < max([0, *plan.stacked.values()]))
+        audit = Audit([i.spec.ratio for i in plan.inputs], plan.dtype, plan.cut)
         with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
             if plan.kept:
                 _weigh(plan, readers[0], merger, out, audit, tick)
@@ -233,7 +233,7 @@ def _threads(plan: StepPlan) -> Iterator[None]:
     """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
     beside the hashes only cost time."""
     before = torch.get_num_threads()
-    if plan.kept or (METHODS[plan.spec.method].is_linear and max(plan.stacked.values()) <= plan.rank and not plan.is_open):
+    if not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear:
         torch.set_num_threads(1)
     try:
         yield

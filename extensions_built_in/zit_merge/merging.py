@@ -67,6 +67,8 @@ class Merger:
         if not self._method.is_linear:
             return None
         ratios = self._ratios()
+        if not ratios:
+            return {}
         gram = self._grams.get(self._scope(module), torch.zeros(len(ratios), len(ratios), dtype=torch.float64))
         weights = torch.tensor(list(ratios.values()), dtype=torch.float64)
         try:

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -112,6 +113,11 @@ class StepPlan:
     def rank(self) -> int:
         """The largest rank of a module."""
         return max(self.ranks.values(), default=0)
+
+    @property
+    def cut(self) -> set[str]:
+        """The modules whose change is approximated by one of lower rank."""
+        return set() if self.spec.save.keep_lokr else {m for m, n in self.stacked.items() if self.ranks[m] < n}
 
     @property
     def kept(self) -> LoraFile | None:
@@ -272,7 +278,9 @@ def _fitted(plan: StepPlan, limit: int) -> StepPlan:
 
     most = dict(plan.ranks)
     if (least := capped(1).bytes) > limit:
-        raise ZitMergeError(f"{plan.place}.rank: a file of rank 1 takes {least / 1e6:.1f} MB: set size_mb to that or more")
+        raise ZitMergeError(
+            f"{plan.place}.rank: a file of rank 1 takes {ceil(least / 1e3) / 1e3:g} MB: set size_mb to that or more"
+        )
     if not plan.is_open or plan.bytes <= limit:
         return replace(plan, is_open=False)
     if not plan.spec.save.uniform:

@@ -166,9 +166,16 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
         rows = [[products[max(i, j)][min(i, j)] for j in range(len(deltas))] for i in range(len(deltas))]
         return torch.tensor(rows, dtype=torch.float64)
     whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
-    components = ((whole.up.T @ whole.up) * (whole.down @ whole.down.T)).double()
+    components = _squares(whole.up) * _squares(whole.down.T)
     rows = [block.sum(0) for block in components.split([d.rank for d in deltas])]
     return torch.stack([torch.stack([part.sum() for part in row.split([d.rank for d in deltas])]) for row in rows]).cpu()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """x'x in float64, summed in the dtype of x; scaled meanwhile, so that no size overflows or vanishes."""
+    size = x.abs().max()
+    x = x / torch.where(size > 0, size, 1.0)
+    return (x.T @ x).double() * size.double() ** 2
 
 
 def norm(x: Delta) -> float:

@@ -55,10 +55,13 @@ def ranks_that_fit(spectra: Spectra, costs: Mapping[str, int], fits: Callable[[M
 
 
 def _by_worth(spectra: Spectra, costs: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """(number of its module for each component, the components' order by energy for what they take, best first)."""
+    """(number of its module for each component, the components' order: first the one that every module holds anyway, then by
+    energy for what they take)."""
     modules = torch.cat([torch.full((len(sigma),), i) for i, sigma in enumerate(spectra.values())])
-    worth = torch.cat([sigma.cpu() ** 2 / costs[name] for name, sigma in spectra.items()])
-    return modules, worth.argsort(descending=True, stable=True)
+    worth = [sigma.cpu() ** 2 / costs[name] for name, sigma in spectra.items()]
+    for values in worth:
+        values[0] = torch.inf
+    return modules, torch.cat(worth).argsort(descending=True, stable=True)
 
 
 def _counted(modules: Tensor, spectra: Spectra) -> dict[str, int]:

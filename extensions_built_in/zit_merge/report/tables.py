@@ -157,7 +157,7 @@ def check_line(done: Done) -> str:
     """Asked against got, in one line."""
     plan, verdict = done.plan, done.verdict
     words = [] if plan.spec.checkpoints else [_strengths_words(plan, verdict)]
-    if _cuts(plan):
+    if plan.cut:
         module, error = verdict.worst
         words.append(f"{_percent(verdict.kept)} of the energy kept, at least {_percent(1 - error**2)} ({module})")
         words += [f"{label} is mostly cut away, a larger rank keeps it" for label, a, g in _known(plan, verdict) if g / a < 0.5]
@@ -188,10 +188,6 @@ def _known(plan: StepPlan, verdict: Verdict) -> list[tuple[str, float, float]]:
     """(name, asked, got) of every input whose strength can be told."""
     found = zip(plan.inputs, verdict.asked, verdict.got, strict=True)
     return [(i.label.removesuffix(".safetensors"), a, g) for i, a, g in found if a and not verdict.alike]
-
-
-def _cuts(plan: StepPlan) -> bool:
-    return plan.rank < max([0, *plan.stacked.values()])
 
 
 def _percent(share: float) -> str:
