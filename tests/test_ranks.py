@@ -258,13 +258,15 @@ def by_worth(wanted: Mapping[str, Tensor]) -> list[tuple[str, float]]:
 
 def of_their_own(wanted: Mapping[str, Tensor], share: float) -> dict[str, int]:
     """What the best components for their size come to when they hold the share."""
-    total, reached, found = sum(float(d.norm()) ** 2 for d in wanted.values()), 0.0, dict.fromkeys(wanted, 0)
+    total, found = sum(float(d.norm()) ** 2 for d in wanted.values()), dict.fromkeys(wanted, 1)  # each holds one anyway
+    reached, first = sum(float(torch.linalg.matrix_norm(d, 2)) ** 2 for d in wanted.values()), set()
     for module, part in by_worth(wanted):
         if reached >= share * total:
             break
-        found[module] += 1
-        reached += part
-    return {m: max(1, n) for m, n in found.items()}
+        found[module] += module in first
+        reached += part * (module in first)
+        first.add(module)
+    return found
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])

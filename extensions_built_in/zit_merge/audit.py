@@ -158,8 +158,8 @@ class Audit:
         left_out, kept = _largest(single), float(_sizes(written).min())
         if left_out > 1.001 * kept + rounding:
             raise ZitMergeError(
-                f"{module}: what was written differs from what was wanted by more than the truncation, which left out a component "
-                f"of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
+                f"{module}: what was written differs from what was wanted by more than the truncation, which left out a "
+                f"component of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
             )
 
     def verdict(self) -> Verdict:
