@@ -250,22 +250,17 @@ def test_all_strengths_zero(desk, given_loras):
 # --- ranks of their own --------------------------------------------------------------------------------------------------------
 
 
-def by_worth(wanted: Mapping[str, Tensor]) -> list[tuple[str, float]]:
-    """(module, energy) of every component, by energy for the numbers it takes."""
-    parts = [(m, float(s) ** 2, sum(d.shape)) for m, d in wanted.items() for s in torch.linalg.svdvals(d)]
-    return [(m, e) for m, e, _ in sorted(parts, key=lambda part: -part[1] / part[2])]
-
-
 def of_their_own(wanted: Mapping[str, Tensor], share: float) -> dict[str, int]:
-    """What the best components for their size come to when they hold the share."""
-    total, found = sum(float(d.norm()) ** 2 for d in wanted.values()), dict.fromkeys(wanted, 1)  # each holds one anyway
-    reached, first = sum(float(torch.linalg.matrix_norm(d, 2)) ** 2 for d in wanted.values()), set()
-    for module, part in by_worth(wanted):
+    """One component for every module, then the best ones for the numbers that they take, until the share is reached."""
+    parts = [(float(s) ** 2, sum(d.shape), k, m) for m, d in wanted.items() for k, s in enumerate(torch.linalg.svdvals(d))]
+    found = dict.fromkeys(wanted, 1)
+    reached = sum(energy for energy, _, k, _ in parts if k == 0)
+    total = sum(energy for energy, *_ in parts)
+    for energy, _, _, module in sorted((p for p in parts if p[2]), key=lambda p: -p[0] / p[1]):
         if reached >= share * total:
             break
-        found[module] += module in first
-        reached += part * (module in first)
-        first.add(module)
+        found[module] += 1
+        reached += energy
     return found
 
 
