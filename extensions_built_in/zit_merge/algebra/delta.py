@@ -172,7 +172,9 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """x'x in float64, summed in the dtype of x; scaled meanwhile, so that no size overflows or vanishes."""
+    """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
+    if x.dtype == torch.float64:
+        return x.T @ x
     size = x.abs().max()
     x = x / torch.where(size > 0, size, 1.0)
     return (x.T @ x).double() * size.double() ** 2
