@@ -446,3 +446,12 @@ def test_sizes_that_no_training_has(tmp_path, size):
     path, deltas = pairs(tmp_path / "a.safetensors", drawn(2, 0, up=size, down=size if size < 1 else 1e10))
     out = merge_into(tmp_path, [(path, 1.0)], dtype="bf16")
     assert all(float((read_deltas(out)[m] - d).norm()) < 0.01 * float(d.norm()) for m, d in deltas.items())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_errors_of_copies_add_up_and_are_no_mistake(tmp_path, dtype):
+    path, deltas = write_lora(tmp_path, "ai-toolkit", 2, 0, shapes=SHAPES)
+    out = merge_into(tmp_path, [(path, 0.05)] * 40, dtype=dtype)
+    for module, got in read_deltas(out).items():
+        want = 2.0 * deltas.deltas[module]
+        assert float((got - want).norm()) < 0.01 * float(want.norm())

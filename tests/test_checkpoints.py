@@ -333,9 +333,10 @@ def test_a_broken_checkpoint_is_named(desk):
 @pytest.mark.parametrize(
     ("step", "says"),
     [
-        ({"checkpoints": {"sigma_rel": 0}}, ".checkpoints.sigma_rel: sigma_rel must be above 0 and at most 0.2887"),
-        ({"checkpoints": {"sigma_rel": -0.1}}, ".checkpoints.sigma_rel: sigma_rel must be above 0 and at most 0.2887"),
-        ({"checkpoints": {"sigma_rel": 0.3}}, ".checkpoints.sigma_rel: sigma_rel must be above 0 and at most 0.2887"),
+        ({"checkpoints": {"sigma_rel": 1e-200}}, ".checkpoints.sigma_rel: sigma_rel must be from 0.001 to 0.2887"),
+        ({"checkpoints": {"sigma_rel": 0}}, ".checkpoints.sigma_rel: sigma_rel must be from 0.001 to 0.2887"),
+        ({"checkpoints": {"sigma_rel": -0.1}}, ".checkpoints.sigma_rel: sigma_rel must be from 0.001 to 0.2887"),
+        ({"checkpoints": {"sigma_rel": 0.3}}, ".checkpoints.sigma_rel: sigma_rel must be from 0.001 to 0.2887"),
         ({"checkpoints": {"sigma_rel": float("nan")}}, ".checkpoints.sigma_rel: must be a finite number"),
         ({"checkpoints": {"sigma_rel": "wide"}}, ".checkpoints.sigma_rel: must be a number, not 'wide'"),
         ({"checkpoints": {"gamma": -1}}, ".checkpoints.gamma: must be at least 0"),

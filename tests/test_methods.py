@@ -580,7 +580,7 @@ def test_steps_inherit_method_and_parameters_of_the_section(desk):
         ("project", {"components": 1.0}, ".components", "must be a whole number, not 1.0"),
         ("shared_once", {"tau": 2}, ".tau", "must be from 0 to 1, not 2"),
         ("karcher", {"max_iter": 0}, ".max_iter", "must be from 1 to 10000, not 0"),
-        ("karcher", {"tol": -1e-9}, ".tol", "must be from 0 to 1, not -1e-09"),
+        ("karcher", {"tol": 0}, ".tol", "must be above 0 and at most 1, not 0"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("level", ["step", "section"])

@@ -128,12 +128,16 @@ class Audit:
         if sums == torch.float32 and float(want @ found @ want) < _CANCELS * float(found.diagonal().sum()):
             sums = torch.float64
             found = gram(vectors)
+        if not torch.isfinite(found).all():
+            raise ZitMergeError(f"{module}: the norm of a change is too large for a number, the LoRA is broken: leave it out")
         wanted, crossed, got = max(float(want @ found @ want), 0.0), float(want @ found[-1]), float(found[-1, -1])
         missed = max(wanted - 2 * crossed + got, 0.0)
         rounding = torch.finfo(self.dtype).eps / 2 * _size(written)
         rounding += _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
         # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
         beyond = abs(crossed - got) / got**0.5 if module in self.cut and got else missed**0.5
+        if beyond > _SLACK * rounding:  # components that are alike are rounded alike: their errors add up
+            rounding = torch.finfo(self.dtype).eps / 2 * _coherent(written) + _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
         if beyond > _SLACK * rounding:
             share = beyond / wanted**0.5 if wanted else math.inf
             cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
@@ -203,6 +207,14 @@ def alike(gram: Tensor) -> bool:
 def _size(written: Delta) -> float:
     """What rounding moves a part of: the root of the sum of |up_k|^2 |down_k|^2 over components; of a Kron its norm."""
     return float(_sizes(written).norm()) if isinstance(written, Factors) else norm(written)
+
+
+def _coherent(written: Delta) -> float:
+    """The same where the components are alike: the root of the sum of |<up_k, up_l>| |<down_k, down_l>| over all pairs."""
+    if not isinstance(written, Factors):
+        return norm(written)
+    up, down = written.up.double(), written.down.double()
+    return float(((up.T @ up).abs() * (down @ down.T).abs()).sum()) ** 0.5
 
 
 def _sizes(written: Factors) -> Tensor:

@@ -275,9 +275,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .report.tables import methods_text, presets_text
+    from .report.tables import methods_facts, methods_text, presets_text
 
+    if args.methods and args.json and not args.presets:
+        print(json.dumps(methods_facts(), indent=1))
+        return
     if args.methods or args.presets:
+        if args.json:
+            raise ZitMergeError("inspect --presets: prints no JSON: leave one of the two out")
         print("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
         return
     if not args.files:

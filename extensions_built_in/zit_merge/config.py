@@ -162,13 +162,17 @@ class _Settings(_Model):
 class Checkpoints(_Model):
     """An average over the checkpoints of the training before us, weighed by training step.
 
-    The profile is step^gamma, given by `gamma` or by its relative width `sigma_rel`; or `weights`, oldest first.
+    The profile is step^gamma, given by `gamma` or by its relative width `sigma_rel`; or `weights`, oldest first. `alpha`, `qkv`
+    and `drop` answer what the files leave open, as for a LoRA.
     """
 
     last: Annotated[int, Field(ge=1)] | None = None
     sigma_rel: float | None = None
     gamma: Annotated[float, Field(ge=0)] | None = None
     weights: Annotated[list[float], Field(min_length=1)] | None = None
+    alpha: Alpha | None = None
+    qkv: Qkv | None = None
+    drop: list[Vector] = []
 
 
 class Step(_Settings):

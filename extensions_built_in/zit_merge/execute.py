@@ -1,6 +1,7 @@
 """Plan -> files, one module at a time: read, merge, truncate, round, write.
 
-Memory stays at one module of every input, whatever the size of the files. The inputs are hashed in threads meanwhile.
+Memory stays at a few modules of every input, one that is merged and those that are checked beside it, whatever the size of the
+files. The inputs are hashed in threads meanwhile.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
 def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> tuple[StepPlan, Path, Verdict]:
     with _threads(plan), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
-        merger = Merger(plan, readers, device)
-        plan = _with_ranks(plan, merger)
+        merger = Merger(plan, readers, device, lambda: tick(plan, 0))
+        plan = _with_ranks(plan, merger, lambda: tick(plan, 0))
         audit = Audit([i.spec.ratio for i in plan.inputs], plan.dtype, plan.cut)
         with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
             if plan.kept:
@@ -143,8 +144,8 @@ def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.devic
             return plan, out.finish(metadata, publish=plan.spec.keep), verdict
 
 
-def _with_ranks(plan: StepPlan, merger: Merger) -> StepPlan:
-    """Settles a rank that follows from the singular values of all modules."""
+def _with_ranks(plan: StepPlan, merger: Merger, pause: Callable[[], None]) -> StepPlan:
+    """Settles a rank that follows from the singular values of all modules; `pause` is called between them."""
     if not plan.is_open:
         return plan
     rule, spectra, total = plan.spec.rank, {}, 0.0
@@ -154,6 +155,7 @@ def _with_ranks(plan: StepPlan, merger: Merger) -> StepPlan:
         if merged is not None:
             spectra[module] = singular_values(merged, plan.ranks[module]).cpu()
             total += norm(merged) ** 2
+        pause()
     costs = {module: sum(plan.shapes[module]) for module in spectra}
     if rule.size_mb:
         chosen = ranks.ranks_that_fit(spectra, costs, lambda r: settle(plan, r).bytes <= rule.size_mb * 1e6)
@@ -201,9 +203,9 @@ class _Checker:
         return self
 
     def add(self, *module: Any) -> None:
-        """Hands a module over; waits where two are pending, so that memory stays flat."""
+        """Hands a module over; waits while one is pending, so that memory stays at three modules."""
         self._pending.append(self._pool.submit(self._audit.add, *module))
-        if len(self._pending) > 2:
+        if len(self._pending) > 1:
             self._pending.popleft().result()
 
     def __exit__(self, kind: type | None, *exc: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +28,17 @@ class Merger:
         plan: The step.
         readers: Of its inputs, opened.
         device: Where the algebra runs.
+        pause: Called between modules of a pass over all of them; may raise to stop.
     """
 
-    def __init__(self, plan: StepPlan, readers: Sequence[TensorReader], device: torch.device):
+    def __init__(
+        self,
+        plan: StepPlan,
+        readers: Sequence[TensorReader],
+        device: torch.device,
+        pause: Callable[[], None] = lambda: None,
+    ):
+        self._pause = pause
         self._plan, self._readers, self._device = plan, readers, device
         self._method = METHODS[plan.spec.method]
         self._parameters = {name: p.default for name, p in self._method.parameters.items()} | plan.spec.params
@@ -100,4 +108,5 @@ class Merger:
                 here[at[:, None], at] = gram(list(deltas.values())) * torch.outer(scales, scales)
             scope = self._scope(module)
             grams[scope] = grams[scope] + here if scope in grams else here
+            self._pause()
         return grams

@@ -221,7 +221,16 @@ def _plan_step(
         loras = checkpoint_loras(step.checkpoints, site, f"{place}.checkpoints", before_training)
         step = step.model_copy(update={"loras": loras})
     inputs = tuple(
-        _plan_input(spec, step, site, f"{place}.loras[{j}]", section, plans, before_training) for j, spec in enumerate(step.loras)
+        _plan_input(
+            spec,
+            step,
+            site,
+            f"{place}.checkpoints" if step.checkpoints else f"{place}.loras[{j}]",
+            section,
+            plans,
+            before_training,
+        )
+        for j, spec in enumerate(step.loras)
     )
     dtype = _DTYPES.get(step.save.dtype) or common_dtype(i.outline.dtype for i in inputs)
     plan = StepPlan(site.job, step, inputs, {}, {}, {}, dtype, site.output(step), place=place, prefix=site.prefix)

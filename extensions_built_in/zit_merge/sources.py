@@ -152,7 +152,8 @@ def checkpoint_loras(asked: Checkpoints, site: Site, place: str, before_training
         shares = [w / sum(asked.weights) for w in asked.weights]
     else:
         shares = profile(steps, gamma_of(asked.sigma_rel or SIGMA_REL) if asked.gamma is None else asked.gamma)
-    return [Lora(lora=f"{TRAINED}@{step}", ratio=share) for step, share in zip(steps, shares, strict=True)]
+    answers = {"alpha": asked.alpha, "qkv": asked.qkv, "drop": asked.drop}
+    return [Lora(lora=f"{TRAINED}@{step}", ratio=share, **answers) for step, share in zip(steps, shares, strict=True)]
 
 
 def trained_step(source: str) -> int | None:

@@ -55,7 +55,7 @@ def test_a_wider_profile_has_a_smaller_exponent(sigma_rel, factor):
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29, 0.5, 1.0, float("nan"), float("inf"), -float("inf")])
 def test_widths_that_no_power_has_are_refused(sigma_rel):
-    with pytest.raises(ValueError, match=r"at most 0\.2887"):
+    with pytest.raises(ValueError, match=r"to 0\.2887"):
         gamma_of(sigma_rel)
 
 

@@ -148,6 +148,13 @@ def test_ties_of_one_by_one_matrices_by_hand():
     assert ties(3.0, 0.0, 1.0) == pytest.approx(2)  # what is zero has no vote and no share in the mean
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
+def test_nobody_wins_a_draw(method):
+    for deltas in ([A, A.times(-1.0)], [A.times(-1.0), A]):
+        parameters = {"density": 1.0} | ({"epsilon": 0.0} if method == "della" else {})
+        assert float(merge(method, deltas, **parameters).norm()) < 1e-9 * float(dense(A).norm())
+
+
 # --- invariances ---------------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from oracles import methods as oracle
 from extensions_built_in.zit_merge.algebra import subspace
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, stack, whole
+from extensions_built_in.zit_merge.algebra.truncate import singular_values
 
 F64 = torch.float64
 METHODS = {"tsv": subspace.tsv, "project": subspace.project, "shared_once": subspace.shared_once}
@@ -411,3 +412,10 @@ def test_the_oracles_tell_the_methods_apart():
         oracle.shared_once([x, y], 0.3),
     ]
     assert all(error(one, two, two.norm()) > 0.01 for one, two in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("method", ["tsv", "project", "shared_once"])
+def test_two_zero_ones_are_a_zero_with_a_spectrum(method):
+    zero = Factors(torch.zeros(6, 2), torch.ones(2, 5))
+    merged = getattr(subspace, method)([zero, zero])
+    assert not dense(merged).any() and not (singular_values(merged) > 0).any()

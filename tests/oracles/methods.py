@@ -143,7 +143,8 @@ def elect(parts: Sequence[Tensor]) -> Tensor:
     for i, j in itertools.product(*map(range, merged.shape)):
         entries = [float(part[i, j]) for part in parts if abs(part[i, j]) > 1e-9 * part.norm()]  # less is as good as nothing
         plus, minus = [e for e in entries if e > 0], [e for e in entries if e < 0]
-        winners = plus if sum(plus) >= -sum(minus) else minus
+        total = sum(plus) + sum(minus)  # nobody wins a draw
+        winners = [] if abs(total) <= 1e-9 * max(part.norm() for part in parts) else plus if total > 0 else minus
         merged[i, j] = sum(winners) / len(winners) if winners else 0.0
     return merged
 

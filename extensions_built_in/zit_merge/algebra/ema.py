@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+NARROWEST = 0.001
 UNIFORM = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
 
@@ -20,10 +21,11 @@ def gamma_of(sigma_rel: float) -> float:
     """The exponent of the profile of a relative width.
 
     Args:
-        sigma_rel: Above 0, at most 0.2887 (gamma 0: all times count the same). 0.05 and 0.10 are the paper's examples.
+        sigma_rel: From 0.001 (as good as the last checkpoint alone) to 0.2887 (gamma 0: all times count the same). 0.05 and 0.10
+            are the paper's examples.
     """
-    if not 0 < sigma_rel <= UNIFORM + 1e-4:
-        raise ValueError(f"sigma_rel must be above 0 and at most {UNIFORM:.4f}, the width of the plain mean, not {sigma_rel:g}")
+    if not NARROWEST <= sigma_rel <= UNIFORM + 1e-4:
+        raise ValueError(f"sigma_rel must be from {NARROWEST} to {UNIFORM:.4f}, the width of the plain mean, not {sigma_rel:g}")
     t = sigma_rel**-2
     # the largest root of gamma^3 + 7 gamma^2 + (16 - t) gamma + 12 - t, as eigenvalues of its companion matrix
     companion = torch.tensor([[-7.0, t - 16, t - 12], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
@@ -31,7 +33,7 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def profile(steps: Sequence[int], gamma: float) -> list[float]:
-    """The weight of each checkpoint: proportional to step^gamma, summing to 1."""
+    """The weight of each checkpoint: proportional to step^gamma, summing to 1; saves are taken to be evenly spaced."""
     last = max(steps)
     weights = [(step / last) ** gamma for step in steps]
     return [w / sum(weights) for w in weights]

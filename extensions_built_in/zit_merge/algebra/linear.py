@@ -126,7 +126,7 @@ def karcher(
     weights: Tensor,
     *,
     max_iter: Annotated[int, Within(1, 10_000)] = 100,
-    tol: Annotated[float, Within(0, 1)] = 1e-10,
+    tol: Annotated[float, Within(0, 1, above=True)] = 1e-10,
 ) -> Tensor:
     """The mean direction of any number of LoRAs on the sphere, with the mean of their norms.
 

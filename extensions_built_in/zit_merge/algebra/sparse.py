@@ -118,9 +118,10 @@ def _trim(core: Tensor, density: float) -> Tensor:
 
 
 def _disjoint_mean(cores: Tensor) -> Tensor:
-    """(N, p, q) -> (p, q): the mean of the entries whose sign is that of the sum; what is zero has no vote."""
-    votes = cores.abs() > _NOTHING * cores.flatten(1).norm(dim=1)[:, None, None]
-    agrees = votes & (cores.sign() == torch.where(cores.sum(0) >= 0, 1.0, -1.0))
+    """(N, p, q) -> (p, q): the mean of the entries whose sign is that of the sum; what is zero has no vote, a draw gives zero."""
+    sizes, total = cores.flatten(1).norm(dim=1), cores.sum(0)
+    elected = torch.where(total.abs() > _NOTHING * sizes.max(), total.sign(), 0.0)
+    agrees = (cores.abs() > _NOTHING * sizes[:, None, None]) & (cores.sign() == elected)
     return (cores * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 

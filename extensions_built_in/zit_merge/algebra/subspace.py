@@ -28,6 +28,8 @@ def tsv(deltas: Sequence[Delta]) -> Delta:
     if len(deltas) == 1:
         return deltas[0]
     parts = [triplets(d) for d in deltas]
+    if not any(len(s) for _, s, _ in parts):
+        return add(deltas)
     left = polar(torch.cat([u for u, _, _ in parts], 1))
     right = polar(torch.cat([v.T for _, _, v in parts], 1))
     return Factors(left * torch.cat([s for _, s, _ in parts]), right.T)

@@ -220,7 +220,8 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     norms = [f["norm"] for f in facts["files"]]
     alive = [i for i, n in enumerate(norms) if n > 0]
     if empty := [i for i, n in enumerate(norms) if n == 0]:
-        yield "empty", f"{_loras(empty)} {'changes' if len(empty) == 1 else 'change'} nothing, all zeros: leave it out"
+        verb, them = ("changes", "it") if len(empty) == 1 else ("change", "them")
+        yield "empty", f"{_loras(empty)} {verb} nothing, all zeros: leave {them} out"
     if len(alive) < 2:
         return
     if not any(facts_["directions"] for facts_ in facts["modules"].values()):

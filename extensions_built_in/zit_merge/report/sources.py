@@ -72,7 +72,8 @@ class Fit:
         self._products[at] += products
         self.energy += float(found[-1, -1])
         self._own += _explained(own, products)
-        self._data = min(self._data, data / len(here))
+        if data:  # a module without any change decides nothing
+            self._data = min(self._data, data / len(here))
         strengths = dict(zip(here, own, strict=True))
         self.strengths[module] = tuple(strengths.get(i) for i in range(self.count))
         if untold := [here[i] for group in groups(gram) for i in group]:

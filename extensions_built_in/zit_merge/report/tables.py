@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -39,7 +40,7 @@ def plan_text(plan: StepPlan) -> str:
         if i.spec.preset:
             lines += ["", f"    where it comes from: preset {i.spec.preset}, your own, both, neither (.)"]
             lines += [f"    {line}" for line in _origin_table(i)]
-    size = f"{plan.bytes / 1e6:,.1f} MB" if plan.bytes else "size not known yet"
+    size = f"{plan.bytes / 1e6:,.1f} MB{' at most' if plan.is_open else ''}" if plan.bytes else "size not known yet"
     lines += ["", f"  writes {_written(plan)}, {size}"]
     if plan.spec.copy_to:
         lines.append(f"  and a copy in {plan.spec.copy_to}")
@@ -122,6 +123,7 @@ def _written(plan: StepPlan) -> str:
         return "what the files on the hub will tell"
     modules = f"{len(plan.shapes or plan.stacked)} modules"
     rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
+    rank += " at most" if plan.is_open else ""
     form = f", format {plan.spec.save.format}" if plan.spec.save.format != "ai-toolkit" else ""
     return f"{modules}, {rank}, {DTYPE_NAMES[plan.dtype]}{form}"
 
@@ -173,10 +175,9 @@ def _strengths_words(plan: StepPlan, verdict: Verdict) -> str:
     """`asked 0.9 of a, 0.6 of b, got 0.9, 0.6`."""
     if verdict.alike:
         return "the inputs are too alike for their strengths to be told apart"
-    known = [
-        (i.label.removesuffix(".safetensors"), a, g) for i, a, g in zip(plan.inputs, verdict.asked, verdict.got, strict=True)
-    ]
-    known = [entry for entry in known if entry[1] is not None]
+    known = _known(plan, verdict)
+    if not known:
+        return "nothing was asked for, zeros were written"
     more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
     asked = ", ".join(f"{a:.3g} of {label}" for label, a, _ in known[:_SHOWN]) + more
     if not METHODS[plan.spec.method].is_linear:
@@ -209,6 +210,20 @@ def methods_text() -> str:
             allowed = " or ".join(p.choices) if p.choices else str(p.within or "")
             lines += _hanging(f"{p.name}: {p.default}{', ' * bool(allowed)}{allowed}. {p.text}", 8)
     return "\n".join(lines)
+
+
+def methods_facts() -> dict[str, Any]:
+    """The same for JSON: name -> {what, formula, source, use, takes, parameters: name -> {default, allowed, text}}."""
+    facts = {}
+    for name, method in METHODS.items():
+        parts = paragraphs(method.function.__doc__ or "")
+        texts = {title.lower(): " ".join(parts[title].split()) for title in ("Formula", "Source", "Use")}
+        parameters = {
+            p.name: {"default": p.default, "allowed": list(p.choices) or str(p.within or ""), "text": p.text}
+            for p in method.parameters.values()
+        }
+        facts[name] = {"what": parts[""], **texts, "takes": method.takes, "parameters": parameters}
+    return facts
 
 
 def _hanging(text: str, indent: int) -> list[str]:
