@@ -302,11 +302,11 @@ def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str,
     loras = [load_lora(path) for path in args.files]
     if args.sources:
         return sources.trace(
-            loras[0], [load_lora(path) for path in args.sources], overlap.watched("sources", args.quiet)
+            loras[0], [load_lora(path) for path in args.sources], watched("sources", args.quiet)
         ), sources.trace_text
     if len(loras) > 1:
-        return overlap.compare(loras, overlap.watched("compare", args.quiet)), overlap.compare_text
-    return inspect.describe(loras[0], watched(args.quiet)), inspect.inspect_text
+        return overlap.compare(loras, watched("compare", args.quiet)), overlap.compare_text
+    return inspect.describe(loras[0], watched(loras[0].path.name, args.quiet)), inspect.inspect_text
 
 
 def _recipe(args: argparse.Namespace) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +22,7 @@ from ..plan import DTYPE_NAMES
 from ..weights import row_name
 from ..zimage import MODULES, SECTIONS, section_components
 from .tables import norm_table, span, value_table
+from .text import TITLE, listed, middle, row, shorten, some
 
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
 
@@ -152,17 +151,17 @@ def _missing(lora: LoraFile, trainer: Trainer | None) -> Iterator[str]:
             never[component].append(section)
     others = [c for c in zimage.OTHER if _name("other", 0, c) not in lora]
     if others and len(others) < len(zimage.OTHER):
-        yield f"no {_list(others)}"
+        yield f"no {listed(others)}"
     elif others:
         without.append("other")
     for sections in dict.fromkeys(map(tuple, never.values())):
         components = [c for c, where in never.items() if tuple(where) == sections]
         names = [m.name for m in MODULES.values() if m.section in sections and m.component in components]
-        yield f"no {_list(components)} in {_list(sections)}" + _as_usual(names, usual, program)
+        yield f"no {listed(components)} in {listed(sections)}" + _as_usual(names, usual, program)
     if without:
         names = [m.name for m in MODULES.values() if m.section in without]
         embedders = " (embedders and final layer)" if "other" in without else ""
-        yield f"nothing in {_list(without)}{embedders}" + _as_usual(names, usual, program)
+        yield f"nothing in {listed(without)}{embedders}" + _as_usual(names, usual, program)
     if lacks := [name for name in usual if name not in lora]:
         yield f"{len(lacks)} of the {len(usual)} modules that {program} trains by default"
 
@@ -181,7 +180,7 @@ def _holes(section: str, has: Mapping[str, set[int]], changed: set[int]) -> Iter
             holes[tuple(sorted(changed - layers))].append(component)
     for layers, components in holes.items():
         rest = len(changed) - len(layers)
-        yield f"no {_list(components)} in {_places(section, layers)}, though in {rest} other{'s' * (rest > 1)}"
+        yield f"no {listed(components)} in {_places(section, layers)}, though in {rest} other{'s' * (rest > 1)}"
 
 
 def _as_usual(names: Sequence[str], usual: Collection[str], program: str) -> str:
@@ -192,9 +191,9 @@ def _as_usual(names: Sequence[str], usual: Collection[str], program: str) -> str
 def _odd_numbers(norms: Mapping[str, float | None], bare: Mapping[str, float | None]) -> Iterator[str]:
     """Of the norms."""
     if broken := [m for m, length in norms.items() if length is None]:
-        yield f"{_some(broken)} {_hold(broken)} NaN or infinity: the LoRA is broken, use an earlier checkpoint of it"
+        yield f"{some(broken)} {_hold(broken)} NaN or infinity: the LoRA is broken, use an earlier checkpoint of it"
     if zero := [m for m, length in bare.items() if length == 0]:
-        yield f"{_some(zero)} {'changes' if len(zero) == 1 else 'change'} nothing, all zeros"
+        yield f"{some(zero)} {'changes' if len(zero) == 1 else 'change'} nothing, all zeros"
 
 
 def _odd_factors(lora: LoraFile, trainer: Trainer | None) -> Iterator[str]:
@@ -249,7 +248,7 @@ def _odd_for_clients(lora: LoraFile, stored: Mapping[str, int]) -> Iterator[str]
     )
     yield from _half_blocks(lora, ("w1", "w3"), "Nunchaku refuses the file")
     if narrow := [f"{n} tensors are {name}" for name, n in stored.items() if name.startswith("float8")]:
-        yield f"{_list(narrow)}: diffusers since 0.38 refuses the file"
+        yield f"{listed(narrow)}: diffusers since 0.38 refuses the file"
 
 
 def _half_blocks(lora: LoraFile, components: Sequence[str], consequence: str) -> Iterator[str]:
@@ -261,7 +260,7 @@ def _half_blocks(lora: LoraFile, components: Sequence[str], consequence: str) ->
             if any(has) and not all(has):
                 blocks.append(f"{section}.{i}")
     if blocks:
-        yield f"{_list(components)} are not complete in {_some(blocks, 'blocks')}: {consequence}"
+        yield f"{listed(components)} are not complete in {some(blocks, 'blocks')}: {consequence}"
 
 
 def _name(section: str, index: int, component: str) -> str:
@@ -280,22 +279,10 @@ def _places(section: str, layers: Iterable[int]) -> str:
     return f"layers {names}" if section == "layers" else names
 
 
-def _list(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _some(names: Sequence[str], what: str = "modules") -> str:
-    """`layers.0.attention.to_q`, or how many with the first as an example."""
-    return names[0] if len(names) == 1 else f"{len(names)} {what} (e.g. {names[0]})"
-
-
 def _hold(names: Sequence[str]) -> str:
     return "holds" if len(names) == 1 else "hold"
 
 
-_LABEL, _WIDTH = 14, 78
-_TITLE = 120  # letters of a file's name, two lines
 _WORDS = 300  # of trigger words, five lines
 _SENTENCE = 500
 _KEY = 60
@@ -304,12 +291,12 @@ _BY = {"metadata": "by its metadata", "keys": "by its key style"}
 
 def inspect_text(facts: Mapping[str, Any]) -> str:
     """`describe` for people: 80 columns at most, ASCII."""
-    lines = [line for label, text in _head(facts).items() if text for line in _row(label, text)]
+    lines = [line for label, text in _head(facts).items() if text for line in row(label, text)]
     for label, key in (("missing", "missing"), ("odd", "odd"), ("open", "questions"), ("noted", "remarks")):
         if facts[key]:
             lines.append("")
         for i, sentence in enumerate(facts[key]):
-            lines += _row("" if i else label, f"- {_cut(sentence, _SENTENCE)}")
+            lines += row("" if i else label, f"- {shorten(sentence, _SENTENCE)}")
     norms = {m: "broken" if n is None else n for m, n in facts["norms"].items()}
     lines += ["", "norm of the change, per layer and component", *norm_table(norms)]
     if len(set(facts["ranks"].values())) > 1 and "LoRA" in facts["algorithms"]:
@@ -323,12 +310,12 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
 def _head(facts: Mapping[str, Any]) -> dict[str, str]:
     """Label -> text of the lines that every file has, and of some that it may have."""
     trainer, algorithms, norm_ = facts["trainer"], facts["algorithms"], facts["norm"]
-    version = f" {_cut(trainer['version'], 40)}" if trainer and trainer["version"] else ""
+    version = f" {shorten(trainer['version'], 40)}" if trainer and trainer["version"] else ""
     counts = Counter(MODULES[m].section for m in facts["ranks"])
     sections = ", ".join(f"{counts[s]} in {s}" for s in (*SECTIONS, "other") if counts[s])
     several = len(algorithms) > 1
     return {
-        "file": _middle(facts["file"]),
+        "file": middle(facts["file"]),
         "made by": f"{trainer['name']}{version}, {_BY[trainer['by']]}" if trainer else "not recognised",
         "format": _styles(facts["format"]),
         "algorithm": ", ".join(f"{name} in {n} modules" if several else name for name, n in algorithms.items()),
@@ -338,9 +325,9 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
         "alpha/rank": _scales(facts["scales"].values()),
         "dtype": facts["dtype"],
         "norm": "unknown, some of it is broken" if norm_ is None else f"{norm_:.4g}",
-        "base model": _cut(facts["base_model"] or "not named", _TITLE),
+        "base model": shorten(facts["base_model"] or "not named", TITLE),
         "trigger words": _words(facts["trigger_words"]),
-        "recipe": f"recipe {_middle(facts['file'])} prints it" if facts["recipe"] else "",
+        "recipe": f"recipe {middle(facts['file'])} prints it" if facts["recipe"] else "",
         "check": _check(facts["check"]) if facts["check"] else "",
         "left out": f"{len(facts['skipped'])} keys that no merge takes, {_examples(facts['skipped'])}"
         if facts["skipped"]
@@ -349,40 +336,18 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _row(label: str, text: str) -> list[str]:
-    """A label and a text beside it, wrapped; words that are too long for a line are broken."""
-    lines = textwrap.wrap(_plain(text), _WIDTH - _LABEL, break_on_hyphens=False, subsequent_indent="  " * text.startswith("- "))
-    return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(lines)]
-
-
-def _plain(text: str) -> str:
-    """One line of printable ASCII: what a file says of itself must not steer the terminal."""
-    text = re.sub(r"\s+", " ", text).strip().encode("ascii", "backslashreplace").decode()
-    return re.sub(r"[\x00-\x1f\x7f]", "?", text)
-
-
-def _cut(text: str, most: int) -> str:
-    """The beginning of a long text, and how long it is."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
-
-
-def _middle(name: str) -> str:
-    """Beginning and end of a long file name, and how long it is."""
-    return name if len(name) <= _TITLE else f"{name[: _TITLE - 40]}...{name[-37:]} ({len(name)} letters)"
-
-
 def _words(words: Sequence[str]) -> str:
     """As many trigger words as fit, and how many there are."""
     shown: list[str] = []
     for word in words:
         if shown and len(", ".join([*shown, word])) > _WORDS:
             return f"{', '.join(shown)}, ... ({len(words):,} in all)"
-        shown.append(_cut(word, _WORDS))
+        shown.append(shorten(word, _WORDS))
     return ", ".join(shown) or "none named"
 
 
 def _examples(keys: Sequence[str]) -> str:
-    return f"e.g. {', '.join(_cut(key, _KEY) for key in keys[:3])}"
+    return f"e.g. {', '.join(shorten(key, _KEY) for key in keys[:3])}"
 
 
 def _styles(styles: Sequence[str]) -> str:

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..algebra.delta import Delta
 from ..algebra.overlap import LEADING, THIN, Overlap, Side, cosines, directions, is_thin, overlap, products
 from ..errors import ZitMergeError, counted
 from ..formats.reader import LoraFile, TensorReader
 from ..zimage import MODULES
-from .inspect import _cut, _list, _middle, _row
 from .tables import span, value_table
+from .text import listed, middle, row, shorten
 
 SAME, ALIKE, RELATED, OPPOSED = 0.999, 0.5, 0.1, -0.2  # cosines from which on, or down to which, pairs are called so
 TAU = 0.5  # default of shared_once
@@ -37,16 +36,6 @@ _PAIRS = 3  # named in a sentence
 _SENTENCE = 500
 
 Watched = Callable[[Sequence[str]], Iterable[str]]
-
-
-def watched(title: str, quiet: bool) -> Watched:
-    """Passes modules on and shows a bar when that takes over a second.
-
-    Args:
-        title: What the bar is called.
-        quiet: Show none.
-    """
-    return lambda modules: tqdm(modules, desc=title, unit="module", ascii=True, disable=quiet, delay=1, mininterval=0.5)
 
 
 class Readers(ExitStack):
@@ -316,7 +305,7 @@ def _of_directions(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _loras(numbers: Sequence[int]) -> str:
     """`LoRA 1`, `LoRAs 1, 2 and 4`."""
-    return f"LoRA{'s' * (len(numbers) > 1)} {_list([str(i + 1) for i in numbers])}"
+    return f"LoRA{'s' * (len(numbers) > 1)} {listed([str(i + 1) for i in numbers])}"
 
 
 def _pairs(pairs: Sequence[tuple[int, int]], values: Mapping[tuple[int, int], float]) -> str:
@@ -362,17 +351,17 @@ def compare_text(facts: Mapping[str, Any]) -> str:
     """`compare` for people: 80 columns at most, ASCII."""
     files, count = facts["files"], len(facts["files"])
     lines = [line for i, f in enumerate(files) for line in file_lines(f"LoRA {i + 1}", f)]
-    lines += ["", *_row("plain sum", _sum_line(facts))]
+    lines += ["", *row("plain sum", _sum_line(facts))]
     several = [f["directions"] for f in facts["modules"].values() if f["directions"]]
     if several:
-        lines += _row("together in", f"{len(several)} of {len(facts['modules'])} modules")
+        lines += row("together in", f"{len(several)} of {len(facts['modules'])} modules")
         for side, title in (("columns", "columns"), ("rows", "rows")):
-            lines += _row(f"shared {title}" if side == "rows" else "shared cols", _shared_line(facts, several, side))
+            lines += row(f"shared {title}" if side == "rows" else "shared cols", _shared_line(facts, several, side))
     if facts["leading"]:
-        lines += _row("noted", leading_line(facts["leading"]))
+        lines += row("noted", leading_line(facts["leading"]))
     lines.append("")
     for i, advice in enumerate(facts["advice"]):
-        lines += _row("" if i else "advice", f"- {_cut(advice['text'], 2 * _SENTENCE)}")
+        lines += row("" if i else "advice", f"- {shorten(advice['text'], 2 * _SENTENCE)}")
     pairs = [(i, j) for i, j in combinations(range(count), 2)]
     if count > _PAIR_TABLES:
         lines += ["", "cosine of the whole files", *_matrix(facts["cosines"])]
@@ -389,12 +378,12 @@ def file_lines(label: str, file: Mapping[str, Any]) -> list[str]:
     """A file's name, size and strength, and what it leaves open."""
     kinds = " and ".join(file["algorithms"])
     at_most = " at most" if set(file["algorithms"]) - {"LoRA"} else ""
-    lines = _row(label, _middle(file["file"]))
-    lines += _row("", f"{counted(file['modules'], 'module')}, {kinds} of rank {file['ranks']}{at_most}, norm {file['norm']:.4g}")
+    lines = row(label, middle(file["file"]))
+    lines += row("", f"{counted(file['modules'], 'module')}, {kinds} of rank {file['ranks']}{at_most}, norm {file['norm']:.4g}")
     for question in file["questions"]:
-        lines += _row("", f"- compared by what is known, it leaves open: {_cut(question, _SENTENCE)}")
+        lines += row("", f"- compared by what is known, it leaves open: {shorten(question, _SENTENCE)}")
     if file["unmatched"]:
-        lines += _row("", f"- {counted(file['unmatched'], 'key')} that no rule explains left out")
+        lines += row("", f"- {counted(file['unmatched'], 'key')} that no rule explains left out")
     return lines
 
 

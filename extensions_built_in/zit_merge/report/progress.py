@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from tqdm import tqdm
 
-from ..formats.reader import LoraFile
 from ..plan import StepPlan
 
 
@@ -38,10 +37,11 @@ class Bar:
             self._bar = None
 
 
-def watched(quiet: bool) -> Callable[[LoraFile], Iterable[str]]:
-    """Passes the modules of a file on and shows a bar when that takes over a second.
+def watched(title: str, quiet: bool) -> Callable[[Collection[str]], Iterable[str]]:
+    """Passes modules on and shows a bar when that takes over a second.
 
     Args:
+        title: What the bar is called.
         quiet: Show none.
     """
-    return lambda lora: tqdm(lora, desc=lora.path.name[:30], unit="module", ascii=True, disable=quiet, delay=1, mininterval=0.5)
+    return lambda modules: tqdm(modules, desc=title[:30], unit="module", ascii=True, disable=quiet, delay=1, mininterval=0.5)

@@ -21,9 +21,9 @@ from ..audit import ALIKE, least_squares
 from ..errors import counted
 from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
-from .inspect import _cut, _list, _row, _some
 from .overlap import Readers, Watched, cosine_text, file_lines, outline, same_model, two_digits
 from .tables import value_table
+from .text import listed, percent, row, shorten, some
 
 ROUNDING = 0.01  # |rest| / |file| that bfloat16 explains; two to three times what it leaves (measured)
 INSIDE = 0.99  # share of a file's energy in the spaces of its sources from which on nothing else need be in it
@@ -333,29 +333,29 @@ def _verdict(facts: Mapping[str, Any], rounding: float) -> Iterator[str]:
         yield f"its up is {_amounts(factors['up'])}, its down {_amounts(factors['down'])}"
     yield from _of_alike(facts)
     if unknown := facts["unknown"]:
-        yield f"in none of the sources: {_some(unknown)}, {_percent(facts['unknown_energy'])} of the energy of the file"
+        yield f"in none of the sources: {some(unknown)}, {percent(facts['unknown_energy'])} of the energy of the file"
     if missing := facts["missing"]:
-        yield f"in the sources but not in the file: {_some(missing)}, what they do there is lost"
+        yield f"in the sources but not in the file: {some(missing)}, what they do there is lost"
     if facts["recipe"]:
         yield "zit_merge wrote the file: `recipe FILE` prints what was asked for"
 
 
 def _of_kind(facts: Mapping[str, Any], strengths: str) -> Iterator[str]:
     kind, cut = facts["kind"], facts["before_cut"]
-    explained = f"{_percent(1 - facts['rest'] ** 2)} of its energy is explained by {strengths}"
+    explained = f"{percent(1 - facts['rest'] ** 2)} of its energy is explained by {strengths}"
     if kind == "nothing":
         yield "the file changes nothing in the modules of the sources"
     elif kind == "strengths":
-        yield f"the file is {strengths}: rounding explains the rest ({_percent(facts['rest'])})"
+        yield f"the file is {strengths}: rounding explains the rest ({percent(facts['rest'])})"
     elif kind == "truncated":
         yield (
             f"the file is {_amounts(cut['strengths'])}, truncated to rank {facts['file']['ranks']}, which kept "
-            f"{_percent(cut['kept'])} of that sum's energy; a plain fit of what is left finds {strengths}"
+            f"{percent(cut['kept'])} of that sum's energy; a plain fit of what is left finds {strengths}"
         )
     elif kind == "by module":
         yield (
             "each module of the file is a weighted sum of the sources with strengths of its own, as block and layer weights "
-            f"make them (tables below): rounding explains the rest ({_percent(facts['rest_by_module'])}); over the whole file "
+            f"make them (tables below): rounding explains the rest ({percent(facts['rest_by_module'])}); over the whole file "
             f"{explained}"
         )
     elif kind == "truncated by module":
@@ -374,7 +374,7 @@ def _of_kind(facts: Mapping[str, Any], strengths: str) -> Iterator[str]:
             "makes them, or another method than a sum" + _may_be_cut(facts)
         )
     else:
-        outside = facts["inside"] is not None and _percent(1 - facts["inside"])
+        outside = facts["inside"] is not None and percent(1 - facts["inside"])
         where = f"{outside} of it lies outside of the directions of the sources" if outside else "the rest is something else"
         yield f"{explained}; {where}: other LoRAs, further training, or another method than a sum" + _may_be_cut(facts)
 
@@ -393,7 +393,7 @@ def _is_squared(factors: Mapping[str, Any]) -> bool:
 
 def _of_alike(facts: Mapping[str, Any]) -> Iterator[str]:
     for group in facts["alike"]:
-        names = f"sources {_list([str(i + 1) for i in group])}"
+        names = f"sources {listed([str(i + 1) for i in group])}"
         pairs = [abs(facts["cosines"][i][j]) for i in group for j in group if i < j]
         if min(pairs) < 0.99:
             yield f"{names} can't be told apart, one of them is nearly a sum of the others: their strengths here are one of many"
@@ -412,22 +412,13 @@ def _amounts(strengths: Sequence[float | None]) -> str:
     """`0.25 of source 1 and 0.25 of source 2`; those that are as good as 0 are left out, unless all are."""
     known = [(i, x) for i, x in enumerate(strengths) if x is not None]
     named = [(i, x) for i, x in known if abs(x) >= 0.005] or known
-    return _list([f"{_number(x)} of source {i + 1}" for i, x in named]) or "nothing"
+    return listed([f"{_number(x)} of source {i + 1}" for i, x in named]) or "nothing"
 
 
 def _number(value: float) -> str:
     """Three digits after the point, or two."""
     text = f"{value:.3f}".removesuffix("0") if abs(value) < 1000 else f"{value:.3g}"
     return "0.00" if text == "-0.00" else text
-
-
-def _percent(share: float) -> str:
-    """`50 %`, `0.2 %`, `99.9 %`: not 0 or 100 % unless it is."""
-    if 0 < share < 0.001:
-        return "under 0.1 %"
-    if share >= 0.9995:
-        return "100 %" if share >= 1 - 1e-4 else "99.9 %"
-    return f"{100 * share:.1f} %".replace(".0 %", " %")
 
 
 def trace_text(facts: Mapping[str, Any]) -> str:
@@ -437,10 +428,10 @@ def trace_text(facts: Mapping[str, Any]) -> str:
         lines += file_lines(f"source {i + 1}", source)
         strength = facts["strengths"][i]
         many = ", one of many that fit" if any(i in group for group in facts["alike"]) else ""
-        lines += _row("", "strength " + ("none, it changes nothing there" if strength is None else _number(strength) + many))
+        lines += row("", "strength " + ("none, it changes nothing there" if strength is None else _number(strength) + many))
     lines.append("")
     for i, sentence in enumerate(facts["verdict"]):
-        lines += _row("" if i else "verdict", f"- {_cut(sentence, _SENTENCE)}")
+        lines += row("" if i else "verdict", f"- {shorten(sentence, _SENTENCE)}")
     for i in range(len(facts["sources"])):
         lines += _strength_lines(facts, i)
     return "\n".join(lines)

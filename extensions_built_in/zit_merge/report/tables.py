@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from ..presets import origin_of, presets
 from ..training import Outline
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, OTHER, SECTIONS
+from .text import percent, plain, shorten
 
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 _SHOWN = 6  # LoRAs in the line of the check
@@ -161,7 +161,7 @@ def check_line(done: Done) -> str:
     words = [] if plan.spec.checkpoints else [_strengths_words(plan, verdict)]
     if plan.cut:
         module, error = verdict.worst
-        words.append(f"{_percent(verdict.kept)} of the energy kept, at least {_percent(1 - error**2)} ({module})")
+        words.append(f"{percent(verdict.kept)} of the energy kept, at least {percent(1 - error**2)} ({module})")
         words += [f"{label} is mostly cut away, a larger rank keeps it" for label, a, g in _known(plan, verdict) if g / a < 0.5]
     elif verdict.error > LARGE:
         dtype = DTYPE_NAMES[plan.dtype]
@@ -188,12 +188,7 @@ def _strengths_words(plan: StepPlan, verdict: Verdict) -> str:
 def _known(plan: StepPlan, verdict: Verdict) -> list[tuple[str, float, float]]:
     """(name, asked, got) of every input whose strength can be told."""
     found = zip(plan.inputs, verdict.asked, verdict.got, strict=True)
-    return [(i.label.removesuffix(".safetensors"), a, g) for i, a, g in found if a and not verdict.alike]
-
-
-def _percent(share: float) -> str:
-    """Not 100 % unless it is."""
-    return f"{math.floor(share * 1000) / 10:.1f} %"
+    return [(shorten(plain(i.label.removesuffix(".safetensors")), 40), a, g) for i, a, g in found if a and not verdict.alike]
 
 
 def methods_text() -> str:
