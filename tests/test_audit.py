@@ -364,12 +364,14 @@ def test_spoiled_strengths(tmp_path, monkeypatch, dtype):
     weighed = [(path, r) for (path, _), r in zip(two(tmp_path), (0.9, 0.6), strict=True)]
     right = Merger.merged
     spoils = {
-        "scaled": lambda self, module, deltas: right(self, module, {n: d.times(0.97) for n, d in deltas.items()}),
-        "swapped": lambda self, module, deltas: right(
-            self, module, {n: d.times((0.6 / 0.9, 0.9 / 0.6)[n]) for n, d in deltas.items()}
+        "scaled": lambda self, module, deltas, factors: right(
+            self, module, {n: d.times(0.97) for n, d in deltas.items()}, factors
         ),
-        "left out": lambda self, module, deltas: right(self, module, dict(list(deltas.items())[:1])),
-        "twice": lambda self, module, deltas: right(self, module, deltas).times(2.0),
+        "swapped": lambda self, module, deltas, factors: right(
+            self, module, {n: d.times((0.6 / 0.9, 0.9 / 0.6)[n]) for n, d in deltas.items()}, factors
+        ),
+        "left out": lambda self, module, deltas, factors: right(self, module, dict(list(deltas.items())[:1]), factors),
+        "twice": lambda self, module, deltas, factors: right(self, module, deltas, factors).times(2.0),
     }
     for spoil in spoils.values():
         monkeypatch.setattr(Merger, "merged", spoil)

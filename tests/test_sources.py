@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_compare import fits, one_line, plus, times
 from test_known_mistakes import MODULES, Pair, deltas, later_save, lora, rotated, write
 
+from extensions_built_in.zit_merge.algebra.strengths import groups
 from extensions_built_in.zit_merge.formats.reader import load_lora
-from extensions_built_in.zit_merge.report.sources import groups, trace, trace_text
+from extensions_built_in.zit_merge.report.sources import trace, trace_text
 
 Q, V, W2 = "layers.0.attention.to_q", "layers.0.attention.to_v", "layers.0.feed_forward.w2"
 ONE, TWO, THREE = (lora(8, seed) for seed in range(3))

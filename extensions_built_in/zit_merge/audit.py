@@ -23,10 +23,10 @@ from torch import Tensor
 
 from .algebra.delta import Delta, gram, norm
 from .algebra.factors import Factors
+from .algebra.strengths import groups, least_squares
 from .errors import ZitMergeError
 from .formats.metadata import CHECK_KEY, dumps
 
-ALIKE = 1e-3  # smallest eigenvalue of the cosines below which two strengths can't be told apart: cos 0.999 for two LoRAs
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
 _SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
@@ -43,16 +43,16 @@ class Verdict:
         kept: Share of the wanted energy.
         asked: Least-squares strength of each input in what was wanted; None for one without any change.
         got: The same in what was written.
-        alike: The inputs are too alike for their strengths to be told apart.
-        worst: (module, error) where it is largest.
+        alike: Groups of inputs, by their numbers, that are too alike for their strengths to be told apart.
+        errors: Module -> |written - wanted| / |wanted|.
     """
 
     error: float
     kept: float
     asked: tuple[float | None, ...]
     got: tuple[float | None, ...]
-    alike: bool = False
-    worst: tuple[str, float] = ("", 0.0)
+    alike: Sequence[Sequence[int]] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """For the file."""
@@ -89,7 +89,7 @@ class Audit:
     _with_written: Tensor = field(init=False)
     _wanted: float = 0.0
     _missed: float = 0.0
-    _worst: tuple[str, float] = ("", 0.0)
+    _errors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.ratios)
@@ -119,89 +119,63 @@ class Audit:
         if merged is None:
             return
         numbers = list(deltas)
+        parts = {n: delta.times(factors[n]) for n, delta in deltas.items()} if factors else {-1: merged}
         vectors = [*deltas.values(), *([] if factors else [merged]), written.map(lambda t: t.to(merged.device))]
-        want = torch.zeros(len(vectors), dtype=torch.float64)
-        want[: len(numbers)] = torch.tensor([factors[n] for n in numbers], dtype=torch.float64) if factors else 0.0
-        want[-2] += 0.0 if factors else 1.0
-        sums = _SUMS[self.dtype] if isinstance(merged, Factors) else torch.float64
+        want = torch.tensor([factors[n] for n in numbers] if factors else [0.0] * len(numbers) + [1.0], dtype=torch.float64)
+        found, noise = self._products(module, vectors, want)
+        wanted, crossed, got = float(want @ found[:-1, :-1] @ want), float(want @ found[:-1, -1]), float(found[-1, -1])
+        wanted, missed = max(wanted, 0.0), max(wanted - 2 * crossed + got, 0.0)
+        # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
+        is_cut = module in self.cut and got > 0
+        rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
+        if module in self.cut:
+            _check_cut(module, list(parts.values()), vectors[-1], rounding)
+        self._errors[module] = (missed / wanted) ** 0.5 if wanted else 0.0
+        self._wanted += wanted
+        self._missed += missed
+        at, size = torch.tensor(numbers), len(numbers)
+        ratios = torch.tensor([self.ratios[n] for n in numbers], dtype=torch.float64)
+        self._gram[at[:, None], at] += found[:size, :size] / torch.outer(ratios, ratios)
+        self._with_wanted[at] += (found[:size, :-1] @ want) / ratios
+        self._with_written[at] += found[:size, -1] / ratios
+
+    def _products(self, module: str, vectors: Sequence[Delta], want: Tensor) -> tuple[Tensor, float]:
+        """(inner products of what `want` combines and of what was written, what sums of their precision can't tell)."""
+        sums = _SUMS[self.dtype] if all(isinstance(v, Factors) for v in vectors) else torch.float64
         found = gram(vectors, sums)
-        if sums == torch.float32 and float(want @ found @ want) < _CANCELS * float(found.diagonal().sum()):
+        if sums == torch.float32 and float(want @ found[:-1, :-1] @ want) < _CANCELS * float(found.diagonal().sum()):
             sums = torch.float64
             found = gram(vectors)
         if not torch.isfinite(found).all():
             raise ZitMergeError(f"{module}: the norm of a change is too large for a number, the LoRA is broken: leave it out")
-        wanted, crossed, got = max(float(want @ found @ want), 0.0), float(want @ found[-1]), float(found[-1, -1])
-        missed = max(wanted - 2 * crossed + got, 0.0)
-        rounding = torch.finfo(self.dtype).eps / 2 * _size(written)
-        rounding += _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
-        # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
-        beyond = abs(crossed - got) / got**0.5 if module in self.cut and got else missed**0.5
-        if beyond > _SLACK * rounding:  # components that are alike are rounded alike: their errors add up
-            rounding = torch.finfo(self.dtype).eps / 2 * _coherent(written) + _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
-        if beyond > _SLACK * rounding:
-            share = beyond / wanted**0.5 if wanted else math.inf
-            cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
-            raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
-        if module in self.cut:
-            parts = [delta.times(factors[n]) for n, delta in deltas.items()] if factors else [merged]
-            self._check_cut(module, parts, written, _SLACK * rounding)
-        error = (missed / wanted) ** 0.5 if wanted else 0.0
-        if error > self._worst[1]:
-            self._worst = module, error
-        ratios = torch.tensor([self.ratios[n] for n in numbers], dtype=torch.float64)
-        at, size = torch.tensor(numbers), len(numbers)
-        self._gram[at[:, None], at] += found[:size, :size] / torch.outer(ratios, ratios)
-        self._with_wanted[at] += (found @ want)[:size] / ratios
-        self._with_written[at] += found[:size, -1] / ratios
-        self._wanted += wanted
-        self._missed += missed
+        return found, _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
 
-    def _check_cut(self, module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:
-        """Raises if a truncation left out something larger than the smallest component that it kept."""
-        single = [p.map(lambda t: t.float()) for p in (*parts, written.map(lambda t: t.to(parts[0].device)).times(-1.0))]
-        left_out, kept = _largest(single), float(_sizes(written).min())
-        if left_out > 1.001 * kept + rounding:
-            raise ZitMergeError(
-                f"{module}: what was written differs from what was wanted by more than the truncation, which left out a "
-                f"component of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
-            )
+    def _judge(self, module: str, beyond: float, wanted: float, noise: float, written: Delta) -> float:
+        """Raises if `beyond` is more than rounding explains; returns what it explains."""
+        for size in (_size, _coherent):  # components that are alike are rounded alike: their errors add up
+            rounding = _SLACK * (torch.finfo(self.dtype).eps / 2 * size(written) + noise)
+            if beyond <= rounding:
+                return rounding
+        share = beyond / wanted if wanted else math.inf
+        cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
+        raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
 
     def verdict(self) -> Verdict:
         """Of the whole file."""
         error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
         asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
-        return Verdict(error, max(1 - error**2, 0.0), asked, got, alike(self._gram), self._worst)
+        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._errors)
 
 
-def least_squares(gram: Tensor, products: Tensor) -> tuple[float | None, ...]:
-    """The strengths x that bring sum_i x_i delta_i nearest to a delta.
-
-    Args:
-        gram: (N, N), <delta_i, delta_j>.
-        products: (N,), <delta_i, delta>.
-
-    Returns:
-        N numbers; None for a delta that is zero. Of deltas that can't be told apart, the smallest numbers that do.
-    """
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    alive = norms > 0
-    found: list[float | None] = [None] * len(norms)
-    if alive.any():
-        cosines = gram[alive][:, alive] / torch.outer(norms[alive], norms[alive])
-        solved = torch.linalg.pinv(cosines, hermitian=True, rtol=1e-9) @ (products[alive] / norms[alive]) / norms[alive]
-        for n, value in zip(alive.nonzero().flatten().tolist(), solved.tolist(), strict=True):
-            found[n] = value
-    return tuple(found)
-
-
-def alike(gram: Tensor) -> bool:
-    """Whether some of the deltas are too alike for their strengths to be told apart."""
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    alive = norms > 0
-    if int(alive.sum()) < 2:
-        return False
-    cosines = gram[alive][:, alive] / torch.outer(norms[alive], norms[alive])
-    return bool(torch.linalg.eigvalsh(cosines)[0] < ALIKE)
+def _check_cut(module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:
+    """Raises if a truncation left out something larger than the smallest component that it kept."""
+    left_out = _largest([p.map(lambda t: t.float()) for p in (*parts, written.times(-1.0))])
+    kept = float(_sizes(written).min())
+    if left_out > 1.001 * kept + rounding:
+        raise ZitMergeError(
+            f"{module}: what was written differs from what was wanted by more than the truncation, which left out a component "
+            f"of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
+        )
 
 
 def _size(written: Delta) -> float:

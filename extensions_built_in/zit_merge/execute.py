@@ -150,7 +150,7 @@ def _with_ranks(plan: StepPlan, merger: Merger, pause: Callable[[], None]) -> St
         return plan
     rule, spectra, total = plan.spec.rank, {}, 0.0
     for module in plan.shapes:
-        merged = merger.merged(module, merger.deltas(module))
+        merged = merger.merged(module, merger.deltas(module), merger.factors(module))
         spectra[module] = torch.zeros(1, dtype=torch.float64)
         if merged is not None:
             spectra[module] = singular_values(merged, plan.ranks[module]).cpu()
@@ -185,10 +185,10 @@ def _write(plan: StepPlan, merger: Merger, out: writer.LoraWriter, audit: Audit,
 
 def _module(plan: StepPlan, merger: Merger, checker: _Checker, module: str) -> Factors:
     """One module, merged and handed to the check."""
-    deltas = merger.deltas(module)
-    merged = merger.merged(module, deltas)
+    deltas, factors = merger.deltas(module), merger.factors(module)
+    merged = merger.merged(module, deltas, factors)
     written = _finish(merged, plan, module)
-    checker.add(module, deltas, merger.factors(module), merged, written)
+    checker.add(module, deltas, factors, merged, written)
     return written
 
 
@@ -225,8 +225,8 @@ def _weigh(plan: StepPlan, reader: TensorReader, merger: Merger, out: writer.Lor
         written = lokr.weighed(lora.changes[module][0], reader, strengths[module], plan.dtype)
         for key, tensor in lokr.tensors(module, written):
             out.write(key, _checked(tensor, plan, module))
-        deltas = merger.deltas(module)
-        audit.add(module, deltas, merger.factors(module), merger.merged(module, deltas), lokr.delta(written))
+        deltas, factors = merger.deltas(module), merger.factors(module)
+        audit.add(module, deltas, factors, merger.merged(module, deltas, factors), lokr.delta(written))
         tick(plan, done)
 
 

@@ -54,15 +54,16 @@ class Merger:
                 found[n] = stored.map(lambda t: t.to(self._device)).times(i.strengths[module] * alpha_over_rank)
         return found
 
-    def merged(self, module: str, deltas: Deltas) -> Delta | None:
+    def merged(self, module: str, deltas: Deltas, factors: Mapping[int, float] | None) -> Delta | None:
         """The method's answer for one module; None where no input changes it.
 
-        Raises:
-            ZitMergeError: The method has none for these numbers.
+        Args:
+            module: Its name.
+            deltas: From `deltas`.
+            factors: From `factors`.
         """
         if not deltas:
             return None
-        factors = self.factors(module)
         if factors is not None:
             return add([delta.times(factors[n]) for n, delta in deltas.items()])
         parameters = dict(self._parameters)
@@ -71,7 +72,11 @@ class Merger:
         return self._method.function(list(deltas.values()), **parameters)
 
     def factors(self, module: str) -> dict[int, float] | None:
-        """Input -> what a linear method multiplies its delta with, strength included already; None for any other method."""
+        """Input -> what a linear method multiplies its delta with, strength included already; None for any other method.
+
+        Raises:
+            ZitMergeError: The method has none for these numbers.
+        """
         if not self._method.is_linear:
             return None
         ratios = self._ratios()

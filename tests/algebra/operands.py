@@ -24,3 +24,13 @@ def dense(x):
     if isinstance(x, Kron):
         return torch.kron(dense(x.left), dense(x.right))
     return x.up.double() @ x.down.double()
+
+
+def wholes(deltas):
+    """All of them multiplied out."""
+    return [dense(d) for d in deltas]
+
+
+def sizes(deltas):
+    """The sum of their norms."""
+    return sum(float(w.norm()) for w in wholes(deltas))

@@ -8,22 +8,21 @@ from algebra.operands import dense, draw, kron
 from oracles import methods as oracle
 from oracles.dense import best_error
 
+from extensions_built_in.zit_merge.algebra import delta, subspace
 from extensions_built_in.zit_merge.algebra import overlap as module
-from extensions_built_in.zit_merge.algebra import subspace
 from extensions_built_in.zit_merge.algebra.delta import Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, stack, whole
 from extensions_built_in.zit_merge.algebra.overlap import (
     chance,
-    cosines,
     directions,
     factor_products,
     held,
     inside,
     is_thin,
     overlap,
-    products,
     projected,
 )
+from extensions_built_in.zit_merge.algebra.strengths import cosines
 from extensions_built_in.zit_merge.algebra.truncate import truncate
 
 F64 = torch.float64
@@ -79,22 +78,22 @@ def drifted(count, noise=0.1, shape=(300, 280), rank=8, drift=3):
 @pytest.mark.parametrize("names", [list(FORMS), list(FORMS)[:1] * 3, ["full", "another full"], ["LoRA", "full"]])
 @pytest.mark.parametrize("thin", [1, 512])
 def test_products(monkeypatch, names, thin):
-    monkeypatch.setattr(module, "THIN", thin)
+    monkeypatch.setattr(delta, "_THIN", thin)
     deltas = [FORMS[n] for n in names]
-    found = products(deltas)
+    found = delta.gram(deltas)
     assert found.dtype == F64
     torch.testing.assert_close(found, dense_gram(deltas), rtol=1e-10, atol=1e-9)
 
 
 def test_products_of_transposed_full_differences(monkeypatch):
-    monkeypatch.setattr(module, "THIN", 1)
+    monkeypatch.setattr(delta, "_THIN", 1)
     deltas = [FORMS["full"].T, FORMS["another full"].T, whole(torch.eye(IN, OUT, dtype=F64)), draw(IN, OUT, IN, 1, F64)]
-    torch.testing.assert_close(products(deltas), dense_gram(deltas), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(delta.gram(deltas), dense_gram(deltas), rtol=1e-10, atol=1e-9)
 
 
 def test_cosines():
     x, y = FORMS["LoRA"], FORMS["full"]
-    found = cosines(products([x, y, x.times(-2.0), FORMS["zero"]]))
+    found = cosines(delta.gram([x, y, x.times(-2.0), FORMS["zero"]]))
     cosine = float((dense(x) * dense(y)).sum() / dense(x).norm() / dense(y).norm())
     wanted = torch.tensor([[1, cosine, -1, 0], [cosine, 1, -cosine, 0], [-1, -cosine, 1, 0], [0, 0, 0, 0]], dtype=F64)
     torch.testing.assert_close(found, wanted)
@@ -199,8 +198,8 @@ def test_energy_in_common_directions_against_dense_projections(count, tau):
     columns, rows = common(deltas, tau)
     found = overlap([directions(x) for x in deltas], tau)
     assert found.columns.common == round(float(columns.trace()))
-    for energy, delta in zip(found.energy.tolist(), map(dense, deltas), strict=True):
-        parts = (delta, columns @ delta, delta @ rows, columns @ delta @ rows)
+    for energy, one in zip(found.energy.tolist(), map(dense, deltas), strict=True):
+        parts = (one, columns @ one, one @ rows, columns @ one @ rows)
         assert energy == pytest.approx([float(p.square().sum()) for p in parts], rel=1e-8, abs=1e-8)
 
 
@@ -289,8 +288,8 @@ def test_a_truncated_sum_is_the_sum_between_its_own_projectors(names, rank):
 
 def test_projected_against_dense_projections():
     x, deltas = directions(THIN[0]), [FORMS["LoKr"], FORMS["full"], THIN[1]]
-    for core, delta in zip(projected(x, deltas), deltas, strict=True):
-        torch.testing.assert_close(core, x.left.T @ dense(delta) @ x.right.T)
+    for core, one in zip(projected(x, deltas), deltas, strict=True):
+        torch.testing.assert_close(core, x.left.T @ dense(one) @ x.right.T)
 
 
 def test_factor_products_append_zeros():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from algebra.operands import dense, draw
+from algebra.operands import dense, draw, sizes, wholes
 from algebra.test_core import CASES, error, other_gauges
 from oracles import methods as oracle
 
@@ -29,16 +29,8 @@ A, B, C = CASES["three"]
 BOTH = A, B
 
 
-def wholes(deltas):
-    return [dense(d) for d in deltas]
-
-
 def merge(method, deltas, **parameters):
     return dense(METHODS[method](deltas, **parameters))
-
-
-def sizes(deltas):
-    return sum(float(w.norm()) for w in wholes(deltas))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from algebra.operands import dense, draw, kron
+from algebra.operands import dense, draw, kron, sizes, wholes
 from algebra.test_core import CASES, error, other_gauges
 from oracles import methods as oracle
 
@@ -20,16 +20,8 @@ cases = pytest.mark.parametrize("case", CASES)
 A, B, C = CASES["three"]
 
 
-def wholes(deltas):
-    return [dense(d) for d in deltas]
-
-
 def merge(method, deltas, **parameters):
     return dense(METHODS[method](deltas, **parameters))
-
-
-def sizes(deltas):
-    return sum(float(w.norm()) for w in wholes(deltas))
 
 
 def fitting(method):

@@ -154,21 +154,40 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     """All inner products of several deltas of one shape.
 
     Args:
-        deltas: N changes.
-        dtype: Of the sums over the long sides, where all of them are Factors; float32 takes half the time and tells a difference
-            of two deltas from about 1e-3 of their size on, float64 from 1e-8.
+        deltas: N changes: thin ones by one product of their stacked factors, others pair by pair, full differences as they are.
+        dtype: Of the sums over the long sides of thin Factors; float32 takes half the time and tells a difference of two deltas
+            from about 1e-3 of their size on, float64 from 1e-8.
 
     Returns:
         (N, N) in float64 on the CPU.
     """
-    if not all(isinstance(d, Factors) for d in deltas):
-        products = [[inner(x, y) for y in deltas[: i + 1]] for i, x in enumerate(deltas)]
-        rows = [[products[max(i, j)][min(i, j)] for j in range(len(deltas))] for i in range(len(deltas))]
-        return torch.tensor(rows, dtype=torch.float64)
+    if not all(isinstance(d, Factors) and d.rank <= _THIN for d in deltas):
+        return _pairwise(deltas)
     whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
     components = _squares(whole.up) * _squares(whole.down.T)
     rows = [block.sum(0) for block in components.split([d.rank for d in deltas])]
     return torch.stack([torch.stack([part.sum() for part in row.split([d.rank for d in deltas])]) for row in rows]).cpu()
+
+
+_THIN = 512  # components of a delta beyond which it is not stacked with others: a full difference has thousands
+
+
+def _pairwise(deltas: Sequence[Delta]) -> Tensor:
+    flat = [_flat(d) for d in deltas]
+    found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for i, x in enumerate(deltas):
+        for j, y in enumerate(deltas[: i + 1]):
+            is_flat = flat[i] is not None and flat[j] is not None
+            found[i, j] = found[j, i] = float((wide(flat[i]) * wide(flat[j])).sum()) if is_flat else inner(x, y)
+    return found
+
+
+def _flat(x: Delta) -> Tensor | None:
+    """The dense delta of a full difference, which stands beside an identity."""
+    if not isinstance(x, Factors) or x.rank != min(x.shape):
+        return None
+    delta, other = (x.up, x.down) if x.down.shape[0] == x.down.shape[1] else (x.down, x.up)
+    return delta if torch.equal(other, torch.eye(x.rank, dtype=other.dtype, device=other.device)) else None
 
 
 def _squares(x: Tensor) -> Tensor:

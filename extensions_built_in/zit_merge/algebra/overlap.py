@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .delta import Delta, gram, inner
-from .factors import Factors, wide
+from .delta import Delta
+from .factors import wide
 from .subspace import counts, triplets
 from .truncate import roots
 
@@ -76,34 +76,6 @@ class Overlap(NamedTuple):
     columns: Side
     rows: Side
     energy: Tensor
-
-
-def products(deltas: Sequence[Delta]) -> Tensor:
-    """All inner products of deltas of one shape: (N, N) in float64 on the CPU, `gram` with a short way for full differences."""
-    if all(isinstance(d, Factors) and d.rank <= THIN for d in deltas):
-        return gram(deltas)
-    flat = [_flat(d) for d in deltas]
-    found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for i, x in enumerate(deltas):
-        for j, y in enumerate(deltas[: i + 1]):
-            is_flat = flat[i] is not None and flat[j] is not None
-            found[i, j] = found[j, i] = float((wide(flat[i]) * wide(flat[j])).sum()) if is_flat else inner(x, y)
-    return found
-
-
-def _flat(x: Delta) -> Tensor | None:
-    """The dense delta of a full difference, which stands beside an identity."""
-    if not isinstance(x, Factors) or x.rank != min(x.shape):
-        return None
-    delta, other = (x.up, x.down) if x.down.shape[0] == x.down.shape[1] else (x.down, x.up)
-    return delta if torch.equal(other, torch.eye(x.rank, dtype=other.dtype, device=other.device)) else None
-
-
-def cosines(gram: Tensor) -> Tensor:
-    """(N, N) from the Gram matrix; 0 beside a zero delta."""
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    lengths = torch.outer(norms, norms)
-    return torch.where(lengths > 0, gram / lengths, 0.0).clamp(-1, 1)
 
 
 def is_thin(x: Delta) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta
-from ..algebra.overlap import LEADING, THIN, Overlap, Side, cosines, directions, is_thin, overlap, products
+from ..algebra.delta import Delta, gram
+from ..algebra.overlap import LEADING, THIN, Overlap, Side, directions, is_thin, overlap
+from ..algebra.strengths import cosines
 from ..errors import ZitMergeError, counted
 from ..formats.reader import LoraFile, TensorReader
 from ..zimage import MODULES
@@ -60,14 +61,14 @@ class Readers(ExitStack):
         Raises:
             ZitMergeError: One is too large for a number.
         """
-        gram = products(list(deltas.values()))
-        for i, energy in zip(deltas, gram.diagonal().tolist(), strict=True):
+        found = gram(list(deltas.values()))
+        for i, energy in zip(deltas, found.diagonal().tolist(), strict=True):
             if not math.isfinite(energy):
                 raise ZitMergeError(
                     f"{self._loras[i].path}: {module}: the norm of its change is too large for a number, the LoRA is broken: "
                     "use an earlier checkpoint of it"
                 )
-        return gram
+        return found
 
 
 def same_model(loras: Sequence[LoraFile]) -> list[str]:
@@ -140,10 +141,10 @@ def compare(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str, Any
     with Readers(loras) as readers:
         for module in watched(modules):
             deltas = readers.deltas(module)
-            here, gram = list(deltas), readers.products(module, deltas)
-            total[torch.tensor(here)[:, None], torch.tensor(here)] += gram
-            found[module] = {"files": here, "norms": gram.diagonal().sqrt().tolist(), "cosines": cosines(gram).tolist()}
-            shared = overlap([directions(d) for d in deltas.values()], TAU) if (gram.diagonal() > 0).sum() > 1 else None
+            here, inner = list(deltas), readers.products(module, deltas)
+            total[torch.tensor(here)[:, None], torch.tensor(here)] += inner
+            found[module] = {"files": here, "norms": inner.diagonal().sqrt().tolist(), "cosines": cosines(inner).tolist()}
+            shared = overlap([directions(d) for d in deltas.values()], TAU) if (inner.diagonal() > 0).sum() > 1 else None
             found[module]["directions"] = shared and _directions(shared)
             if shared:
                 energy[here] += shared.energy[:, 1:]

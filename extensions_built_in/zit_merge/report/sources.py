@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, Kron
 from ..algebra.factors import Factors
-from ..algebra.overlap import cosines, directions, factor_products, inside, is_thin, projected
-from ..audit import ALIKE, least_squares
+from ..algebra.overlap import directions, factor_products, inside, is_thin, projected
+from ..algebra.strengths import cosines, groups, least_squares
 from ..errors import counted
 from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
@@ -105,24 +105,6 @@ class Fit:
 
 def _explained(strengths: Strengths, products: Tensor) -> float:
     return sum(x * h for x, h in zip(strengths, products.tolist(), strict=True) if x is not None)
-
-
-def groups(gram: Tensor) -> list[list[int]]:
-    """Which deltas can't be told apart: groups that have a combination as good as zero.
-
-    Args:
-        gram: (N, N).
-    """
-    alive = [i for i, n in enumerate(gram.diagonal().tolist()) if n > 0]
-    if len(alive) < 2:
-        return []
-    values, vectors = torch.linalg.eigh(cosines(gram)[alive][:, alive])
-    null = vectors[:, values < ALIKE]
-    found: list[set[int]] = []
-    for i, j in ((null @ null.T).abs() > 0.5 / len(alive)).nonzero().tolist():  # N equal ones have 1 / N there
-        touching = [g for g in found if i in g or j in g]
-        found = [g for g in found if g not in touching] + [set().union({i, j}, *touching)]
-    return sorted(sorted(alive[i] for i in g) for g in found if len(g) > 1)
 
 
 @dataclass

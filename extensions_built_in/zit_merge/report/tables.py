@@ -19,7 +19,7 @@ from ..presets import origin_of, presets
 from ..training import Outline
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, OTHER, SECTIONS
-from .text import percent, plain, shorten
+from .text import listed, percent, plain, shorten
 
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 _SHOWN = 6  # LoRAs in the line of the check
@@ -150,8 +150,11 @@ def done_text(done: Done) -> str:
         lines = [f"{plan.name}: merged for later steps ({_written(plan)})"]
     if done.verdict:
         lines += textwrap.wrap(check_line(done), 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
-    if isinstance(plan.spec.rank, RankRule) and not plan.spec.save.uniform:
-        lines += ["", "  rank", *(f"  {line}" for line in value_table({m: str(r) for m, r in plan.ranks.items()}))]
+    if isinstance(plan.spec.rank, RankRule) and done.verdict:
+        kept = {m: f"{100 * (1 - e**2):.4g}" for m, e in done.verdict.errors.items()}
+        lines += ["", "  energy kept, in percent", *(f"  {line}" for line in value_table(kept))]
+        if not plan.spec.save.uniform:
+            lines += ["", "  rank", *(f"  {line}" for line in value_table({m: str(r) for m, r in plan.ranks.items()}))]
     return "\n".join(lines)
 
 
@@ -160,7 +163,7 @@ def check_line(done: Done) -> str:
     plan, verdict = done.plan, done.verdict
     words = [] if plan.spec.checkpoints else [_strengths_words(plan, verdict)]
     if plan.cut:
-        module, error = verdict.worst
+        module, error = max(verdict.errors.items(), key=lambda item: item[1])
         words.append(f"{percent(verdict.kept)} of the energy kept, at least {percent(1 - error**2)} ({module})")
         words += [f"{label} is mostly cut away, a larger rank keeps it" for label, a, g in _known(plan, verdict) if g / a < 0.5]
     elif verdict.error > LARGE:
@@ -173,22 +176,26 @@ def check_line(done: Done) -> str:
 
 def _strengths_words(plan: StepPlan, verdict: Verdict) -> str:
     """`asked 0.9 of a, 0.6 of b, got 0.9, 0.6`."""
-    if verdict.alike:
-        return "the inputs are too alike for their strengths to be told apart"
     known = _known(plan, verdict)
-    if not known:
+    if not known and not verdict.alike:
         return "nothing was asked for, zeros were written"
+    alike = [f"{listed([_name(plan, n) for n in group])} are too alike to be told apart" for group in verdict.alike]
     more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
     asked = ", ".join(f"{a:.3g} of {label}" for label, a, _ in known[:_SHOWN]) + more
-    if not METHODS[plan.spec.method].is_linear:
-        return f"holds about {asked}"
-    return f"asked {asked}, got {', '.join(f'{g:.3g}' for *_, g in known[:_SHOWN])}"
+    got = f", got {', '.join(f'{g:.3g}' for *_, g in known[:_SHOWN])}" if METHODS[plan.spec.method].is_linear else ""
+    words = [f"{'asked' if got else 'holds about'} {asked}{got}"] if known else []
+    return "; ".join([*words, *alike])
 
 
 def _known(plan: StepPlan, verdict: Verdict) -> list[tuple[str, float, float]]:
     """(name, asked, got) of every input whose strength can be told."""
-    found = zip(plan.inputs, verdict.asked, verdict.got, strict=True)
-    return [(shorten(plain(i.label.removesuffix(".safetensors")), 40), a, g) for i, a, g in found if a and not verdict.alike]
+    found = enumerate(zip(verdict.asked, verdict.got, strict=True))
+    return [(_name(plan, n), a, g) for n, (a, g) in found if a and not any(n in group for group in verdict.alike)]
+
+
+def _name(plan: StepPlan, number: int) -> str:
+    """An input's, short enough for a line."""
+    return shorten(plain(plan.inputs[number].label.removesuffix(".safetensors")), 40)
 
 
 def methods_text() -> str:
