@@ -164,9 +164,11 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     if not all(isinstance(d, Factors) and d.rank <= _THIN for d in deltas):
         return _pairwise(deltas)
     whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
-    components = _squares(whole.up) * _squares(whole.down.T)
-    rows = [block.sum(0) for block in components.split([d.rank for d in deltas])]
-    return torch.stack([torch.stack([part.sum() for part in row.split([d.rank for d in deltas])]) for row in rows]).cpu()
+    components = (_squares(whole.up) * _squares(whole.down.T)).cpu()
+    ranks = torch.tensor([d.rank for d in deltas])
+    owners = torch.arange(len(deltas)).repeat_interleave(ranks)
+    rows = components.new_zeros(len(deltas), len(owners)).index_add_(0, owners, components)
+    return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
 
 
 _THIN = 512  # components of a delta beyond which it is not stacked with others: a full difference has thousands
