@@ -34,6 +34,28 @@ _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sum
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 
 
+PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured in one module, strengths included.
+
+    Attributes:
+        inputs: The n inputs that count there, by their numbers.
+        energies: (n,), their squared Frobenius norms.
+        gram: (n, n), their inner products; None for more than 64 inputs.
+        written: Squared norm of what was written.
+        error: |written - wanted| / |wanted|.
+    """
+
+    inputs: tuple[int, ...]
+    energies: Tensor
+    gram: Tensor | None
+    written: float
+    error: float
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a check found.
@@ -44,7 +66,7 @@ class Verdict:
         asked: Least-squares strength of each input in what was wanted; None for one without any change.
         got: The same in what was written.
         alike: Groups of inputs, by their numbers, that are too alike for their strengths to be told apart.
-        errors: Module -> |written - wanted| / |wanted|.
+        modules: What was measured in each module that an input changes.
     """
 
     error: float
@@ -52,7 +74,12 @@ class Verdict:
     asked: tuple[float | None, ...]
     got: tuple[float | None, ...]
     alike: Sequence[Sequence[int]] = ()
-    errors: Mapping[str, float] = field(default_factory=dict)
+    modules: Mapping[str, Measured] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Module -> |written - wanted| / |wanted|."""
+        return {module: measured.error for module, measured in self.modules.items()}
 
     def metadata(self) -> dict[str, str]:
         """For the file."""
@@ -89,7 +116,7 @@ class Audit:
     _with_written: Tensor = field(init=False)
     _wanted: float = 0.0
     _missed: float = 0.0
-    _errors: dict[str, float] = field(default_factory=dict)
+    _modules: dict[str, Measured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.ratios)
@@ -130,12 +157,15 @@ class Audit:
         rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
         if module in self.cut:
             _check_cut(module, list(parts.values()), vectors[-1], rounding)
-        self._errors[module] = (missed / wanted) ** 0.5 if wanted else 0.0
         self._wanted += wanted
         self._missed += missed
         at, size = torch.tensor(numbers), len(numbers)
+        products = found[:size, :size]
+        error = (missed / wanted) ** 0.5 if wanted else 0.0
+        pairs = products.clone() if size <= PAIRS_UP_TO else None
+        self._modules[module] = Measured(tuple(numbers), products.diagonal().clone(), pairs, got, error)
         ratios = torch.tensor([self.ratios[n] for n in numbers], dtype=torch.float64)
-        self._gram[at[:, None], at] += found[:size, :size] / torch.outer(ratios, ratios)
+        self._gram[at[:, None], at] += products / torch.outer(ratios, ratios)
         self._with_wanted[at] += (found[:size, :-1] @ want) / ratios
         self._with_written[at] += found[:size, -1] / ratios
 
@@ -164,7 +194,7 @@ class Audit:
         """Of the whole file."""
         error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
         asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
-        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._errors)
+        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._modules)
 
 
 def _check_cut(module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:

@@ -43,8 +43,29 @@ class Weights:
     place: str = "weights"
 
 
-def strengths(weights: Weights) -> dict[str, float]:
-    """The strength of each of the 276 modules.
+@dataclass(frozen=True)
+class Factors:
+    """The strength keys of one LoRA without groups, ranges and aliases: one number for each place that they name.
+
+    Attributes:
+        components: Component -> factor, of blocks and effects.
+        layers: (section, index) -> factor, for those that are named.
+        overrides: Module -> factor, in the place of the other two.
+    """
+
+    components: Mapping[str, float]
+    layers: Mapping[tuple[str, int], float]
+    overrides: Mapping[str, float]
+
+    def of(self, module: Module) -> float:
+        """What the ratio is multiplied with."""
+        if module.name in self.overrides:
+            return self.overrides[module.name]
+        return self.components.get(module.component, 1.0) * self.layers.get((module.section, module.index), 1.0)
+
+
+def factors(weights: Weights) -> Factors:
+    """The factors that the strength keys spell.
 
     Raises:
         ZitMergeError: A key that selects nothing, or two that can't be told apart; the message names the place.
@@ -52,17 +73,21 @@ def strengths(weights: Weights) -> dict[str, float]:
     blocks = _blocks(weights.blocks, f"{weights.place}.blocks")
     layers = _layers(weights.layers, f"{weights.place}.layers")
     effects = _effects(weights.effects, f"{weights.place}.effects")
-    overrides = _overrides(weights.overrides, f"{weights.place}.overrides")
-    table = {}
-    for module in MODULES.values():
-        if module.name in overrides:
-            factor = overrides[module.name]
-        else:
-            factor = blocks.get(module.component, 1.0) * effects.get(module.component, 1.0)
-            factor *= layers.get((module.section, module.index), 1.0)
-        table[module.name] = weights.ratio * factor
-        if not isfinite(table[module.name]):
-            raise ZitMergeError(f"{weights.place}: the strength of {module.name} is {table[module.name]}: use smaller numbers")
+    components = {c: blocks.get(c, 1.0) * effects[c] for c in COMPONENTS}
+    return Factors(components, layers, _overrides(weights.overrides, f"{weights.place}.overrides"))
+
+
+def strengths(weights: Weights) -> dict[str, float]:
+    """The strength of each of the 276 modules.
+
+    Raises:
+        ZitMergeError: As `factors`, and a strength that is too large for a number.
+    """
+    found = factors(weights)
+    table = {module.name: weights.ratio * found.of(module) for module in MODULES.values()}
+    for name, strength in table.items():
+        if not isfinite(strength):
+            raise ZitMergeError(f"{weights.place}: the strength of {name} is {strength}: use smaller numbers")
     return table
 
 
