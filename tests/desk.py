@@ -179,7 +179,7 @@ class Desk:
         self._read()
         code = main([str(w) for w in words])
         out, err = self._read()
-        return Ran(code, out, re.sub(r"[^\r\n]*\dmodule/s\]\n?|\r", "", err))  # bars appear when it takes over a second
+        return Ran(code, out, re.sub(r".*: \d+/\d+ modules(, .* left)?\n", "", err))  # progress is told after a second
 
     def recipe(self, made: Path, name: str = "recipe.yaml") -> Path:
         """What `recipe FILE` prints, as a file; in the working directory, relative names in it hold as they did."""
@@ -190,9 +190,9 @@ class Desk:
         folder = self.folder / "again"
         shutil.rmtree(folder, ignore_errors=True)
         self.zit("run", recipe, "--output-dir", folder, *words).ok()
-        (path,) = folder.iterdir()
+        (path,) = folder.glob("*.safetensors")
         return path
 
     def files(self) -> list[str]:
-        """Names of what lies in `out`, part files too."""
-        return sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
+        """Names of what lies in `out`, part files too, but the page."""
+        return sorted(p.name for p in self.out.iterdir() if p.suffix != ".html") if self.out.exists() else []

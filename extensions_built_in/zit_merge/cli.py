@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
     inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
     inspect.add_argument("--json", action="store_true")
+    inspect.add_argument(
+        "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
+    )
+    inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
     inspect.add_argument("--presets", action="store_true", help="list the presets")
 
@@ -147,21 +151,25 @@ def _demo(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from .jobfile import load_job
     from .planning import plan_job
+    from .report.page.run import RunPage, run_page
 
+    job, pages = load_job(args.config), list[RunPage]()
     for planned in plan_job(
-        load_job(args.config),
+        job,
         only=args.step,
         output_dir=args.output_dir,
         lora_folders=args.loras,
         may_download=not args.dry_run,
     ):
-        _execute(args, planned.plans, planned.device)
+        pages.append(run_page(planned.site, pages))
+        pages[-1].begin(planned.site, job.processes[planned.index], planned.index)
+        _execute(args, planned.plans, planned.device, pages[-1])
 
 
-def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> None:
-    """Prints the plans, runs them unless it is a dry run, prints what was written."""
+def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:
+    """Prints the plans, runs them unless it is a dry run, prints what was written and where the page is."""
     from .execute import run_plans
-    from .report.progress import Bar
+    from .report.progress import Bar, watched
     from .report.tables import done_text, plan_text
 
     _say(args, "\n\n".join(map(plan_text, plans)) + "\n")
@@ -171,6 +179,10 @@ def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any) -> Non
         for done in run_plans(plans, device, bar.tick):
             bar.close()
             _say(args, done_text(done))
+            if page:
+                page.add(done, watched("page", args.quiet))
+    if page:
+        _say(args, page.write())
 
 
 _MERGE_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
@@ -277,6 +289,8 @@ def _check(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from .report.tables import methods_facts, methods_text, presets_text
 
+    if args.plot:
+        _check_plot(args)
     if args.methods and args.json and not args.presets:
         print(json.dumps(methods_facts(), indent=1))
         return
@@ -289,14 +303,39 @@ def _inspect(args: argparse.Namespace) -> None:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
     if args.sources and len(args.files) > 1:
         raise ZitMergeError(f"inspect --sources: looks into one file, {len(args.files)} were named before it")
+    if args.html and args.sources:
+        raise ZitMergeError("inspect --html: has no place for --sources: leave one of the two out")
     facts, text = _look(args)
     print(json.dumps(facts, indent=1) if args.json else text(facts))
+    if args.plot:
+        _plot(args)
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Whether there will be a picture, before anything else is done."""
+    from .report import plot
+
+    for flag in ("methods", "presets", "sources"):
+        if getattr(args, flag):
+            raise ZitMergeError(f"inspect --plot: draws what is in LoRA files, not --{flag}: leave one of the two out")
+    args.plot = plot.target(args.plot, args.files)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .formats.reader import load_lora
+    from .report import plot
+    from .report.progress import watched
+
+    plot.plot([load_lora(path) for path in args.files], args.plot, watched("plot", args.quiet))
+    if not args.json:  # stdout is one object
+        _say(args, f"wrote {args.plot}")
 
 
 def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
     """What `inspect` finds, and how it is shown: a file with its sources, several files, or one."""
     from .formats.reader import load_lora
     from .report import inspect, overlap, sources
+    from .report.page import files
     from .report.progress import watched
 
     loras = [load_lora(path) for path in args.files]
@@ -304,6 +343,9 @@ def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str,
         return sources.trace(
             loras[0], [load_lora(path) for path in args.sources], watched("sources", args.quiet)
         ), sources.trace_text
+    if args.html:
+        files.write_page(loras, args.html, watched("page", args.quiet))
+        print(f"page: {args.html}", file=sys.stderr)
     if len(loras) > 1:
         return overlap.compare(loras, watched("compare", args.quiet)), overlap.compare_text
     return inspect.describe(loras[0], watched(loras[0].path.name, args.quiet)), inspect.inspect_text

@@ -118,6 +118,8 @@ def job_of(text: str, path: Path) -> Job:
         raw = parse(text, path)
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     raw = parse(fill_environment(text, path), path)
+    if isinstance(raw, list) and len(raw) == 1:  # a section as it stands under process:
+        raw = raw[0]
     if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("config"), Mapping):

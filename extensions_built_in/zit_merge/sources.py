@@ -37,6 +37,7 @@ class Site:
         prefix: What output names begin with.
         file: The one output, where it was named (`merge -o`).
         may_download: Whether sources on the Hugging Face hub may be fetched; else only the local cache is looked at.
+        home: Whose folder is the job's own, where AI-Toolkit's UI looks; None where the command line names another one.
     """
 
     job: str
@@ -48,6 +49,7 @@ class Site:
     prefix: str = "merged_"
     file: Path | None = None
     may_download: bool = False
+    home: Training | None = None
 
     def output(self, step: Step) -> Path:
         """The file that a step writes."""
@@ -93,7 +95,10 @@ def make_site(
         if not place.is_dir():
             raise ZitMergeError(f"--loras {place}: is not a folder: mend the path")
     folder = user_path(chosen, f"{job.place(index)}.output_dir".lstrip("."))
-    site = Site(job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders, may_download=may_download)
+    home = homes[0] if homes and not output_dir else None
+    site = Site(
+        job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders, may_download=may_download, home=home
+    )
     for prefix in _PREFIXES:
         named = replace(site, prefix=prefix)
         if not any(home.claims(named.output(s)) for home in homes for s in section.steps):

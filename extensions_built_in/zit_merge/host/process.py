@@ -23,6 +23,8 @@ class ZitMergeProcess(BaseExtensionProcess):
         # Not at the top: a package that is missing must stop this job only, with its name, not every job of the toolkit.
         from .status import Status, status_of
 
+        self.page = None  # of report.page.run, once it runs
+        self._raw = config
         self._status = status_of(job, process_id, config) if _is_main() else Status()
         try:
             self._forecast(process_id, job, config)
@@ -68,6 +70,7 @@ class ZitMergeProcess(BaseExtensionProcess):
     def _merge(self) -> None:
         from ..execute import run_plans
         from ..plan import plan_section
+        from ..report.page.run import run_page
         from ..report.progress import Bar
         from ..report.tables import done_text
         from .memory import release
@@ -77,10 +80,15 @@ class ZitMergeProcess(BaseExtensionProcess):
         for process in self.job.process[: self.process_id]:
             release(process)
         plans = plan_section(self._section, self._site)
+        ours = [p.page for p in self.job.process[: self.process_id] if isinstance(p, ZitMergeProcess) and p.page]
+        self.page = run_page(self._site, ours)
+        self.page.begin(self._site, self._raw, self.process_id)
         with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
             for done in run_plans(plans, self._device(), watch.tick):
                 bar.close()
                 _say(done_text(done))
+                self.page.add(done, watch.passing)
+        _say(self.page.write())
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""

@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,16 @@ class Watch:
     def _interrupt(self, number: int, frame: object) -> None:
         self._interrupted = True
         signal.signal(signal.SIGINT, self._handler)
+
+    def passing(self, modules: Iterable[str]) -> Iterator[str]:
+        """Passes modules on, between which the job may be stopped as in `tick`."""
+        for module in modules:
+            yield module
+            if self._interrupted:
+                raise KeyboardInterrupt
+            if time.monotonic() - self._told >= _PAUSE:
+                self._told = time.monotonic()
+                self._status.check()
 
     def tick(self, plan: StepPlan, done: int) -> None:
         """Module `done` of a step is finished.

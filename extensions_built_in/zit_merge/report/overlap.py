@@ -221,7 +221,7 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
         return
     pairs = {(i, j): facts["cosines"][i][j] for i, j in combinations(alive, 2)}
-    yield from _of_cosines(facts, pairs)
+    yield from of_cosines(pairs, facts["sum"]["norm"] / facts["sum"]["strongest"])
     if max(pairs.values()) <= ALIKE and min(pairs.values()) >= OPPOSED:
         yield from _of_directions(facts)
     weakest, strongest = min(alive, key=norms.__getitem__), max(alive, key=norms.__getitem__)
@@ -234,8 +234,14 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _of_cosines(facts: Mapping[str, Any], pairs: Mapping[tuple[int, int], float]) -> Iterator[tuple[str, str]]:
-    count, growth = len({i for pair in pairs for i in pair}), facts["sum"]["norm"] / facts["sum"]["strongest"]
+def of_cosines(pairs: Mapping[tuple[int, int], float], growth: float) -> Iterator[tuple[str, str]]:
+    """(kind, sentence) of what the cosines say for a merge.
+
+    Args:
+        pairs: Two or more LoRAs, none of them zero: (i, j) -> cosine.
+        growth: Norm of their sum, in norms of the strongest one.
+    """
+    count = len({i for pair in pairs for i in pair})
     ranked = sorted(pairs, key=pairs.__getitem__)
     same = [p for p in reversed(ranked) if pairs[p] > SAME]
     alike = [p for p in reversed(ranked) if ALIKE < pairs[p] <= SAME]

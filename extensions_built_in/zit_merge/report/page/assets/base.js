@@ -1,0 +1,99 @@
+// Facts, elements, numbers.
+
+const facts = JSON.parse(document.getElementById("facts").textContent);
+
+const MODULES = facts.modules.map(([name, section, index, component]) => ({ name, section, index, component }));
+const COMPONENTS = facts.components;
+const N_LAYERS = facts.blocks.layers;
+const ROWS = COMPONENTS;
+// The columns of a heat map: the layers, then the refiners.
+const COLUMNS = Object.entries({ layers: N_LAYERS, noise_refiner: facts.blocks.noise_refiner, context_refiner: facts.blocks.context_refiner })
+  .flatMap(([section, count]) => Array.from({ length: count }, (_, index) => ({ section, index })));
+const AT = new Map(MODULES.map((m, n) => [`${m.section}.${m.index}.${m.component}`, n]));
+const OTHER = MODULES.map((m, n) => n).filter((n) => MODULES[n].section === "other");
+
+/** Number of the module at a place of the map; undefined where Z-Image has none. */
+function moduleAt(column, component) {
+  return AT.get(`${column.section}.${column.index}.${component}`);
+}
+
+/** `layer 12, to_q`, as people call a module. */
+function placeName(n) {
+  const m = MODULES[n];
+  if (m.section === "layers") return `layer ${m.index}, ${m.component}`;
+  return m.section === "other" ? m.component : `${m.section} ${m.index}, ${m.component}`;
+}
+
+/** An element; texts become text nodes, never HTML. `on...` are listeners, `--...` style properties, null and false attributes are left out. */
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  setAttributes(node, attributes);
+  node.append(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false));
+  return node;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  setAttributes(node, attributes);
+  node.append(...children.flat(Infinity));
+  return node;
+}
+
+function setAttributes(node, attributes) {
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("--")) node.style.setProperty(key, value); // a style attribute would be refused by the page's own policy
+    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+}
+
+/** A text of a file or a config, kept apart from the direction of what stands around it. */
+function foreign(text, most = 80) {
+  const shown = text.length > most ? `${text.slice(0, most - 25)}…${text.slice(-22)}` : text;
+  return el("bdi", shown === text ? {} : { title: text }, shown);
+}
+
+/** A number in at most `digits` digits, with a real minus. */
+function show(value, digits = 3) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)));
+  return text.replace("-", "−");
+}
+
+/** A share as a percentage: never 0 or 100 % unless it is. */
+function percent(share) {
+  if (!Number.isFinite(share)) return "–";
+  if (share > 0 && share < 1e-4) return "under 0.01 %";
+  if (share < 1 && share >= 0.9995) return "99.9 %";
+  return `${show(100 * share)} %`;
+}
+
+function megabytes(bytes) {
+  return `${show(bytes / 1e6, 4)} MB`;
+}
+
+function sum(values) {
+  return values.reduce((a, b) => a + b, 0);
+}
+
+let ids = 0;
+function freshId(prefix) {
+  ids += 1;
+  return `${prefix}-${ids}`;
+}
+
+/** Radio buttons as one row of choices. `choices`: [value, text]. */
+function choice(legend, choices, chosen, onchoose) {
+  const name = freshId("choice");
+  return el("fieldset", { class: "choice" }, el("legend", {}, legend), choices.map(([value, text]) => el("label", {},
+    el("input", { type: "radio", name, value, checked: value === chosen, onchange: () => onchoose(value) }), text)));
+}
+
+/** A select with a label. `choices`: [value, text]. */
+function select(label, choices, chosen, onchoose) {
+  const id = freshId("select");
+  return el("span", { class: "field" }, el("label", { for: id }, label), el("select", { id, onchange: (e) => onchoose(e.target.value) },
+    choices.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text))));
+}

@@ -1,0 +1,62 @@
+// Each step at a glance: what went in, how strong, what came out, is it right.
+
+function glanceSection(steps) {
+  const cards = steps.map(({ step, section: owner }, k) => {
+    const title = el("h3", {}, foreign(step.name), step.file === null && step.check !== undefined ? " (for later steps only)" : "");
+    const body = [verdictLine(step), outputLine(step), inputsTable(step), notes(step)];
+    return k < OPEN_CARDS ? el("article", { class: "card" }, title, body)
+      : el("details", { class: "card" }, el("summary", {}, foreign(step.name)), body);
+  });
+  return section(steps.length === 1 ? "At a glance" : `${steps.length} steps at a glance`, cards);
+}
+
+const OPEN_CARDS = 6;
+
+/** Asked against got, first of all. */
+function verdictLine(step) {
+  const { check } = step;
+  if (!check) return null;
+  const mark = (tone, word) => el("strong", { class: `verdict ${tone}` }, word);
+  if (check.large) {
+    return el("p", {}, mark("warn", "Look closer: "), `off by ${percent(check.error)}. The inputs nearly cancel, and ${step.dtype} can't hold what is left; save it as fp32.`);
+  }
+  if (step.cut) {
+    return el("p", {}, mark("good", "Right: "), `the best approximation of this rank, ${percent(check.kept)} of the energy kept.`);
+  }
+  return el("p", {}, mark("good", "Right: "), `every module is what was asked for, off by ${show(check.error, 1)}, which is rounding to ${step.dtype}.`);
+}
+
+function outputLine(step) {
+  if (step.bytes === undefined) return null;
+  const what = [`${step.modules} modules`, `rank ${step.rank}`, step.dtype, `method ${step.method}`, ...Object.entries(step.params).map(([k, v]) => `${k} ${v}`),
+    step.format === "ai-toolkit" ? null : `format ${step.format}`, megabytes(step.bytes), step.made ? null : "made before by the same recipe"].filter(Boolean);
+  return el("dl", {},
+    step.file === null ? null : [el("dt", {}, "written"), el("dd", {}, foreign(step.file, 200))],
+    step.copy === null ? null : [el("dt", {}, "copy"), el("dd", {}, foreign(step.copy, 200))],
+    el("dt", {}, "holds"), el("dd", {}, what.join(", ")),
+    step.triggers.length ? [el("dt", {}, "trigger words"), el("dd", {}, step.triggers.map((t, i) => [i ? ", " : "", foreign(t, 300)]))] : null);
+}
+
+function inputsTable(step) {
+  const asked = step.inputs.some((i) => i.asked !== null && i.asked !== undefined);
+  const got = asked && step.linear;
+  const head = ["", "LoRA", "ratio", ...(asked ? [step.linear ? "asked" : "holds about"] : []), ...(got ? ["got"] : []), "what it is", "trigger words"];
+  const lines = step.inputs.map((input, i) => el("tr", {},
+    el("td", { class: "number" }, String(i + 1)),
+    el("th", { scope: "row" }, foreign(input.label), input.preset ? [" ", el("small", {}, "preset ", input.preset)] : null),
+    el("td", { class: "number" }, show(input.ratio, 4)),
+    asked ? el("td", { class: "number" }, show(input.asked)) : null,
+    got ? el("td", { class: "number" }, show(input.got)) : null,
+    el("td", {}, `${input.modules} modules, ${input.what}`),
+    el("td", {}, input.triggers.map((t, k) => [k ? ", " : "", foreign(t, 60)]))));
+  const table = el("table", { class: "inputs" }, el("thead", {}, el("tr", {}, head.map((text) => text ? el("th", { scope: "col" }, text) : el("td")))), el("tbody", {}, lines));
+  const many = step.inputs.length > MANY_INPUTS;
+  const hidden = step.left_out.includes("inputs") ? el("p", {}, "More LoRAs than this page has room for; these are the first.") : null;
+  return [el("div", { class: many ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": `what went into ${step.name}` }, table), hidden];
+}
+
+const MANY_INPUTS = 12;
+
+function notes(step) {
+  return step.notes.length ? el("ul", { class: "notes", "aria-label": "notes" }, step.notes.map((note) => el("li", { dir: "auto" }, note))) : null;
+}

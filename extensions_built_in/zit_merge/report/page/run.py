@@ -1,0 +1,90 @@
+"""The page that a run leaves behind, where AI-Toolkit's UI looks for it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import ZitMergeError
+from ...execute import Done
+from ...sources import Site
+from ..overlap import Watched
+from .facts import step_facts
+from .render import Page, is_ours
+
+PLUGIN = "plugin.html"  # of the job's folder: the tab "Plugin" of the job in AI-Toolkit's UI
+
+
+class RunPage:
+    """A page for the sections of one run. Trouble with it is a sentence and stops no merge.
+
+    Args:
+        site: Where the first section runs.
+
+    Attributes:
+        path: Where the page will be.
+    """
+
+    def __init__(self, site: Site):
+        self.path, self._why_not = page_path(site), _why_not(site)
+        self._page = Page(site.job)
+
+    def begin(self, site: Site, raw: Mapping[str, Any], index: int) -> None:
+        """A section starts.
+
+        Args:
+            site: Where it runs.
+            raw: As the config has it.
+            index: Which process of the job it is.
+        """
+        self._page.begin(site.place, raw, first=index == 0)
+
+    def add(self, done: Done, watched: Watched = iter) -> None:
+        """A step is done; its inputs must still be there.
+
+        Args:
+            done: The step.
+            watched: Passes modules that are read again on one by one; may raise to stop.
+        """
+        if not self._why_not:
+            self._page.add(step_facts(done, watched))
+
+    def write(self) -> str:
+        """Writes the page as far as it has come.
+
+        Returns:
+            What a person should know: where it is, or why there is none.
+        """
+        if self._why_not:
+            return f"no page: {self._why_not}"
+        try:
+            self._page.write(self.path)
+        except ZitMergeError as e:
+            return f"no page: {e}"
+        return f"page: {self.path}"
+
+
+def run_page(site: Site, earlier: Iterable[RunPage]) -> RunPage:
+    """The page of a section: that of an earlier section of the run, where both would be one file, else a new one."""
+    return next((page for page in earlier if page.path == page_path(site)), None) or RunPage(site)
+
+
+def page_path(site: Site) -> Path:
+    """In the job's own folder under the name that the UI looks for; beside the output of a job that has none."""
+    if site.home and site.home.folder.is_dir():
+        return site.home.folder / PLUGIN
+    job = re.sub(r"[/\\]", "_", site.job)
+    return site.output_dir / f"{site.prefix}{job}.html"
+
+
+def _why_not(site: Site) -> str:
+    """Why there can be no page; empty where it can."""
+    path = page_path(site)
+    if any(home.claims(path) for home in (site.home, site.training) if home):
+        return f"AI-Toolkit would take {path.name} for a checkpoint of {site.job}"
+    if os.path.lexists(path) and not is_ours(path):
+        return f"{path} is not a page of zit_merge, so it stays"
+    return ""
