@@ -74,7 +74,7 @@ def run_page(site: Site, earlier: Iterable[RunPage]) -> RunPage:
 
 def page_path(site: Site) -> Path:
     """In the job's own folder under the name that the UI looks for; beside the output of a job that has none."""
-    if site.home and site.home.folder.is_dir():
+    if site.home and (site.home.folder.is_dir() or site.home.folder == site.output_dir):
         return site.home.folder / PLUGIN
     job = re.sub(r"[/\\]", "_", site.job)
     return site.output_dir / f"{site.prefix}{job}.html"
