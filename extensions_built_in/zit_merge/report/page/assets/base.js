@@ -48,10 +48,10 @@ function setAttributes(node, attributes) {
   }
 }
 
-/** A text of a file or a config, kept apart from the direction of what stands around it. */
+/** A text of a file or a config, kept apart from the direction of what stands around it; file names run from left to right. */
 function foreign(text, most = 80) {
   const shown = text.length > most ? `${text.slice(0, most - 25)}…${text.slice(-22)}` : text;
-  return el("bdi", shown === text ? {} : { title: text }, shown);
+  return el("bdi", { title: shown === text ? null : text, dir: /[\\/]|\.safetensors$/.test(text) ? "ltr" : null }, shown);
 }
 
 /** A number in at most `digits` digits, with a real minus. */

@@ -196,7 +196,7 @@ function composerSection(step, s, desk) {
     const paintMap = added(heatMap({
       label: `strengths of LoRA ${who + 1}, paintable`,
       value: (n) => (present(n) ? strengthAt(weights(), n) : null),
-      shade: (v) => shadeStrength(Math.max(2, largestOf(weights(), present)))(v),
+      shade: shadeStrength(FULL_COLOUR),
       mark: (n) => weights().overrides.has(n),
       tell: (n) => (present(n) ? `${placeName(n)}: strength ${show(strengthAt(weights(), n), 4)}${weights().overrides.has(n) ? ", painted" : ""}` : `${placeName(n)}: not in this LoRA`),
       onpick: paint,
@@ -268,10 +268,6 @@ function composerSection(step, s, desk) {
       el("button", { type: "button", onclick: () => desk.reset(s, [who]) }, "Reset this LoRA"),
       el("button", { type: "button", onclick: () => desk.reset(s, inputs.map((_, i) => i)) }, "Reset all")),
     presetIdea, bench, outcome, yamlBox(desk));
-}
-
-function largestOf(w, present) {
-  return Math.max(0, ...MODULES.map((_, n) => (present(n) ? Math.abs(strengthAt(w, n)) : 0)));
 }
 
 function overlapSentence(gain) {

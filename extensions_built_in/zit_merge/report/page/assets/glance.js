@@ -58,5 +58,5 @@ function inputsTable(step) {
 const MANY_INPUTS = 12;
 
 function notes(step) {
-  return step.notes.length ? el("ul", { class: "notes", "aria-label": "notes" }, step.notes.map((note) => el("li", { dir: "auto" }, note))) : null;
+  return step.notes.length ? el("ul", { class: "notes", "aria-label": "notes" }, step.notes.map((note) => el("li", {}, el("bdi", {}, note)))) : null;
 }

@@ -112,6 +112,8 @@ function layersSection(step) {
   const { alone } = predict(details, all);
   const raw = MODULES.map((_, n) => sum(details.energies.map((e) => e[n] ?? 0)));
   const size = MODULES.map((_, n) => (details.result?.[n] !== null && details.result?.[n] !== undefined && raw[n] > 0 ? Math.sqrt(details.result[n] / raw[n]) : null));
+  const largest = Math.max(0, ...all.map((w, i) => Math.max(...MODULES.map((_, n) => (alone[i][n] === null ? 0 : Math.abs(strengthAt(w, n)))))), ...size.map((s) => s ?? 0));
+  const top = Math.min(Math.max(largest, 1), FULL_COLOUR);
   const body = el("div", {});
   let mode = "strength";
   let extra = ALWAYS_SHOWN;
@@ -138,19 +140,17 @@ function layersSection(step) {
     const values = mode === "strength" ? strengths : shares;
     const known = values.filter((v) => v !== null).map(Math.abs);
     const most = Math.max(...known, 0);
-    const map = heatMap({ label, value: (n) => values[n], shade: mode === "strength" ? shadeStrength(Math.max(largest, 1)) : shadeEnergy(most), tell });
+    const map = heatMap({ label, value: (n) => values[n], shade: mode === "strength" ? shadeStrength(top) : shadeEnergy(most), tell });
     return el("figure", {}, el("figcaption", {}, title), map, others(values, tell));
   }
 
-  const largest = Math.max(...all.map((w, i) => Math.max(...MODULES.map((_, n) => (alone[i][n] === null ? 0 : Math.abs(strengthAt(w, n)))))), ...size.map((s) => s ?? 0));
   function draw() {
-    const top = Math.max(largest, 1);
     const isNegative = all.some((w, i) => MODULES.some((_, n) => alone[i][n] !== null && strengthAt(w, n) < 0));
     const numbers = inputs.map((_, i) => i).slice(0, ALWAYS_SHOWN);
     body.replaceChildren(
       mode === "strength"
-        ? legend("strength", [...(isNegative ? [[1, "minus", show(-top)], ...(top > 1 ? [[1 / top, "minus", "−1"]] : [])] : []),
-          [0, "plus", "0"], [0.5 / top, "plus", "0.5"], [1 / top, "plus", "1"], ...(top > 1 ? [[1, "plus", show(top)]] : [])])
+        ? legend("strength", [...(isNegative ? [[1, "minus", show(-top) + (largest > top ? " or less" : "")], ...(top > 1 ? [[1 / top, "minus", "−1"]] : [])] : []),
+          [0, "plus", "0"], [0.5 / top, "plus", "0.5"], [1 / top, "plus", "1"], ...(top > 1 ? [[1, "plus", largest > top ? `${top} or more` : show(top)]] : [])])
         : legend("share of the energy", [[0, "energy", "none"], [0.5, "energy", "a quarter of the largest"], [1, "energy", "the largest"]]),
       ...(details.result ? [resultMap()] : []),
       ...numbers.map(inputMap),
@@ -166,6 +166,7 @@ function layersSection(step) {
     choice("Show", [["strength", "strength"], ["energy", "energy"]], mode, (value) => { mode = value; draw(); }), body);
 }
 
+const FULL_COLOUR = 2; // strengths beyond it look alike, so that a single large one does not pale the rest
 const ALWAYS_SHOWN = 4; // input maps; the others are chosen one at a time
 
 /** The modules outside of the blocks, which have no place on the map. */
