@@ -201,25 +201,26 @@ def test_the_size_announced_is_the_size_written(tmp_path, how, ratios):
 
 
 def said(desk, *words: object) -> str:
-    """The line of the check, on one line."""
+    """The report at the end, on one line."""
     text = desk.zit("merge", *words, "-o", "out.safetensors", "--shapes", "free", "--device", "cpu").ok()
-    return " ".join(text[text.index("check: ") :].split())
+    return " ".join(text[text.index("out is ") :].split())
 
 
-def test_the_line_of_the_check(desk):
+def test_the_report_says_asked_and_got(desk):
     (one, _), (other, _) = two(desk.folder)
     line = said(desk, one, other, "--ratio", 0.9, 0.6)
-    assert "0.9 of ai-toolkit, 0.6 of onetrainer-kohya, got 0.9, 0.6" in line and "rounding to bf16" in line
+    assert "1 ai-toolkit.safetensors 0.9 0.9 2 onetrainer-kohya.safetensors 0.6 0.6" in line
+    assert line.startswith("out is right: as asked, rounding to bf16 changed 0.")
     line = said(desk, one, other, "--ratio", 0.9, 0.6, "--rank", 3, "--dtype", "fp32")
     found = verdict(desk.folder / "out.safetensors")
-    assert f"{int(found['kept'] * 1000) / 10:.1f} % of the energy kept, at least " in line
+    assert f"{int(found['kept'] * 1000) / 10:.1f} % of the energy kept, least in " in line
 
 
 def test_no_share_is_rounded_up_to_all(desk):
     big, small = drawn(2, 0), drawn(2, 1, up=1e-3)
     paths = [pairs(desk.folder / f"{n}.safetensors", part)[0] for n, part in enumerate((big, small))]
     line = said(desk, *paths, "--ratio", 1, "--rank", 2, "--dtype", "fp32")
-    assert "99.9 % of the energy kept" in line and "100" not in line
+    assert "99.9 % of the energy kept" in line and "100 %" not in line
 
 
 def nearly_alike(folder: Path, apart: float) -> list[Path]:
@@ -248,7 +249,8 @@ def test_what_nearly_cancels_in_bf16_is_said_and_no_error(desk, apart):
 def test_inputs_too_alike_to_tell_their_strengths_apart_are_said(desk, apart, alike):
     line = said(desk, *nearly_alike(desk.folder, apart), "--ratio", 0.9, 0.6, "--dtype", "fp32")
     assert ("too alike" in line) == alike
-    assert ("got 0.9, 0.6" in line) == (not alike)
+    assert ("0.9 0.9 2 " in line and " 0.6 0.6 " in line) == (not alike)
+    assert ("0.9 ? 2 " in line and " 0.6 ? " in line) == alike
 
 
 # --- a merge that is spoiled ---------------------------------------------------------------------------------------------------

@@ -115,6 +115,9 @@ def test_directions_that_all_share(tmp_path, count):
         for side in ("columns", "rows"):
             assert found["directions"][side]["shared"] == {str(count): 4}
             assert (found["directions"][side]["common"], found["directions"][side]["of"]) == (4, 4 + 4 * count)
+            values = found["directions"][side]["values"]
+            assert len(values) == found["directions"][side]["of"] and values == sorted(values, reverse=True)
+            assert values[:4] == pytest.approx([count] * 4, rel=0.1) and sum(values) == pytest.approx(8 * count, rel=1e-3)
             assert found["directions"][side]["told"] and 1 < found["directions"][side]["chance"] < 1.7
         assert found["directions"]["energy"]["both"] == pytest.approx([0.5] * count, abs=0.1)
     assert facts["shared"]["columns"] == {str(count): 4.0}

@@ -419,7 +419,7 @@ def test_the_run_says_the_rank_that_was_found(desk, given_loras):
     text = desk.zit("run", desk.job({"name": "a", "loras": loras, "rank": {"energy": 0.9}})).ok()
     rank = common(wanted, 0.9)
     made = desk.out / "merged_cat_a.safetensors"
-    assert f"wrote {made} ({len(SHAPES)} modules, rank {rank}, bf16, {made.stat().st_size / 1e6:,.1f} MB)" in text
+    assert f"  wrote {len(SHAPES)} modules, rank {rank}, bf16, {made.stat().st_size / 1e6:,.1f} MB\n    {made}\n" in text
 
 
 @pytest.mark.parametrize(("keep", "uniform"), [(True, False), (False, True)])

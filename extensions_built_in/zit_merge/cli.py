@@ -289,8 +289,7 @@ def _check(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from .report.tables import methods_facts, methods_text, presets_text
 
-    if args.plot:
-        _check_plot(args)
+    _check_drawn(args)
     if args.methods and args.json and not args.presets:
         print(json.dumps(methods_facts(), indent=1))
         return
@@ -303,39 +302,44 @@ def _inspect(args: argparse.Namespace) -> None:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
     if args.sources and len(args.files) > 1:
         raise ZitMergeError(f"inspect --sources: looks into one file, {len(args.files)} were named before it")
-    if args.html and args.sources:
-        raise ZitMergeError("inspect --html: has no place for --sources: leave one of the two out")
     facts, text = _look(args)
     print(json.dumps(facts, indent=1) if args.json else text(facts))
-    if args.plot:
-        _plot(args)
+    _draw(args)
 
 
-def _check_plot(args: argparse.Namespace) -> None:
-    """Whether there will be a picture, before anything else is done."""
+def _check_drawn(args: argparse.Namespace) -> None:
+    """Whether there can be a picture or a page, before anything else is done."""
     from .report import plot
+    from .report.page import files
 
-    for flag in ("methods", "presets", "sources"):
-        if getattr(args, flag):
-            raise ZitMergeError(f"inspect --plot: draws what is in LoRA files, not --{flag}: leave one of the two out")
-    args.plot = plot.target(args.plot, args.files)
+    for drawn in ("plot", "html"):
+        for flag in ("methods", "presets", "sources"):
+            if getattr(args, drawn) and getattr(args, flag):
+                raise ZitMergeError(f"inspect --{drawn}: shows what is in LoRA files, not --{flag}: leave one of the two out")
+    if args.plot:
+        args.plot = plot.target(args.plot, args.files)
+    if args.html:
+        files.check_target(args.html)
 
 
-def _plot(args: argparse.Namespace) -> None:
+def _draw(args: argparse.Namespace) -> None:
+    """The picture and the page that were asked for."""
     from .formats.reader import load_lora
     from .report import plot
+    from .report.page import files
     from .report.progress import watched
 
-    plot.plot([load_lora(path) for path in args.files], args.plot, watched("plot", args.quiet))
-    if not args.json:  # stdout is one object
-        _say(args, f"wrote {args.plot}")
+    for drawn, write in (("plot", plot.plot), ("html", files.write_page)):
+        if path := getattr(args, drawn):
+            write([load_lora(file) for file in args.files], path, watched(drawn, args.quiet))
+            if not args.json:  # stdout is one object
+                _say(args, f"wrote {path}")
 
 
 def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
     """What `inspect` finds, and how it is shown: a file with its sources, several files, or one."""
     from .formats.reader import load_lora
     from .report import inspect, overlap, sources
-    from .report.page import files
     from .report.progress import watched
 
     loras = [load_lora(path) for path in args.files]
@@ -343,9 +347,6 @@ def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str,
         return sources.trace(
             loras[0], [load_lora(path) for path in args.sources], watched("sources", args.quiet)
         ), sources.trace_text
-    if args.html:
-        files.write_page(loras, args.html, watched("page", args.quiet))
-        print(f"page: {args.html}", file=sys.stderr)
     if len(loras) > 1:
         return overlap.compare(loras, watched("compare", args.quiet)), overlap.compare_text
     return inspect.describe(loras[0], watched(loras[0].path.name, args.quiet)), inspect.inspect_text

@@ -40,7 +40,7 @@ def _of_method(plan: StepPlan) -> list[str]:
         found.append(f"{name} is a mean: only the proportions of the ratios count, {shares}")
     wide = next((i for i in plan.inputs if not i.outline.is_lora), None)
     if wide and not method.is_linear:
-        found.append(f"{wide.label} is no LoRA of low rank: {name} works on whole matrices then, minutes for each layer")
+        found.append(f"{wide.label} is no LoRA of low rank: {name} works on whole matrices then, minutes for each module")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_the_job_trains_and_merges_in_one_go(trained):
     assert not list(folder.glob("*.part"))
     # The forecast comes before the training, the results after it.
     assert done.stdout.index("still to be trained") < done.stdout.index("Running  2 processes") < done.stdout.index("wrote ")
+
+
+def test_the_page_lies_where_the_ui_shows_it(trained):
+    """JobPlugin.tsx shows plugin.html of the job's folder; the toolkit's search for checkpoints passes it by."""
+    folder, done = trained
+    html = (folder / "plugin.html").read_text(encoding="utf-8")
+    assert f"wrote a page to look at\n    {folder / 'plugin.html'}\n" in done.stdout
+    shown = json.loads(re.search(r'id="facts">(.*?)</script>', html)[1])
+    assert [step["name"] for step in shown["sections"][0]["steps"]] == ["soft", "with_style", "early"]
+    assert shown["sections"][0]["raw"]["steps"] == merging()["steps"]
+    before, energies = products(folder / "cat_v1.safetensors"), shown["sections"][0]["steps"][0]["details"]["energies"][0]
+    modules = [m[0] for m in shown["modules"]]
+    assert {m for m, e in zip(modules, energies, strict=True) if e is not None} == set(before)
+    for module, energy in zip(modules, energies, strict=True):
+        assert energy is None or energy == pytest.approx(float(before[module].square().sum()), rel=1e-3)
 
 
 def test_the_weighed_file_holds_the_strengths_that_were_asked_for(trained):

@@ -51,8 +51,13 @@ def read_check(metadata: Mapping[str, str]) -> dict | None:
         return None
     numbers = [found.get("error"), found.get("kept")]
     lists = [found.get("asked"), found.get("got")]
-    is_whole = all(isinstance(n, int | float) for n in numbers) and all(isinstance(part, list) for part in lists)
-    return found if is_whole and all(v is None or isinstance(v, int | float) for part in lists for v in part) else None
+    is_whole = all(map(_is_number, numbers)) and all(isinstance(part, list) for part in lists)
+    return found if is_whole and all(v is None or _is_number(v) for part in lists for v in part) else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a float can hold."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:

@@ -21,8 +21,8 @@ from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, recognise, usual_modules
 from ..plan import DTYPE_NAMES
 from ..weights import row_name
 from ..zimage import MODULES, SECTIONS, section_components
-from .tables import norm_table, span, value_table
-from .text import TITLE, listed, middle, row, shorten, some
+from .tables import LARGE, norm_table, span, value_table
+from .text import TITLE, listed, middle, percent, row, shorten, some, squeezed
 
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
 
@@ -283,7 +283,8 @@ def _hold(names: Sequence[str]) -> str:
     return "holds" if len(names) == 1 else "hold"
 
 
-_WORDS = 300  # of trigger words, five lines
+_WORDS = 300  # of trigger words and of the numbers of a check, five lines
+_NAMED = 6  # LoRAs of a merge
 _SENTENCE = 500
 _KEY = 60
 _BY = {"metadata": "by its metadata", "keys": "by its key style"}
@@ -317,6 +318,8 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
     return {
         "file": middle(facts["file"]),
         "made by": f"{trainer['name']}{version}, {_BY[trainer['by']]}" if trainer else "not recognised",
+        "merged from": _merged_from(facts["recipe"] or {}),
+        "check": _check(facts["check"]) if facts["check"] else "",
         "format": _styles(facts["format"]),
         "algorithm": ", ".join(f"{name} in {n} modules" if several else name for name, n in algorithms.items()),
         "modules": f"{facts['modules']} of {len(MODULES)} ({sections})",
@@ -328,7 +331,6 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
         "base model": shorten(facts["base_model"] or "not named", TITLE),
         "trigger words": _words(facts["trigger_words"]),
         "recipe": f"recipe {middle(facts['file'])} prints it" if facts["recipe"] else "",
-        "check": _check(facts["check"]) if facts["check"] else "",
         "left out": f"{len(facts['skipped'])} keys that no merge takes, {_examples(facts['skipped'])}"
         if facts["skipped"]
         else "",
@@ -358,10 +360,22 @@ def _styles(styles: Sequence[str]) -> str:
     return ", ".join(f"{prefix}* {' '.join(own)}" for prefix, own in endings.items())
 
 
+def _merged_from(recipe: Mapping[str, Any]) -> str:
+    """`0.9 of me.safetensors and 0.6 of style.safetensors`, as far as a recipe has the form of ours."""
+    steps = recipe.get("steps")
+    last = steps[-1] if isinstance(steps, list) and steps else None
+    loras = last.get("loras") if isinstance(last, Mapping) else None
+    pairs = [(x.get("ratio"), x.get("lora")) for x in loras if isinstance(x, Mapping)] if isinstance(loras, list) else []
+    named = [f"{float(r):g} of {squeezed(n, 40)}" for r, n in pairs if isinstance(r, int | float) and isinstance(n, str)]
+    return listed(named if len(named) <= _NAMED else [*named[: _NAMED - 1], f"{len(named) - _NAMED + 1} more"])
+
+
 def _check(found: Mapping[str, Any]) -> str:
     """What the check found when the file was written."""
-    asked, got = (", ".join("-" if v is None else f"{v:g}" for v in found[key]) for key in ("asked", "got"))
-    return f"asked {asked}, got {got} of its inputs; off by {found['error']:.2g}, {found['kept']:.1%} of the energy"
+    asked, got = (shorten(", ".join("-" if v is None else f"{v:g}" for v in found[key]), _WORDS) for key in ("asked", "got"))
+    is_rounding = found["error"] <= LARGE
+    left = f"rounding changed {percent(found['error'])}" if is_rounding else f"{percent(found['kept'])} of the energy kept"
+    return f"asked {asked}, got {got} of them; {left}"
 
 
 def _alpha(facts: Mapping[str, Any]) -> str:

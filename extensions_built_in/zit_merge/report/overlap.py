@@ -119,8 +119,9 @@ def compare(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str, Any
         cosines: N lists of N: cosines of the whole files.
         modules: Module -> {files, norms, cosines, directions}: which files change it, and of these, in that order, the norms and
             the cosines as above. `directions` is null where fewer than two of them are not zero, else {columns, rows, energy}:
-            `columns` and `rows` are {of, shared, common, chance, told}: how many directions all have together, k -> how many of
-            them about k LoRAs hold, k from 2, how many are common, how many LoRAs a direction is held by through chance alone,
+            `columns` and `rows` are {of, values, shared, common, chance, told}: how many directions all have together, by
+            how many LoRAs each of these is held (the eigenvalues of the sum of the projections, the largest first), k -> how many
+            of them about k LoRAs hold, k from 2, how many are common, how many LoRAs a direction is held by through chance alone,
             whether anything can be told beside chance. `energy` is {columns, rows, both}, for each file the share of its
             squared norm in common columns, in common rows, between both.
         sum: {norm, unrelated, strongest}: norm of the plain sum at a ratio of 1 each, the root of the sum of the squared
@@ -182,8 +183,9 @@ def _side(side: Side) -> dict[str, Any]:
     for value in side.values.tolist():
         if value > side.bar and round(value) > 1:
             shared[str(round(value))] += 1
-    of = int((side.values > 1e-9).sum())
-    return {"of": of, "shared": shared, "common": side.common, "chance": side.chance, "told": math.isfinite(side.bar)}
+    values = [round(value, 4) for value in side.values.tolist() if value > 1e-9]
+    found = {"of": len(values), "values": values, "shared": shared}
+    return found | {"common": side.common, "chance": side.chance, "told": math.isfinite(side.bar)}
 
 
 def _shared(modules: Mapping[str, Mapping[str, Any]], energy: Tensor, whole: Tensor) -> dict[str, Any]:

@@ -1,20 +1,47 @@
-"""A progress bar for merges, in ASCII."""
+"""How far a pass over the modules is: a bar on a terminal, plain lines in a log file, all of it ASCII on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import math
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
+from typing import Protocol
 
 from tqdm import tqdm
 
 from ..plan import StepPlan
+from .text import plain
+
+DELAY = 1.0  # seconds: what takes less is not shown
+_APART, _SHARE = 10.0, 0.1  # seconds, and share of the modules, between two lines of a log
+_TITLE = 30  # letters
+
+Clock = Callable[[], float]
+
+
+class _Shown(Protocol):
+    """What shows one pass."""
+
+    def to(self, done: int) -> None:
+        """So many modules are finished."""
+
+    def close(self) -> None:
+        """The pass has ended, or was broken off."""
 
 
 class Bar:
-    """`tick` for `run_plans`: one tqdm bar per step, on stderr, shown when it takes over a second."""
+    """`tick` for `run_plans`: every step on its own, on stderr, shown when it takes over a second.
 
-    def __init__(self, quiet: bool = False):
-        self._quiet = quiet
-        self._bar: tqdm | None = None
+    Args:
+        quiet: Show nothing.
+        clock: Seconds, for the lines of a log.
+    """
+
+    def __init__(self, quiet: bool = False, clock: Clock = time.monotonic):
+        self._quiet, self._clock = quiet, clock
+        self._shown: _Shown | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -24,24 +51,87 @@ class Bar:
 
     def tick(self, plan: StepPlan, done: int) -> None:
         """Module `done` of the step is finished."""
-        if self._bar is None:
-            self._bar = tqdm(
-                total=len(plan.shapes), desc=plan.name, unit="module", ascii=True, disable=self._quiet, delay=1, mininterval=0.5
-            )
-        self._bar.update(done - self._bar.n)
+        if self._quiet:
+            return
+        if self._shown is None:
+            self._shown = _shown(plan.name, len(plan.shapes), self._clock)
+        self._shown.to(done)
 
     def close(self) -> None:
         """Ends the step's bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._shown is not None:
+            self._shown.close()
+            self._shown = None
 
 
-def watched(title: str, quiet: bool) -> Callable[[Collection[str]], Iterable[str]]:
-    """Passes modules on and shows a bar when that takes over a second.
+def watched(title: str, quiet: bool, clock: Clock = time.monotonic) -> Callable[[Collection[str]], Iterable[str]]:
+    """Passes modules on and shows how far it is when that takes over a second.
 
     Args:
-        title: What the bar is called.
-        quiet: Show none.
+        title: What is being done.
+        quiet: Show nothing.
+        clock: Seconds, for the lines of a log.
     """
-    return lambda modules: tqdm(modules, desc=title[:30], unit="module", ascii=True, disable=quiet, delay=1, mininterval=0.5)
+
+    def passed(modules: Collection[str]) -> Iterator[str]:
+        with closing(_shown(title, len(modules), clock)) as shown:
+            shown.to(0)
+            for done, module in enumerate(modules, 1):
+                yield module
+                shown.to(done)
+
+    return iter if quiet else passed
+
+
+def _shown(title: str, total: int, clock: Clock) -> _Shown:
+    """A bar where stderr is a terminal. A stream that keeps a log may lack `isatty`; without a console there is None."""
+    title = plain(title)[:_TITLE]
+    is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
+    return _Drawn(title, total) if is_terminal else _Lines(title, total, clock)
+
+
+class _Drawn:
+    """A bar that tqdm redraws in place."""
+
+    def __init__(self, title: str, total: int):
+        self._bar = tqdm(total=total, desc=title, unit="module", ascii=True, delay=DELAY, mininterval=0.5, file=sys.stderr)
+
+    def to(self, done: int) -> None:
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """`soft: 60/240 modules, 3 s left`, the first after a second, then few: a log keeps every one of them."""
+
+    def __init__(self, title: str, total: int, clock: Clock):
+        self._title, self._total, self._clock = title, total, clock
+        self._first: int | None = None  # modules that were done when their pace began, at `_since`
+        self._since = clock()
+        self._not_before, self._from = self._since + DELAY, 0.0  # the time and the module of the next line, at the earliest
+
+    def to(self, done: int) -> None:
+        now = self._clock()
+        if self._first is None or done <= self._first:  # ranks are settled before the first module, which is no part of the pace
+            self._first, self._since = done, now
+        if now >= self._not_before and self._from <= done < self._total and sys.stderr is not None:
+            self._not_before, self._from = now + _APART, done + _SHARE * self._total
+            print(f"{self._title}: {done}/{self._total} modules{self._left(done, now)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass  # what was made is told by whoever made it
+
+    def _left(self, done: int, now: float) -> str:
+        """`, 3 s left` at the pace so far; nothing while there is none."""
+        pace = (now - self._since) / (done - self._first) if done > self._first else 0.0
+        return f", {_duration(pace * (self._total - done))} left" if pace > 0 else ""
+
+
+def _duration(seconds: float) -> str:
+    """`3 s`, `12 min`, `1 h 05 min`; rounded up, as nothing is done in 0 s."""
+    if seconds <= 99:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

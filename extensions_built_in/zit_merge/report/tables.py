@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,40 +13,131 @@ from ..algebra.methods import METHODS
 from ..algebra.parameters import paragraphs
 from ..audit import Verdict
 from ..config import RankRule
+from ..errors import counted
 from ..execute import Done
 from ..plan import DTYPE_NAMES, Input, StepPlan
 from ..presets import origin_of, presets
 from ..training import Outline
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, OTHER, SECTIONS
-from .text import listed, percent, plain, shorten
+from .text import WIDTH, aligned, beside, copyable, listed, percent, ranges, squeezed, wrapped
 
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
-_SHOWN = 6  # LoRAs in the line of the check
+_SHOWN = 10  # LoRAs in the table of what went in
+_NAMED = 3  # LoRAs in a sentence
+_NAME = 40  # letters of a name in a sentence
+_COLUMN = 6  # letters in a cell
+_TABLE = 74  # in a table
+_ITS_RATIO = "everywhere its ratio"
 
 
 def plan_text(plan: StepPlan) -> str:
-    """One step as the dry run shows it: what goes in, how strong, what comes out."""
-    lines = [f"step {plan.name}: {len(plan.inputs)} LoRA{'s' * (len(plan.inputs) > 1)} -> {plan.path}"]
-    if not plan.spec.keep:
-        lines[0] = f"step {plan.name}: {len(plan.inputs)} LoRA{'s' * (len(plan.inputs) > 1)}, for later steps only (keep: false)"
-    for i in plan.inputs:
-        what = "still on the hub"
-        if i.outline.ranks:
-            what = f"{len(i.outline.ranks)} modules, {_ranks(i.outline)}, {DTYPE_NAMES[i.outline.dtype]}"
-            what += "" if i.lora or i.step else ", still to be trained"
-        lines += ["", f"  {i.label}  ratio {i.spec.ratio:g}  ({what})"]
-        lines += [f"    {line}" for line in strength_table(i.strengths, i.outline.ranks)]
-        if i.spec.preset:
-            lines += ["", f"    where it comes from: preset {i.spec.preset}, your own, both, neither (.)"]
-            lines += [f"    {line}" for line in _origin_table(i)]
+    """One step as the dry run shows it: what goes in, how strong, what comes out, what else there is to know."""
+    lines = [*wrapped(f"step {_step(plan)}: {_what_is_done(plan)}", 0), *_inputs(plan), *_strengths(plan), ""]
     size = f"{plan.bytes / 1e6:,.1f} MB{' at most' if plan.is_open else ''}" if plan.bytes else "size not known yet"
-    lines += ["", f"  writes {_written(plan)}, {size}"]
+    if plan.spec.keep:
+        lines += [*beside("  writes ", [*_written(plan), size]), f"    {copyable(plan.path)}"]
+    else:
+        lines += beside("  makes ", [*_written(plan), size, "for later steps only (keep: false)"])
     if plan.spec.copy_to:
-        lines.append(f"  and a copy in {plan.spec.copy_to}")
+        lines += ["  and a copy in", f"    {copyable(plan.targets()[1].parent)}"]
+    lines += [""] * bool(plan.notes)
     for note in plan.notes:
-        lines += textwrap.wrap(f"note: {note}", 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        lines += wrapped(f"note: {note}")
     return "\n".join(lines)
+
+
+def _step(plan: StepPlan) -> str:
+    return squeezed(plan.name, _NAME)
+
+
+def _what_is_done(plan: StepPlan) -> str:
+    """`2 LoRAs, method ties (density 0.2)`."""
+    spec, count = plan.spec, len(plan.inputs)
+    if spec.checkpoints:
+        return f"{counted(count, 'checkpoint')}, averaged"
+    if count == 1 and spec.method == "sum":
+        return "1 LoRA"
+    given = ", ".join(f"{key} {value}" for key, value in spec.params.items())
+    return f"{counted(count, 'LoRA')}, method {spec.method}" + f" ({given})" * bool(given)
+
+
+def _inputs(plan: StepPlan) -> list[str]:
+    """Every LoRA with its ratio and what is known of its file, below each other."""
+    facts = [_known_of(i) for i in plan.inputs]
+    ratios = aligned([f"{i.spec.ratio:g}" for i in plan.inputs])
+    numbers = _numbers(plan)
+    room = WIDTH - len(f"  {numbers[0]}  ratio {ratios[0]}  ") - max(len(", ".join(parts)) for parts in facts)
+    names = _names(plan, min(max(room, 32), 48))
+    left = (f"  {number}{name}  ratio {ratio}  " for number, name, ratio in zip(numbers, names, ratios, strict=True))
+    return [line for first, parts in zip(left, facts, strict=True) for line in beside(first, parts)]
+
+
+def _numbers(plan: StepPlan) -> list[str]:
+    """What each input is called beside its name: nothing where there is only one."""
+    count = len(plan.inputs)
+    return [f"{n:>{len(str(count))}}  " if count > 1 else "" for n in range(1, count + 1)]
+
+
+def _names(plan: StepPlan, most: int) -> list[str]:
+    """The inputs' names, of one width and of so many letters at most."""
+    names = [squeezed(i.label, most) for i in plan.inputs]
+    width = max(map(len, names))
+    return [f"{name:<{width}}" for name in names]
+
+
+def _known_of(i: Input) -> list[str]:
+    """`240 modules`, `rank 32`, `bf16`."""
+    if not i.outline.ranks:
+        return ["still on the hub"]
+    facts = [counted(len(i.outline.ranks), "module"), _ranks(i.outline), DTYPE_NAMES[i.outline.dtype]]
+    return facts if i.lora or i.step else [*facts, "still to be trained"]
+
+
+def _strengths(plan: StepPlan) -> Iterator[str]:
+    """How strong every LoRA is where; those of equal tables share one."""
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for n, i in enumerate(plan.inputs):
+        groups.setdefault((_everywhere(i), tuple(_strength_lines(i))), []).append(n)
+    is_apart = True
+    for (everywhere, lines), members in groups.items():
+        ratios = {plan.inputs[n].spec.ratio for n in members}
+        if everywhere == _ITS_RATIO and len(ratios) == 1:
+            everywhere = f"everywhere {ratios.pop():g}"
+        who = f" of {_who(plan, members)}" if len(plan.inputs) > 1 else ""
+        yield from [""] * (is_apart or bool(lines))
+        yield from wrapped(f"strength{who}{': ' * bool(everywhere)}{everywhere}")
+        yield from (f"    {line}" for line in lines)
+        is_apart = bool(lines)
+
+
+def _who(plan: StepPlan, members: Sequence[int]) -> str:
+    """`LoRA 2 (style.safetensors)`, `LoRAs 1 and 3-7`."""
+    if len(members) == 1:
+        return f"LoRA {members[0] + 1} ({squeezed(plan.inputs[members[0]].label, _NAME)})"
+    return f"LoRAs {ranges([n + 1 for n in members])}"
+
+
+def _everywhere(i: Input) -> str:
+    """The strength of a LoRA that is equally strong in all its modules, in words; nothing for any other."""
+    values = {i.strengths[m] for m in _present(i)}
+    if len(values) > 1:
+        return ""
+    return _ITS_RATIO if values == {i.spec.ratio} else f"everywhere {values.pop():g}"
+
+
+def _strength_lines(i: Input) -> Iterator[str]:
+    """The table of a LoRA whose strength differs, and where a preset's strengths come from."""
+    if not _everywhere(i):
+        yield from strength_table(i.strengths, _present(i))
+    if i.spec.preset:
+        yield f"where it comes from: preset {i.spec.preset}, your own, both, neither (.)"
+        yield from _origin_table(i)
+
+
+def _present(i: Input) -> Collection[str]:
+    """The modules that a LoRA has; all that it may have while it is still on the hub."""
+    return i.outline.ranks or zimage.MODULES
 
 
 def strength_table(strengths: Mapping[str, float], present: Collection[str]) -> list[str]:
@@ -85,30 +176,39 @@ def _origin_table(i: Input) -> list[str]:
     return _table(
         lambda section: [(a, b) for a, b, _ in runs(origins, section)],
         lambda module: "." if origins[module] == "-" else origins[module],
-        i.outline.ranks,
+        _present(i),
     )
 
 
 def _table(
     rows: Callable[[str], Sequence[tuple[int, int]]], value: Callable[[str], float | str], present: Collection[str]
 ) -> list[str]:
-    names = ["adaLN" if c == "adaLN_modulation" else c for c in COMPONENTS]
-    lines = [f"{'layer':<18}" + "".join(f"{n:>7}" for n in names)]
+    heads, lines = ["adaLN" if c == "adaLN_modulation" else c for c in COMPONENTS], []
     for section in SECTIONS:
         for first, last in rows(section):
             cells = [[m for i in range(first, last + 1) if (m := _module(section, i, c)) in present] for c in COMPONENTS]
             if any(cells):
-                texts = (f"{_short(value(here[0])):>7}" if here else f"{'-':>7}" for here in cells)
-                lines.append(f"{row_name(section, first, last):<18}" + "".join(texts))
+                lines.append([row_name(section, first, last), *(_short(value(here[0])) if here else "-" for here in cells)])
+    layers, *columns = zip(*lines, strict=True) if lines else [()] * (1 + len(heads))
+    columns = [_column(head, texts) for head, texts in zip(heads, columns, strict=True)]
+    lines = ["".join(cells).rstrip() for cells in zip([f"{name:<18}" for name in ("layer", *layers)], *columns, strict=True)]
     others = [f"{o} {_short(value(m))}" for o in OTHER if (m := zimage.at("other", 0, o).name) in present]
-    return lines + (textwrap.wrap("other: " + ", ".join(others), 74) if others else [])
+    return lines + (beside("other: ", others, _TABLE) if others else [])
+
+
+def _column(head: str, texts: Sequence[str]) -> list[str]:
+    """A column of seven letters; the units are below each other where there is room for it."""
+    cells = aligned(texts) if texts else []
+    return [f"{cell:>{_COLUMN + 1}}" for cell in (head, *(cells if cells and len(cells[0]) <= _COLUMN else texts))]
 
 
 def _short(value: float | str) -> str:
     """In six letters, with as many digits as they hold; texts as they are."""
     if isinstance(value, str):
         return value
-    return next((text for digits in (3, 2) if len(text := f"{value:.{digits}g}") <= 6), f"{value:.1g}")
+    texts = (f"{value:.3g}", f"{value:.0f}" if abs(value) >= 1 else "", f"{value:.2g}", f"{value:.1g}", f"{value:.0e}")
+    texts = (text.replace("e+", "e") if len(text) > _COLUMN else text for text in texts)
+    return next((text for text in texts if text and len(text) <= _COLUMN), "-0")  # above -1e-99, which has seven letters
 
 
 def _ranks(outline: Outline) -> str:
@@ -117,15 +217,15 @@ def _ranks(outline: Outline) -> str:
     return rank if outline.is_lora else f"{' and '.join(outline.algorithms)} of {rank} at most"
 
 
-def _written(plan: StepPlan) -> str:
-    """`240 modules, rank 32, bf16`."""
+def _written(plan: StepPlan) -> list[str]:
+    """`240 modules`, `rank 32`, `bf16`."""
     if not all(i.outline.ranks for i in plan.inputs):
-        return "what the files on the hub will tell"
-    modules = f"{len(plan.shapes or plan.stacked)} modules"
+        return ["what the files on the hub will tell"]
+    modules = counted(len(plan.shapes or plan.stacked), "module")
     rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
     rank += " at most" if plan.is_open else ""
-    form = f", format {plan.spec.save.format}" if plan.spec.save.format != "ai-toolkit" else ""
-    return f"{modules}, {rank}, {DTYPE_NAMES[plan.dtype]}{form}"
+    form = [f"format {plan.spec.save.format}"] if plan.spec.save.format != "ai-toolkit" else []
+    return [modules, rank, DTYPE_NAMES[plan.dtype], *form]
 
 
 def _module(section: str, index: int, component: str) -> str:
@@ -139,63 +239,114 @@ def span(values: Collection[int]) -> str:
 
 
 def done_text(done: Done) -> str:
-    """A file that was written, and what its check found; or one that was there already."""
-    plan, path = done.plan, done.path
-    if not done.made:
-        return f"kept {path} (made before by the same recipe)"
-    if plan.spec.keep:
-        copied = f", copied to {plan.spec.copy_to}" if plan.spec.copy_to else ""
-        lines = [f"wrote {path} ({_written(plan)}, {path.stat().st_size / 1e6:,.1f} MB){copied}"]
-    else:
-        lines = [f"{plan.name}: merged for later steps ({_written(plan)})"]
-    if done.verdict:
-        lines += textwrap.wrap(check_line(done), 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
-    if isinstance(plan.spec.rank, RankRule) and done.verdict:
-        kept = {m: f"{100 * (1 - e**2):.4g}" for m, e in done.verdict.errors.items()}
-        lines += ["", "  energy kept, in percent", *(f"  {line}" for line in value_table(kept))]
-        if not plan.spec.save.uniform:
-            lines += ["", "  rank", *(f"  {line}" for line in value_table({m: str(r) for m, r in plan.ranks.items()}))]
-    return "\n".join(lines)
-
-
-def check_line(done: Done) -> str:
-    """Asked against got, in one line."""
+    """A step that was made: whether it is right, what went in, what came out; or that its file was there already."""
     plan, verdict = done.plan, done.verdict
-    words = [] if plan.spec.checkpoints else [_strengths_words(plan, verdict)]
-    if plan.cut:
-        module, error = max(verdict.errors.items(), key=lambda item: item[1])
-        words.append(f"{percent(verdict.kept)} of the energy kept, at least {percent(1 - error**2)} ({module})")
-        words += [f"{label} is mostly cut away, a larger rank keeps it" for label, a, g in _known(plan, verdict) if g / a < 0.5]
-    elif verdict.error > LARGE:
-        dtype = DTYPE_NAMES[plan.dtype]
-        words.append(f"off by {verdict.error:.1%}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32")
+    if not done.made:
+        return f"kept {squeezed(done.path.name, _NAME - 2)} (made before by the same recipe)"
+    lines = [*wrapped(f"{_step(plan)} is {_judgement(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
+    size = f"{(done.path.stat().st_size if plan.spec.keep else plan.bytes) / 1e6:,.1f} MB"  # the latter file is gone soon
+    if plan.spec.keep:
+        lines += [*beside("  wrote ", [*_written(plan), size]), f"    {copyable(done.path)}"]
     else:
-        words.append(f"off by {verdict.error:.1g}, rounding to {DTYPE_NAMES[plan.dtype]}")
-    return "check: " + "; ".join(words)
+        lines += beside("  made for later steps ", [*_written(plan), size])
+    if plan.spec.copy_to:
+        lines += ["  copied to", f"    {copyable(plan.targets()[1].parent)}"]
+    if plan.cut and verdict.errors:
+        lines += _energy_kept(verdict)
+    if isinstance(plan.spec.rank, RankRule):
+        lines += [f"  {line}".rstrip() for line in _rank_tables(plan, verdict)]
+    return "\n".join(lines) + "\n"  # the report of the next step is apart
 
 
-def _strengths_words(plan: StepPlan, verdict: Verdict) -> str:
-    """`asked 0.9 of a, 0.6 of b, got 0.9, 0.6`."""
-    known = _known(plan, verdict)
-    if not known and not verdict.alike:
-        return "nothing was asked for, zeros were written"
-    alike = [f"{listed([_name(plan, n) for n in group])} are too alike to be told apart" for group in verdict.alike]
-    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
-    asked = ", ".join(f"{a:.3g} of {label}" for label, a, _ in known[:_SHOWN]) + more
-    got = f", got {', '.join(f'{g:.3g}' for *_, g in known[:_SHOWN])}" if METHODS[plan.spec.method].is_linear else ""
-    words = [f"{'asked' if got else 'holds about'} {asked}{got}"] if known else []
-    return "; ".join([*words, *alike])
+def _judgement(plan: StepPlan, verdict: Verdict) -> str:
+    """`right`, `off` or `empty`, and why."""
+    if not verdict.alike and not any(verdict.asked):
+        return "empty: nothing was asked for, zeros were written"
+    dtype = DTYPE_NAMES[plan.dtype]
+    if not plan.cut and verdict.error > LARGE:
+        return f"off by {percent(verdict.error)}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32"
+    if lost := [n for n in _told(verdict) if _is_lost(plan, verdict, n)]:
+        are, them = ("is", "it") if len(lost) == 1 else ("are", "them")
+        return f"off: {_named(plan, lost)} {are} mostly cut away, a larger rank keeps {them}"
+    if plan.cut:
+        return f"right: as asked, as far as rank {span(plan.ranks.values())} holds it"
+    return f"right: as asked, rounding to {dtype} changed {percent(verdict.error)}"
 
 
-def _known(plan: StepPlan, verdict: Verdict) -> list[tuple[str, float, float]]:
-    """(name, asked, got) of every input whose strength can be told."""
-    found = enumerate(zip(verdict.asked, verdict.got, strict=True))
-    return [(_name(plan, n), a, g) for n, (a, g) in found if a and not any(n in group for group in verdict.alike)]
+def _told(verdict: Verdict) -> list[int]:
+    """The inputs whose strength can be told."""
+    return [n for n, asked in enumerate(verdict.asked) if asked and not any(n in group for group in verdict.alike)]
 
 
-def _name(plan: StepPlan, number: int) -> str:
-    """An input's, short enough for a line."""
-    return shorten(plain(plan.inputs[number].label.removesuffix(".safetensors")), 40)
+def _is_lost(plan: StepPlan, verdict: Verdict, n: int) -> bool:
+    is_weighed = plan.cut and not plan.spec.checkpoints  # what an average takes from one save, it takes from its neighbours too
+    return bool(is_weighed) and verdict.got[n] / verdict.asked[n] < 0.5
+
+
+def _named(plan: StepPlan, members: Sequence[int]) -> str:
+    """`me and style`, `a, b, c and 27 more`."""
+    names = [squeezed(plan.inputs[n].label.removesuffix(".safetensors"), _NAME) for n in members]
+    return listed(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], f"{len(names) - _NAMED} more"])
+
+
+def _went_in(plan: StepPlan, verdict: Verdict) -> Iterator[str]:
+    """Every input with what was asked of it and what the file holds; of many the strongest."""
+    shown, columns = _strongest(plan), _columns(plan, verdict)
+    names, numbers = _names(plan, 44), _numbers(plan)
+    heads, cells = list(columns), [aligned([column[n] for n in shown]) for column in columns.values()]
+    width = len(f"  {numbers[0]}{names[0]}")
+    yield f"  {'went in':<{width - 2}}" + "".join(f"  {head:>{_wide(head)}}" for head in heads)
+    for at, n in enumerate(shown):
+        texts = (f"  {column[at]:>{_wide(head)}}" for head, column in zip(heads, cells, strict=True))
+        yield f"  {numbers[n]}{names[n]}{''.join(texts)}".rstrip()
+    if len(shown) < len(plan.inputs):
+        yield f"  and {len(plan.inputs) - len(shown)} more, none with a larger ratio"
+    for group in verdict.alike:
+        yield from wrapped(f"?: {_named(plan, group)} are too alike to be told apart")
+
+
+def _strongest(plan: StepPlan) -> Sequence[int]:
+    """The inputs that are shown: all of them, or those of the largest ratios."""
+    count = len(plan.inputs)
+    return range(count) if count <= _SHOWN else sorted(range(count), key=lambda n: -abs(plan.inputs[n].spec.ratio))[:_SHOWN]
+
+
+def _columns(plan: StepPlan, verdict: Verdict) -> dict[str, list[str]]:
+    """Heading -> a text for each input."""
+    if plan.spec.checkpoints:  # alike by nature
+        return {"ratio": [_short(i.spec.ratio) for i in plan.inputs]}
+    alike = {n for group in verdict.alike for n in group}
+
+    def texts(values: Sequence[float | None]) -> list[str]:
+        return ["-" if v is None else "?" if n in alike else _short(v) for n, v in enumerate(values)]
+
+    if not METHODS[plan.spec.method].is_linear:
+        return {"holds about": texts(verdict.got)}
+    asked = texts(verdict.asked)
+    if plan.spec.method == "sum":  # what was asked of inputs that are alike is in the config
+        asked = [_short(i.spec.ratio) if text == "?" else text for i, text in zip(plan.inputs, asked, strict=True)]
+    return {"asked": asked, "got": texts(verdict.got)}
+
+
+def _wide(head: str) -> int:
+    return max(len(head), _COLUMN)
+
+
+def _energy_kept(verdict: Verdict) -> list[str]:
+    module, error = max(verdict.errors.items(), key=lambda item: item[1])
+    return wrapped(f"{percent(verdict.kept)} of the energy kept, least in {module}: {percent(1 - error**2)}")
+
+
+def _rank_tables(plan: StepPlan, verdict: Verdict) -> Iterator[str]:
+    """What a rule for the rank left of every module, and the rank that it got."""
+    yield from ("", "energy kept, in percent", *value_table({m: _share(1 - e**2) for m, e in verdict.errors.items()}))
+    if not plan.spec.save.uniform:
+        yield from ("", "rank", *value_table({m: str(r) for m, r in plan.ranks.items()}))
+
+
+def _share(share: float) -> str:
+    """In percent; not 100 unless it is."""
+    return "100" if share >= 1 - 1e-12 else f"{min(100 * share, 99.9):.1f}"
 
 
 def methods_text() -> str:

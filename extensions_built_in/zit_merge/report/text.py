@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
-_LABEL, _WIDTH = 14, 78
+WIDTH = 78  # 80 columns without the last two: some consoles break a line that fills them
+_LABEL = 14
 TITLE = 120  # letters of a file's name, two lines
 
 
@@ -20,9 +22,20 @@ def some(names: Sequence[str], what: str = "modules") -> str:
     return names[0] if len(names) == 1 else f"{len(names)} {what} (e.g. {names[0]})"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """`1, 3 and 5-9` of rising numbers."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return listed([part for a, b in runs for part in ([f"{a}-{b}"] if b > a + 1 else map(str, range(a, b + 1)))])
+
+
 def row(label: str, text: str) -> list[str]:
     """A label and a text beside it, wrapped; words that are too long for a line are broken."""
-    lines = textwrap.wrap(plain(text), _WIDTH - _LABEL, break_on_hyphens=False, subsequent_indent="  " * text.startswith("- "))
+    lines = textwrap.wrap(plain(text), WIDTH - _LABEL, break_on_hyphens=False, subsequent_indent="  " * text.startswith("- "))
     return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(lines)]
 
 
@@ -30,6 +43,44 @@ def plain(text: str) -> str:
     """One line of printable ASCII: what a file says of itself must not steer the terminal."""
     text = re.sub(r"\s+", " ", text).strip().encode("ascii", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f]", "?", text)
+
+
+def wrapped(text: str, indent: int = 2) -> list[str]:
+    """A sentence in lines of their own, those after the first further in; words that are too long for a line are broken."""
+    first, rest = " " * indent, " " * (indent + 2)
+    return textwrap.wrap(plain(text), WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def beside(left: str, parts: Sequence[str], width: int = WIDTH) -> list[str]:
+    """`left`, then `parts` with commas between them; what does not fit goes on below. A part that fits is not broken."""
+    room = width - len(left)
+    text = ", ".join(part.replace(" ", "\xa0") if len(part) < room else part for part in parts)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return [(left if i == 0 else " " * len(left)) + line.replace("\xa0", " ") for i, line in enumerate(lines)]
+
+
+def aligned(texts: Sequence[str]) -> list[str]:
+    """Numbers in a column of equal width, their units below each other: `0.45 `, `0.495`, `   - `."""
+    heads = [re.match(r"-?\d+|.*", text)[0] for text in texts]
+    before = max(map(len, heads))
+    lines = [" " * (before - len(head)) + text for head, text in zip(heads, texts, strict=True)]
+    width = max(map(len, lines))
+    return [f"{line:<{width}}" for line in lines]
+
+
+def copyable(path: Path | str) -> str:
+    """A path for a line of its own: as it is, but for what is not printable ASCII."""
+    text = str(path).encode("ascii", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def squeezed(name: str, most: int) -> str:
+    """Beginning and end of a name that is too long for its place, without what all files end in: `my_charac...000002500`."""
+    name = plain(name)
+    if len(name) > most:
+        name = name.removesuffix(".safetensors")
+    tail = (most - 3) // 2
+    return name if len(name) <= most else f"{name[: most - 3 - tail]}...{name[len(name) - tail :]}"
 
 
 def shorten(text: str, most: int) -> str:

@@ -12,6 +12,7 @@ from ...errors import ZitMergeError
 from ...execute import Done
 from ...sources import Site
 from ..overlap import Watched
+from ..text import copyable
 from .facts import step_facts
 from .render import Page, is_ours
 
@@ -64,7 +65,7 @@ class RunPage:
             self._page.write(self.path)
         except ZitMergeError as e:
             return f"no page: {e}"
-        return f"page: {self.path}"
+        return f"wrote a page to look at\n    {copyable(self.path)}"
 
 
 def run_page(site: Site, earlier: Iterable[RunPage]) -> RunPage:
