@@ -396,7 +396,7 @@ def test_another_prefix_is_said(desk, loras, job):
 
 def test_merged_is_the_prefix_where_nothing_speaks_against_it(desk, loras, monkeypatch):
     _, folder = run_beside_the_trainer(desk, monkeypatch, "cat")
-    assert everything(folder) == [OUT]
+    assert everything(folder) == [OUT, "plugin.html"]
 
 
 def test_an_embeddings_trigger_is_a_job_name_to_the_toolkit_too(desk, loras):

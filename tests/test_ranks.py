@@ -443,19 +443,19 @@ def test_a_later_step_has_the_rank_that_came_out(desk, given_loras, keep, unifor
         assert rank == max(file_ranks(desk.out / "merged_cat_small.safetensors").values())
     assert set(ranks_of["same"].values()) == {max(rank, 5)}
     assert set(ranks_of["twice"].values()) == {2 * rank}
-    assert text.count("wrote ") == 3 + keep
-    before = {p.name: p.stat().st_mtime_ns for p in desk.out.iterdir()}
+    assert text.count("  wrote ") == 3 + keep
+    before = {name: (desk.out / name).stat().st_mtime_ns for name in desk.files()}
     text = desk.zit("run", config).ok()
-    assert "wrote " not in text and text.count("kept ") == 3 + keep
-    assert {p.name: p.stat().st_mtime_ns for p in desk.out.iterdir()} == before
+    assert "  wrote " not in text and text.count("kept ") == 3 + keep
+    assert {name: (desk.out / name).stat().st_mtime_ns for name in desk.files()} == before
     (desk.out / "merged_cat_twice.safetensors").unlink()
     text = desk.zit("run", config).ok()
-    assert text.count("kept ") == 2 + keep and text.count("wrote ") == 1
+    assert text.count("kept ") == 2 + keep and text.count("  wrote ") == 1
     assert file_ranks(desk.out / "merged_cat_twice.safetensors") == ranks_of["twice"]
 
 
 def test_a_file_of_another_rule_is_made_again(desk, given_loras):
-    for rank, said in ((0.9, "wrote "), (0.9, "kept "), (0.9000001, "wrote ")):
+    for rank, said in ((0.9, "  wrote "), (0.9, "kept "), (0.9000001, "  wrote ")):
         assert said in desk.zit("run", desk.job({"name": "a", "loras": given_loras[0], "rank": {"energy": rank}})).ok()
 
 

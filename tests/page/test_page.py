@@ -6,6 +6,9 @@ import io
 import json
 import random
 import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -312,16 +315,35 @@ def test_what_files_say_is_text_and_nothing_else(desk, show):
     assert frame.violations() == []
 
 
-def test_a_script_that_gets_in_does_not_run(desk, loras, show):
+@pytest.fixture
+def heard() -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine: its address, and what was asked of it."""
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_script_that_gets_in_does_not_run(desk, loras, show, heard):
     """The second wall: the page's policy knows its own script only, and lets nothing out."""
+    address, asked = heard
     path = two(desk)
     html = path.read_text(encoding="utf-8")
-    path.write_text(
-        html.replace("<noscript>", "<script>document.title='pwned'</script><img src='https://example.org/x'><noscript>")
-    )
+    bad = f"<script>document.title='pwned';fetch('{address}/a')</script><img src='{address}/b'><noscript>"
+    path.write_text(html.replace("<noscript>", bad))
     frame = show(path)
-    assert frame.inner.evaluate("document.title") != "pwned"
-    assert all("Content Security Policy" in t for t in frame.troubles) and len(frame.troubles) == 2
+    frame.page.wait_for_timeout(300)
+    assert frame.inner.evaluate("document.title") != "pwned" and asked == []
+    assert sum("Content Security Policy" in t for t in frame.troubles) == 2
     frame.troubles.clear()
 
 

@@ -46,7 +46,7 @@ def trained(desk: Desk, **keys) -> Path:
 
 def test_beside_the_output_of_a_job_without_training(desk, loras):
     text = desk.zit("run", desk.job(BOTH)).ok()
-    assert text.splitlines()[-2:] == ["wrote a page to look at", f"    {desk.out / 'merged_cat.html'}"]
+    assert text.splitlines()[-2:] == ["page to look at:", f"    {desk.out / 'merged_cat.html'}"]
     assert [s["name"] for s in steps(desk.out / "merged_cat.html")] == ["soft"]
     assert not list(desk.out.glob("*.part"))
 

@@ -65,7 +65,7 @@ class RunPage:
             self._page.write(self.path)
         except ZitMergeError as e:
             return f"no page: {e}"
-        return f"wrote a page to look at\n    {copyable(self.path)}"
+        return f"page to look at:\n    {copyable(self.path)}"
 
 
 def run_page(site: Site, earlier: Iterable[RunPage]) -> RunPage:
