@@ -243,7 +243,7 @@ def done_text(done: Done) -> str:
     plan, verdict = done.plan, done.verdict
     if not done.made:
         return f"kept {squeezed(done.path.name, _NAME - 2)} (made before by the same recipe)"
-    lines = [*wrapped(f"{_step(plan)} is {_judgement(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
+    lines = [*wrapped(f"{_step(plan)} is {judgement(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
     size = f"{(done.path.stat().st_size if plan.spec.keep else plan.bytes) / 1e6:,.1f} MB"  # the latter file is gone soon
     if plan.spec.keep:
         lines += [*beside("  wrote ", [*_written(plan), size]), f"    {copyable(done.path)}"]
@@ -258,8 +258,8 @@ def done_text(done: Done) -> str:
     return "\n".join(lines) + "\n"  # the report of the next step is apart
 
 
-def _judgement(plan: StepPlan, verdict: Verdict) -> str:
-    """`right`, `off` or `empty`, and why."""
+def judgement(plan: StepPlan, verdict: Verdict) -> str:
+    """`right`, `off` or `empty`, and why: `right: as asked, rounding to bf16 changed 0.2 %`."""
     if not verdict.alike and not any(verdict.asked):
         return "empty: nothing was asked for, zeros were written"
     dtype = DTYPE_NAMES[plan.dtype]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...algebra.methods import METHODS
 from ...algebra.strengths import cosines
-from ...audit import PAIRS_UP_TO
+from ...audit import PAIRS_UP_TO, Verdict
 from ...errors import ZitMergeError
 from ...execute import Done
 from ...formats.metadata import read_check, trigger_words
@@ -27,7 +27,7 @@ from ...presets import presets
 from ...weights import Factors, Weights, factors
 from ...zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
 from ..overlap import Watched, of_cosines, same_model
-from ..tables import LARGE, span
+from ..tables import judgement, span
 from .survey import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
@@ -57,8 +57,8 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         done: The step, its inputs still there.
         watched: Passes the modules that are read again on one by one; may raise to stop.
     """
-    plan, found = done.plan, _check(done)
-    asked, got = ((found or {}).get(key) or [None] * len(plan.inputs) for key in ("asked", "got"))
+    plan, verdict = done.plan, _verdict(done)
+    asked, got = (_told(verdict, key, len(plan.inputs)) for key in ("asked", "got"))
     facts = {
         "name": text(plan.name, NAME),
         "file": text(str(done.path), TEXT) if plan.spec.keep else None,
@@ -72,8 +72,8 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         "method": plan.spec.method,
         "linear": METHODS[plan.spec.method].is_linear,
         "params": {key: text(value, NAME) for key, value in plan.spec.params.items()},
-        "cut": bool(plan.cut),
-        "check": found and {key: found[key] for key in ("error", "kept")} | {"large": found["error"] > LARGE and not plan.cut},
+        "judgement": judgement(plan, verdict) if verdict else None,
+        "kept": verdict.kept if verdict and plan.cut else None,
         "notes": texts(plan.notes, _NOTES),
         "triggers": texts(trigger_words(plan.draft), _TRIGGERS),
         "composable": not plan.spec.checkpoints,
@@ -123,15 +123,20 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
     }
 
 
-def _check(done: Done) -> Mapping[str, Any] | None:
+def _verdict(done: Done) -> Verdict | None:
     """What the check found now, or when the file was made."""
     if done.verdict:
-        alike = {n for group in done.verdict.alike for n in group}  # their strengths can't be told apart
-        told = {
-            key: [None if n in alike else value for n, value in enumerate(getattr(done.verdict, key))] for key in ("asked", "got")
-        }
-        return {"error": done.verdict.error, "kept": done.verdict.kept, **told}
-    return read_check(load_lora(done.path).metadata)
+        return done.verdict
+    found = read_check(load_lora(done.path).metadata)
+    return Verdict(found["error"], found["kept"], tuple(found["asked"]), tuple(found["got"])) if found else None
+
+
+def _told(verdict: Verdict | None, key: str, count: int) -> list[float | None]:
+    """`asked` or `got`, of the inputs whose strengths can be told apart."""
+    if verdict is None:
+        return [None] * count
+    alike = {n for group in verdict.alike for n in group}
+    return [None if n in alike else value for n, value in enumerate(getattr(verdict, key))]
 
 
 def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:

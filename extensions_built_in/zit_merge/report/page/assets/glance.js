@@ -2,7 +2,7 @@
 
 function glanceSection(steps) {
   const cards = steps.map(({ step, section: owner }, k) => {
-    const title = el("h3", {}, foreign(step.name), step.file === null && step.check !== undefined ? " (for later steps only)" : "");
+    const title = el("h3", {}, foreign(step.name), step.file === null && step.judgement !== undefined ? " (for later steps only)" : "");
     const body = [verdictLine(step), outputLine(step), inputsTable(step), notes(step)];
     return k < OPEN_CARDS ? el("article", { class: "card" }, title, body)
       : el("details", { class: "card" }, el("summary", {}, foreign(step.name)), body);
@@ -12,18 +12,13 @@ function glanceSection(steps) {
 
 const OPEN_CARDS = 6;
 
-/** Asked against got, first of all. */
+/** Whether it is right, first of all. */
 function verdictLine(step) {
-  const { check } = step;
-  if (!check) return null;
-  const mark = (tone, word) => el("strong", { class: `verdict ${tone}` }, word);
-  if (check.large) {
-    return el("p", {}, mark("warn", "Look closer: "), `off by ${percent(check.error)}. The inputs nearly cancel, and ${step.dtype} can't hold what is left; save it as fp32.`);
-  }
-  if (step.cut) {
-    return el("p", {}, mark("good", "Right: "), `the best approximation of this rank, ${percent(check.kept)} of the energy kept.`);
-  }
-  return el("p", {}, mark("good", "Right: "), `every module is what was asked for, off by ${show(check.error, 1)}, which is rounding to ${step.dtype}.`);
+  if (!step.judgement) return null;
+  const [word, why] = [step.judgement.split(":")[0].split(" ")[0], step.judgement];
+  const kept = step.kept === null ? "" : ` ${percent(step.kept)} of the energy is kept.`;
+  return el("p", {}, el("strong", { class: `verdict ${word === "right" ? "good" : "warn"}` }, `${why[0].toUpperCase()}${word.slice(1)}`),
+    el("bdi", {}, why.slice(word.length)), ".", kept);
 }
 
 function outputLine(step) {
