@@ -544,6 +544,8 @@ def test_tag_frequencies_and_trigger_words_are_merged(tmp_path):
     # what goes in with strength 0 is not in the file, so its trigger word must not be promised
     assert metadata["modelspec.trigger_phrase"] == "zoe, in ink style"
     assert metadata["modelspec.merged_from"] == "0, 1, 2"
+    again = read_metadata(make(tmp_path, [(tmp_path / "out.safetensors", 1.0), loras[2]], name="again"))
+    assert again["modelspec.trigger_phrase"] == "zoe, in ink style"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from .errors import ZitMergeError
 from .execute import pick_device, run_plans
 from .formats.writer import os_errors
 from .report.check import dense_residual, residuals
+from .report.page.facts import step_facts
+from .report.page.render import Page
 from .report.tables import done_text, plan_text
+from .report.text import copyable
 from .zimage import MODULES
 
-RANK = 4
+RANK, PAGE = 4, "demo_page.html"
 CHECKED_DENSE = "layers.12.attention.to_v"
 ROUNDING = 1e-6  # float32 keeps 6e-8 of each number; a wrong strength or a cross term would show at 1e-2 and above
 
@@ -67,8 +70,11 @@ def run_demo(folder: Path, say: Callable[[str], None], tick: Callable) -> None:
     settled, path = demo_merge(face, style), folder / "demo_merged.safetensors"
     plan = settled.plan(path)
     say(plan_text(plan) + "\n")
+    page = Page("demo")
+    page.begin("", {**settled.section, "output_dir": str(folder), "steps": [{**settled.section["steps"][0], "name": plan.name}]})
     for done in run_plans([plan], pick_device("auto"), tick):
         say(done_text(done))
+        page.add(step_facts(done))
     found = residuals(plan, path)
     worst = max(found, key=found.get)
     dense = dense_residual(plan, path, CHECKED_DENSE)
@@ -81,3 +87,5 @@ def run_demo(folder: Path, say: Callable[[str], None], tick: Callable) -> None:
             f"{path}: is not the merge that was asked for ({worst} is off by {found[worst]:.1e}): please report this"
         )
     say(f"  right: rounding to fp32 explains up to {ROUNDING:.0e}")
+    page.write(folder / PAGE)
+    say(f"\npage to look at:\n    {copyable(folder / PAGE)}")

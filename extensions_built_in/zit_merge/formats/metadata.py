@@ -218,7 +218,8 @@ def merged_metadata(
     }
     if tags:
         merged["ss_tag_frequency"] = dumps(tags)
-    if triggers := _unique(word for _, metadata in inputs for word in trigger_words(metadata)):
+    words = (word for _, metadata in inputs for words in trigger_words(metadata) for word in words.split(", "))
+    if triggers := _unique(words):  # of a file that was merged itself they stand in one phrase
         merged["modelspec.trigger_phrase"] = ", ".join(triggers)
     return merged
 
