@@ -193,9 +193,9 @@ def test_every_tool_changes_the_yaml_and_it_means_what_is_shown(desk, loras, sho
     frame.page.keyboard.press("PageDown")
     assert frame.section()["steps"][0]["loras"][0]["layers"] == {"0-9": [0.5, 1], 12: 1.05, 13: 0.75}
     frame.type("Layers", 20)
-    frame.number("to").nth(0).fill("29")
+    frame.type("to layer", 29)
     frame.type("factor", 1.5)
-    frame.number("to").nth(1).fill("0.25")
+    frame.type("to factor", 0.25)
     frame.press("Set layers")
     assert frame.section()["steps"][0]["loras"][0]["layers"]["20-29"] == [1.5, 0.25]
     frame.type("with the factor", 0.4)
@@ -225,7 +225,7 @@ def test_the_curve_and_the_map_are_drawn_with_the_pointer(desk, loras, show):
     a, b = (frame.cell("strengths of LoRA 1", f"layers.{n}.attention.to_v").bounding_box() for n in (4, 9))
     frame.page.mouse.move(a["x"] + 3, a["y"] + 3)
     frame.page.mouse.down()
-    frame.page.mouse.move(b["x"] + 3, b["y"] + 3, steps=30)
+    frame.page.mouse.move(b["x"] + 3, b["y"] + 3, steps=2)  # fast
     frame.page.mouse.up()
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"4-9.to_v": 1.75}
     check_composed(desk, frame)
@@ -235,15 +235,194 @@ def test_the_curve_and_the_map_are_drawn_with_the_pointer(desk, loras, show):
     assert frame.section()["steps"][0]["loras"][0]["layers"] == drawn
     frame.press("Undo")
     assert frame.section()["steps"][0]["loras"][0] == FACE
-    assert frame.inner.get_by_role("button", name="Undo").is_disabled()
+    assert frame.inner.get_by_role("button", name="Undo").get_attribute("aria-disabled") == "true"
     frame.press("Redo")
     frame.press("Redo")
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"4-9.to_v": 1.75}
-    frame.press("Reset all")
+    frame.press("Reset this step")
     assert frame.section()["steps"][0]["loras"] == [FACE, STYLE]
     frame.find("h2").first.click()
     frame.page.keyboard.press("Control+z")
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"4-9.to_v": 1.75}
+
+
+def overrides(frame, lora: int = 0) -> dict:
+    return frame.section()["steps"][0]["loras"][lora].get("overrides", {})
+
+
+def drag(frame, start, end, steps: int = 2) -> None:
+    """From one element to another, with the pointer."""
+    start.scroll_into_view_if_needed()
+    a, b = start.bounding_box(), end.bounding_box()
+    frame.page.mouse.move(a["x"] + 3, a["y"] + 3)
+    frame.page.mouse.down()
+    frame.page.mouse.move(b["x"] + 3, b["y"] + 3, steps=steps)
+    frame.page.mouse.up()
+
+
+def of(frame, layer: int, path: str = "attention.to_v"):
+    return frame.cell("strengths of LoRA 1", f"layers.{layer}.{path}")
+
+
+def test_a_stroke_is_one_edit_wherever_it_begins(desk, loras, show):
+    frame = show(two(desk))
+    frame.type("with the factor", 0.4)
+    of(frame, 4).click()
+    drag(frame, of(frame, 4), of(frame, 9))  # its first cell has the factor already
+    assert overrides(frame) == {"4-9.to_v": 0.4}
+    frame.press("Undo")
+    assert overrides(frame) == {"4.to_v": 0.4}
+    frame.press("Redo")
+    frame.inner.get_by_role("radio", name="erase").check()
+    drag(frame, of(frame, 2), of(frame, 7))  # begins where nothing is painted
+    assert overrides(frame) == {"8-9.to_v": 0.4}
+    frame.press("Undo")
+    assert overrides(frame) == {"4-9.to_v": 0.4}
+    frame.press("Undo")
+    frame.inner.get_by_role("radio", name="paint").check()
+    drag(frame, of(frame, 4), of(frame, 5))
+    redo = frame.inner.get_by_role("button", name="Redo")
+    assert redo.get_attribute("aria-disabled") == "true", "nothing is ahead of a new edit"
+    redo.click(force=True)
+    assert overrides(frame) == {"4-5.to_v": 0.4}
+
+
+def test_a_drag_that_begins_elsewhere_paints_nothing(desk, loras, show):
+    frame = show(two(desk))
+    drag(frame, frame.find("h4:text-is('Single cells')"), of(frame, 6), steps=20)
+    assert overrides(frame) == {}
+
+
+def test_the_readout_follows_what_is_painted(desk, loras, show):
+    frame = show(two(desk))
+    of(frame, 3).focus()
+    frame.page.keyboard.press("Enter")
+    readout = of(frame, 3).evaluate("cell => cell.closest('.map-box').querySelector('.readout').textContent")
+    assert readout == frame.find(".notice").inner_text() == "layer 3, to_v: strength 0, painted"
+
+
+@pytest.mark.parametrize("typed, meant", [("0,5", 0.5), ("-0.25", -0.25), ("1e-3", 1e-3), ("−1", -1), (" .5 ", 0.5), ("2.", 2)])
+def test_numbers_as_people_type_them(desk, loras, show, typed, meant):
+    frame = show(two(desk))
+    frame.number("1. me.safetensors").fill(typed)
+    frame.number("1. me.safetensors").press("Enter")
+    assert frame.section()["steps"][0]["loras"][0]["ratio"] == meant
+
+
+@pytest.mark.parametrize("typed", ["", "abc", "0x10", "1 000", "1,000.5", "1e400", "--1", "Infinity", "1,2,3"])
+def test_what_is_no_number_is_refused_and_said(desk, loras, show, typed):
+    frame = show(two(desk))
+    field = frame.number("1. me.safetensors")
+    field.fill(typed)
+    field.press("Tab")
+    assert "is not a number" in frame.find(".notice").inner_text()
+    assert field.get_attribute("aria-invalid") == "true" and frame.section()["steps"][0]["loras"][0] == FACE
+    field.fill("0.5")
+    field.press("ArrowUp")
+    assert field.get_attribute("aria-invalid") is None and frame.section()["steps"][0]["loras"][0]["ratio"] == 0.55
+
+
+@pytest.mark.parametrize(
+    "values, layers",
+    [
+        ((9, 0, 0, 1), {"0-9": [1, 0]}),  # from the first layer named to the other
+        ((3, 3, 0.5, 0.5), {3: 0.5}),
+        ((3, 3, 0.5, 1), None),
+        (("", 9, 0, 1), None),
+        ((0, 9, "", 1), None),
+        ((0, 30, 0, 1), None),
+        ((0.5, 9, 0, 1), None),
+    ],
+)
+def test_a_range_of_layers(desk, loras, show, values, layers):
+    step = {"name": "soft", "loras": [{"lora": "me.safetensors", "ratio": 1}]}
+    frame = show(run(desk, step))
+    for label, value in zip(("Layers", "to layer", "factor", "to factor"), values, strict=True):
+        frame.number(label).fill(str(value))
+    frame.press("Set layers")
+    (lora,) = frame.section()["steps"][0]["loras"]
+    assert lora.get("layers") == layers
+    assert bool(frame.find(".notice").inner_text()) == (layers is None)
+
+
+def test_undo_shows_the_step_that_it_takes_back(desk, loras, show):
+    frame = show(two(desk))
+    frame.type("1. me.safetensors", 0.1)
+    frame.choose("Step in detail:", "1")
+    frame.type("1. soft", 0.2)
+    frame.choose("Step in detail:", "0")
+    assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 0.2]
+    frame.press("Undo")
+    assert frame.number("Step in detail:").input_value() == "1" and "small" in frame.find(".notice").inner_text()
+    assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 1]
+    frame.press("Undo")
+    assert frame.number("Step in detail:").input_value() == "0"
+    assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.9, 1]
+
+
+def test_a_second_finger_and_a_cancelled_one_draw_nothing_more(desk, loras, show):
+    """Pointer events as a touch screen sends them."""
+    frame = show(run(desk, {"name": "soft", "loras": [{"lora": "me.safetensors", "ratio": 1}]}))
+    send = """(svg, [kind, id, x, y]) => { const box = svg.getBoundingClientRect(); svg.setPointerCapture = () => {};
+        svg.dispatchEvent(new PointerEvent(kind, {bubbles: true, cancelable: true, pointerId: id, buttons: 1,
+            clientX: box.left + x * box.width, clientY: box.top + y * box.height})); }"""
+    events = [
+        ("pointerdown", 1, 0.3, 0.2),
+        ("pointerdown", 2, 0.9, 0.8),
+        ("pointermove", 2, 0.8, 0.8),
+        ("pointercancel", 1, 0, 0),
+    ]
+    for event in events:
+        frame.find("svg.curve").evaluate(send, list(event))
+    (key,) = frame.section()["steps"][0]["loras"][0]["layers"]
+    assert isinstance(key, int)
+    frame.find("svg.curve").evaluate(send, ["pointerdown", 3, 0.9, 0.5])
+    assert len(frame.section()["steps"][0]["loras"][0]["layers"]) == 2
+
+
+@pytest.mark.parametrize(
+    "method, ratios, words",
+    [
+        ("slerp", (0.5, -0.5), "no ratio may be below 0"),
+        ("average", (1, -1), "divides by the sum"),
+        ("sum", (1e300, 1), "too large"),
+    ],
+)
+def test_what_check_would_refuse_is_said_beside_the_yaml(desk, loras, show, method, ratios, words):
+    frame = show(run(desk, {"name": "soft", "method": method, "loras": [{**FACE, "ratio": 1}, {**STYLE, "ratio": 1}]}))
+    assert frame.find(".notes.warn li").count() == 0
+    for name, ratio in zip(("1. me.safetensors", "2. style.safetensors"), ratios, strict=True):
+        frame.type(name, ratio)
+    if method == "sum":
+        frame.type("to_q", 1e200)
+    assert words in frame.find(".notes.warn").inner_text()
+    name = desk.write("job: extension\nconfig:\n  name: next\n  process:\n" + frame.text(), "next.yaml")
+    desk.zit("check", name).refused()
+
+
+def test_twenty_copies_of_two_and_a_difference_that_nearly_cancels(desk, loras, show):
+    """The prediction is right where LoRAs overlap much, and silent where it can't be."""
+    names = ["me.safetensors", "style.safetensors"] * 10
+    frame = show(run(desk, {"name": "many", "rank": 4, "loras": [{"lora": n, "ratio": 0.1} for n in names]}))
+    assert re.search(r"gains 9\d\d %", frame.find(".energy").inner_text())
+    desk.lora("near.safetensors", change=lambda t: [v.mul_(1.001) for k, v in t.items() if "lora_B" in k])
+    frame = show(
+        run(desk, {"name": "less", "loras": [{"lora": "me.safetensors", "ratio": 1}, {"lora": "near.safetensors", "ratio": 1}]})
+    )
+    frame.type("2. near.safetensors", -1)
+    assert "too little to be predicted" in frame.find(".energy").inner_text()
+
+
+def test_printing_and_forced_colours_keep_the_maps(desk, loras, show):
+    frame = show(two(desk))
+    colour = "cell => getComputedStyle(cell).backgroundColor"
+    strong = frame.cell("strength and energy of LoRA 1", "layers.20.attention.to_q")
+    before = strong.evaluate(colour)
+    frame.page.emulate_media(forced_colors="active")
+    assert strong.evaluate(colour) == before
+    frame.page.emulate_media(forced_colors="none", media="print")
+    assert strong.evaluate("cell => getComputedStyle(cell).printColorAdjust") == "exact"
+    assert frame.find("pre.printed").inner_text().strip() == frame.text().strip()
 
 
 @pytest.mark.parametrize("preset", ["early_0_9", "all"])
@@ -273,13 +452,14 @@ def test_random_edits_mean_what_is_shown_and_predict_the_merge(desk, loras, show
         if kind == 0:
             frame.type(rng.choice(["1. me.safetensors", "2. style.safetensors"]), value)
         elif kind == 1:
+            frame.choose("Weigh the blocks of", "1")  # the one with refiners
             frame.type(rng.choice(["adaLN", "to_q", "to_k", "w1", "noise_refiner", "context_refiner", "other"]), value)
         elif kind == 2:
             first, last = sorted(rng.sample(range(30), 2))
             frame.type("Layers", first)
-            frame.number("to").nth(0).fill(str(last))
+            frame.type("to layer", last)
             frame.type("factor", value)
-            frame.number("to").nth(1).fill(repr(rng.uniform(-1, 2)))
+            frame.type("to factor", rng.uniform(-1, 2))
             frame.press("Set layers")
         elif kind == 3:
             frame.type("with the factor", value)

@@ -251,6 +251,44 @@ def test_a_page_stays_under_its_size_whatever_it_is_given(desk):
         assert ("previews" in step["left_out"]) == (step["previews"] == [])
 
 
+def test_large_steps_sections_and_words_stay_under_the_size_too(desk):
+    loras = many(desk, 49)
+    step = files_facts(loras)
+    wordy = [
+        {**i, "triggers": ["\U0001f600" * 500] * 12, "weights": {**i["weights"], "overrides": [[m, 0.5] for m in range(276)]}}
+        for i in step["inputs"]
+    ]
+    for raw, count, inputs in (
+        (section_of(loras), 400, step["inputs"]),
+        (section_of(loras), 60, wordy),
+        ({**section_of(loras), "model": {"x": "\u4e00" * 2_000_000}}, 2, step["inputs"]),
+    ):
+        page = Page("x")
+        page.begin("", raw)
+        for n in range(count):
+            page.add({**step, "name": f"step {n}", "inputs": inputs})
+        html = page.html()
+        assert len(html.encode()) < LIMIT
+        (block,) = re.findall(r'id="facts">(.*?)</script>', html)
+        assert json.loads(block)["sections"][0]["steps"]
+
+
+def test_host_keys_that_are_no_json_stop_nothing(desk, loras):
+    text = desk.zit(
+        "run", desk.job(BOTH, train={"lr": float("inf"), "wd": float("nan"), "seed": 10**30}, model={"day": "2026-01-01"})
+    ).ok()
+    assert "page to look at:" in text
+    raw = facts(desk.out / "merged_cat.html")["sections"][0]["raw"]
+    assert raw["train"] == {"lr": "inf", "wd": "nan", "seed": str(10**30)}
+
+
+def test_a_folder_that_only_the_command_line_named_is_in_the_section(desk, loras):
+    section = desk.section(BOTH)
+    del section["output_dir"]
+    desk.zit("run", desk.config(section), "--output-dir", desk.folder / "here").ok()
+    assert facts(desk.folder / "here" / "merged_cat.html")["sections"][0]["raw"]["output_dir"] == str(desk.folder / "here")
+
+
 def test_thousands_of_inputs_are_listed_as_far_as_there_is_room(desk):
     loras = many(desk, 70)
     step = files_facts(loras)

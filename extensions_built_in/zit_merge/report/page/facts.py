@@ -31,7 +31,7 @@ from ..tables import judgement, span
 from .survey import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
-PAIRED = 12  # inputs, the strongest ones, whose overlap is shown module by module: 66 pairs
+PAIRED = 24  # inputs, the strongest ones, whose overlap is there module by module: 276 pairs
 _NOTES, _TRIGGERS = 30, 12
 _NUMBER = {module: n for n, module in enumerate(MODULES)}
 
@@ -71,6 +71,8 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         "format": plan.spec.save.format,
         "method": plan.spec.method,
         "linear": METHODS[plan.spec.method].is_linear,
+        "rule": "spherical" if METHODS[plan.spec.method].is_spherical else "mean" if METHODS[plan.spec.method].is_mean else None,
+        "cut": bool(plan.cut),
         "params": {key: text(value, NAME) for key, value in plan.spec.params.items()},
         "judgement": judgement(plan, verdict) if verdict else None,
         "kept": verdict.kept if verdict and plan.cut else None,
@@ -98,13 +100,15 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
         ZitMergeError: The files are not of one model, or can't be read.
     """
     same_model(loras)
-    notes = [f"{lora.path.name}: {question}" for lora in loras for question in (*lora.questions, *lora.remarks)]
+    notes = [f"{lora.path.name}: {sentence}" for lora in loras for sentence in (*lora.questions, *lora.remarks)]
     ones = [dict.fromkeys(MODULES, 1.0)] * len(loras)
     return {
         "name": "merged",
         "file": None,
         "method": "sum",
         "linear": True,
+        "rule": None,
+        "cut": False,
         "notes": texts(notes, _NOTES),
         "triggers": [],
         "composable": True,
@@ -116,6 +120,7 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
                 "what": _what(lora.algorithms, lora.ranks, lora.dtype),
                 "triggers": texts(trigger_words(lora.metadata), _TRIGGERS),
                 "weights": _weights(factors(Weights(1.0))),
+                "questions": texts(lora.questions, _NOTES),
             }
             for lora in loras
         ],
@@ -181,6 +186,7 @@ def _details(
         result: Squared norms of what was written; null for files that are only looked at.
         errors: |written - wanted| / |wanted| of modules that were cut.
         pairs: [i, j, cosines x 10^4 over modules] of the strongest inputs.
+        unpaired: How many inputs are in no pair.
         cosines: Of the inputs as they went in, row by row below the diagonal; null for too many.
         advice: Sentences on them.
     """
@@ -197,6 +203,7 @@ def _details(
         "result": _over_modules(result) if result else None,
         "errors": _over_modules(errors) if errors else None,
         "pairs": [[i, j, _pair(cells, i, j)] for i, j in combinations(strongest, 2)] if total is not None else [],
+        "unpaired": count - len(strongest) if total is not None else count,
         "cosines": None if total is None else [[number(v) for v in row[:i]] for i, row in enumerate(cosines(total).tolist())],
         "advice": [] if total is None else _advice(total),
     }
@@ -225,13 +232,15 @@ def _of(cell: Cell, number_: int) -> float:
     return float(cell.energies[cell.inputs.index(number_)])
 
 
-def _pair(cells: Mapping[str, Cell], i: int, j: int) -> list[int | None]:
+def _pair(cells: Mapping[str, Cell], i: int, j: int) -> list[float | None]:
+    """Cosines x 10^4, whole numbers but near 1 and -1, where two that nearly cancel leave the last digits."""
     values = {}
     for module, cell in cells.items():
         if i in cell.inputs and j in cell.inputs:
             a, b = cell.inputs.index(i), cell.inputs.index(j)
             values[module] = float(cosines(cell.gram[[a, b]][:, [a, b]])[0, 1])
-    return [None if not math.isfinite(values.get(m, math.nan)) else round(1e4 * values[m]) for m in MODULES]
+    found = [values.get(m, math.nan) for m in MODULES]
+    return [None if not math.isfinite(c) else round(1e4 * c) if abs(c) < 0.99 else round(1e4 * c, 4) for c in found]
 
 
 def _over_modules(values: Mapping[str, float]) -> list[float | None]:

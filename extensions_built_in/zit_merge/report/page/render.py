@@ -25,8 +25,8 @@ from .facts import NAME, anatomy, text
 
 LIMIT = 5_000_000  # bytes of a page
 _SPARE = 10_000  # bytes for what says that something was left out
-_INPUTS = 50  # of a step, listed whatever else is left out
-_SCRIPTS = ("base.js", "weights.js", "yaml.js", "maps.js", "glance.js", "overlap.js", "previews.js", "composer.js", "main.js")
+_INPUTS, _STEPS = 50, 100  # listed whatever else is left out
+_SCRIPTS = ("base", "weights", "yaml", "maps", "glance", "overlap", "previews", "desk", "composer", "main")
 _GENERATOR = "zit_merge"
 # What the UI writes anew into the first process, and what makes a recipe of a section: not for the next merge.
 _DROPPED = ("sqlite_db_path", "performance_log_every", "made_by", "job")
@@ -81,12 +81,13 @@ class Page:
         self._sections[-1]["steps"].append({**facts, "previews": [p.facts() for p in previews]})
 
     def html(self) -> str:
-        """The whole file, under 5 MB; beyond that the largest maps and pictures are left out, and the page says so."""
+        """The whole file, under 5 MB; beyond that the largest maps and pictures are left out first, and the page says so."""
         sections = [{**s, "steps": [{**step, "left_out": []} for step in s["steps"]]} for s in self._sections]
         whole = _html(self.title, sections)
-        if (excess := len(whole) - LIMIT) > 0:
-            _leave_out(sections, excess + _SPARE)
-            whole = _html(self.title, sections)
+        for shrink in (_largest_first, _fewer_inputs, _no_weights, _no_section, _fewer_steps):
+            if (excess := len(whole.encode()) - LIMIT) > 0:
+                shrink(sections, excess + _SPARE)
+                whole = _html(self.title, sections)
         return whole
 
     def write(self, path: Path) -> None:
@@ -111,41 +112,80 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _leave_out(sections: Sequence[Mapping[str, Any]], excess: int) -> None:
-    """Takes out what is largest until `excess` bytes are saved: maps and pictures, then the inputs beyond the first."""
-    steps = [step for section in sections for step in section["steps"]]
-    large = sorted(
-        ((len(_json(step[key])), n, key) for n, step in enumerate(steps) for key in ("details", "previews")), reverse=True
-    )
-    for size, n, key in large:
+def _steps(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [step for section in sections for step in section["steps"]]
+
+
+def _largest_first(sections: Sequence[dict[str, Any]], excess: int) -> None:
+    """Leaves out maps and pictures, the largest first, until `excess` bytes are saved."""
+    steps = _steps(sections)
+    sizes = ((len(_json(step[key]).encode()), n, key) for n, step in enumerate(steps) for key in ("details", "previews"))
+    for size, n, key in sorted(sizes, reverse=True):
         if excess > 0 and size > 10:
             steps[n] |= {key: None if key == "details" else [], "left_out": [*steps[n]["left_out"], key]}
             excess -= size
-    for step in steps:
-        if excess > 0 and len(step["inputs"]) > _INPUTS:
-            excess -= len(_json(step["inputs"][_INPUTS:]))
+
+
+def _fewer_inputs(sections: Sequence[dict[str, Any]], excess: int) -> None:
+    """The first inputs of each step only."""
+    for step in _steps(sections):
+        if len(step["inputs"]) > _INPUTS:
             step |= {"inputs": step["inputs"][:_INPUTS], "composable": False, "left_out": [*step["left_out"], "inputs"]}
+
+
+def _no_weights(sections: Sequence[dict[str, Any]], excess: int) -> None:
+    """Inputs as a list of names and numbers, and few words beside them."""
+    for step in _steps(sections):
+        step |= {"details": None, "composable": False, "notes": step["notes"][:3], "triggers": []}
+        step["inputs"] = [{**i, "label": i["label"][:80], "weights": None, "triggers": []} for i in step["inputs"]]
+        step["left_out"] = [*dict.fromkeys([*step["left_out"], "details"])]
+
+
+def _no_section(sections: Sequence[dict[str, Any]], excess: int) -> None:
+    """Nothing to compose with."""
+    for section in sections:
+        section["raw"] = None
+
+
+def _fewer_steps(sections: Sequence[dict[str, Any]], excess: int) -> None:
+    """The first steps of each section, with their first inputs."""
+    for section in sections[:_STEPS]:
+        section["steps"] = [{**step, "inputs": step["inputs"][:5]} for step in section["steps"][:_STEPS]]
+    del sections[_STEPS:]
 
 
 def _repeatable(raw: Mapping[str, Any], first: bool) -> dict[str, Any]:
     """A section without what only belongs to the run before."""
-    kept = {
-        key: value for key, value in raw.items() if key not in _DROPPED and not (first and (key, value) == ("device", "cuda"))
-    }
+    kept = {key: _plain(value) for key, value in raw.items() if key not in _DROPPED}
+    if first and kept.get("device") == "cuda":
+        del kept["device"]
     if "made_by" in raw:
         kept["steps"] = [
             {key: value for key, value in step.items() if key != "file"}
             | {"loras": [{k: v for k, v in lora.items() if k not in _OF_RECIPES} for lora in step["loras"]]}
-            for step in raw["steps"]
+            for step in kept["steps"]
         ]
     return kept
 
 
+def _plain(value: Any) -> Any:
+    """As JSON and JavaScript can hold it: AI-Toolkit's own keys may have dates, infinities and large numbers for values."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, bool | str | None):
+        return value
+    is_number = isinstance(value, int | float) and abs(value) < 2**53
+    return value if is_number else str(value)
+
+
 def _html(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
     facts = {"title": text(title, NAME), "version": __version__, "sections": sections, **anatomy()}
-    script = '"use strict";\n(() => {\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "})();"
+    script = '"use strict";\n(() => {\n' + "\n".join(_asset(f"{name}.js") for name in _SCRIPTS) + "})();"
     style = _asset("page.css")
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:"
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+    policy += "base-uri 'none'; form-action 'none'"
     fields = {
         "POLICY": escape(policy),
         "GENERATOR": f"{_GENERATOR} {__version__}",
@@ -163,9 +203,9 @@ def _hash(inline: str) -> str:
 
 
 def _json(facts: object) -> str:
-    """JSON that no HTML parser takes for anything else, whatever the texts in it; ASCII, so a byte for each letter."""
-    dumped = json.dumps(facts, separators=(",", ":"), allow_nan=False, default=str)
-    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", dumped)
+    """JSON that no HTML parser takes for anything else, whatever the texts in it, and that UTF-8 can hold."""
+    dumped = json.dumps(facts, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", dumped)
 
 
 @cache

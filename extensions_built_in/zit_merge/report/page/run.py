@@ -41,7 +41,8 @@ class RunPage:
             raw: As the config has it.
             index: Which process of the job it is.
         """
-        self._page.begin(site.place, raw, first=index == 0)
+        has_home = "output_dir" in raw or site.training or site.home  # else only the command line named a folder
+        self._page.begin(site.place, raw if has_home else {**raw, "output_dir": str(site.output_dir)}, first=index == 0)
 
     def add(self, done: Done, watched: Watched = iter) -> None:
         """A step is done; its inputs must still be there.

@@ -78,6 +78,54 @@ function sum(values) {
   return values.reduce((a, b) => a + b, 0);
 }
 
+/** One place where the page says what happened, for eyes and for screen readers. */
+const notice = el("p", { class: "notice", role: "status" });
+
+function say(text) {
+  notice.textContent = text;
+}
+
+/** The number that somebody typed: 0.35, 0,35, -1, 1e-3; null where it is none. */
+function parseNumber(text) {
+  const plain = text.trim().replace("−", "-");
+  const dotted = plain.includes(".") ? plain : plain.replace(",", ".");
+  const value = Number(dotted);
+  return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(dotted) && Number.isFinite(value) ? value : null;
+}
+
+/** A field for a number, moved with the up and down keys too. `write` gets what was typed, once it is a number. */
+function numberInput({ id, value = "", write = () => {}, by = STEP }) {
+  const field = el("input", { type: "text", inputmode: "decimal", autocomplete: "off", id, class: "number-field", value,
+    onchange: settle, onkeydown: (e) => {
+      const sign = { ArrowUp: 1, ArrowDown: -1 }[e.key];
+      const now = parseNumber(field.value);
+      if (e.key === "Enter") settle();
+      if (!sign || now === null) return;
+      field.value = Number((now + sign * by).toFixed(10));
+      settle();
+      e.preventDefault();
+    } });
+  function settle() {
+    const typed = parseNumber(field.value);
+    if (typed === null) {
+      field.setAttribute("aria-invalid", "true");
+      say(`${field.value.trim() === "" ? "an empty field" : `"${field.value}"`} is not a number: write 0.35, -1 or 1e-3`);
+      return;
+    }
+    field.removeAttribute("aria-invalid");
+    say("");
+    write(typed);
+  }
+  /** Shows a value that came from elsewhere. */
+  field.show = (shown) => {
+    if (parseNumber(field.value) !== shown || field.getAttribute("aria-invalid")) field.value = shown;
+    field.removeAttribute("aria-invalid");
+  };
+  return field;
+}
+
+const STEP = 0.05; // of what is drawn or moved with keys
+
 let ids = 0;
 function freshId(prefix) {
   ids += 1;

@@ -1,73 +1,23 @@
-// The composer: weights by hand, what they would do, and the YAML that says so.
+// The composer: tools for the weights of one step, what they would do, and the YAML.
 
-/** The weights that people compose, of every step of a section, with undo. Weights that nobody touched keep their own keys. */
-function makeDesk(owner) {
-  const first = owner.steps.map((step) => step.inputs.map((input) => ({ weights: weightsOf(input), touched: false })));
-  const copy = (all) => all.map((loras) => loras.map(({ weights, touched }) => ({ weights: copyWeights(weights), touched })));
-  let now = copy(first);
-  const past = [];
-  const future = [];
-  const listeners = [];
-  const tell = () => listeners.forEach((listener) => listener());
-  return {
-    listen: (listener) => listeners.push(listener),
-    weights: (s, i) => now[s][i].weights,
-    all: (s) => now[s].map((lora) => lora.weights),
-    initial: (s) => first[s].map((lora) => lora.weights),
-    touched: (s, i) => now[s][i].touched,
-    /** Changes a LoRA's weights; `isFirst` begins a change that undo takes back whole. */
-    edit(s, i, change, isFirst = true) {
-      if (isFirst) { past.push(copy(now)); future.length = 0; }
-      change(now[s][i].weights);
-      now[s][i].touched = true;
-      tell();
-    },
-    reset(s, numbers) {
-      past.push(copy(now));
-      future.length = 0;
-      for (const i of numbers) now[s][i] = copy(first)[s][i];
-      tell();
-    },
-    undo() { if (past.length) { future.push(copy(now)); now = past.pop(); tell(); } },
-    redo() { if (future.length) { past.push(copy(now)); now = future.pop(); tell(); } },
-    canUndo: () => past.length > 0,
-    canRedo: () => future.length > 0,
-    yaml() {
-      const steps = owner.raw.steps.map((step) => {
-        const s = owner.steps.findIndex((shown) => shown.name === step.name);
-        if (!step.loras || s < 0 || !owner.steps[s].composable) return step;
-        return { ...step, loras: step.loras.map((lora, i) => (now[s][i].touched ? { ...withoutStrengths(lora), ...keysOf(now[s][i].weights) } : lora)) };
-      });
-      return yamlSection({ ...owner.raw, steps });
-    },
-  };
-}
-
-function withoutStrengths(lora) {
-  const { ratio, preset, blocks, layers, effects, overrides, ...rest } = lora;
-  return rest;
-}
-
-/** A slider with a number beside it; both say the same. */
+/** A slider with a number beside it; both say the same. Only the number is a stop for the tab key, the arrows move it too. */
 function dial({ label, least = -1, most = 2, read, write }) {
   const id = freshId("dial");
   let dragging = false;
-  const range = el("input", { type: "range", min: least, max: most, step: 0.05, "aria-label": `${label}, slider`,
+  const range = el("input", { type: "range", min: least, max: most, step: STEP, tabindex: -1, "aria-label": `${label}, slider`,
     oninput: () => { write(Number(range.value), !dragging); dragging = true; }, onchange: () => { dragging = false; } });
-  const number = el("input", { type: "number", id, step: 0.05, onchange: () => { if (number.value !== "" && Number.isFinite(Number(number.value))) write(Number(number.value), true); update(); } });
+  const number = numberInput({ id, write: (value) => { if (value !== read()) write(value, true); } });
   function update() {
-    const value = read();
-    range.value = value;
-    if (document.activeElement !== number || Number(number.value) !== value) number.value = value;
+    range.value = read();
+    range.setAttribute("aria-valuetext", show(read(), 6));
+    number.show(read());
   }
   update();
   return Object.assign(el("div", { class: "dial" }, el("label", { for: id }, label), range, number), { update });
 }
 
-const STEP = 0.05; // of what is drawn or moved with keys
-
 function rounded(value) {
-  return Math.round(value / STEP) * STEP === 0 ? 0 : Number((Math.round(value / STEP) * STEP).toFixed(2));
+  return Number((Math.round(value / STEP) * STEP).toFixed(2)) || 0; // no minus before zero
 }
 
 /** The factors of the 30 layers as a curve that is drawn with the pointer, or moved point by point with the keys. */
@@ -76,7 +26,7 @@ function curve({ read, write }) {
   const step = (width - left - 10) / (N_LAYERS - 1);
   let [low, high] = [0, 2];
   let at = 0;
-  let last = null;
+  let stroke = null; // {pointer, last: [layer, value]}
   const xOf = (i) => left + i * step;
   const yOf = (v) => bottom - ((v - low) / (high - low)) * (bottom - top);
   const line = svg("polyline", { class: "curve-line" });
@@ -86,7 +36,8 @@ function curve({ read, write }) {
     onkeydown: (e) => onkey(e, i), onfocus: () => { points[at].setAttribute("tabindex", -1); at = i; points[at].setAttribute("tabindex", 0); },
   }));
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "factor of each layer: up and down change it, left and right choose the layer",
-    class: "curve", onpointerdown: onpointer, onpointermove: (e) => { if (e.buttons === 1 && last) onpointer(e); }, onpointerup: () => { last = null; } }, grid, line, points);
+    class: "curve", onpointerdown: begin, onpointermove: (e) => { if (e.pointerId === stroke?.pointer) draw(e); }, onpointerup: end, onpointercancel: end, onlostpointercapture: end },
+  grid, line, points);
 
   function onkey(e, i) {
     const by = { ArrowUp: STEP, ArrowDown: -STEP, PageUp: 5 * STEP, PageDown: -5 * STEP }[e.key];
@@ -99,30 +50,38 @@ function curve({ read, write }) {
     e.preventDefault();
   }
 
-  function onpointer(e) {
-    if (e.button > 0) return;
+  function begin(e) {
+    if (stroke !== null || e.button > 0) return; // a second finger draws nothing
+    stroke = { pointer: e.pointerId, last: null };
+    picture.setPointerCapture(e.pointerId);
+    draw(e);
+    e.preventDefault();
+  }
+
+  function end(e) {
+    if (e.pointerId === stroke?.pointer) { stroke = null; update(); }
+  }
+
+  function draw(e) {
     const box = picture.getBoundingClientRect();
     const x = ((e.clientX - box.left) / box.width) * width;
     const y = ((e.clientY - box.top) / box.height) * height;
     const i = Math.min(Math.max(Math.round((x - left) / step), 0), N_LAYERS - 1);
     const value = rounded(low + ((bottom - Math.min(Math.max(y, top), bottom)) / (bottom - top)) * (high - low));
-    const [from, before] = last ?? [i, value];
-    const isFirst = last === null;
-    last = [i, value];
-    if (isFirst) picture.setPointerCapture(e.pointerId);
+    const isFirst = stroke.last === null;
+    const [from, before] = stroke.last ?? [i, value];
+    stroke.last = [i, value];
     write((layers) => { // the layers that a fast pointer skipped lie between
       for (let k = Math.min(from, i); k <= Math.max(from, i); k += 1) layers[k] = from === i ? value : rounded(before + ((value - before) * (k - from)) / (i - from));
     }, isFirst);
-    e.preventDefault();
   }
 
   function update() {
     const layers = read();
-    if (last === null) [low, high] = [Math.min(0, Math.floor(Math.min(...layers))), Math.max(2, Math.ceil(Math.max(...layers)))];
+    if (stroke === null) [low, high] = [Math.min(0, Math.floor(Math.min(...layers))), Math.max(2, Math.ceil(Math.max(...layers)))];
     grid.replaceChildren(...Array.from({ length: 5 }, (_, k) => low + ((high - low) * k) / 4).flatMap((v) => [
       svg("line", { x1: left, x2: width, y1: yOf(v), y2: yOf(v) }), svg("text", { x: left - 6, y: yOf(v) + 3, "text-anchor": "end" }, show(v, 2))]),
-    ...Array.from({ length: 6 }, (_, k) => svg("text", { x: xOf(k * 5), y: height - 4, "text-anchor": "middle" }, String(k * 5))),
-    svg("text", { x: xOf(N_LAYERS - 1), y: height - 4, "text-anchor": "middle" }, String(N_LAYERS - 1)));
+    ...[0, 5, 10, 15, 20, 25, N_LAYERS - 1].map((i) => svg("text", { x: xOf(i), y: height - 4, "text-anchor": "middle" }, String(i))));
     line.setAttribute("points", layers.map((v, i) => `${xOf(i)},${yOf(v)}`).join(" "));
     points.forEach((point, i) => setAttributes(point, { cx: xOf(i), cy: yOf(layers[i]), "aria-valuenow": layers[i], "aria-valuemin": Math.min(low, layers[i]), "aria-valuemax": Math.max(high, layers[i]), "aria-valuetext": show(layers[i], 4) }));
   }
@@ -130,179 +89,204 @@ function curve({ read, write }) {
   return Object.assign(picture, { update });
 }
 
-/** Exact numbers for a range of layers: a number, or a gradient from one to another. */
+/** Exact numbers for a range of layers: one factor, or a gradient from the first layer's to the last one's. */
 function rangeForm(write) {
-  const field = (label, value, attributes) => {
+  const field = (label, value, by) => {
     const id = freshId("range");
-    const input = el("input", { type: "number", id, value, ...attributes });
+    const input = numberInput({ id, value, by });
     return [el("span", { class: "field" }, el("label", { for: id }, label), input), input];
   };
-  const layer = { min: 0, max: N_LAYERS - 1, step: 1 };
-  const [first, from] = field("Layers", 0, layer);
-  const [second, to] = field("to", N_LAYERS - 1, layer);
-  const [third, start] = field("factor", 1, { step: 0.05 });
-  const [fourth, end] = field("to", 1, { step: 0.05 });
-  const said = el("span", { class: "said", role: "status" });
+  const [first, from] = field("Layers", 0, 1);
+  const [second, to] = field("to layer", N_LAYERS - 1, 1);
+  const [third, start] = field("factor", 1, STEP);
+  const [fourth, end] = field("to factor", 1, STEP);
   function set() {
-    const [a, b, x, y] = [from, to, start, end].map((input) => Number(input.value));
-    if (![from, to, start, end].every((input) => input.value !== "" && input.validity.valid === true) && !(Number.isInteger(a) && Number.isInteger(b) && a >= 0 && b < N_LAYERS)) {
-      said.textContent = `layers are 0 to ${N_LAYERS - 1}`;
-      return;
-    }
-    const [low, high] = [Math.min(a, b), Math.max(a, b)];
-    if (low < 0 || high >= N_LAYERS || ![a, b].every(Number.isInteger) || ![x, y].every(Number.isFinite)) {
-      said.textContent = `layers are whole numbers from 0 to ${N_LAYERS - 1}`;
-      return;
-    }
-    said.textContent = "";
-    write((layers) => {
-      for (let i = low; i <= high; i += 1) layers[i] = i === high ? y : x + ((y - x) * (i - low)) / (high - low);
-      if (low === high) layers[low] = x;
+    const values = [from, to, start, end].map((input) => parseNumber(input.value));
+    const [a, b, x, y] = values;
+    if (values.includes(null)) { say("a range needs two layers and two factors, all of them numbers"); return; }
+    if (![a, b].every((n) => Number.isInteger(n) && n >= 0 && n < N_LAYERS)) { say(`layers are whole numbers from 0 to ${N_LAYERS - 1}`); return; }
+    if (a === b && x !== y) { say("one layer has one factor: write it twice"); return; }
+    const [low, high, atLow, atHigh] = a <= b ? [a, b, x, y] : [b, a, y, x];
+    say("");
+    write((layers) => { // as weights.py interpolates, so that the YAML can say [first, last]
+      for (let i = low; i <= high; i += 1) layers[i] = i === high ? atHigh : atLow + ((atHigh - atLow) * (i - low)) / (high - low);
     }, true);
   }
-  return el("div", { class: "range-form" }, first, second, third, fourth, el("button", { type: "button", onclick: set }, "Set layers"), said);
+  return el("div", { class: "range-form" }, first, second, third, fourth, el("button", { type: "button", onclick: set }, "Set layers"));
 }
 
-/** The tools of one step: whose numbers, the dials, the curve, the map to paint, what would come out. */
-function composerSection(step, s, desk) {
+/** The tools of one step: whose numbers, the dials, the curve, the map to paint; what would come out; the YAML. */
+function composerSection(step, s, desk, owner, showStep) {
   const { details, inputs } = step;
-  if (!step.composable || !details) return null;
+  if (!step.composable || !details || !owner.raw) return null;
   let who = 0;
-  let tool = "paint";
-  let brush = 0;
-  let stroke = false;
-  const present = (n) => details.energies[who][n] !== null;
-  const hasSection = (name) => MODULES.some((m, n) => m.section === name && details.energies.some((energies) => energies[n] !== null));
   const edit = (change, isFirst) => desk.edit(s, who, change, isFirst);
   const weights = () => desk.weights(s, who);
-  let parts = [];
-  const added = (part) => { parts.push(part); return part; };
   const bench = el("div", { class: "bench" });
-  const outcome = el("div", { class: "outcome" });
-  const before = predict(details, desk.initial(s));
-
-  function paint(n, kind) {
-    if (!present(n)) return;
-    stroke = kind === "drag" && stroke;
-    const erase = kind === "clear" || tool === "erase";
-    if (erase ? !weights().overrides.has(n) : weights().overrides.get(n) === brush) { stroke = true; return; }
-    edit((w) => { if (erase) w.overrides.delete(n); else w.overrides.set(n, brush); }, !stroke);
-    stroke = true;
-  }
+  const outcome = outcomeBox(step, s, desk);
+  const yaml = yamlBox(step, s, desk, owner);
+  const ratios = inputs.map((input, i) => dial({ label: `${i + 1}. ${clip(input.label)}`,
+    read: () => desk.weights(s, i).ratio, write: (v, isFirst) => desk.edit(s, i, (w) => { w.ratio = v; }, isFirst) }));
+  const names = Object.keys(facts.presets);
+  let preset = names[0];
+  const idea = el("p", { class: "hint" }, facts.presets[preset].idea);
+  const back = (label, turn, can) => {
+    const button = el("button", { type: "button", onclick: () => { if (can()) showStep(turn()); } }, label);
+    return Object.assign(button, { update: () => button.setAttribute("aria-disabled", can() ? "false" : "true") }); // it keeps the focus
+  };
+  const backs = [back("Undo", desk.undo, desk.canUndo), back("Redo", desk.redo, desk.canRedo)];
+  let parts = [];
 
   function drawBench() {
-    parts = [];
-    const brushId = freshId("brush");
-    const paintMap = added(heatMap({
-      label: `strengths of LoRA ${who + 1}, paintable`,
-      value: (n) => (present(n) ? strengthAt(weights(), n) : null),
-      shade: shadeStrength(FULL_COLOUR),
-      mark: (n) => weights().overrides.has(n),
-      tell: (n) => (present(n) ? `${placeName(n)}: strength ${show(strengthAt(weights(), n), 4)}${weights().overrides.has(n) ? ", painted" : ""}` : `${placeName(n)}: not in this LoRA`),
-      onpick: paint,
-    }));
-    const refiners = ["noise_refiner", "context_refiner", "other"].filter(hasSection);
-    bench.replaceChildren(
-      el("p", {}, el("strong", {}, `LoRA ${who + 1}: `), foreign(inputs[who].label)),
+    parts = benchParts(step, who, weights, edit);
+    bench.replaceChildren(el("p", {}, el("strong", {}, `LoRA ${who + 1}: `), foreign(inputs[who].label)), ...parts.layout);
+  }
+
+  drawBench();
+  desk.listen(() => { for (const part of [...parts.live, ...ratios, ...backs, outcome, yaml]) part.update(); });
+  backs.forEach((button) => button.update());
+  const many = inputs.length > MANY_INPUTS;
+  return section("Compose the next merge",
+    el("p", { class: "hint" }, "Start from this step's weights. Strength of a module = ratio × component × depth, or ratio × what is painted there. ",
+      "Numbers are typed, or moved with the up and down keys."),
+    el("h3", {}, "Ratios"),
+    el("div", { class: many ? "ratios tall" : "ratios", ...(many ? { tabindex: 0, role: "region", "aria-label": "ratios" } : {}) }, ratios),
+    el("div", { class: "tools" },
+      inputs.length > 1 ? select("Weigh the blocks of", inputs.map((input, i) => [i, `${i + 1}. ${clip(input.label)}`]), who, (value) => { who = Number(value); drawBench(); }) : null,
+      select("Preset", names.map((name) => [name, name]), preset, (value) => { preset = value; idea.textContent = facts.presets[preset].idea; }),
+      el("button", { type: "button", onclick: () => edit((w) => applyPreset(w, facts.presets[preset]), true) }, "Apply"),
+      backs,
+      el("button", { type: "button", onclick: () => desk.reset(s, [who]) }, "Reset this LoRA"),
+      el("button", { type: "button", onclick: () => desk.reset(s, inputs.map((_, i) => i)) }, "Reset this step")),
+    idea, bench, outcome, yaml);
+}
+
+/** The tools for the blocks of one LoRA: what is shown, and what has to follow every change. */
+function benchParts(step, who, weights, edit) {
+  const present = (n) => step.details.energies[who][n] !== null;
+  let tool = "paint";
+  let isRecorded = false; // whether undo knows of the stroke at hand
+  const brushId = freshId("brush");
+  const brush = numberInput({ id: brushId, value: 0 });
+  const dials = COMPONENTS.map((c, i) => dial({ label: c === "adaLN_modulation" ? "adaLN" : c,
+    read: () => weights().components[i], write: (v, isFirst) => edit((w) => { w.components[i] = v; }, isFirst) }));
+  const sections = ["noise_refiner", "context_refiner", "other"].filter((name) => MODULES.some((m, n) => m.section === name && present(n)))
+    .map((name) => dial({ label: name, read: () => weights()[name], write: (v, isFirst) => edit((w) => { w[name] = v; }, isFirst) }));
+  const depth = curve({ read: () => weights().layers, write: (change, isFirst) => edit((w) => change(w.layers), isFirst) });
+
+  const tell = (n) => (present(n) ? `${placeName(n)}: strength ${show(strengthAt(weights(), n), 4)}${weights().overrides.has(n) ? ", painted" : ""}` : `${placeName(n)}: not in this LoRA`);
+
+  function paint(n, kind) {
+    if (kind !== "drag") isRecorded = false;
+    if (!present(n)) return;
+    const isErased = kind === "clear" || tool === "erase";
+    const factor = parseNumber(brush.value);
+    if (!isErased && factor === null) { say("the factor to paint with is not a number"); return; }
+    if (isErased ? !weights().overrides.has(n) : weights().overrides.get(n) === factor) return;
+    edit((w) => { if (isErased) w.overrides.delete(n); else w.overrides.set(n, factor); }, !isRecorded);
+    isRecorded = true;
+    say(tell(n));
+  }
+
+  const map = heatMap({
+    label: `strengths of LoRA ${who + 1}, paintable`, value: (n) => (present(n) ? strengthAt(weights(), n) : null),
+    shade: shadeStrength(FULL_COLOUR), mark: (n) => weights().overrides.has(n), tell, onpick: paint,
+  });
+  return {
+    live: [...dials, ...sections, depth, map],
+    layout: [
       el("div", { class: "columns" },
-        el("div", {}, el("h4", {}, "Components"), COMPONENTS.map((c, i) => added(dial({ label: c === "adaLN_modulation" ? "adaLN" : c,
-          read: () => weights().components[i], write: (v, isFirst) => edit((w) => { w.components[i] = v; }, isFirst) })))),
-        el("div", {}, el("h4", {}, "Depth"), el("p", { class: "hint" }, "Draw with the pointer, or set a range."),
-          added(curve({ read: () => weights().layers, write: (change, isFirst) => edit((w) => change(w.layers), isFirst) })),
-          rangeForm((change, isFirst) => edit((w) => change(w.layers), isFirst)),
-          refiners.map((name) => added(dial({ label: name, read: () => weights()[name], write: (v, isFirst) => edit((w) => { w[name] = v; }, isFirst) }))))),
+        el("div", {}, el("h4", {}, "Components"), dials),
+        el("div", {}, el("h4", {}, "Depth"), el("p", { class: "hint" }, "Draw with the pointer, or set a range."), depth,
+          rangeForm((change, isFirst) => edit((w) => change(w.layers), isFirst)), sections)),
       el("h4", {}, "Single cells"),
       el("p", { class: "hint" }, "Click or drag to paint; with the keyboard Enter paints, Delete erases. A painted factor stands in the place of component and depth."),
       el("div", { class: "tools" }, choice("Tool", [["paint", "paint"], ["erase", "erase"]], tool, (value) => { tool = value; }),
-        el("span", { class: "field" }, el("label", { for: brushId }, "with the factor"), el("input", { type: "number", id: brushId, step: 0.05, value: brush,
-          oninput: (e) => { if (e.target.value !== "" && Number.isFinite(Number(e.target.value))) brush = Number(e.target.value); } }))),
-      paintMap);
-  }
+        el("span", { class: "field" }, el("label", { for: brushId }, "with the factor"), brush)),
+      strengthLegend(FULL_COLOUR, FULL_COLOUR + 1, true), map],
+  };
+}
 
-  function drawOutcome() {
-    const now = predict(details, desk.all(s));
+/** What the weights would make: energy beside that of the start, each LoRA's share, and where it lies. */
+function outcomeBox(step, s, desk) {
+  const { details, inputs } = step;
+  const before = predict(details, desk.initial(s));
+  let now = before;
+  let most = 0;
+  let later = null;
+  const line = el("p", { class: "energy" });
+  const bars = el("ul", { class: "bars" });
+  const share = (n) => (now.together[n] === null ? null : now.total > 0 ? now.together[n] / now.total : 0);
+  const tell = (n) => (now.together[n] === null ? `${placeName(n)}: nothing` : `${placeName(n)}: ${percent(share(n))} of the energy, ` +
+    (before.together[n] > 0 ? `${show(now.together[n] / before.together[n])} times that of the start` : `norm ${show(Math.sqrt(now.together[n]))}`));
+  const map = heatMap({ label: "predicted energy of the result", value: share, shade: (v) => shadeEnergy(most)(v), tell });
+  const caveats = [step.method === "sum" ? "" : `This is a plain sum; ${step.method} will differ.`, step.cut ? "What the rank of this step cuts away is still in it." : "",
+    details.unpaired ? `How the ${details.unpaired} weaker LoRAs overlap is not counted.` : ""].filter(Boolean).join(" ");
+
+  function sentence() {
     const apart = sum(now.alone.map((energies) => sum(energies.map((e) => e ?? 0))));
-    const most = Math.max(...now.together.map((e) => e ?? 0), 0);
-    const share = (n) => (now.together[n] === null ? null : now.total > 0 ? now.together[n] / now.total : 0);
-    const tell = (n) => (now.together[n] === null ? `${placeName(n)}: nothing` : `${placeName(n)}: ${percent(share(n))} of the energy, ` +
-      (before.together[n] > 0 ? `${show(now.together[n] / before.together[n])} times that of the start` : `norm ${show(Math.sqrt(now.together[n]))}`));
-    const bars = inputs.map((input, i) => [foreign(input.label, 40), sum(now.alone[i].map((e) => e ?? 0))]);
-    outcome.replaceChildren(
-      el("h4", {}, "What would come out"),
-      el("p", { role: "status", class: "energy" }, before.total > 0
-        ? now.total === before.total ? "Energy as at the start." : `Energy: ${show(now.total / before.total)} times that of the start (norm ${show(Math.sqrt(now.total / before.total))} times).`
-        : `Energy ${show(now.total)}.`, " ", apart > 0 ? overlapSentence(now.total / apart - 1) : "Nothing is left.",
-      step.linear && step.method === "sum" ? "" : ` This is a plain sum; ${step.method} will differ.`),
-      el("ul", { class: "bars" }, bars.map(([name, energy]) => el("li", {}, el("span", { class: "bar-name" }, name), el("span", { class: "bar" }, el("i", { "--at": apart > 0 ? energy / apart : 0 })), el("span", { class: "number" }, apart > 0 ? percent(energy / apart) : "–")))),
-      heatMap({ label: "predicted energy of the result", value: share, shade: shadeEnergy(now.total > 0 ? most / now.total : 0), tell }));
+    if (!Number.isFinite(apart)) return "These strengths are too large for a number.";
+    if (!(apart > 0)) return "Nothing is left.";
+    if (now.total < NEARLY_NOTHING * apart) return "The LoRAs cancel nearly everywhere: what is left is too little to be predicted here.";
+    const change = now.total / before.total - 1;
+    const size = !(before.total > 0) ? `Energy ${show(now.total)}.` : now.total === before.total ? "Energy as at the start." :
+      Math.abs(change) < 0.1 ? `Energy: ${percent(Math.abs(change))} ${change > 0 ? "more" : "less"} than at the start.` :
+        `Energy: ${show(now.total / before.total)} times that of the start (norm ${show(Math.sqrt(now.total / before.total))} times).`;
+    const gain = now.total / apart - 1;
+    const overlap = Math.abs(gain) < 0.005 || details.unpaired ? "" : ` Where the LoRAs overlap it ${gain > 0 ? "gains" : "loses"} ${percent(Math.abs(gain))}.`;
+    return `${size}${overlap}`;
   }
 
-  const ratios = inputs.map((input, i) => dial({ label: `${i + 1}. ${clip(input.label)}`, least: -1, most: 2,
-    read: () => desk.weights(s, i).ratio, write: (v, isFirst) => desk.edit(s, i, (w) => { w.ratio = v; }, isFirst) }));
-  const presetIdea = el("p", { class: "hint" });
-  let preset = Object.keys(facts.presets)[0];
-  const tellPreset = () => { presetIdea.textContent = facts.presets[preset].idea; };
-  tellPreset();
-  const undo = el("button", { type: "button", onclick: desk.undo }, "Undo");
-  const redo = el("button", { type: "button", onclick: desk.redo }, "Redo");
-
-  function refresh() {
-    for (const part of [...parts, ...ratios]) part.update();
-    undo.disabled = !desk.canUndo();
-    redo.disabled = !desk.canRedo();
-    drawOutcome();
+  function update() {
+    now = predict(details, desk.all(s));
+    const energies = now.alone.map((own) => sum(own.map((e) => e ?? 0)));
+    const apart = sum(energies);
+    most = now.total > 0 ? Math.max(...now.together.map((e) => e ?? 0)) / now.total : 0;
+    line.textContent = `${sentence()} ${caveats}`;
+    clearTimeout(later);
+    if (line.isConnected) later = setTimeout(() => say(sentence()), 800); // screen readers hear the last of a row of changes
+    bars.replaceChildren(...inputs.map((input, i) => el("li", {}, el("span", { class: "bar-name" }, foreign(input.label, 40)),
+      el("span", { class: "bar" }, el("i", { "--at": apart > 0 ? energies[i] / apart : 0 })), el("span", { class: "number" }, apart > 0 ? percent(energies[i] / apart) : "–"))));
+    map.update();
   }
-  desk.listen(refresh);
-  drawBench();
-  refresh();
-
-  return section("Compose the next merge",
-    el("p", { class: "hint" }, "Start from this step's weights. Strength of a module = ratio × component × depth, or ratio × what is painted there."),
-    el("h3", {}, "Ratios"),
-    el("div", { class: inputs.length > MANY_INPUTS ? "ratios tall" : "ratios", ...(inputs.length > MANY_INPUTS ? { tabindex: 0, role: "region", "aria-label": "ratios" } : {}) }, ratios),
-    el("div", { class: "tools" },
-      inputs.length > 1 ? select("Weigh the blocks of", inputs.map((input, i) => [i, `${i + 1}. ${clip(input.label)}`]), who, (value) => { who = Number(value); drawBench(); }) : null,
-      select("Preset", Object.keys(facts.presets).map((name) => [name, name]), preset, (value) => { preset = value; tellPreset(); }),
-      el("button", { type: "button", onclick: () => edit((w) => applyPreset(w, facts.presets[preset]), true) }, "Apply"),
-      undo, redo,
-      el("button", { type: "button", onclick: () => desk.reset(s, [who]) }, "Reset this LoRA"),
-      el("button", { type: "button", onclick: () => desk.reset(s, inputs.map((_, i) => i)) }, "Reset all")),
-    presetIdea, bench, outcome, yamlBox(desk));
+  update();
+  return Object.assign(el("div", { class: "outcome" }, el("h4", {}, "What would come out"), line, bars, map), { update });
 }
 
-function overlapSentence(gain) {
-  return Math.abs(gain) < 0.005 ? "" : `Where the LoRAs overlap it ${gain > 0 ? "gains" : "loses"} ${percent(Math.abs(gain))}.`;
-}
+const NEARLY_NOTHING = 1e-4; // of the energy: the cosines on this page have seven digits
 
 /** A preset's factors in the place of the LoRA's own; the ratio stays. */
 function applyPreset(w, preset) {
-  Object.assign(w, copyWeights({ ...preset, overrides: new Map(preset.overrides), ratio: w.ratio }));
-  delete w.idea;
+  const { idea, ...factors } = preset;
+  Object.assign(w, copyWeights({ ...factors, overrides: new Map(factors.overrides), ratio: w.ratio }));
 }
 
-/** The section as text to select, with a button that copies it where the browser lets it. */
-function yamlBox(desk) {
+/** The section as text to select, with a button that copies it where the browser lets it, and what `check` would say of it. */
+function yamlBox(step, s, desk, owner) {
   const id = freshId("yaml");
-  const area = el("textarea", { id, readonly: true, spellcheck: "false", rows: 12 });
-  const said = el("span", { class: "said", role: "status" });
+  const area = el("textarea", { id, readonly: true, spellcheck: "false" });
+  const printed = el("pre", { class: "printed", "aria-hidden": "true" });
+  const warnings = el("ul", { class: "notes warn", "aria-label": "what check would say" });
   function update() {
     area.value = desk.yaml();
+    printed.textContent = area.value;
     area.rows = Math.min(Math.max(area.value.split("\n").length, 6), 40);
+    warnings.replaceChildren(...troubles(step, desk.all(s), area.value).map((text) => el("li", {}, el("bdi", {}, text))));
   }
   async function copy() {
     area.focus();
     area.select();
-    let done = false;
+    let isDone = false;
     try {
       await navigator.clipboard.writeText(area.value);
-      done = true;
+      isDone = true;
     } catch { // a sandboxed frame may not; the older way asks nobody
-      done = document.execCommand("copy");
+      isDone = document.execCommand("copy");
     }
-    said.textContent = done ? "Copied." : "Selected: press Ctrl+C.";
+    say(isDone ? "Copied." : "Selected: press Ctrl+C.");
   }
-  desk.listen(update);
   update();
-  return el("div", { class: "yaml" }, el("h3", {}, el("label", { for: id }, "The section: paste it under process: of the job, or save it as a file for run")), area,
-    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"), said));
+  const where = owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run";
+  return Object.assign(el("div", { class: "yaml" }, el("h3", {}, el("label", { for: id }, where)), warnings, area, printed,
+    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"))), { update });
 }

@@ -1,7 +1,7 @@
 // Each step at a glance: what went in, how strong, what came out, is it right.
 
 function glanceSection(steps) {
-  const cards = steps.map(({ step, section: owner }, k) => {
+  const cards = steps.map(({ step }, k) => {
     const title = el("h3", {}, foreign(step.name), step.file === null && step.judgement !== undefined ? " (for later steps only)" : "");
     const body = [verdictLine(step), outputLine(step), inputsTable(step), notes(step)];
     return k < OPEN_CARDS ? el("article", { class: "card" }, title, body)

@@ -1,8 +1,9 @@
 // The page: a header, every step at a glance, then one step in detail.
 
-const steps = facts.sections.flatMap((owner, k) => owner.steps.map((step, s) => ({ step, s, section: owner, desk: k })));
-const desks = facts.sections.map(makeDesk);
+const steps = facts.sections.flatMap((owner, k) => owner.steps.map((step, s) => ({ step, s, k, owner })));
+const desks = facts.sections.map((owner) => (owner.raw ? makeDesk(owner) : null));
 const detail = el("div", {});
+let shown = 0;
 
 function themeButton() {
   const root = document.documentElement;
@@ -13,26 +14,37 @@ function themeButton() {
   return button;
 }
 
-function showStep(k) {
-  const { step, s, desk } = steps[k];
-  detail.replaceChildren(...[previewsSection(step), layersSection(step), overlapSection(step), composerSection(step, s, desks[desk])].filter(Boolean));
+function showDetail(number) {
+  const { step, s, k, owner } = steps[number];
+  shown = number;
+  detail.replaceChildren(...[previewsSection(step), layersSection(step), overlapSection(step), composerSection(step, s, desks[k], owner, (turned) => follow(k, turned))].filter(Boolean));
+}
+
+/** After an edit was taken back: shows the step that it belongs to. */
+function follow(k, s) {
+  const number = steps.findIndex((entry) => entry.k === k && entry.s === s);
+  if (s === null || number === shown) return;
+  showDetail(number);
+  several.querySelector("select").value = String(number);
+  say(`Taken back in the step ${steps[number].step.name}, which is shown now.`);
 }
 
 document.addEventListener("keydown", (e) => {
-  const inText = e.target.matches?.("input[type=number], textarea");
-  if (inText || !(e.ctrlKey || e.metaKey) || e.key.toLowerCase() !== "z" || !steps.length) return;
-  const desk = desks[steps[shownStep].desk];
-  if (e.shiftKey) desk.redo(); else desk.undo();
+  const key = e.key.toLowerCase();
+  const isText = e.target.matches?.("input[type=text], textarea");
+  if (isText || !(e.ctrlKey || e.metaKey) || !["z", "y"].includes(key) || !steps.length) return;
+  const { k } = steps[shown];
+  if (!desks[k]) return;
+  follow(k, key === "y" || e.shiftKey ? desks[k].redo() : desks[k].undo());
   e.preventDefault();
 });
 
-let shownStep = 0;
-const several = steps.length > 1 ? el("nav", { class: "steps", "aria-label": "steps" },
-  select("Step in detail:", steps.map(({ step, section: owner }, k) => [k, facts.sections.length > 1 ? `${owner.place}: ${clip(step.name)}` : clip(step.name)]), 0,
-    (value) => { shownStep = Number(value); showStep(shownStep); })) : null;
+const several = el("nav", { class: "steps", "aria-label": "steps", hidden: steps.length < 2 },
+  select("Step in detail:", steps.map(({ step, owner }, number) => [number, facts.sections.length > 1 ? `${owner.place}: ${clip(step.name)}` : clip(step.name)]), 0,
+    (value) => showDetail(Number(value))));
 
 document.body.append(
   el("header", {}, el("h1", {}, foreign(facts.title)), themeButton()),
-  el("main", {}, steps.some(({ step }) => step.inputs.length) ? glanceSection(steps) : el("p", {}, "No step was run."), several, detail),
-  el("footer", {}, `zit_merge ${facts.version}`));
-if (steps.length) showStep(0);
+  el("main", {}, steps.length ? glanceSection(steps) : el("p", {}, "No step was run."), several, detail),
+  el("footer", {}, `zit_merge ${facts.version}`), notice);
+if (steps.length) showDetail(0);

@@ -4,7 +4,7 @@
  * A heat map as a grid that arrow keys walk through.
  *
  * label: for screen readers. value(n): what colours module n, null where there is nothing. shade(value): {at: 0 to 1, tone}.
- * tell(n): the sentence of a module. onpick(n, kind): a cell was painted; kind is `start`, `drag` or `clear`.
+ * tell(n): the sentence of a module. onpick(n, kind): a cell was painted; kind is `start` of a stroke, `drag`, or `clear`.
  * Returns the element with `update()`.
  */
 function heatMap({ label, value, shade, tell, mark = () => false, onpick = null }) {
@@ -18,7 +18,10 @@ function heatMap({ label, value, shade, tell, mark = () => false, onpick = null 
   const numberOf = (r, c) => moduleAt(columns[c], ROWS[r]);
   let [row, col] = [0, 0];
 
+  let pointed = null; // where the readout speaks of
+
   function point(r, c) {
+    pointed = [r, c];
     const n = numberOf(r, c);
     readout.textContent = n === undefined ? "Z-Image has no such module" : tell(n);
   }
@@ -36,10 +39,38 @@ function heatMap({ label, value, shade, tell, mark = () => false, onpick = null 
     return r < 0 ? null : [r, cells[r].indexOf(cell)];
   }
 
-  function pick(target, kind) {
-    const spot = find(target);
+  // Painting: a stroke begins with the pointer down in this map, and paints what it passes, however fast it is.
+  let stroke = null;
+
+  function pick(spot, kind) {
     const n = spot && numberOf(...spot);
     if (onpick && n !== null && n !== undefined) onpick(n, kind);
+  }
+
+  function begin(e) {
+    const spot = find(e.target);
+    if (!onpick || !spot || e.button !== 0) return;
+    stroke = { spot, pointer: e.pointerId };
+    e.target.releasePointerCapture?.(e.pointerId); // a finger would else stay with its first cell
+    window.addEventListener("pointerup", end);
+    window.addEventListener("pointercancel", end);
+    pick(spot, "start");
+  }
+
+  function move(e) {
+    if (stroke === null || e.pointerId !== stroke.pointer) return;
+    const spot = find(document.elementFromPoint(e.clientX, e.clientY));
+    if (!spot) return;
+    const [from, steps] = [stroke.spot, Math.max(Math.abs(spot[0] - stroke.spot[0]), Math.abs(spot[1] - stroke.spot[1]))];
+    for (let k = 1; k <= steps; k += 1) pick([0, 1].map((d) => Math.round(from[d] + ((spot[d] - from[d]) * k) / steps)), "drag");
+    stroke.spot = spot;
+  }
+
+  function end(e) {
+    if (stroke === null || e.pointerId !== stroke.pointer) return;
+    stroke = null;
+    window.removeEventListener("pointerup", end);
+    window.removeEventListener("pointercancel", end);
   }
 
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -99], End: [0, 99], PageUp: [-99, 0], PageDown: [99, 0] };
@@ -47,16 +78,16 @@ function heatMap({ label, value, shade, tell, mark = () => false, onpick = null 
     role: "grid", "aria-label": label, class: onpick ? "map paintable" : "map",
     onkeydown: (e) => {
       if (moves[e.key]) go(row + moves[e.key][0], col + moves[e.key][1]);
-      else if (onpick && (e.key === "Enter" || e.key === " ")) pick(e.target, "start");
-      else if (onpick && (e.key === "Delete" || e.key === "Backspace")) pick(e.target, "clear");
+      else if (onpick && (e.key === "Enter" || e.key === " ")) pick(find(e.target), "start");
+      else if (onpick && (e.key === "Delete" || e.key === "Backspace")) pick(find(e.target), "clear");
       else return;
       e.preventDefault();
     },
     onfocusin: (e) => { const spot = find(e.target); if (spot) { cells[row][col].tabIndex = -1; [row, col] = spot; cells[row][col].tabIndex = 0; point(...spot); } },
     onpointerover: (e) => { const spot = find(e.target); if (spot) point(...spot); },
-    onpointerleave: () => { readout.textContent = ""; },
-    onpointerdown: (e) => { if (onpick && e.button === 0) pick(e.target, "start"); },
-    onpointermove: (e) => { if (onpick && e.buttons === 1) pick(document.elementFromPoint(e.clientX, e.clientY), "drag"); },
+    onpointerleave: () => { pointed = null; readout.textContent = ""; },
+    onpointerdown: begin,
+    onpointermove: move,
   },
   el("thead", {}, el("tr", {}, el("th", { scope: "col" }, el("span", { class: "hidden" }, "component")), columns.map((c) => el("th", { scope: "col", class: startsSection(c) ? "gap" : null },
     c.section === "layers" ? String(c.index) : el("abbr", { title: `${c.section} ${c.index}` }, `${c.section[0].toUpperCase()}${c.index}`))))),
@@ -73,6 +104,7 @@ function heatMap({ label, value, shade, tell, mark = () => false, onpick = null 
       cell.toggleAttribute("data-marked", n !== undefined && mark(n));
       cell.setAttribute("aria-label", n === undefined ? "none" : tell(n));
     }));
+    if (pointed) point(...pointed);
   }
   cells[0][0].tabIndex = 0;
   update();
@@ -96,6 +128,14 @@ function shadeEnergy(largest) {
 
 function shadeCosine(largest) {
   return (cosine) => ({ at: Math.min(Math.abs(cosine) / Math.max(largest, 1e-9), 1), tone: cosine < 0 ? "minus" : "plus" });
+}
+
+/** The colour bar of strengths from -top to top. */
+function strengthLegend(top, largest, isNegative) {
+  const beyond = largest > top;
+  return legend("strength", [
+    ...(isNegative ? [[1, "minus", show(-top) + (beyond ? " or less" : "")], ...(top > 1 ? [[1 / top, "minus", "−1"]] : [])] : []),
+    [0, "plus", "0"], [0.5 / top, "plus", "0.5"], [1 / top, "plus", "1"], ...(top > 1 ? [[1, "plus", show(top) + (beyond ? " or more" : "")]] : [])]);
 }
 
 /** A colour bar. `stops`: [at, tone, text] from left to right. */
@@ -149,8 +189,7 @@ function layersSection(step) {
     const numbers = inputs.map((_, i) => i).slice(0, ALWAYS_SHOWN);
     body.replaceChildren(
       mode === "strength"
-        ? legend("strength", [...(isNegative ? [[1, "minus", show(-top) + (largest > top ? " or less" : "")], ...(top > 1 ? [[1 / top, "minus", "−1"]] : [])] : []),
-          [0, "plus", "0"], [0.5 / top, "plus", "0.5"], [1 / top, "plus", "1"], ...(top > 1 ? [[1, "plus", largest > top ? `${top} or more` : show(top)]] : [])])
+        ? strengthLegend(top, largest, isNegative)
         : legend("share of the energy", [[0, "energy", "none"], [0.5, "energy", "a quarter of the largest"], [1, "energy", "the largest"]]),
       ...(details.result ? [resultMap()] : []),
       ...numbers.map(inputMap),

@@ -4,14 +4,17 @@ function overlapSection(step) {
   const { details, inputs } = step;
   if (!details || inputs.length < 2) return null;
   if (!details.cosines) return section("Overlap", el("p", {}, "Too many LoRAs to compare each with each."));
-  const shownPairs = details.pairs;
-  const shown = [...new Set(shownPairs.flatMap(([i, j]) => [i, j]))].sort((a, b) => a - b);
+  const { alone } = predict(details, inputs.map(weightsOf));
+  const weight = alone.map((energies) => sum(energies.map((e) => e ?? 0)));
+  const paired = [...new Set(details.pairs.flatMap(([i, j]) => [i, j]))];
+  const shown = paired.sort((a, b) => weight[b] - weight[a]).slice(0, MOST_SHOWN).sort((a, b) => a - b);
+  const shownPairs = details.pairs.filter(([i, j]) => shown.includes(i) && shown.includes(j));
   const cosineOf = (i, j) => (i === j ? 1 : details.cosines[Math.max(i, j)][Math.min(i, j)]);
   const place = el("div", {});
   let chosen = shownPairs.length ? mostTelling(shownPairs, cosineOf) : null;
 
   function matrix() {
-    return el("table", { class: "matrix" },
+    return el("table", { class: "matrix", onkeydown: walk },
       el("thead", {}, el("tr", {}, el("td"), shown.slice(0, -1).map((j) => el("th", { scope: "col" }, String(j + 1))))),
       el("tbody", {}, shown.slice(1).map((i) => el("tr", {}, el("th", { scope: "row" }, `${i + 1}. `, foreign(inputs[i].label, 40)),
         shown.filter((j) => j < i).map((j) => {
@@ -19,10 +22,20 @@ function overlapSection(step) {
           const { at, tone } = shadeCosine(1)(cosine ?? 0);
           const pressed = chosen !== null && chosen[0] === j && chosen[1] === i;
           return el("td", { "data-tone": tone, "--at": at.toFixed(3) }, el("button", {
-            type: "button", "aria-pressed": pressed ? "true" : "false", "aria-label": `LoRA ${i + 1} and ${j + 1}: cosine ${showCosine(cosine)}`,
+            type: "button", tabindex: pressed ? 0 : -1, "aria-pressed": pressed ? "true" : "false", "aria-label": `LoRA ${i + 1} and ${j + 1}: cosine ${showCosine(cosine)}`,
             onclick: () => { chosen = [j, i]; draw(); },
           }, showCosine(cosine)));
         })))));
+  }
+
+  /** Arrow keys walk from button to button. */
+  function walk(e) {
+    const by = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[e.key];
+    const cell = by && e.target.closest("td");
+    if (!cell) return;
+    const next = cell.closest("tbody").rows[cell.parentNode.sectionRowIndex + by[0]]?.cells[cell.cellIndex + by[1]]?.querySelector("button");
+    next?.focus();
+    e.preventDefault();
   }
 
   function pairMap() {
@@ -58,6 +71,8 @@ function showCosine(value, decimals = 2) {
   return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", "−");
 }
 
+const MOST_SHOWN = 12; // LoRAs in the table of pairs
+
 function mostTelling(pairs, cosineOf) {
   const [i, j] = pairs.reduce((best, pair) => (Math.abs(cosineOf(pair[0], pair[1]) ?? 0) > Math.abs(cosineOf(best[0], best[1]) ?? 0) ? pair : best));
   return [i, j];
@@ -72,6 +87,7 @@ function conflicts(step) {
   const loss = together.map((e, n) => (e === null ? 0 : e - sum(alone.map((energies) => energies[n] ?? 0))));
   const worst = loss.map((l, n) => [l, n]).filter(([l, n]) => l < -0.02 * sum(alone.map((energies) => energies[n] ?? 0))).sort((a, b) => a[0] - b[0]).slice(0, 5);
   const change = total / apart - 1;
+  if (step.details.unpaired) return [];
   const first = Math.abs(change) < 0.005 ? "As weighed here, a sum of them keeps the energy of each." :
     `As weighed here, a sum of them has ${percent(Math.abs(change))} ${change > 0 ? "more" : "less"} energy than unrelated LoRAs of these sizes.`;
   const where = worst.map(([l, n]) => `${placeName(n)} (${show((100 * l) / sum(alone.map((energies) => energies[n] ?? 0)), 2)} % of the energy there)`);

@@ -8,11 +8,11 @@ const ESCAPED = /[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206
 function yamlText(text) {
   if (PLAIN.test(text) && !WORDS.test(text)) return text;
   const inner = text.replace(/["\\]/g, "\\$&").replace(ESCAPED, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-  return `"${inner}"`;
+  return `"${inner.replaceAll("${", "\\x24{")}"`; // AI-Toolkit puts environment variables into the text before it is YAML
 }
 
 function yamlKey(key) {
-  return /^\d+(-\d+)?(\.[A-Za-z_]\w*)?$/.test(key) ? key : yamlText(key);
+  return /^(0|[1-9]\d*)(-\d+)?(\.[A-Za-z_]\w*)?$/.test(key) ? key : yamlText(key);
 }
 
 function yamlScalar(value) {
