@@ -174,6 +174,7 @@ def test_a_file_of_zeros(tmp_path):
         "kept": 1.0,
         "asked": [None, None],
         "got": [None, None],
+        "cut": False,
     }
 
 

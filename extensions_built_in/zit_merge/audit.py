@@ -25,15 +25,13 @@ from .algebra.delta import Delta, gram, norm
 from .algebra.factors import Factors
 from .algebra.strengths import groups, least_squares
 from .errors import ZitMergeError
-from .formats.metadata import CHECK_KEY, dumps
+from .formats.metadata import CHECK_KEY, dumps, read_check
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
 _SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
-
-
 PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 
 
@@ -66,7 +64,8 @@ class Verdict:
         asked: Least-squares strength of each input in what was wanted; None for one without any change.
         got: The same in what was written.
         alike: Groups of inputs, by their numbers, that are too alike for their strengths to be told apart.
-        modules: What was measured in each module that an input changes.
+        modules: What was measured in each module that an input changes; empty where the verdict was read from a file.
+        cut: Whether a module was written with a lower rank than it has.
     """
 
     error: float
@@ -75,6 +74,7 @@ class Verdict:
     got: tuple[float | None, ...]
     alike: Sequence[Sequence[int]] = ()
     modules: Mapping[str, Measured] = field(default_factory=dict)
+    cut: bool = False
 
     @property
     def errors(self) -> dict[str, float]:
@@ -85,7 +85,15 @@ class Verdict:
         """For the file."""
         numbers = {"error": _short(self.error), "kept": _short(self.kept, 6)}
         lists = {key: [None if v is None else _short(v) for v in getattr(self, key)] for key in ("asked", "got")}
-        return {CHECK_KEY: dumps(numbers | lists)}
+        return {CHECK_KEY: dumps(numbers | lists | {"cut": self.cut})}
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Verdict | None:
+        """What the metadata of a file say; None where they say nothing."""
+        found = read_check(metadata)
+        if found is None:
+            return None
+        return cls(found["error"], found["kept"], tuple(found["asked"]), tuple(found["got"]), cut=bool(found.get("cut")))
 
 
 def placeholder(inputs: int) -> dict[str, str]:
@@ -194,7 +202,7 @@ class Audit:
         """Of the whole file."""
         error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
         asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
-        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._modules)
+        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._modules, bool(self.cut))
 
 
 def _check_cut(module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:

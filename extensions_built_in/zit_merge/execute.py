@@ -41,7 +41,7 @@ class Done(NamedTuple):
         plan: As it was run, its ranks settled.
         path: Its file.
         made: Whether it was made now; else it was there already, from the same recipe.
-        verdict: What the check of the file found; None for one that was there.
+        verdict: What the check of the file found, now or when it was made; None for a file that does not say.
     """
 
     plan: StepPlan
@@ -83,7 +83,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, tick: Tick = lamb
             elif plan.spec.copy_to and (plan.name in wanted or not _is_made(plan, hashes, plan.targets()[1])):
                 writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
             if plan.spec.keep or plan.name in wanted:
-                yield Done(plan, path, plan.name in wanted, verdict)
+                yield Done(plan, path, plan.name in wanted, verdict or Verdict.read(load_lora(path).metadata))
 
 
 def _renewed(plan: StepPlan, settled: Mapping[str, StepPlan]) -> StepPlan:

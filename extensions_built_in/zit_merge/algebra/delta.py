@@ -154,34 +154,39 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     """All inner products of several deltas of one shape.
 
     Args:
-        deltas: N changes: thin ones by one product of their stacked factors, others pair by pair, full differences as they are.
-        dtype: Of the sums over the long sides of thin Factors; float32 takes half the time and tells a difference of two deltas
-            from about 1e-3 of their size on, float64 from 1e-8.
+        deltas: One or more changes. Factors are stacked and multiplied at once, the others pair by pair: full differences, which
+            stand beside an identity, as they are, LoKr through their small factors.
+        dtype: Of the sums over the long sides of stacked Factors; float32 takes half the time and tells a difference of two
+            deltas from about 1e-3 of their size on, float64 from 1e-8.
 
     Returns:
         (N, N) in float64 on the CPU.
     """
-    if not all(isinstance(d, Factors) and d.rank <= _THIN for d in deltas):
-        return _pairwise(deltas)
-    whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
-    components = (_squares(whole.up) * _squares(whole.down.T)).cpu()
-    ranks = torch.tensor([d.rank for d in deltas])
-    owners = torch.arange(len(deltas)).repeat_interleave(ranks)
-    rows = components.new_zeros(len(deltas), len(owners)).index_add_(0, owners, components)
-    return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
-
-
-_THIN = 512  # components of a delta beyond which it is not stacked with others: a full difference has thousands
-
-
-def _pairwise(deltas: Sequence[Delta]) -> Tensor:
     flat = [_flat(d) for d in deltas]
+    stacked = [n for n, d in enumerate(deltas) if isinstance(d, Factors) and flat[n] is None]
+    if sum(deltas[n].rank for n in stacked) > _STACKED:
+        stacked = []
     found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    if stacked:
+        at = torch.tensor(stacked)
+        found[at[:, None], at] = _stacked_gram([deltas[n] for n in stacked], dtype)
     for i, x in enumerate(deltas):
         for j, y in enumerate(deltas[: i + 1]):
-            is_flat = flat[i] is not None and flat[j] is not None
-            found[i, j] = found[j, i] = float((wide(flat[i]) * wide(flat[j])).sum()) if is_flat else inner(x, y)
+            if i not in stacked or j not in stacked:
+                is_flat = flat[i] is not None and flat[j] is not None
+                found[i, j] = found[j, i] = float((wide(flat[i]) * wide(flat[j])).sum()) if is_flat else inner(x, y)
     return found
+
+
+_STACKED = 8192  # components that are multiplied at once: half a gigabyte in float32
+
+
+def _stacked_gram(deltas: Sequence[Factors], dtype: torch.dtype) -> Tensor:
+    whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
+    components = (_squares(whole.up) * _squares(whole.down.T)).cpu()
+    owners = torch.arange(len(deltas)).repeat_interleave(torch.tensor([d.rank for d in deltas]))
+    rows = components.new_zeros(len(deltas), len(owners)).index_add_(0, owners, components)
+    return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
 
 
 def _flat(x: Delta) -> Tensor | None:

@@ -22,7 +22,7 @@ from ..plan import DTYPE_NAMES
 from ..weights import row_name
 from ..zimage import MODULES, SECTIONS, section_components
 from .tables import LARGE, norm_table, span, value_table
-from .text import TITLE, listed, middle, percent, row, shorten, some, squeezed
+from .text import TITLE, listed, middle, neighbours, percent, row, shorten, some, squeezed
 
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
 
@@ -60,7 +60,7 @@ def describe(lora: LoraFile, watched: Callable[[LoraFile], Iterable[str]] = iter
         trigger_words: As the metadata name them.
         base_model: As the metadata name it, or null.
         recipe: The recipe of a file that zit_merge wrote, else null.
-        check: What zit_merge found when it wrote the file, {error, kept, asked, got}, else null.
+        check: What zit_merge found when it wrote the file, {error, kept, asked, got, cut}, else null.
 
     Raises:
         ZitMergeError: The file can't be read any more.
@@ -269,13 +269,7 @@ def _name(section: str, index: int, component: str) -> str:
 
 def _places(section: str, layers: Iterable[int]) -> str:
     """`layers 3, 7-9`, `noise_refiner.0`."""
-    runs: list[list[int]] = []
-    for i in sorted(layers):
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    names = ", ".join(row_name(section, first, last) for first, last in runs)
+    names = ", ".join(row_name(section, first, last) for first, last in neighbours(sorted(layers)))
     return f"layers {names}" if section == "layers" else names
 
 
@@ -373,8 +367,8 @@ def _merged_from(recipe: Mapping[str, Any]) -> str:
 def _check(found: Mapping[str, Any]) -> str:
     """What the check found when the file was written."""
     asked, got = (shorten(", ".join("-" if v is None else f"{v:g}" for v in found[key]), _WORDS) for key in ("asked", "got"))
-    is_rounding = found["error"] <= LARGE
-    left = f"rounding changed {percent(found['error'])}" if is_rounding else f"{percent(found['kept'])} of the energy kept"
+    is_cut = found.get("cut", found["error"] > LARGE)
+    left = f"{percent(found['kept'])} of the energy kept" if is_cut else f"rounding changed {percent(found['error'])}"
     return f"asked {asked}, got {got} of them; {left}"
 
 

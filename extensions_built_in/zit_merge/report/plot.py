@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations
@@ -24,7 +24,7 @@ from ..errors import ZitMergeError
 from ..formats.reader import LoraFile
 from ..formats.writer import open_exclusively, os_errors, part_path, publish_file
 from ..sources import check_writable, user_path
-from .overlap import Readers, same_model
+from .overlap import Readers, Watched, same_model
 from .tables import span
 
 ENDINGS = (".png", ".pdf", ".svg")
@@ -32,8 +32,6 @@ SHOWN = 6  # files that have a map and a line of their own
 PAIRED = 4  # files up to which every pair has a map
 FULLY = 512  # singular values of a change at most
 LEADING = 32  # of one that is neither thin nor a Kron: there they take seconds
-
-Watched = Callable[[Sequence[str]], Iterable[str]]
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,8 @@ def done_text(done: Done) -> str:
     """A step that was made: whether it is right, what went in, what came out; or that its file was there already."""
     plan, verdict = done.plan, done.verdict
     if not done.made:
-        return f"kept {squeezed(done.path.name, _NAME - 2)} (made before by the same recipe)"
+        kept = f"kept {squeezed(done.path.name, _NAME - 2)} (made before by the same recipe)"
+        return "\n".join(wrapped(f"{kept}, {judgement(plan, verdict)}" if verdict else kept, 0))
     lines = [*wrapped(f"{_step(plan)} is {judgement(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
     size = f"{(done.path.stat().st_size if plan.spec.keep else plan.bytes) / 1e6:,.1f} MB"  # the latter file is gone soon
     if plan.spec.keep:
@@ -260,17 +261,32 @@ def done_text(done: Done) -> str:
 
 def judgement(plan: StepPlan, verdict: Verdict) -> str:
     """`right`, `off` or `empty`, and why: `right: as asked, rounding to bf16 changed 0.2 %`."""
-    if not verdict.alike and not any(verdict.asked):
-        return "empty: nothing was asked for, zeros were written"
-    dtype = DTYPE_NAMES[plan.dtype]
-    if not plan.cut and verdict.error > LARGE:
+    dtype, rule = DTYPE_NAMES[plan.dtype], plan.spec.rank
+    if not verdict.cut and verdict.error > LARGE:
         return f"off by {percent(verdict.error)}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32"
-    if lost := [n for n in _told(verdict) if _is_lost(plan, verdict, n)]:
+    if not _holds_anything(verdict):
+        why = "the inputs cancel out" if any(verdict.asked) or verdict.alike else "nothing was asked for"
+        return f"empty: {why}, zeros were written"
+    if lost := [n for n in _told(verdict) if _share_of_asked(plan, verdict, n) < 0.5]:
         are, them = ("is", "it") if len(lost) == 1 else ("are", "them")
-        return f"off: {_named(plan, lost)} {are} mostly cut away, a larger rank keeps {them}"
-    if plan.cut:
+        cure = f"a larger rank keeps {them}" if verdict.cut else f"{dtype} can't hold {them} beside the others; save it as fp32"
+        return f"off: {_named(plan, lost)} {are} mostly {'cut away' if verdict.cut else 'lost'}, {cure}"
+    if loud := [n for n in _told(verdict) if _share_of_asked(plan, verdict, n) > 1.5]:
+        cure = "a larger rank" if verdict.cut else "fp32"
+        return f"off: {_named(plan, loud)} came out stronger than asked, {cure} holds what was asked for"
+    if verdict.cut and isinstance(rule, RankRule) and rule.energy and verdict.kept < rule.energy:
+        share = f"{percent(verdict.kept)} of the energy where {percent(rule.energy)} was asked for"
+        return f"right: as far as max {rule.max} allows, {share}"
+    if verdict.cut:
         return f"right: as asked, as far as rank {span(plan.ranks.values())} holds it"
     return f"right: as asked, rounding to {dtype} changed {percent(verdict.error)}"
+
+
+def _holds_anything(verdict: Verdict) -> bool:
+    """Of a verdict that was read from a file, as far as its strengths tell."""
+    if verdict.modules:
+        return any(measured.written for measured in verdict.modules.values())
+    return any(verdict.got) or bool(verdict.alike)
 
 
 def _told(verdict: Verdict) -> list[int]:
@@ -278,9 +294,9 @@ def _told(verdict: Verdict) -> list[int]:
     return [n for n, asked in enumerate(verdict.asked) if asked and not any(n in group for group in verdict.alike)]
 
 
-def _is_lost(plan: StepPlan, verdict: Verdict, n: int) -> bool:
-    is_weighed = plan.cut and not plan.spec.checkpoints  # what an average takes from one save, it takes from its neighbours too
-    return bool(is_weighed) and verdict.got[n] / verdict.asked[n] < 0.5
+def _share_of_asked(plan: StepPlan, verdict: Verdict, n: int) -> float:
+    """Got over asked; 1 for averages: what a cut takes from one save, it takes from its neighbours too."""
+    return 1.0 if plan.spec.checkpoints else verdict.got[n] / verdict.asked[n]
 
 
 def _named(plan: StepPlan, members: Sequence[int]) -> str:
@@ -291,7 +307,7 @@ def _named(plan: StepPlan, members: Sequence[int]) -> str:
 
 def _went_in(plan: StepPlan, verdict: Verdict) -> Iterator[str]:
     """Every input with what was asked of it and what the file holds; of many the strongest."""
-    shown, columns = _strongest(plan), _columns(plan, verdict)
+    shown, columns = _strongest(plan, verdict), _columns(plan, verdict)
     names, numbers = _names(plan, 44), _numbers(plan)
     heads, cells = list(columns), [aligned([column[n] for n in shown]) for column in columns.values()]
     width = len(f"  {numbers[0]}{names[0]}")
@@ -301,14 +317,21 @@ def _went_in(plan: StepPlan, verdict: Verdict) -> Iterator[str]:
         yield f"  {numbers[n]}{names[n]}{''.join(texts)}".rstrip()
     if len(shown) < len(plan.inputs):
         yield f"  and {len(plan.inputs) - len(shown)} more, none with a larger ratio"
+    if zero := [n for n in shown if verdict.asked[n] is None and plan.inputs[n].spec.ratio]:
+        yield from wrapped(f"-: {_named(plan, zero)} {'changes' if len(zero) == 1 else 'change'} nothing, all zeros")
     for group in verdict.alike:
         yield from wrapped(f"?: {_named(plan, group)} are too alike to be told apart")
 
 
-def _strongest(plan: StepPlan) -> Sequence[int]:
-    """The inputs that are shown: all of them, or those of the largest ratios."""
-    count = len(plan.inputs)
-    return range(count) if count <= _SHOWN else sorted(range(count), key=lambda n: -abs(plan.inputs[n].spec.ratio))[:_SHOWN]
+def _strongest(plan: StepPlan, verdict: Verdict) -> Sequence[int]:
+    """The inputs that are shown: all of them, or those that came out wrong and those of the largest ratios."""
+    count, told = len(plan.inputs), set(_told(verdict))
+
+    def first(n: int) -> tuple[bool, float]:
+        is_off = n in told and not 0.5 <= _share_of_asked(plan, verdict, n) <= 1.5
+        return not is_off, -abs(plan.inputs[n].spec.ratio)
+
+    return range(count) if count <= _SHOWN else sorted(range(count), key=first)[:_SHOWN]
 
 
 def _columns(plan: StepPlan, verdict: Verdict) -> dict[str, list[str]]:

@@ -24,13 +24,19 @@ def some(names: Sequence[str], what: str = "modules") -> str:
 
 def ranges(numbers: Sequence[int]) -> str:
     """`1, 3 and 5-9` of rising numbers."""
-    runs: list[list[int]] = []
+    runs = neighbours(numbers)
+    return listed([part for a, b in runs for part in ([f"{a}-{b}"] if b > a + 1 else map(str, range(a, b + 1)))])
+
+
+def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of rising numbers without a gap."""
+    runs: list[tuple[int, int]] = []
     for n in numbers:
         if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
+            runs[-1] = runs[-1][0], n
         else:
-            runs.append([n, n])
-    return listed([part for a, b in runs for part in ([f"{a}-{b}"] if b > a + 1 else map(str, range(a, b + 1)))])
+            runs.append((n, n))
+    return runs
 
 
 def row(label: str, text: str) -> list[str]:
@@ -76,11 +82,18 @@ def copyable(path: Path | str) -> str:
 
 def squeezed(name: str, most: int) -> str:
     """Beginning and end of a name that is too long for its place, without what all files end in: `my_charac...000002500`."""
-    name = plain(name)
-    if len(name) > most:
+    if len(plain(name)) > most:
         name = name.removesuffix(".safetensors")
+    if len(shown := plain(name)) <= most:
+        return shown
     tail = (most - 3) // 2
-    return name if len(name) <= most else f"{name[: most - 3 - tail]}...{name[len(name) - tail :]}"
+    head, end = _fitting(name, most - 3 - tail), _fitting(name[::-1], tail)[::-1]
+    return f"{plain(head)}...{plain(end)}"
+
+
+def _fitting(name: str, most: int) -> str:
+    """As many whole letters from the start as `most` letters of ASCII show."""
+    return next(name[:n] for n in range(min(len(name), most), -1, -1) if len(plain(name[:n])) <= most)
 
 
 def shorten(text: str, most: int) -> str:

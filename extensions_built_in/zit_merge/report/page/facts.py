@@ -20,8 +20,8 @@ from ...algebra.strengths import cosines
 from ...audit import PAIRS_UP_TO, Verdict
 from ...errors import ZitMergeError
 from ...execute import Done
-from ...formats.metadata import read_check, trigger_words
-from ...formats.reader import LoraFile, load_lora
+from ...formats.metadata import trigger_words
+from ...formats.reader import LoraFile
 from ...plan import DTYPE_NAMES, Input
 from ...presets import presets
 from ...weights import Factors, Weights, factors
@@ -57,7 +57,7 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         done: The step, its inputs still there.
         watched: Passes the modules that are read again on one by one; may raise to stop.
     """
-    plan, verdict = done.plan, _verdict(done)
+    plan, verdict = done.plan, done.verdict
     asked, got = (_told(verdict, key, len(plan.inputs)) for key in ("asked", "got"))
     facts = {
         "name": text(plan.name, NAME),
@@ -126,14 +126,6 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
         ],
         "details": _details(survey_files(loras, watched), ones, {}, {}),
     }
-
-
-def _verdict(done: Done) -> Verdict | None:
-    """What the check found now, or when the file was made."""
-    if done.verdict:
-        return done.verdict
-    found = read_check(load_lora(done.path).metadata)
-    return Verdict(found["error"], found["kept"], tuple(found["asked"]), tuple(found["got"])) if found else None
 
 
 def _told(verdict: Verdict | None, key: str, count: int) -> list[float | None]:

@@ -76,7 +76,7 @@ def written(done: Done, watched: Watched = iter) -> Mapping[str, float]:
         done: The step, its file still there.
         watched: Passes the modules that are read on one by one; may raise to stop.
     """
-    if done.verdict:
+    if done.verdict and done.verdict.modules:
         return {m: measured.written for m, measured in done.verdict.modules.items()}
     return dict(_energies(load_lora(done.path), watched))
 
