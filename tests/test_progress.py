@@ -13,7 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from extensions_built_in.zit_merge.report.progress import Bar, watched
+from extensions_built_in.zit_merge.execute import run_plans
+from extensions_built_in.zit_merge.jobfile import load_job
+from extensions_built_in.zit_merge.planning import plan_job
+from extensions_built_in.zit_merge.report.progress import Bar, passing, watched
 
 pty, fcntl, termios = (pytest.importorskip(name, reason="no terminals on Windows") for name in ("pty", "fcntl", "termios"))
 
@@ -254,3 +257,32 @@ def test_an_interrupted_bar_leaves_the_cursor_at_a_new_line(monkeypatch, clock):
                 bar.tick(step(), done)
             raise KeyboardInterrupt
         assert read().endswith("\n")
+
+
+def test_a_pass_before_the_merge_counts_by_itself(tmp_path, monkeypatch, clock):
+    with log(tmp_path, monkeypatch) as written:
+        for _ in passing(False, clock)(step("soft", 40), "ranks", [str(n) for n in range(40)]):
+            clock.now += 1.0
+        lines = written().splitlines()
+    assert lines[0] == "ranks of soft: 1/40 modules, 39 s left" and len(lines) <= 5
+    assert all(line.startswith("ranks of soft: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "how", [{"rank": {"energy": 0.9}}, {"method": "karcher"}, {"method": "karcher", "rank": {"size_mb": 0.2}}]
+)
+def test_a_merge_tells_its_passes(desk, loras, how):
+    """What is looked at before a merge goes by under its own name, module by module, before the first module is merged."""
+    path = desk.job(
+        {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}, {"lora": "style.safetensors", "ratio": 0.5}]} | how
+    )
+    ((planned,), seen) = plan_job(load_job(path)), []
+
+    def look(plan, what, modules):
+        for module in modules:
+            yield module
+            seen.append(what)
+
+    list(run_plans(planned.plans, planned.device, lambda plan, done: seen.append("merged"), look))
+    passes = ["angles"] * ("method" in how) + ["ranks"] * ("rank" in how)
+    assert seen == [what for name in passes for what in [name] * 240] + ["merged"] * 240

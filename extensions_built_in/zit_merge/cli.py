@@ -169,14 +169,14 @@ def _run(args: argparse.Namespace) -> None:
 def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:
     """Prints the plans, runs them unless it is a dry run, prints what was written and where the page is."""
     from .execute import run_plans
-    from .report.progress import Bar, watched
+    from .report.progress import Bar, passing, watched
     from .report.tables import done_text, plan_text
 
     _say(args, "\n\n".join(map(plan_text, plans)) + "\n")
     if args.dry_run:
         return
     with Bar(args.quiet) as bar:
-        for done in run_plans(plans, device, bar.tick):
+        for done in run_plans(plans, device, bar.tick, passing(args.quiet)):
             bar.close()
             _say(args, done_text(done))
             if page:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from .merging import Merger
 from .plan import DTYPE_NAMES, Input, StepPlan, settle
 
 Tick = Callable[[StepPlan, int], None]  # called after each module with the number done; may raise to stop
+# Passes the modules of a pass before the merge on one by one, with the step and what is looked at; may raise to stop.
+Passing = Callable[[StepPlan, str, Sequence[str]], Iterable[str]]
 
 
 class Done(NamedTuple):
@@ -50,13 +53,16 @@ class Done(NamedTuple):
     verdict: Verdict | None = None
 
 
-def run_plans(plans: Sequence[StepPlan], device: torch.device, tick: Tick = lambda plan, done: None) -> Iterator[Done]:
+def run_plans(
+    plans: Sequence[StepPlan], device: torch.device, tick: Tick = lambda plan, done: None, passing: Passing | None = None
+) -> Iterator[Done]:
     """Runs the steps in order; a step whose file is there from the same recipe is not made again.
 
     Args:
         plans: Final plans of one section.
         device: Where the algebra runs.
         tick: Progress, and the place to stop from.
+        passing: The same where all modules are looked at before the merge; None calls `tick` with 0 after each.
 
     Yields:
         Each step when it is done. Files of steps that are not kept are gone at the end.
@@ -64,6 +70,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, tick: Tick = lamb
     Raises:
         ZitMergeError: With no part of the failing step's file left behind.
     """
+    passing = passing or _ticking(tick)
     for plan in plans:
         _clear(writer.part_path(plan.path))
     with contextlib.ExitStack() as cleanup:
@@ -76,7 +83,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, tick: Tick = lamb
         for plan in plans:
             plan, path, verdict = _renewed(plan, settled), plan.lies_at, None
             if plan.name in wanted:
-                plan, path, verdict = _run(plan, hashes, device, tick)
+                plan, path, verdict = _run(plan, hashes, device, tick, passing)
             settled[plan.name] = plan
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
@@ -127,11 +134,22 @@ def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
     return wanted
 
 
-def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick) -> tuple[StepPlan, Path, Verdict]:
+def _ticking(tick: Tick) -> Passing:
+    def passing(plan: StepPlan, what: str, modules: Sequence[str]) -> Iterator[str]:
+        for module in modules:
+            yield module
+            tick(plan, 0)
+
+    return passing
+
+
+def _run(
+    plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.device, tick: Tick, passing: Passing
+) -> tuple[StepPlan, Path, Verdict]:
     with _threads(plan), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
-        merger = Merger(plan, readers, device, lambda: tick(plan, 0))
-        plan = _with_ranks(plan, merger, lambda: tick(plan, 0))
+        merger = Merger(plan, readers, device, partial(passing, plan, "angles"))
+        plan = _with_ranks(plan, merger, partial(passing, plan, "ranks"))
         audit = Audit([i.spec.ratio for i in plan.inputs], plan.dtype, plan.cut)
         with writer.LoraWriter(plan.path, plan.layout(), plan.draft) as out:
             if plan.kept:
@@ -144,18 +162,17 @@ def _run(plan: StepPlan, hashes: Mapping[Path, Future[str]], device: torch.devic
             return plan, out.finish(metadata, publish=plan.spec.keep), verdict
 
 
-def _with_ranks(plan: StepPlan, merger: Merger, pause: Callable[[], None]) -> StepPlan:
-    """Settles a rank that follows from the singular values of all modules; `pause` is called between them."""
+def _with_ranks(plan: StepPlan, merger: Merger, watched: Callable[[Sequence[str]], Iterable[str]]) -> StepPlan:
+    """Settles a rank that follows from the singular values of all modules."""
     if not plan.is_open:
         return plan
     rule, spectra, total = plan.spec.rank, {}, 0.0
-    for module in plan.shapes:
+    for module in watched(list(plan.shapes)):
         merged = merger.merged(module, merger.deltas(module), merger.factors(module))
         spectra[module] = torch.zeros(1, dtype=torch.float64)
         if merged is not None:
             spectra[module] = singular_values(merged, plan.ranks[module]).cpu()
             total += norm(merged) ** 2
-        pause()
     costs = {module: sum(plan.shapes[module]) for module in spectra}
     if rule.size_mb:
         chosen = ranks.ranks_that_fit(spectra, costs, lambda r: settle(plan, r).bytes <= rule.size_mb * 1e6)

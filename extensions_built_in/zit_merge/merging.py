@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Merger:
         plan: The step.
         readers: Of its inputs, opened.
         device: Where the algebra runs.
-        pause: Called between modules of a pass over all of them; may raise to stop.
+        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Merger:
         plan: StepPlan,
         readers: Sequence[TensorReader],
         device: torch.device,
-        pause: Callable[[], None] = lambda: None,
+        watched: Callable[[Sequence[str]], Iterable[str]] = iter,
     ):
-        self._pause = pause
+        self._watched = watched
         self._plan, self._readers, self._device = plan, readers, device
         self._method = METHODS[plan.spec.method]
         self._parameters = {name: p.default for name, p in self._method.parameters.items()} | plan.spec.params
@@ -104,7 +104,7 @@ class Merger:
         """Scope -> Gram matrix of the deltas without their ratios."""
         ratios = self._ratios()
         numbers, grams = list(ratios), {}
-        for module in self._plan.shapes:
+        for module in self._watched(list(self._plan.shapes)):
             deltas = self.deltas(module)
             here = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)
             if deltas:
@@ -113,5 +113,4 @@ class Merger:
                 here[at[:, None], at] = gram(list(deltas.values())) * torch.outer(scales, scales)
             scope = self._scope(module)
             grams[scope] = grams[scope] + here if scope in grams else here
-            self._pause()
         return grams

@@ -71,7 +71,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         from ..execute import run_plans
         from ..plan import plan_section
         from ..report.page.run import run_page
-        from ..report.progress import Bar
+        from ..report.progress import Bar, passing
         from ..report.tables import done_text
         from .memory import release
         from .status import Watch
@@ -84,7 +84,8 @@ class ZitMergeProcess(BaseExtensionProcess):
         self.page = run_page(self._site, ours)
         self.page.begin(self._site, self._raw, self.process_id)
         with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
-            for done in run_plans(plans, self._device(), watch.tick):
+            shown = passing(quiet=False)
+            for done in run_plans(plans, self._device(), watch.tick, lambda *looked: watch.passing(shown(*looked))):
                 bar.close()
                 _say(done_text(done))
                 self.page.add(done, watch.passing)
