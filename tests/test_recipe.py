@@ -119,7 +119,7 @@ def test_a_recipe_of_a_trained_file(desk, source):
 def test_a_recipe_of_a_file_that_got_another_prefix(desk, loras):
     section = desk.section({"name": "a", "loras": [ME]}, output_dir=str(desk.folder / "output" / "m"))
     desk.zit("run", desk.config(desk.training(), section, job="m")).ok()
-    (made,) = (desk.folder / "output" / "m").iterdir()
+    (made,) = (desk.folder / "output" / "m").glob("*.safetensors")
     remade = desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder)
     assert remade.read_bytes() == made.read_bytes()
 
