@@ -29,7 +29,7 @@ def zit(run_python):
 def test_what_the_toolkit_can_make(zit, tmp_path):
     done = zit("check", config(tmp_path, optimizer="automagic", lr_scheduler="cosine"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("step a: 1 LoRA -> ") and done.stdout.endswith("\nno errors\n")
+    assert done.stdout.startswith("step a: 1 LoRA\n") and done.stdout.endswith("\nno errors\n")
 
 
 @pytest.mark.parametrize("command", ["check", "attach"])
