@@ -87,6 +87,24 @@ def shares(values: dict[str, float]) -> dict[str, float]:
     return {m: v / total for m, v in values.items()}
 
 
+def test_every_step_at_a_glance(desk, loras, show):
+    frame = show(two(desk))
+    soft, small = (frame.find("article").nth(n).inner_text() for n in (0, 1))
+    size = (desk.out / "merged_cat_soft.safetensors").stat().st_size / 1e6
+    for words in (
+        "Right: as asked",
+        "240 modules",
+        "rank 5",
+        "method sum",
+        f"{size:.4g} MB",
+        "me.safetensors",
+        "0.9",
+        "trg_ai_toolkit",
+    ):
+        assert words in soft
+    assert "of the energy is kept" in small and "rank 2" in small and "rank 8 holds everything" in small  # the note
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [800, 1200, 1920])
 def test_quiet_accessible_and_wide_enough(desk, loras, show, width, scheme):

@@ -15,6 +15,7 @@ from oracles import producers
 from oracles.dense import read_deltas
 
 from extensions_built_in.zit_merge import load_lora
+from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.report.page import render
 from extensions_built_in.zit_merge.report.page.facts import files_facts
@@ -126,6 +127,20 @@ def test_trouble_with_the_page_stops_no_merge(desk, loras, monkeypatch):
     text = desk.zit("run", desk.job(BOTH)).ok()
     assert "no page: " in text and "no space left on the disk" in text
     assert desk.files() == ["merged_cat_soft.safetensors"]
+
+
+def test_a_page_that_fails_leaves_the_old_one_and_no_part(desk, loras, monkeypatch):
+    desk.zit("run", desk.job(BOTH)).ok()
+    before = (desk.out / "merged_cat.html").read_bytes()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "publish_file", stop)
+    page = Page("cat")
+    with pytest.raises(KeyboardInterrupt):
+        page.write(desk.out / "merged_cat.html")
+    assert (desk.out / "merged_cat.html").read_bytes() == before and not list(desk.out.glob("*.part"))
 
 
 def test_a_dry_run_and_merge_write_none(desk, loras):

@@ -214,22 +214,31 @@ def part_path(path: Path) -> Path:
 
 
 def copy_file(source: Path, folder: Path) -> Path:
-    """Puts a whole file into another folder under its own name: written beside it, synced, renamed."""
+    """Puts a whole file into another folder under its own name."""
     target = folder / source.name
-    with os_errors(target), open_exclusively(part_path(target)) as part:
+    with os_errors(target), source.open("rb") as whole:
+        return write_whole(target, iter(lambda: whole.read(1 << 22), b""))
+
+
+def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
+    """Writes a file beside its place, syncs and renames it: an older one is replaced at once or not at all, nothing is left over.
+
+    Raises:
+        ZitMergeError: It can't be written, or another process is writing it now.
+    """
+    with os_errors(path), open_exclusively(part_path(path)) as part:
         try:
-            with source.open("rb") as whole:
-                while chunk := whole.read(1 << 22):
-                    part.write(chunk)
+            for chunk in chunks:
+                part.write(chunk)
             part.flush()
             os.fsync(part.fileno())
-            publish_file(part, part_path(target), target)
+            publish_file(part, part_path(path), path)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.close()
-            part_path(target).unlink(missing_ok=True)
+            part_path(path).unlink(missing_ok=True)
             raise
-    return target
+    return path
 
 
 def publish_file(file: BinaryIO, part: Path, path: Path) -> None:

@@ -31,7 +31,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from ..errors import counted
 from ..zimage import COMPONENTS, MODULES, SECTIONS, at, section_components
-from .overlap import two_digits
+from .advice import two_digits
 from .plot import PAIRED, SHOWN, Portrait, Survey
 
 WIDTH, DPI = 8.27, 200  # A4

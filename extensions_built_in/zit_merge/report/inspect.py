@@ -21,7 +21,7 @@ from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, recognise, usual_modules
 from ..plan import DTYPE_NAMES
 from ..weights import row_name
 from ..zimage import MODULES, SECTIONS, section_components
-from .tables import LARGE, norm_table, span, value_table
+from .tables import LARGE, norm_table, ranks_text, span, value_table
 from .text import TITLE, listed, middle, neighbours, percent, row, shorten, some, squeezed
 
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
@@ -317,7 +317,7 @@ def _head(facts: Mapping[str, Any]) -> dict[str, str]:
         "format": _styles(facts["format"]),
         "algorithm": ", ".join(f"{name} in {n} modules" if several else name for name, n in algorithms.items()),
         "modules": f"{facts['modules']} of {len(MODULES)} ({sections})",
-        "rank": span(facts["ranks"].values()) + (" at most" if set(algorithms) - {"LoRA"} else ""),
+        "rank": ranks_text(facts["ranks"], algorithms),
         "alpha": _alpha(facts),
         "alpha/rank": _scales(facts["scales"].values()),
         "dtype": facts["dtype"],

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,10 +21,10 @@ from ..algebra.strengths import cosines
 from ..algebra.truncate import singular_values
 from ..errors import ZitMergeError
 from ..formats.reader import LoraFile
-from ..formats.writer import open_exclusively, os_errors, part_path, publish_file
+from ..formats.writer import part_path, write_whole
 from ..sources import check_writable, user_path
 from .overlap import Readers, Watched, same_model
-from .tables import span
+from .tables import ranks_text
 
 ENDINGS = (".png", ".pdf", ".svg")
 SHOWN = 6  # files that have a map and a line of their own
@@ -131,10 +130,9 @@ def _spectrum(delta: Delta) -> _Spectrum:
 
 def _portrait(lora: LoraFile, norms: Mapping[str, float | None], spectra: Sequence[_Spectrum], energy: Tensor) -> Portrait:
     values, is_cut = _table(spectra)
-    at_most = " at most" if set(lora.algorithms) - {"LoRA"} else ""
     return Portrait(
         name=lora.path.name,
-        ranks=span(lora.ranks.values()) + at_most,
+        ranks=ranks_text(lora.ranks, lora.algorithms),
         norms=norms,
         norm=_root(energy),
         values=values,
@@ -206,12 +204,4 @@ def plot(loras: Sequence[LoraFile], path: Path, watched: Watched = iter) -> None
 
     picture = BytesIO()
     figure.save(survey(loras, watched), picture, path.suffix.lower().removeprefix("."))
-    with os_errors(path), open_exclusively(part_path(path)) as part:
-        try:
-            part.write(picture.getvalue())
-            part.flush()
-            os.fsync(part.fileno())
-            publish_file(part, part_path(path), path)
-        except BaseException:
-            part_path(path).unlink(missing_ok=True)
-            raise
+    write_whole(path, [picture.getvalue()])

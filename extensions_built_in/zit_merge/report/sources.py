@@ -21,7 +21,8 @@ from ..algebra.strengths import cosines, groups, least_squares
 from ..errors import counted
 from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
-from .overlap import Readers, Watched, cosine_text, file_lines, outline, same_model, two_digits
+from .advice import cosine_text, two_digits
+from .overlap import Readers, Watched, file_lines, outline, same_model
 from .tables import value_table
 from .text import listed, percent, row, shorten, some
 

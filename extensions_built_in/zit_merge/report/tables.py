@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -213,8 +213,8 @@ def _short(value: float | str) -> str:
 
 def _ranks(outline: Outline) -> str:
     """`rank 32`, `LoKr of rank 3840 at most`."""
-    rank = f"rank {span(outline.ranks.values())}"
-    return rank if outline.is_lora else f"{' and '.join(outline.algorithms)} of {rank} at most"
+    rank = f"rank {ranks_text(outline.ranks, outline.algorithms)}"
+    return rank if outline.is_lora else f"{' and '.join(outline.algorithms)} of {rank}"
 
 
 def _written(plan: StepPlan) -> list[str]:
@@ -230,6 +230,11 @@ def _written(plan: StepPlan) -> list[str]:
 
 def _module(section: str, index: int, component: str) -> str:
     return zimage.at(section, index, component).name if component in zimage.section_components(section) else ""
+
+
+def ranks_text(ranks: Mapping[str, int], algorithms: Iterable[str]) -> str:
+    """`32`, `4-32`, `3840 at most` where not all of it is LoRA."""
+    return span(ranks.values()) + (" at most" if set(algorithms) - {"LoRA"} else "")
 
 
 def span(values: Collection[int]) -> str:

@@ -26,8 +26,9 @@ from ...plan import DTYPE_NAMES, Input
 from ...presets import presets
 from ...weights import Factors, Weights, factors
 from ...zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
-from ..overlap import Watched, of_cosines, same_model
-from ..tables import judgement, span
+from ..advice import of_cosines
+from ..overlap import Watched, same_model
+from ..tables import judgement, ranks_text, span
 from .survey import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
@@ -151,8 +152,7 @@ def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
 
 
 def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: torch.dtype) -> str:
-    at_most = " at most" if set(algorithms) - {"LoRA"} else ""
-    return f"{' and '.join(algorithms)} of rank {span(ranks.values())}{at_most}, {DTYPE_NAMES.get(dtype, str(dtype))}"
+    return f"{' and '.join(algorithms)} of rank {ranks_text(ranks, algorithms)}, {DTYPE_NAMES.get(dtype, str(dtype))}"
 
 
 def _weights(found: Factors) -> dict[str, Any]:

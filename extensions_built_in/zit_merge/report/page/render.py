@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...formats.writer import os_errors, part_path
+from ...formats.writer import os_errors, write_whole
 from .facts import NAME, anatomy, text
 
 LIMIT = 5_000_000  # bytes of a page
@@ -96,11 +95,9 @@ class Page:
         Raises:
             ZitMergeError: It can't be written.
         """
-        draft = part_path(path)
         with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(self.html(), encoding="utf-8")
-            os.replace(draft, path)
+            write_whole(path, [self.html().encode()])
 
 
 def is_ours(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...algebra.delta import Delta, gram, norm
 from ...audit import PAIRS_UP_TO, Measured
 from ...execute import Done
-from ...formats.reader import LoraFile, TensorReader, load_lora
+from ...formats.reader import LoraFile, load_lora
 from ...plan import StepPlan
 from ...zimage import MODULES
 from ..overlap import Readers, Watched
@@ -78,14 +78,8 @@ def written(done: Done, watched: Watched = iter) -> Mapping[str, float]:
     """
     if done.verdict and done.verdict.modules:
         return {m: measured.written for m, measured in done.verdict.modules.items()}
-    return dict(_energies(load_lora(done.path), watched))
-
-
-def _energies(lora: LoraFile, watched: Watched) -> Iterator[tuple[str, float]]:
-    with TensorReader(lora) as tensors:
-        for module in watched(list(lora)):
-            scale, delta = tensors.delta(module)
-            yield module, (scale * norm(delta)) ** 2
+    with Readers([load_lora(done.path)]) as readers:
+        return {module: norm(readers.deltas(module)[0]) ** 2 for module in watched(list(done.plan.shapes))}
 
 
 def _cell(deltas: Mapping[int, Delta]) -> Cell:

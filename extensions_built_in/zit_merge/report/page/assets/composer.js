@@ -253,7 +253,7 @@ function outcomeBox(step, s, desk) {
   return Object.assign(el("div", { class: "outcome" }, el("h4", {}, "What would come out"), line, bars, map), { update });
 }
 
-const NEARLY_NOTHING = 1e-4; // of the energy: the cosines on this page have seven digits
+const NEARLY_NOTHING = 1e-3; // of the energy: the energies on this page have five digits, the cosines seven
 
 /** A preset's factors in the place of the LoRA's own; the ratio stays. */
 function applyPreset(w, preset) {
