@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from test_known_mistakes import MODULES, Lora, Pair, deltas, lora, write
 
 from extensions_built_in.zit_merge import ZitMergeError
+from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.report import plot
 from extensions_built_in.zit_merge.zimage import COMPONENTS
@@ -435,6 +436,6 @@ def test_an_interruption_leaves_the_old_picture_and_no_litter(desk, loras, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plot, "publish_file", interrupt)
+    monkeypatch.setattr(writer, "publish_file", interrupt)
     assert desk.zit("inspect", loras[0], "--plot", "a.png").code == 130
     assert Path("a.png").read_bytes() == b"old" and not list(desk.folder.glob("*.part"))
