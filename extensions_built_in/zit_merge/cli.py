@@ -76,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output-dir", help="instead of the config's")
     run.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
 
+    preview = add(
+        "preview", _preview, "render the pictures that a config asks for; in AI-Toolkit's folder, or under accelerate launch"
+    )
+    preview.add_argument("config", type=Path)
+    preview.add_argument("--step", help="only this step")
+    preview.add_argument("--output-dir", help="instead of the config's")
+    preview.add_argument(
+        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
+    )
+    preview.add_argument("--dry-run", action="store_true", help="print what would be rendered, render nothing")
+    preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
+
     _merge_arguments(add("merge", _merge, "merge LoRA files: every weight takes one number for all files, or one for each"))
 
     check = add("check", _check, "check a config: everything that can be known before training")
@@ -151,6 +163,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from .jobfile import load_job
     from .planning import plan_job
+    from .preview.exhibits import asks_for_pictures
     from .report.page.run import RunPage, run_page
 
     job, pages = load_job(args.config), list[RunPage]()
@@ -164,6 +177,68 @@ def _run(args: argparse.Namespace) -> None:
         pages.append(run_page(planned.site, pages))
         pages[-1].begin(planned.site, job.processes[planned.index], planned.index)
         _execute(args, planned.plans, planned.device, pages[-1])
+        if asks_for_pictures(planned.section):
+            _say(args, "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder")
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from .jobfile import load_job
+    from .planning import plan_job
+    from .preview.exhibits import asks_for_pictures, exhibition_of
+    from .report.page.run import RunPage, run_page
+
+    step, _, number = (args.yaml or "").partition(":")
+    job, pages, shown = load_job(args.config), list[RunPage](), False
+    for planned in plan_job(
+        job, only=args.step or step or None, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run
+    ):
+        if not asks_for_pictures(planned.section):
+            continue
+        plans = [plan for plan in planned.plans if (args.step or step or plan.name) == plan.name]
+        exhibition, shown = exhibition_of(planned.section, planned.site, plans), True
+        if args.yaml:
+            print(_cell_yaml(exhibition, step, number), end="")
+        elif args.dry_run:
+            _say(args, exhibition.text())
+        else:
+            pages.append(run_page(planned.site, pages))
+            pages[-1].begin(planned.site, job.processes[planned.index], planned.index)
+            _render(args, exhibition, planned, pages[-1])
+    if not shown:
+        raise ZitMergeError(f"{args.config}: no step asks for pictures: write preview: true, sweep or ablate on one")
+
+
+def _cell_yaml(exhibition: Any, step: str, number: str) -> str:
+    from .preview.hang import plain_step, section_yaml
+
+    cells = {str(cell.number): cell for e in exhibition.exhibits for cell in e.cells if e.plan.name == step}
+    if number not in cells:
+        there = f"has the numbers 1 to {len(cells)}" if cells else "is none"
+        raise ZitMergeError(f"--yaml {step}:{number}: the sweep of this step {there}: write --yaml STEP:NUMBER, such as {step}:1")
+    return section_yaml(exhibition.section, plain_step(cells[number].plan.spec))
+
+
+def _render(args: argparse.Namespace, exhibition: Any, planned: Any, page: Any) -> None:
+    """Renders and hangs; the page shows what was merged too, as far as it is there."""
+    from .execute import made
+    from .host.render import Renderer
+    from .host.team import Launch
+    from .preview.show import show
+    from .report.progress import Pictures, watched
+
+    team = Launch()
+    args.quiet = args.quiet or not team.is_main
+    _say(args, exhibition.text())
+    if team.is_main:
+        for plan in planned.plans:
+            if done := made(plan):
+                page.add(done, watched("page", args.quiet))
+    with Pictures(args.quiet) as bar:
+        passing = watched("LoRA", args.quiet)
+        for text in show(exhibition, planned.device, Renderer, page, bar.tick, watched=passing, team=team):
+            _say(args, text)
+    if team.is_main:
+        _say(args, page.write())
 
 
 def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:
@@ -274,6 +349,7 @@ def _check(args: argparse.Namespace) -> None:
     from .host.toolkit import at_hand
     from .jobfile import load_job
     from .planning import plan_job
+    from .preview.exhibits import asks_for_pictures, exhibition_of
     from .report.tables import plan_text
 
     for planned in plan_job(
@@ -281,6 +357,8 @@ def _check(args: argparse.Namespace) -> None:
     ):
         for plan in planned.plans:
             _say(args, plan_text(plan) + "\n")
+        if asks_for_pictures(planned.section):
+            _say(args, exhibition_of(planned.section, planned.site, planned.plans).text() + "\n")
         for text in planned.advice:
             _say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
     _say(args, "no errors")

@@ -27,7 +27,7 @@ TRAINED = "trained"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 # Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
-_LATER = ("preview", "sweep", "ablate", "bake")
+_LATER = ("bake",)
 FORMATS = ("ai-toolkit", "diffusers", "kohya", "comfyui")
 
 
@@ -83,6 +83,11 @@ def _alpha(value: object) -> object:
     return value
 
 
+def _asked(value: object) -> object:
+    """`preview: true` asks for the defaults, `false` for none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 def _choice(known: Iterable[str], what: str) -> BeforeValidator:
     known = tuple(known)
 
@@ -103,6 +108,14 @@ Method = Annotated[str, _choice(METHODS, "method")]
 Rank = Annotated[int | str | RankRule, PlainValidator(_rank)]
 Table = dict[str, float]
 Depths = dict[str, float | list[float]] | list[float]
+Axis = Annotated[list[float | Annotated[list[float], Field(min_length=2)]], Field(min_length=1)]
+Text = Annotated[str, Field(pattern=r"\S")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SHOWN = ("base", "inputs", "result")
+Shown = Annotated[str, _choice(SHOWN, "thing to compare")]
+DIVISIONS = ("layers", "components", "cells")
+MODES = ("leave_out", "only")
+METRICS = ("pixels", "structure", "colour", "detail")
 StepName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
@@ -147,6 +160,50 @@ class Lora(_Model):
         return Weights(self.ratio, **self.tables(place), place=place)
 
 
+class Preview(_Model):
+    """Pictures of a step. What is left out is taken from the training job's samples, else as Z-Image Turbo wants it.
+
+    Attributes:
+        prompts: A list, or a text file with one prompt on each line.
+        seed: One for every prompt, or several, with each of which every prompt is rendered.
+        size: Pixels: a side, or [width, height].
+        steps: As the toolkit counts them.
+        guidance: As the toolkit counts it: 1 is none.
+        compare: What is rendered.
+        confirm: Render however many pictures that makes.
+    """
+
+    prompts: Annotated[list[Text], Field(min_length=1)] | Text | None = None
+    seed: Annotated[list[Seed], Field(min_length=1)] | Seed | None = None
+    size: Annotated[list[int], Field(min_length=2, max_length=2)] | int | None = None
+    steps: Annotated[int, Field(ge=1, le=200)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    compare: Annotated[list[Shown], Field(min_length=1)] = list(SHOWN)
+    confirm: bool = False
+
+
+class Ablate(_Model):
+    """What the parts of a step's result do in pictures.
+
+    Attributes:
+        by: Into which parts the modules are divided.
+        groups: Runs that the 30 layers are divided into; for `components` there are none.
+        mode: Each part is left out in turn, or is all there is.
+        prompts: As in `preview`, whose other settings hold here too.
+        metrics: How distances between pictures are taken: built-in names, or `module:function`.
+        preset: A name: the preset that follows from the shares is written.
+        confirm: Render however many pictures that makes.
+    """
+
+    by: Annotated[str, _choice(DIVISIONS, "way to divide")]
+    groups: Annotated[int, Field(ge=1, le=30)] | None = None
+    mode: Annotated[str, _choice(MODES, "mode")] = "leave_out"
+    prompts: Annotated[list[Text], Field(min_length=1)] | Text | None = None
+    metrics: Annotated[list[Text], Field(min_length=1)] = list(METRICS)
+    preset: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    confirm: bool = False
+
+
 class _Settings(_Model):
     """What may stand on the section or on a step; the step wins."""
 
@@ -157,6 +214,7 @@ class _Settings(_Model):
     shapes: Literal["strict", "free"] = "strict"
     allow_unmatched: bool = False
     confirm_size: bool = False
+    preview: Annotated[Preview | None, BeforeValidator(_asked)] = None
 
 
 class Checkpoints(_Model):
@@ -183,6 +241,8 @@ class Step(_Settings):
     checkpoints: Checkpoints | None = None
     keep: bool = True
     copy_to: str | None = None
+    sweep: Annotated[dict[str, Axis], Field(min_length=1, max_length=2)] | None = None
+    ablate: Ablate | None = None
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
 
 
@@ -232,7 +292,7 @@ def parse_section(raw: object, place: str = "", *, first: bool = False) -> Secti
     _check_names(section.steps, place)
     _check_params(section, place)
     for i, step in enumerate(section.steps):
-        _check_step(step, _join(place, f"steps[{i}]"))
+        check_step(step, _join(place, f"steps[{i}]"))
     for i, step in enumerate(section.steps):
         if step.file and not section.made_by:
             raise ZitMergeError(f"{_join(place, f'steps[{i}].file')}: unknown key; the file is named by the job and the step")
@@ -265,8 +325,13 @@ def _plain(value: Any, place: str) -> Any:
 
 def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**shared, **step}
-    if "save" in shared and "save" in step:
-        merged["save"] = {**shared["save"], **step["save"]}
+    for key in ("save", "preview"):
+        if isinstance(shared.get(key), Mapping) and isinstance(step.get(key), Mapping):
+            merged[key] = {**shared[key], **step[key]}
+    if step.get("preview") is True:
+        merged["preview"] = shared.get("preview", True)
+    if step.get("keep") is False and "preview" not in step:
+        merged.pop("preview", None)  # a step that only feeds others is shown where it asks for it
     if "params" not in step and step.get("method", shared.get("method")) != shared.get("method"):
         merged.pop("params", None)  # they belong to the section's method
     if "checkpoints" in step:
@@ -303,7 +368,7 @@ def _check_params(settings: _Settings, place: str) -> None:
             raise ZitMergeError(f"{at}: {e}") from None
 
 
-def _check_step(step: Step, place: str) -> None:
+def check_step(step: Step, place: str) -> None:
     """Raises where the parts of a step don't fit together."""
     _check_params(step, place)
     if step.checkpoints:

@@ -29,7 +29,7 @@ from .errors import ZitMergeError
 from .formats import lokr, writer
 from .formats.metadata import CHECK_KEY, OF_RANKS
 from .formats.reader import TensorReader, load_lora, tensor_hash
-from .merging import Merger
+from .merging import Merger, Reader, Watched
 from .plan import DTYPE_NAMES, Input, StepPlan, settle
 
 Tick = Callable[[StepPlan, int], None]  # called after each module with the number done; may raise to stop
@@ -93,6 +93,57 @@ def run_plans(
                 yield Done(plan, path, plan.name in wanted, verdict or Verdict.read(load_lora(path).metadata))
 
 
+class Computed:
+    """What a step would write, module by module, without a file; read like one.
+
+    Args:
+        plan: Final.
+        readers: Of its inputs.
+        device: Where the algebra runs.
+        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
+    """
+
+    def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, watched: Watched = iter):
+        self._readers, self._merger = readers, Merger(plan, readers, device, watched)
+        self.plan = _with_ranks(plan, self._merger, watched)
+
+    def delta(self, module: str) -> tuple[float, Delta]:
+        """1.0 and the factors as the file would hold them."""
+        merger, plan = self._merger, self.plan
+        if plan.kept:
+            written = lokr.weighed(plan.kept.changes[module][0], self._readers[0], plan.inputs[0].strengths[module], plan.dtype)
+            return 1.0, lokr.delta(written)
+        return 1.0, _finish(merger.merged(module, merger.deltas(module), merger.factors(module)), plan, module)
+
+
+def reader_of(
+    plan: StepPlan,
+    hashes: Mapping[Path, Future[str]],
+    device: torch.device,
+    files: contextlib.ExitStack,
+    watched: Watched = iter,
+) -> Reader:
+    """Reads a step's result: from its file where that is there from the same recipe, else computed.
+
+    Args:
+        plan: Final.
+        hashes: Of `plan.hashed`.
+        device: Where the algebra runs.
+        files: Closes the files.
+        watched: Passes the modules of a pass before on one by one; may raise to stop.
+    """
+    if plan.spec.keep and _is_made(plan, hashes, plan.path):
+        return files.enter_context(TensorReader(load_lora(plan.path)))
+    return Computed(plan, [input_reader(i, hashes, device, files, watched) for i in plan.inputs], device, watched)
+
+
+def input_reader(
+    i: Input, hashes: Mapping[Path, Future[str]], device: torch.device, files: contextlib.ExitStack, watched: Watched = iter
+) -> Reader:
+    """Reads an input of a step: its file, or what an earlier step makes; arguments as `reader_of`."""
+    return files.enter_context(TensorReader(i.lora)) if i.lora else reader_of(i.step, hashes, device, files, watched)
+
+
 def _renewed(plan: StepPlan, settled: Mapping[str, StepPlan]) -> StepPlan:
     """The plan over the earlier steps as they came out: a rank that followed from the numbers is known now."""
 
@@ -123,6 +174,18 @@ def _is_made(plan: StepPlan, hashes: Mapping[Path, Future[str]], path: Path) -> 
     wanted = plan.metadata({path: hashes[path].result() for path in plan.hashed})
     open_keys = {CHECK_KEY, *(OF_RANKS if _follows_from_numbers(plan) else ())}
     return {k: v for k, v in found.items() if k not in open_keys} == {k: v for k, v in wanted.items() if k not in open_keys}
+
+
+def made(plan: StepPlan) -> Done | None:
+    """A step whose file is there from the same recipe.
+
+    Args:
+        plan: Final.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        hashes = {path: pool.submit(tensor_hash, path) for path in plan.hashed}
+        is_made = plan.spec.keep and _is_made(plan, hashes, plan.path)
+    return Done(plan, plan.path, False, Verdict.read(load_lora(plan.path).metadata)) if is_made else None
 
 
 def _to_make(plans: Sequence[StepPlan], there: Collection[str]) -> set[str]:
@@ -162,7 +225,7 @@ def _run(
             return plan, out.finish(metadata, publish=plan.spec.keep), verdict
 
 
-def _with_ranks(plan: StepPlan, merger: Merger, watched: Callable[[Sequence[str]], Iterable[str]]) -> StepPlan:
+def _with_ranks(plan: StepPlan, merger: Merger, watched: Watched) -> StepPlan:
     """Settles a rank that follows from the singular values of all modules."""
     if not plan.is_open:
         return plan

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from .algebra.delta import Delta, gram
 from .algebra.linear import add
 from .algebra.methods import METHODS
 from .errors import ZitMergeError
-from .formats.reader import TensorReader
 from .plan import StepPlan
 from .zimage import MODULES
+
+Watched = Callable[[Collection[str]], Iterable[str]]  # passes the modules of a pass on one by one; may raise to stop
+
+
+class Reader(Protocol):
+    """What reads a LoRA module by module."""
+
+    def delta(self, module: str) -> tuple[float, Delta]:
+        """(alpha / rank, change)."""
+
 
 Deltas = Mapping[int, Delta]  # number of the input -> its change of one module, strength included
 
@@ -34,9 +44,9 @@ class Merger:
     def __init__(
         self,
         plan: StepPlan,
-        readers: Sequence[TensorReader],
+        readers: Sequence[Reader],
         device: torch.device,
-        watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+        watched: Watched = iter,
     ):
         self._watched = watched
         self._plan, self._readers, self._device = plan, readers, device

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge.algebra import linear
-from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, distance, inner, norm
+from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied, distance, inner, norm
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, whole
 
 
@@ -214,3 +214,14 @@ def test_the_transposed_written_out(name):
     # torch.kron refuses some transposed views
     x = FORMS[name].T
     close(dense(x.expand()), dense(FORMS[name]).T)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_what_a_change_adds_to_its_layer(batch):
+    factors, lokr = draw(8, 6, 2, seed=1), kron(2, 3, 4, 2, 2, 2, 3)
+    x = torch.randn(*batch, 6, generator=torch.Generator().manual_seed(0))
+    for delta in (factors, lokr, Sum((factors, lokr))):
+        wanted = x.double() @ dense(delta).T
+        found = applied(delta, x)
+        assert found.dtype == torch.float32
+        close(found, wanted, 1e-5)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .factors import Factors, single, stack, wide
 
@@ -131,6 +132,21 @@ class Sum(NamedTuple):
 
 
 Delta = Factors | Kron | Sum
+
+
+def applied(delta: Delta, x: Tensor) -> Tensor:
+    """What a change adds to the output of its linear layer.
+
+    Args:
+        delta: (out, in), in the dtype and on the device of x.
+        x: (..., in).
+
+    Returns:
+        (..., out).
+    """
+    if isinstance(delta, Factors):
+        return linear(linear(x, delta.down), delta.up)
+    return (delta @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
 
 
 def inner(x: Delta, y: Delta) -> float:

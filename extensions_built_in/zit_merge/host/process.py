@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.process import BaseExtensionProcess
 
+from ..errors import ZitMergeError
 from . import toolkit
+
+if TYPE_CHECKING:
+    from ..plan import StepPlan
+    from ..planning import Planned
 
 
 class ZitMergeProcess(BaseExtensionProcess):
@@ -46,7 +53,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         if training := site.training:
             told = [*fixes.apply(section.train_fixes, job.process[training.index], training, site.at("train_fixes")), *told]
         if _is_main():
-            _say("\n\n".join([*map(plan_text, planned.plans), *told]))
+            _say("\n\n".join([*map(plan_text, planned.plans), *_pictures(planned), *told]))
 
     def run(self):
         """Releases the trainer's memory, plans again with the trained file at hand, merges, reports."""
@@ -80,6 +87,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         for process in self.job.process[: self.process_id]:
             release(process)
         plans = plan_section(self._section, self._site)
+        settled = {plan.name: plan for plan in plans}
         ours = [p.page for p in self.job.process[: self.process_id] if isinstance(p, ZitMergeProcess) and p.page]
         self.page = run_page(self._site, ours)
         self.page.begin(self._site, self._raw, self.process_id)
@@ -87,8 +95,27 @@ class ZitMergeProcess(BaseExtensionProcess):
             shown = passing(quiet=False)
             for done in run_plans(plans, self._device(), watch.tick, lambda *looked: watch.passing(shown(*looked))):
                 bar.close()
+                settled[done.plan.name] = done.plan
                 _say(done_text(done))
                 self.page.add(done, watch.passing)
+        _say(self.page.write())
+        self._show(list(settled.values()))
+
+    def _show(self, plans: Sequence[StepPlan]) -> None:
+        """Renders the pictures that the section asks for; the merges are done."""
+        from ..preview.exhibits import asks_for_pictures, exhibition_of
+        from ..preview.show import show
+        from ..report.progress import Pictures
+        from .render import Renderer
+        from .status import PictureWatch
+
+        if not asks_for_pictures(self._section):
+            return
+        self._status.say("Merged; loading the model for pictures")
+        exhibition = exhibition_of(self._section, self._site, plans)
+        with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
+            for text in show(exhibition, self._device(), Renderer, self.page, watch.tick, watched=watch.passing):
+                _say(text)
         _say(self.page.write())
 
     def _device(self):
@@ -96,6 +123,18 @@ class ZitMergeProcess(BaseExtensionProcess):
         from ..execute import pick_device
 
         return toolkit.accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
+
+
+def _pictures(planned: Planned) -> list[str]:
+    """The pictures to come; what stands in their way stops no merge."""
+    from ..preview.exhibits import asks_for_pictures, exhibition_of
+
+    if not asks_for_pictures(planned.section):
+        return []
+    try:
+        return [exhibition_of(planned.section, planned.site, planned.plans).text()]
+    except ZitMergeError as e:
+        return [f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; stop it now to mend the config first"]
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -223,26 +223,18 @@ def pass_on(error: BaseException, following: Iterable[Any]) -> None:
         process.on_error(error)
 
 
-class Watch:
-    """`tick` for `run_plans`: the terminal's bar after every module, the UI and its flags about twice a second.
-
-    As a context it holds back Ctrl+C, which is the UI's stop button too, until the module at hand is done: raised in the midst of
+class Held:
+    """As a context it holds back Ctrl+C, which is the UI's stop button too, until what is at hand is done: raised in the midst of
     a library or of the toolkit's database code it has been lost there. A second one acts at once.
 
     Args:
-        status: Where it is shown.
-        plans: What is run.
-        bar: Another tick, called first.
+        status: Where the user is shown what goes on, and asked.
     """
 
-    def __init__(self, status: Status, plans: Sequence[StepPlan], bar: Tick):
-        self._status, self._bar = status, bar
-        self._before = dict(zip((p.name for p in plans), accumulate((len(p.shapes) for p in plans), initial=0), strict=False))
-        self._total = sum(len(p.shapes) for p in plans)
-        self._start = self._told = time.monotonic()
-        self._interrupted = False
+    def __init__(self, status: Status):
+        self._status, self._interrupted = status, False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
@@ -257,12 +249,32 @@ class Watch:
         self._interrupted = True
         signal.signal(signal.SIGINT, self._handler)
 
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+
+class Watch(Held):
+    """`tick` for `run_plans`: the terminal's bar after every module, the UI and its flags about twice a second.
+
+    Args:
+        status: Where it is shown.
+        plans: What is run.
+        bar: Another tick, called first.
+    """
+
+    def __init__(self, status: Status, plans: Sequence[StepPlan], bar: Tick):
+        super().__init__(status)
+        self._bar = bar
+        self._before = dict(zip((p.name for p in plans), accumulate((len(p.shapes) for p in plans), initial=0), strict=False))
+        self._total = sum(len(p.shapes) for p in plans)
+        self._start = self._told = time.monotonic()
+
     def passing(self, modules: Iterable[str]) -> Iterator[str]:
         """Passes modules on, between which the job may be stopped as in `tick`."""
         for module in modules:
             yield module
-            if self._interrupted:
-                raise KeyboardInterrupt
+            self._stop_if_interrupted()
             if time.monotonic() - self._told >= _PAUSE:
                 self._told = time.monotonic()
                 self._status.check()
@@ -274,8 +286,7 @@ class Watch:
             KeyboardInterrupt: Ctrl+C.
             JobStopped: In a job without a trainer; a trainer raises its own exception.
         """
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._stop_if_interrupted()
         self._bar(plan, done)
         now = time.monotonic()
         if now - self._told < _PAUSE and done < len(plan.shapes):
@@ -284,6 +295,35 @@ class Watch:
         overall = self._before[plan.name] + done
         speed = f"{overall / max(now - self._start, 1e-3):.0f} modules/s"
         self._status.progress(f"Merging {plan.name}: {done}/{len(plan.shapes)}", overall, self._total, speed)
+        self._status.check()
+
+
+class PictureWatch(Held):
+    """`tick` for pictures: the terminal's bar, the UI and its flags after each.
+
+    Args:
+        status: Where it is shown.
+        bar: Another tick, called first.
+    """
+
+    def __init__(self, status: Status, bar: Callable[[str, int, int], None]):
+        super().__init__(status)
+        self._bar, self._start = bar, None
+
+    def passing(self, modules: Iterable[str]) -> Iterator[str]:
+        """Passes modules on, between which Ctrl+C acts."""
+        for module in modules:
+            yield module
+            self._stop_if_interrupted()
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        """Picture `done` of `total` is finished, which shows `what`; raises as `Watch.tick`."""
+        self._bar(what, done, total)
+        now = time.monotonic()
+        self._start = self._start or now  # the first one took the loading of the model too
+        pace = f"{(now - self._start) / (done - 1):.1f} s/picture" if done > 1 else ""
+        self._status.progress(f"Picture {done}/{total}: {what}", done, total, pace)
+        self._stop_if_interrupted()
         self._status.check()
 
 

@@ -29,19 +29,42 @@ SINCE = "0.7.6 (2025-11-28)"
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """What the toolkit prints when it is only asked something is no output of ours."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
-@_silence()
+@silence()
 def _find(module: str, name: str) -> Any:
     """A part of the toolkit; None if this toolkit does not have it."""
     try:
         return getattr(import_module(module), name)
     except Exception:  # the import runs much of the toolkit and its packages: whatever breaks there, the part can't be had
         return None
+
+
+def part(module: str, name: str) -> Any:
+    """A part of the toolkit that is needed.
+
+    Raises:
+        ZitMergeError: There is no toolkit, or it lacks the part.
+    """
+    if find_spec("toolkit") is None:
+        raise ZitMergeError(
+            "there is no AI-Toolkit here, whose model loading is needed: run this in AI-Toolkit's folder, where the "
+            "extension is installed, with the Python that it runs with"
+        )
+    if (found := _find(module, name)) is None:
+        raise ZitMergeError(
+            f"this AI-Toolkit ({version()}) has no {module}.{name}: zit_merge was made for {SINCE} and newer; update both"
+        )
+    return found
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """A model without what accelerate and torch.compile wrap around it (toolkit/accelerator.py)."""
+    return part("toolkit.accelerator", "unwrap_model")(model)
 
 
 def at_hand() -> Toolkit:
@@ -70,13 +93,7 @@ def accelerator() -> Any:
     Raises:
         ZitMergeError: The toolkit has none.
     """
-    get_accelerator = _find("toolkit.accelerator", "get_accelerator")
-    if get_accelerator is None:
-        raise ZitMergeError(
-            f"this AI-Toolkit ({version()}) has no toolkit.accelerator.get_accelerator: zit_merge was made for {SINCE} and "
-            "newer; update both"
-        )
-    return get_accelerator()
+    return part("toolkit.accelerator", "get_accelerator")()
 
 
 def flush() -> None:
@@ -108,7 +125,7 @@ def config_root() -> Path:
     return Path(_find("toolkit.paths", "CONFIG_ROOT") or "config")
 
 
-@_silence()
+@silence()
 def optimizer_trouble(name: str) -> str:
     """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py)."""
     from ..preflight import known_trouble
@@ -125,7 +142,7 @@ def optimizer_trouble(name: str) -> str:
     return ""
 
 
-@_silence()
+@silence()
 def zimage_archs() -> set[str]:
     """The families of model.arch that are Z-Image here (toolkit/util/get_model.py)."""
     from ..training import ARCHS
@@ -138,7 +155,7 @@ def zimage_archs() -> set[str]:
     return {arch for arch in found if arch.startswith("zimage")} or set(ARCHS)
 
 
-@_silence()
+@silence()
 def make_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
     """What the toolkit makes of a learning-rate scheduler's name and parameters (toolkit/scheduler.py).
 

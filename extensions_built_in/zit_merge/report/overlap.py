@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from ..algebra.overlap import LEADING, THIN, Overlap, Side, directions, is_thin,
 from ..algebra.strengths import cosines
 from ..errors import ZitMergeError, counted
 from ..formats.reader import LoraFile, TensorReader
+from ..merging import Watched
 from ..zimage import MODULES
 from .advice import advice, cosine_text, loras_text, two_digits
 from .tables import span, value_table
@@ -31,8 +32,6 @@ _COLUMNS = 11  # of the table of pairs, in 80 columns
 _APART = 0.05  # cosines of components that differ by more are named
 _RARE = 0.1  # common directions of a module on average, below which they have no table
 _SENTENCE = 500
-
-Watched = Callable[[Sequence[str]], Iterable[str]]
 
 
 class Readers(ExitStack):

@@ -1,4 +1,4 @@
-"""How far a pass over the modules is: a bar on a terminal, plain lines in a log file, all of it ASCII on stderr."""
+"""How far a pass over modules or pictures is: a bar on a terminal, plain lines in a log file, all of it ASCII on stderr."""
 
 from __future__ import annotations
 
@@ -64,6 +64,34 @@ class Bar:
             self._shown = None
 
 
+class Pictures:
+    """`tick` for rendering, on stderr: `3/12 pictures, 40 s left`.
+
+    Args:
+        quiet: Show nothing.
+        clock: Seconds, for the lines of a log.
+    """
+
+    def __init__(self, quiet: bool = False, clock: Clock = time.monotonic):
+        self._quiet, self._clock = quiet, clock
+        self._shown: _Shown | None = None
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._shown is not None:
+            self._shown.close()
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        """Picture `done` of `total` is finished."""
+        if self._quiet:
+            return
+        if self._shown is None:
+            self._shown = _shown("pictures", total, self._clock, "picture")
+        self._shown.to(done)
+
+
 def watched(title: str, quiet: bool, clock: Clock = time.monotonic) -> Callable[[Collection[str]], Iterable[str]]:
     """Passes modules on and shows how far it is when that takes over a second.
 
@@ -93,18 +121,18 @@ def passing(quiet: bool, clock: Clock = time.monotonic) -> Callable[[StepPlan, s
     return lambda plan, what, modules: watched(f"{what} of {plan.name}", quiet, clock)(modules)
 
 
-def _shown(title: str, total: int, clock: Clock) -> _Shown:
+def _shown(title: str, total: int, clock: Clock, unit: str = "module") -> _Shown:
     """A bar where stderr is a terminal. A stream that keeps a log may lack `isatty`; without a console there is None."""
     title = plain(title)[:_TITLE]
     is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
-    return _Drawn(title, total) if is_terminal else _Lines(title, total, clock)
+    return _Drawn(title, total, unit) if is_terminal else _Lines(title, total, clock, unit)
 
 
 class _Drawn:
     """A bar that tqdm redraws in place."""
 
-    def __init__(self, title: str, total: int):
-        self._bar = tqdm(total=total, desc=title, unit="module", ascii=True, delay=DELAY, mininterval=0.5, file=sys.stderr)
+    def __init__(self, title: str, total: int, unit: str):
+        self._bar = tqdm(total=total, desc=title, unit=unit, ascii=True, delay=DELAY, mininterval=0.5, file=sys.stderr)
 
     def to(self, done: int) -> None:
         self._bar.update(done - self._bar.n)
@@ -116,8 +144,8 @@ class _Drawn:
 class _Lines:
     """`soft: 60/240 modules, 3 s left`, the first after a second, then few: a log keeps every one of them."""
 
-    def __init__(self, title: str, total: int, clock: Clock):
-        self._title, self._total, self._clock = title, total, clock
+    def __init__(self, title: str, total: int, clock: Clock, unit: str):
+        self._title, self._total, self._clock, self._unit = title, total, clock, unit
         self._first: int | None = None  # modules that were done when their pace began, at `_since`
         self._since = clock()
         self._not_before, self._from = self._since + DELAY, 0.0  # the time and the module of the next line, at the earliest
@@ -128,7 +156,7 @@ class _Lines:
             self._first, self._since = done, now
         if now >= self._not_before and self._from <= done < self._total and sys.stderr is not None:
             self._not_before, self._from = now + _APART, done + _SHARE * self._total
-            print(f"{self._title}: {done}/{self._total} modules{self._left(done, now)}", file=sys.stderr, flush=True)
+            print(f"{self._title}: {done}/{self._total} {self._unit}s{self._left(done, now)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass  # what was made is told by whoever made it

@@ -1,0 +1,32 @@
+"""The processes of an `accelerate launch` as one team."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..preview.render import Team
+from . import toolkit
+
+
+class Launch(Team):
+    """Divides work with accelerate's own means, over the processes that the toolkit's accelerator knows."""
+
+    def __init__(self):
+        self._accelerator = toolkit.accelerator()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what all of them have made."""
+        return self._accelerator.is_main_process
+
+    def mine(self, work: Sequence[Any]) -> Sequence[Any]:
+        """A run of neighbours, so that pictures of one LoRA stay together."""
+        with self._accelerator.split_between_processes(list(work)) as part:
+            return part
+
+    def gather(self, answers: Sequence[str]) -> list[str]:
+        """Waits for all."""
+        from accelerate.utils import gather_object
+
+        return gather_object(list(answers))

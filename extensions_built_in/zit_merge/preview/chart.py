@@ -1,0 +1,266 @@
+"""Draws an ablation: bars for the parts, a map of layers x components for cells; one panel for each metric. A4 wide.
+
+matplotlib is loaded only when a picture is drawn. Places are in inches from the upper left corner, as in `report.figure`, whose
+paper, letters and colours these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from ..errors import ZitMergeError
+from ..zimage import ALIASES, COMPONENTS
+from .ablation import LEAVE_OUT, Ablation, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARGIN, _BETWEEN = 0.35, 0.2
+_LINE, _ROW = 0.135, 0.17  # of small text; of a bar or a cell
+_NAMES, _COMPONENTS = 0.95, 0.5  # beside a panel, for the names of parts, of components
+_TITLE, _TICKS, _BAR = 0.31, 0.42, 0.42  # above a panel; below it; for a scale of colours
+_LETTER = 0.065  # width of a digit of small text, with a little air
+_GAP = 0.6  # columns between the layers and what is no layer
+_COLUMNS = 14  # of a map, up to which two stand beside each other
+_OUTLIERS = 2.0  # times the largest share: single pictures beyond are drawn at the edge
+_FILL, _DOT, _GREY = "#56B4E9", "#000000", "#404040"  # Okabe and Ito
+_LETTERS = 130  # of small text in a line
+
+
+class _Panel(NamedTuple):
+    """Where the picture of one metric stands."""
+
+    metric: str
+    left: float
+    top: float
+    width: float
+
+
+def check(place: str) -> None:
+    """Raises unless pictures can be drawn, to be asked before anything is rendered.
+
+    Args:
+        place: Of what asks for one, for messages.
+
+    Raises:
+        ZitMergeError: matplotlib is not installed.
+    """
+    _figure(place)
+
+
+def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
+    """Writes the picture as PNG.
+
+    Args:
+        ablation: What is drawn.
+        file: A path, or open for writing.
+
+    Raises:
+        ZitMergeError: matplotlib is not installed.
+    """
+    figure = _figure("ablate")
+    with figure._settings():
+        page(ablation).figure.savefig(file, format="png")
+
+
+def page(ablation: Ablation) -> Any:
+    """The page as `report.figure` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
+    figure = _figure("ablate")
+    head, foot = _head(ablation), _foot(ablation)
+    top = _MARGIN + 0.27 + _LINE * 1.3 + len(head) * _LINE + 0.12
+    panels, height = _panels(ablation, top)
+    made = figure._Page(top + height + len(foot) * _LINE + _MARGIN)
+    what = "left out in turn" if ablation.mode == LEAVE_OUT else "on its own"
+    made.text(_MARGIN, _MARGIN, f"What the parts do in pictures: each {what}", figure.LARGE, weight="bold")
+    made.named(_MARGIN, _MARGIN + 0.27, figure.WIDTH - 2 * _MARGIN, "LoRA: ", ablation.lora, figure.NORMAL)
+    _lines(made, top - 0.12 - len(head) * _LINE, head)
+    for n, panel in enumerate(panels):
+        made.named(panel.left, panel.top, panel.width, "", panel.metric, figure.NORMAL)
+        made.text(panel.left, panel.top + _LINE, f"100 % is {ablation.whole(panel.metric):.3g}", color=_GREY)
+        if ablation.by == "cells":
+            _map(made, figure, ablation, panel)
+        else:
+            _bars(made, ablation, panel, is_first=n % _across(ablation) == 0)
+    _lines(made, top + height, foot)
+    return made
+
+
+def _figure(place: str) -> ModuleType:
+    try:
+        from ..report import figure
+    except ImportError as e:
+        raise ZitMergeError(f"{place}: its picture needs matplotlib ({e}): python -m pip install matplotlib") from e
+    return figure
+
+
+def _lines(made: Any, top: float, lines: Sequence[str]) -> None:
+    for k, line in enumerate(lines):
+        made.text(_MARGIN, top + k * _LINE, line)
+
+
+def _head(ablation: Ablation) -> list[str]:
+    return [line for text in (f"{ablation.rendered}.", ablation.meaning) for line in wrap(text, _LETTERS)]
+
+
+def _foot(ablation: Ablation) -> list[str]:
+    """What the marks mean, what there is to know, and the caveat."""
+    texts = (
+        []
+        if ablation.by == "cells"
+        else ["Bars: all pictures together. Dots: single pictures, those beyond the scale at its edge."]
+    )
+    if _is_holey(ablation):
+        texts.append("Hatched: the LoRA has nothing there.")
+    return [line for text in (*texts, *ablation.notes(), ablation.caveat) for line in wrap(text, _LETTERS)]
+
+
+# --- where the panels stand ----------------------------------------------------------------------------------------------------
+
+
+def _across(ablation: Ablation) -> int:
+    """Panels beside each other."""
+    most = 4 if ablation.by != "cells" else 2 if len(_runs(ablation)) + len(_wholes(ablation)) <= _COLUMNS else 1
+    return min(len(ablation.distances), most)
+
+
+def _panels(ablation: Ablation, top: float) -> tuple[list[_Panel], float]:
+    """The panels from `top` on, and the height of them all."""
+    from ..report.figure import WIDTH
+
+    across, is_map = _across(ablation), ablation.by == "cells"
+    tall = _TITLE + _ROW * (len(COMPONENTS) if is_map else len(ablation.groups)) + _TICKS + (_BAR + 0.15 if is_map else 0.15)
+    beside = _COMPONENTS * across if is_map else _NAMES  # bars have their names once in a row
+    width = (WIDTH - 2 * _MARGIN - beside - (across - 1) * _BETWEEN) / across
+    found = []
+    for k, metric in enumerate(ablation.distances):
+        row, column = divmod(k, across)
+        left = _MARGIN + column * (width + _BETWEEN) + (_COMPONENTS * (column + 1) if is_map else _NAMES)
+        found.append(_Panel(metric, left, top + row * tall, width))
+    return found, tall * -(-len(found) // across)
+
+
+# --- bars ----------------------------------------------------------------------------------------------------------------------
+
+
+def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> None:
+    """A bar for each part, in the order of the model, and a dot for each picture."""
+    names = [g.name for g in ablation.groups]
+    axes = made.axes(panel.left, panel.top + _TITLE, panel.width, _ROW * len(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names if is_first else [""] * len(names))
+    shares = [ablation.share(panel.metric, name) for name in names]
+    if None in shares:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        return
+    percent = [100 * share for share in shares]
+    dots = [
+        (k, 100 * share) for k, name in enumerate(names) for share in ablation.shares(panel.metric, name) if share is not None
+    ]
+    limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 1e-9)
+    axes.barh(range(len(names)), percent, height=0.72, color=_FILL, linewidth=0)
+    if len(ablation.shots) > 1:
+        dot = {"s": 5, "facecolor": "none", "edgecolor": _DOT, "linewidth": 0.5, "clip_on": False}
+        axes.scatter([min(x, limit) for _, x in dots], [k for k, _ in dots], **dot, zorder=3)
+    _percent_axis(axes, limit)
+
+
+def _percent_axis(axes: Axes, limit: float) -> None:
+    axes.set(xlim=(0, limit), xlabel="share in %")
+    axes.locator_params(axis="x", nbins=4)
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.grid(axis="x", linewidth=0.3, color="#c0c0c0")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if limit > 100:
+        axes.axvline(100, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+
+
+# --- maps ----------------------------------------------------------------------------------------------------------------------
+
+
+def _runs(ablation: Ablation) -> list[str]:
+    """The runs of layers, in order."""
+    return list(dict.fromkeys(g.key.partition(".")[0] for g in ablation.groups if g.table == "overrides"))
+
+
+def _wholes(ablation: Ablation) -> list[str]:
+    """The parts that are no cells."""
+    return [g.key for g in ablation.groups if g.table != "overrides"]
+
+
+def _is_holey(ablation: Ablation) -> bool:
+    return ablation.by == "cells" and len(_runs(ablation)) * len(COMPONENTS) + len(_wholes(ablation)) > len(ablation.groups)
+
+
+class _Cell(NamedTuple):
+    """A rectangle of a map, in columns and rows."""
+
+    left: float
+    top: float
+    height: float
+    share: float | None  # None where the LoRA has nothing
+
+
+def _cells(ablation: Ablation, metric: str) -> list[_Cell]:
+    shares = {g.key: ablation.share(metric, g.name) for g in ablation.groups}
+    runs = _runs(ablation)
+    found = [_Cell(x, y, 1, shares.get(f"{run}.{c}")) for x, run in enumerate(runs) for y, c in enumerate(COMPONENTS)]
+    start = len(runs) + _GAP * bool(runs)
+    return found + [_Cell(start + k, 0, len(COMPONENTS), shares[key]) for k, key in enumerate(_wholes(ablation))]
+
+
+def _map(made: Any, figure: ModuleType, ablation: Ablation, panel: _Panel) -> None:
+    """Runs of layers x components, and the refiners and `other` as columns of their own."""
+    axes = made.axes(panel.left, panel.top + _TITLE, panel.width, _ROW * len(COMPONENTS))
+    if not ablation.ranked(panel.metric):
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        return
+    cells, names = _cells(ablation, panel.metric), [*_runs(ablation), *(key.replace("_", "\n") for key in _wholes(ablation))]
+    end = max(cell.left for cell in cells) + 1
+    lefts = sorted({cell.left for cell in cells})
+    axes.set(xlim=(0, end), ylim=(len(COMPONENTS), 0))
+    scale = figure._Scale(figure.Normalize(0, max(cell.share or 0 for cell in cells) * 100 or 1), "cividis", "share in %")
+    _fill(axes, figure, cells, scale.norm)
+    width = panel.width / end
+    if max(len(number(cell.share)) for cell in cells) * _LETTER <= width:
+        _numbers(axes, cells, scale.norm)
+    axes.set_yticks([k + 0.5 for k in range(len(COMPONENTS))], [_short(c) for c in COMPONENTS])
+    axes.set_xticks([left + 0.5 for left in lefts], names, rotation=90, linespacing=0.9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = made.axes(panel.left, panel.top + _TITLE + _ROW * len(COMPONENTS) + _TICKS + 0.05, min(panel.width, 3.2), 0.08)
+    figure._colour_bar(made.figure, bar, scale, "horizontal")
+
+
+def _fill(axes: Axes, figure: ModuleType, cells: Sequence[_Cell], norm: Any) -> None:
+    from matplotlib import colormaps
+
+    absent = {"facecolor": figure._ABSENT.face, "hatch": figure._ABSENT.hatch, "edgecolor": figure._ABSENT.edge, "linewidth": 0}
+    for cell in cells:
+        present = {} if cell.share is None else {"facecolor": colormaps["cividis"](norm(100 * cell.share)), "edgecolor": "white"}
+        axes.bar(
+            cell.left,
+            cell.height,
+            width=1,
+            bottom=cell.top,
+            align="edge",
+            **(present and {**present, "linewidth": 0.3} or absent),
+        )
+
+
+def _numbers(axes: Axes, cells: Sequence[_Cell], norm: Any) -> None:
+    for cell in cells:
+        if cell.share is not None:
+            place = (cell.left + 0.5, cell.top + cell.height / 2)
+            colour = "white" if norm(100 * cell.share) < 0.5 else "black"
+            axes.text(*place, number(cell.share), ha="center", va="center_baseline", color=colour, size=7)
+
+
+def _short(component: str) -> str:
+    return next((alias for alias, name in ALIASES.items() if name == component), component)

@@ -1,0 +1,181 @@
+"""From rendered pictures to what people look at: samples, sheets, tables, JSON, presets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..config import RankRule, Section, Step
+from ..errors import ZitMergeError
+from ..recipe import to_yaml
+from ..report.text import copyable
+from .ablation import Ablation, measure
+from .exhibits import Exhibit, Exhibition, Picture, shots_text
+from .gallery import Gallery
+from .render import Studio
+from .scene import Shot
+from .sheet import Block, sheet
+
+
+@dataclass(frozen=True)
+class Hung:
+    """An exhibit that hangs.
+
+    Attributes:
+        exhibit: What was asked for.
+        sheet: The contact sheet.
+        pictures: (shot, label, YAML of the section that makes it or nothing, file), as on the sheet.
+        ablation: What was measured.
+        files: Everything that was written for it beside its pictures.
+        notes: What a person should know, a sentence each.
+    """
+
+    exhibit: Exhibit
+    sheet: Path
+    pictures: tuple[tuple[Shot, str, str, Path], ...]
+    ablation: Ablation | None
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [f"{self.exhibit.title}: {len(self.pictures)} pictures", *(f"    {copyable(path)}" for path in self.files)]
+        return "\n".join([*lines, *self.notes, *([self.ablation.text()] if self.ablation else [])])
+
+
+def hang(exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Iterator[Hung]:
+    """Writes what belongs to the pictures of an exhibition, all of which are there.
+
+    Args:
+        exhibition: What is shown.
+        studio: That rendered it.
+        gallery: Where pictures lie.
+
+    Yields:
+        Each exhibit.
+
+    Raises:
+        ZitMergeError: Something can't be written.
+    """
+    shown = dict.fromkeys(p for e in exhibition.exhibits if e.kind != "ablate" for p in e.pictures())
+    digests = {studio.digests[p]: f"{p.look.label}: {p.shot.prompt}" for p in reversed(shown)}
+    gallery.show(list(reversed(digests)), list(reversed(digests.values())))
+    for exhibit in exhibition.exhibits:
+        yield _hang(exhibit, exhibition, studio, gallery)
+
+
+def _hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Hung:
+    yamls = [section_yaml(exhibition.section, plain_step(cell.plan.spec)) for cell in exhibit.cells] or [""] * len(exhibit.looks)
+    pictures = tuple(
+        (shot, look.label, text, studio.path(Picture(look, shot)))
+        for shot in exhibit.shots
+        for look, text in zip(exhibit.looks, yamls, strict=True)
+    )
+    ablation = _measured(exhibit, studio, gallery) if exhibit.kind == "ablate" else None
+    footer = ablation.caveat if ablation else f"{shots_text(exhibit.shots)}; {exhibition.scene.model['name_or_path']}"
+    files, notes = [gallery.write(f"{exhibit.name}.png", _sheet(exhibit, studio, gallery, footer))], []
+    facts = _facts(exhibit, exhibition, studio, yamls) | ({"ablation": ablation.facts()} if ablation else {})
+    files.append(gallery.write(f"{exhibit.name}.json", json.dumps(facts, indent=1, default=str).encode()))
+    if ablation:
+        extra, notes = _of_ablation(exhibit, ablation, gallery)
+        files += extra
+    return Hung(exhibit, files[0], pictures, ablation, tuple(files), tuple(notes))
+
+
+def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> bytes:
+    blocks = [
+        Block(
+            f"{shot.prompt}   (seed {shot.seed})",
+            [(look.label, gallery.load(studio.digests[Picture(look, shot)])) for look in exhibit.looks],
+        )
+        for shot in exhibit.shots
+    ]
+    content = BytesIO()
+    sheet(exhibit.title, blocks, exhibit.across, footer).save(content, "PNG")
+    return content.getvalue()
+
+
+def _measured(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> Ablation:
+    base, full, *parts = ([gallery.load(studio.digests[Picture(look, shot)]) for shot in exhibit.shots] for look in exhibit.looks)
+    return measure(
+        dict(zip((g.name for g in exhibit.groups), parts, strict=True)),
+        full,
+        base,
+        groups=exhibit.groups,
+        by=exhibit.asked.by,
+        mode=exhibit.asked.mode,
+        lora=exhibit.plan.path.name,
+        shots=[(shot.prompt, shot.seed) for shot in exhibit.shots],
+        metrics=exhibit.asked.metrics,
+    )
+
+
+def _of_ablation(exhibit: Exhibit, ablation: Ablation, gallery: Gallery) -> tuple[list[Path], list[str]]:
+    """The chart, and the preset that was asked for."""
+    from .chart import draw
+
+    content = BytesIO()
+    draw(ablation, content)
+    files, name = [gallery.write(f"{exhibit.name}_chart.png", content.getvalue())], exhibit.asked.preset
+    if not name:
+        return files, []
+    try:
+        text = ablation.preset_yaml(name, exhibit.asked.metrics[0])
+    except ZitMergeError as e:
+        return files, [f"no preset {name}: {e}"]
+    path = gallery.write(f"{name}.yaml", text.encode())
+    return [*files, path], [f"to use the preset {name}: preset: {copyable(path)}"]
+
+
+def _facts(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, yamls: list[str]) -> dict[str, Any]:
+    """What is on a sheet, for programs."""
+    looks = [
+        {
+            "label": look.label,
+            "pictures": [f"pictures/{studio.digests[Picture(look, shot)]}.png" for shot in exhibit.shots],
+            "follows_from": studio.records[look],
+            **({"section": text} if text else {}),
+        }
+        for look, text in zip(exhibit.looks, yamls, strict=True)
+    ]
+    return {
+        "made_by": f"zit_merge {__version__}",
+        "job": exhibition.site.job,
+        "step": exhibit.plan.name,
+        "kind": exhibit.kind,
+        "title": exhibit.title,
+        "scene": exhibition.scene.record(),
+        "shots": [shot.record() for shot in exhibit.shots],
+        "looks": looks,
+    }
+
+
+def section_yaml(section: Section, step: Mapping[str, Any]) -> str:
+    """The section that makes one step, with the earlier steps that it uses.
+
+    Args:
+        section: As it was read.
+        step: The step as a config has it.
+    """
+    names, wanted = {s.name: s for s in section.steps}, [step]
+    used = [lora["lora"] for lora in step["loras"]]
+    for earlier in reversed(section.steps):
+        if earlier.name in used and earlier.name != step["name"]:
+            wanted.insert(0, plain_step(earlier))
+            used += [lora.lora for lora in names[earlier.name].loras]
+    keys = ("device", "output_dir", "training_folder", "name")
+    settings = {key: value for key in keys if (value := getattr(section, key)) not in (None, "auto")}
+    return to_yaml({"type": "zit_merge", **settings, "steps": wanted})
+
+
+def plain_step(step: Step) -> dict[str, Any]:
+    """A step as a config has it, without what asks for pictures."""
+    plain = step.model_dump(exclude_defaults=True, exclude={"sweep", "ablate", "preview", "file"})
+    if isinstance(step.rank, RankRule):
+        plain["rank"] = step.rank.record()
+    return {"name": step.name, **plain}

@@ -1,0 +1,71 @@
+"""A section's pictures from beginning to end: what the job and `preview` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..errors import counted
+from ..merging import Watched
+from ..report.page.render import Gallery as Shown
+from ..report.page.render import Measures, Preview
+from ..report.page.run import RunPage
+from .exhibits import Exhibition, shots_text
+from .gallery import gallery_of
+from .hang import Hung, hang
+from .render import Painter, Studio, Team, Tick
+from .scene import Scene
+
+
+def show(
+    exhibition: Exhibition,
+    device: torch.device,
+    load: Callable[[Scene], AbstractContextManager[Painter]],
+    page: RunPage | None,
+    tick: Tick,
+    *,
+    watched: Watched = iter,
+    team: Team | None = None,
+) -> Iterator[str]:
+    """Renders what is missing of an exhibition and hangs it.
+
+    Args:
+        exhibition: What is shown.
+        device: Where the algebra runs.
+        load: Loads the model.
+        page: Where the pictures are shown too; its section has begun. None in all processes but the main one.
+        tick: Progress, and the place to stop from.
+        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
+        team: The processes that share the work.
+
+    Yields:
+        What was done, for people; nothing in all processes but the main one.
+
+    Raises:
+        ZitMergeError: A picture could not be rendered or written.
+    """
+    gallery, team = gallery_of(exhibition.site, exhibition.scene.row), team or Team()
+    studio = Studio(exhibition, gallery, device, team)
+    count = studio.render(load, tick, watched)
+    if not team.is_main:
+        return
+    yield f"{counted(count, 'picture')} rendered, {len(set(studio.digests.values())) - count} were there"
+    for hung in hang(exhibition, studio, gallery):
+        if page:
+            page.show(exhibition.site, hung.exhibit.plan.name, _on_page(hung))
+        yield hung.text()
+
+
+def _on_page(hung: Hung) -> Shown:
+    previews = [Preview(f"{shot.prompt} (seed {shot.seed})", label, path, text) for shot, label, text, path in hung.pictures]
+    note = shots_text(hung.exhibit.shots)
+    measures = None
+    if ablation := hung.ablation:
+        names = list(ablation.distances)
+        rows = [(g.name, [ablation.share(m, g.name) for m in names]) for g in ablation.groups]
+        preset = next((f.read_text(encoding="utf-8") for f in hung.files if f.suffix == ".yaml"), "")
+        measures = Measures(names, rows, preset)
+        note = f"{note}. {ablation.meaning} {ablation.caveat}"
+    return Shown(hung.exhibit.title, note, previews, measures)
