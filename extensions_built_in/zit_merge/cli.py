@@ -222,6 +222,7 @@ def _render(args: argparse.Namespace, exhibition: Any, planned: Any, page: Any) 
     """Renders and hangs; the page shows what was merged too, as far as it is there."""
     from .execute import made
     from .host.render import Renderer
+    from .host.status import PictureWatch, Status
     from .host.team import Launch
     from .preview.show import show
     from .report.progress import Pictures, watched
@@ -233,12 +234,13 @@ def _render(args: argparse.Namespace, exhibition: Any, planned: Any, page: Any) 
         for plan in planned.plans:
             if done := made(plan):
                 page.add(done, watched("page", args.quiet))
-    with Pictures(args.quiet) as bar:
-        passing = watched("LoRA", args.quiet)
-        for text in show(exhibition, planned.device, Renderer, page, bar.tick, watched=passing, team=team):
-            _say(args, text)
-    if team.is_main:
-        _say(args, page.write())
+    try:
+        with Pictures(args.quiet) as bar, PictureWatch(Status(), bar.tick) as watch:
+            for text in show(exhibition, planned.device, Renderer, page, watch.tick, watched=watch.passing, team=team):
+                _say(args, text)
+    finally:
+        if team.is_main:
+            _say(args, page.write())
 
 
 def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:

@@ -113,10 +113,12 @@ class ZitMergeProcess(BaseExtensionProcess):
             return
         self._status.say("Merged; loading the model for pictures")
         exhibition = exhibition_of(self._section, self._site, plans)
-        with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
-            for text in show(exhibition, self._device(), Renderer, self.page, watch.tick, watched=watch.passing):
-                _say(text)
-        _say(self.page.write())
+        try:
+            with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
+                for text in show(exhibition, self._device(), Renderer, self.page, watch.tick, watched=watch.passing):
+                    _say(text)
+        finally:
+            _say(self.page.write())
 
     def _device(self):
         """`auto` is where the toolkit's accelerator computes."""

@@ -20,6 +20,15 @@ class Launch(Team):
         """Whether this process writes what all of them have made."""
         return self._accelerator.is_main_process
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process to wait for."""
+        return self._accelerator.num_processes == 1
+
+    def share(self, count: int) -> int:
+        """How much of so much work falls to this process, about."""
+        return -(-count // self._accelerator.num_processes)
+
     def mine(self, work: Sequence[Any]) -> Sequence[Any]:
         """A run of neighbours, so that pictures of one LoRA stay together."""
         with self._accelerator.split_between_processes(list(work)) as part:

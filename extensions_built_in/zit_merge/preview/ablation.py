@@ -249,7 +249,8 @@ class Ablation:
         what = "left out in turn" if self.mode == LEAVE_OUT else "alone"
         lines = wrapped(f"{squeezed(self.lora, _NAME)}, each part {what}: {self.rendered}", 0)
         lines += ["", *wrapped(self.meaning)]
-        lines += _cell_tables(self) if self.by == "cells" else _group_tables(self)
+        if self.groups:
+            lines += _cell_tables(self) if self.by == "cells" else _group_tables(self)
         lines += ["", *_orders(self)]
         lines += ["", *(line for sentence in (*self.notes(), self.caveat) for line in wrapped(sentence))]
         return "\n".join(lines)
@@ -368,8 +369,8 @@ def _orders(ablation: Ablation) -> Iterator[str]:
     """For each metric what 100 % is, and which groups are strongest and weakest."""
     names = [squeezed(m, _LABEL) for m in ablation.distances]
     for name, m in zip(names, ablation.distances, strict=True):
-        parts = [f"100 % is {ablation.whole(m):.3g}", *_order(ablation, m)]
-        yield from beside(f"  {name:<{max(map(len, names))}}  ", parts if ablation.ranked(m) else ["nothing to tell"])
+        told = _order(ablation, m) if ablation.ranked(m) else ["nothing to tell"]
+        yield from beside(f"  {name:<{max(map(len, names))}}  ", [f"100 % is {ablation.whole(m):.3g}", *told])
 
 
 def _order(ablation: Ablation, metric: str) -> list[str]:

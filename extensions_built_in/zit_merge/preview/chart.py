@@ -24,6 +24,7 @@ _LINE, _ROW = 0.135, 0.17  # of small text; of a bar or a cell
 _NAMES, _COMPONENTS = 0.95, 0.5  # beside a panel, for the names of parts, of components
 _TITLE, _TICKS, _BAR = 0.31, 0.42, 0.42  # above a panel; below it; for a scale of colours
 _LETTER = 0.065  # width of a digit of small text, with a little air
+_WIDEST = 0.45  # of a column of a map
 _GAP = 0.6  # columns between the layers and what is no layer
 _COLUMNS = 14  # of a map, up to which two stand beside each other
 _OUTLIERS = 2.0  # times the largest share: single pictures beyond are drawn at the edge
@@ -108,11 +109,9 @@ def _head(ablation: Ablation) -> list[str]:
 
 def _foot(ablation: Ablation) -> list[str]:
     """What the marks mean, what there is to know, and the caveat."""
-    texts = (
-        []
-        if ablation.by == "cells"
-        else ["Bars: all pictures together. Dots: single pictures, those beyond the scale at its edge."]
-    )
+    texts = []
+    if ablation.by != "cells" and len(ablation.shots) > 1:
+        texts.append("Bars: all pictures together. Dots: single pictures, those beyond the scale at its edge.")
     if _is_holey(ablation):
         texts.append("Hatched: the LoRA has nothing there.")
     return [line for text in (*texts, *ablation.notes(), ablation.caveat) for line in wrap(text, _LETTERS)]
@@ -154,14 +153,12 @@ def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> No
     axes.set_yticks(range(len(names)), names if is_first else [""] * len(names))
     shares = [ablation.share(panel.metric, name) for name in names]
     if None in shares:
-        axes.set_xticks([])
-        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        _nothing(axes)
         return
     percent = [100 * share for share in shares]
-    dots = [
-        (k, 100 * share) for k, name in enumerate(names) for share in ablation.shares(panel.metric, name) if share is not None
-    ]
-    limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 1e-9)
+    singles = ((k, share) for k, name in enumerate(names) for share in ablation.shares(panel.metric, name))
+    dots = [(k, 100 * share) for k, share in singles if share is not None]
+    limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 0.1)
     axes.barh(range(len(names)), percent, height=0.72, color=_FILL, linewidth=0)
     if len(ablation.shots) > 1:
         dot = {"s": 5, "facecolor": "none", "edgecolor": _DOT, "linewidth": 0.5, "clip_on": False}
@@ -171,6 +168,7 @@ def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> No
 
 def _percent_axis(axes: Axes, limit: float) -> None:
     axes.set(xlim=(0, limit), xlabel="share in %")
+    axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="x", nbins=4)
     axes.ticklabel_format(axis="x", style="plain", useOffset=False)
     axes.grid(axis="x", linewidth=0.3, color="#c0c0c0")
@@ -178,6 +176,13 @@ def _percent_axis(axes: Axes, limit: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if limit > 100:
         axes.axvline(100, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+
+
+def _nothing(axes: Axes) -> None:
+    """A word in place of what can't be told."""
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center", size=7)
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------------------
@@ -216,49 +221,49 @@ def _cells(ablation: Ablation, metric: str) -> list[_Cell]:
 
 def _map(made: Any, figure: ModuleType, ablation: Ablation, panel: _Panel) -> None:
     """Runs of layers x components, and the refiners and `other` as columns of their own."""
-    axes = made.axes(panel.left, panel.top + _TITLE, panel.width, _ROW * len(COMPONENTS))
-    if not ablation.ranked(panel.metric):
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
-        return
-    cells, names = _cells(ablation, panel.metric), [*_runs(ablation), *(key.replace("_", "\n") for key in _wholes(ablation))]
+    cells = _cells(ablation, panel.metric)
     end = max(cell.left for cell in cells) + 1
-    lefts = sorted({cell.left for cell in cells})
+    width, tall = min(panel.width / end, _WIDEST), _ROW * len(COMPONENTS)
+    axes = made.axes(panel.left, panel.top + _TITLE, width * end, tall)
+    if not ablation.ranked(panel.metric):
+        _nothing(axes)
+        return
     axes.set(xlim=(0, end), ylim=(len(COMPONENTS), 0))
     scale = figure._Scale(figure.Normalize(0, max(cell.share or 0 for cell in cells) * 100 or 1), "cividis", "share in %")
-    _fill(axes, figure, cells, scale.norm)
-    width = panel.width / end
+    _fill(axes, figure, cells, scale)
     if max(len(number(cell.share)) for cell in cells) * _LETTER <= width:
         _numbers(axes, cells, scale.norm)
-    axes.set_yticks([k + 0.5 for k in range(len(COMPONENTS))], [_short(c) for c in COMPONENTS])
-    axes.set_xticks([left + 0.5 for left in lefts], names, rotation=90, linespacing=0.9)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = made.axes(panel.left, panel.top + _TITLE + _ROW * len(COMPONENTS) + _TICKS + 0.05, min(panel.width, 3.2), 0.08)
+    _name_cells(axes, ablation, sorted({cell.left for cell in cells}), width)
+    bar = made.axes(panel.left, panel.top + _TITLE + tall + _TICKS + 0.05, min(width * end, 3.2), 0.08)
     figure._colour_bar(made.figure, bar, scale, "horizontal")
 
 
-def _fill(axes: Axes, figure: ModuleType, cells: Sequence[_Cell], norm: Any) -> None:
-    from matplotlib import colormaps
+def _name_cells(axes: Axes, ablation: Ablation, lefts: Sequence[float], width: float) -> None:
+    """Components on the left, what the columns are below: upright where they are too narrow."""
+    names = [*_runs(ablation), *(key.replace("_", "\n") for key in _wholes(ablation))]
+    axes.set_yticks([k + 0.5 for k in range(len(COMPONENTS))], [_short(c) for c in COMPONENTS])
+    axes.set_xticks([left + 0.5 for left in lefts], names, linespacing=0.9)
+    for label in axes.get_xticklabels():
+        label.set_rotation(90 if max(map(len, label.get_text().split("\n"))) * _LETTER > width else 0)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
-    absent = {"facecolor": figure._ABSENT.face, "hatch": figure._ABSENT.hatch, "edgecolor": figure._ABSENT.edge, "linewidth": 0}
+
+def _fill(axes: Axes, figure: ModuleType, cells: Sequence[_Cell], scale: Any) -> None:
+    colours = figure.ScalarMappable(scale.norm, scale.colours)
+    absent = {"facecolor": figure._ABSENT.face, "hatch": figure._ABSENT.hatch, "edgecolor": figure._ABSENT.edge}
     for cell in cells:
-        present = {} if cell.share is None else {"facecolor": colormaps["cividis"](norm(100 * cell.share)), "edgecolor": "white"}
-        axes.bar(
-            cell.left,
-            cell.height,
-            width=1,
-            bottom=cell.top,
-            align="edge",
-            **(present and {**present, "linewidth": 0.3} or absent),
-        )
+        look = absent
+        if cell.share is not None:
+            look = {"facecolor": colours.to_rgba(100 * cell.share), "edgecolor": "white"}
+        axes.bar(cell.left, cell.height, width=1, bottom=cell.top, align="edge", linewidth=0.3, **look)
 
 
 def _numbers(axes: Axes, cells: Sequence[_Cell], norm: Any) -> None:
     for cell in cells:
         if cell.share is not None:
             place = (cell.left + 0.5, cell.top + cell.height / 2)
-            colour = "white" if norm(100 * cell.share) < 0.5 else "black"
+            colour = "white" if norm(100 * cell.share) < 0.45 else "black"
             axes.text(*place, number(cell.share), ha="center", va="center_baseline", color=colour, size=7)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 from ..config import Ablate, Preview, Section
@@ -59,6 +60,17 @@ class Exhibit:
         """Of its files."""
         return f"{self.plan.name}_{self.kind}"
 
+    @property
+    def labels(self) -> list[str]:
+        """One for each look, no two alike."""
+        return _distinct([look.label for look in self.looks])
+
+    @property
+    def headings(self) -> list[str]:
+        """One for each shot, no two alike."""
+        short = [f"{shot.prompt} (seed {shot.seed})" for shot in self.shots]
+        return short if len(set(short)) == len(short) else [f"{s.prompt} ({shots_text([s])})" for s in self.shots]
+
     def pictures(self) -> Iterator[Picture]:
         """Look by look, since changing the LoRA takes time too."""
         for look in self.looks:
@@ -88,11 +100,20 @@ class Exhibition:
 
     def text(self) -> str:
         """For the plan that is printed."""
-        lines = [f"pictures      {len(self.pictures())} with {self.scene.model['name_or_path']}"]
+        lines = [f"pictures      {len(self.pictures())} with {self.scene.name}"]
         for exhibit in self.exhibits:
-            count = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
-            lines.append(f"  {exhibit.title}: {count}, {shots_text(exhibit.shots)}")
+            size = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
+            lines.append(f"  {exhibit.title}: {size}, {shots_text(exhibit.shots)}")
         return "\n".join(lines)
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """The labels; those that are there already with a number behind them."""
+    found: list[str] = []
+    for label in labels:
+        numbered = (f"{label} ({n})" for n in count(2))
+        found.append(label if label not in found else next(name for name in numbered if name not in [*found, *labels]))
+    return found
 
 
 def shots_text(shots: Sequence[Shot]) -> str:
@@ -128,13 +149,13 @@ def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Ex
     numbers = {step.name: i for i, step in enumerate(section.steps)}
     exhibits = [e for plan in plans for e in _of_step(plan, site, scene, looks, site.at(f"steps[{numbers[plan.name]}]"))]
     found = Exhibition(site, scene, exhibits, section)
-    count = len(found.pictures())
+    number = len(found.pictures())
     confirmed = any(asked and asked.confirm for step in section.steps for asked in (step.preview, step.ablate))
-    if count > LIMIT and not confirmed:
+    if number > LIMIT and not confirmed:
         most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
         raise ZitMergeError(
-            f"{most.plan.place}.{most.kind}: these are {count} pictures, {len(most.looks)} x {len(most.shots)} of them here: set "
-            "confirm: true in preview if you want them all, or take fewer prompts, values or groups"
+            f"{most.plan.place}.{most.kind}: these are {number} pictures, {len(most.looks)} x {len(most.shots)} of them here: "
+            "set confirm: true in preview if you want them all, or take fewer prompts, values or groups"
         )
     return found
 
@@ -188,4 +209,5 @@ def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Look
     only = asked.mode == "only"
     shown = [Without(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
     title = f"{plan.name}: {'only' if only else 'without'} one of its {asked.by}"
-    return Exhibit("ablate", plan, [looks.base, whole, *shown], shots, _ACROSS, title, groups=found, asked=asked)
+    shown = [looks.base, whole, *shown]
+    return Exhibit("ablate", plan, shown, shots, min(len(shown), _ACROSS), title, groups=found, asked=asked)

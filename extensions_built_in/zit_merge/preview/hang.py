@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,6 @@ from .ablation import Ablation, measure
 from .exhibits import Exhibit, Exhibition, Picture, shots_text
 from .gallery import Gallery
 from .render import Studio
-from .scene import Shot
 from .sheet import Block, sheet
 
 
@@ -29,7 +28,7 @@ class Hung:
     Attributes:
         exhibit: What was asked for.
         sheet: The contact sheet.
-        pictures: (shot, label, YAML of the section that makes it or nothing, file), as on the sheet.
+        pictures: (heading, label, YAML of the section that makes it or nothing, file), as on the sheet.
         ablation: What was measured.
         files: Everything that was written for it beside its pictures.
         notes: What a person should know, a sentence each.
@@ -37,7 +36,7 @@ class Hung:
 
     exhibit: Exhibit
     sheet: Path
-    pictures: tuple[tuple[Shot, str, str, Path], ...]
+    pictures: tuple[tuple[str, str, str, Path], ...]
     ablation: Ablation | None
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
@@ -48,52 +47,54 @@ class Hung:
         return "\n".join([*lines, *self.notes, *([self.ablation.text()] if self.ablation else [])])
 
 
-def hang(exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Iterator[Hung]:
-    """Writes what belongs to the pictures of an exhibition, all of which are there.
+def hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Hung:
+    """Puts the pictures of an exhibit, all of which are there, into the job's samples, and writes what belongs to them.
 
     Args:
-        exhibition: What is shown.
+        exhibit: What is shown.
+        exhibition: That it belongs to.
         studio: That rendered it.
         gallery: Where pictures lie.
-
-    Yields:
-        Each exhibit.
 
     Raises:
         ZitMergeError: Something can't be written.
     """
-    shown = dict.fromkeys(p for e in exhibition.exhibits if e.kind != "ablate" for p in e.pictures())
-    digests = {studio.digests[p]: f"{p.look.label}: {p.shot.prompt}" for p in reversed(shown)}
-    gallery.show(list(reversed(digests)), list(reversed(digests.values())))
-    for exhibit in exhibition.exhibits:
-        yield _hang(exhibit, exhibition, studio, gallery)
-
-
-def _hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Hung:
+    if exhibit.kind != "ablate":  # those are there to be measured: too many, and too alike, to look at one by one
+        _into_samples(exhibit, studio, gallery)
     yamls = [section_yaml(exhibition.section, plain_step(cell.plan.spec)) for cell in exhibit.cells] or [""] * len(exhibit.looks)
-    pictures = tuple(
-        (shot, look.label, text, studio.path(Picture(look, shot)))
-        for shot in exhibit.shots
-        for look, text in zip(exhibit.looks, yamls, strict=True)
-    )
     ablation = _measured(exhibit, studio, gallery) if exhibit.kind == "ablate" else None
-    footer = ablation.caveat if ablation else f"{shots_text(exhibit.shots)}; {exhibition.scene.model['name_or_path']}"
+    footer = ablation.caveat if ablation else f"{shots_text(exhibit.shots)}; {exhibition.scene.name}"
     files, notes = [gallery.write(f"{exhibit.name}.png", _sheet(exhibit, studio, gallery, footer))], []
     facts = _facts(exhibit, exhibition, studio, yamls) | ({"ablation": ablation.facts()} if ablation else {})
     files.append(gallery.write(f"{exhibit.name}.json", json.dumps(facts, indent=1, default=str).encode()))
     if ablation:
         extra, notes = _of_ablation(exhibit, ablation, gallery)
         files += extra
+    pictures = tuple(
+        (heading, label, text, gallery.path(studio.digests[Picture(look, shot)]))
+        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True)
+        for look, label, text in zip(exhibit.looks, exhibit.labels, yamls, strict=True)
+    )
     return Hung(exhibit, files[0], pictures, ablation, tuple(files), tuple(notes))
+
+
+def _into_samples(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> None:
+    labels: dict[str, str] = {}
+    for picture in exhibit.pictures():
+        labels.setdefault(studio.digests[picture], f"{picture.look.label}: {picture.shot.prompt}")
+    gallery.show(list(labels), list(labels.values()))
 
 
 def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> bytes:
     blocks = [
         Block(
-            f"{shot.prompt}   (seed {shot.seed})",
-            [(look.label, gallery.load(studio.digests[Picture(look, shot)])) for look in exhibit.looks],
+            heading,
+            [
+                (label, gallery.load(studio.digests[Picture(look, shot)]))
+                for look, label in zip(exhibit.looks, exhibit.labels, strict=True)
+            ],
         )
-        for shot in exhibit.shots
+        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True)
     ]
     content = BytesIO()
     sheet(exhibit.title, blocks, exhibit.across, footer).save(content, "PNG")
@@ -136,12 +137,12 @@ def _facts(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, yamls: list
     """What is on a sheet, for programs."""
     looks = [
         {
-            "label": look.label,
+            "label": label,
             "pictures": [f"pictures/{studio.digests[Picture(look, shot)]}.png" for shot in exhibit.shots],
             "follows_from": studio.records[look],
             **({"section": text} if text else {}),
         }
-        for look, text in zip(exhibit.looks, yamls, strict=True)
+        for look, label, text in zip(exhibit.looks, exhibit.labels, yamls, strict=True)
     ]
     return {
         "made_by": f"zit_merge {__version__}",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +41,15 @@ class Team:
         """Whether this process writes what all of them have made."""
         return True
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process to wait for."""
+        return True
+
+    def share(self, count: int) -> int:
+        """How much of so much work falls to this process, about."""
+        return count
+
     def mine(self, work: Sequence[Any]) -> Sequence[Any]:
         """The part of the work that falls to this process."""
         return work
@@ -52,41 +60,62 @@ class Team:
 
 
 class Studio:
-    """Renders the pictures of an exhibition.
+    """Renders the pictures of an exhibition. As a context it keeps the model loaded, once for all of them.
 
     Args:
         exhibition: What is shown.
         gallery: Where pictures lie.
         device: Where the algebra runs.
+        load: Loads the model; called when there is something to render.
+        tick: Progress, and the place to stop from.
+        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
         team: The processes that share the work.
+
+    Attributes:
+        records: Look -> everything that its change follows from.
+        digests: Picture -> the name that follows from all that it follows from.
     """
 
-    def __init__(self, exhibition: Exhibition, gallery: Gallery, device: torch.device, team: Team | None = None):
-        self._gallery, self._device, self._team = gallery, device, team or Team()
-        self._pictures = exhibition.pictures()
-        self._scene = exhibition.scene
+    def __init__(
+        self,
+        exhibition: Exhibition,
+        gallery: Gallery,
+        device: torch.device,
+        load: Callable[[Scene], AbstractContextManager[Painter]],
+        tick: Tick,
+        watched: Watched = iter,
+        team: Team | None = None,
+    ):
+        self._gallery, self._load, self._tick, self._team = gallery, load, tick, team or Team()
+        self._scene, self._pictures = exhibition.scene, exhibition.pictures()
         looks = list(dict.fromkeys(p.look for p in self._pictures))
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict.fromkeys(path for look in looks for path in look.files())
-            self._hashes = {path: pool.submit(tensor_hash, path) for path in files}
-        hashes = {path: future.result() for path, future in self._hashes.items()}
+            self._desk = Desk({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
+        hashes = {path: future.result() for path, future in self._desk.hashes.items()}
         self.records = {look: look.record(hashes) for look in looks}
-        base = {"zit_merge": __version__, "scene": self._scene.record()}
-        self._whole = {p: {**base, "look": self.records[p.look], "shot": p.shot.record()} for p in self._pictures}
+        shared = {"zit_merge": __version__, "scene": self._scene.record()}
+        self._whole = {p: {**shared, "look": self.records[p.look], "shot": p.shot.record()} for p in self._pictures}
         self.digests: Mapping[Picture, str] = {p: digest(record) for p, record in self._whole.items()}
+        self._painter: Painter | None = None
+        self._stack = ExitStack()
+        self._done, self._total = 0, len(self.missing(self._pictures))
 
-    def missing(self) -> list[Picture]:
-        """The pictures that are not there, each once."""
-        first = {self.digests[p]: p for p in reversed(self._pictures)}
-        return [p for p in self._pictures if first[self.digests[p]] is p and not self._gallery.has(self.digests[p])]
+    def __enter__(self) -> Studio:
+        return self
 
-    def render(self, load: Callable[[Scene], AbstractContextManager[Painter]], tick: Tick, watched: Watched = iter) -> int:
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def missing(self, pictures: Iterable[Picture]) -> list[Picture]:
+        """Those that are not in the gallery, each once."""
+        first: dict[str, Picture] = {}
+        for picture in pictures:
+            first.setdefault(self.digests[picture], picture)
+        return [picture for name, picture in first.items() if not self._gallery.has(name)]
+
+    def render(self, pictures: Iterable[Picture]) -> int:
         """Renders what is missing. Pictures that are done stay, whatever happens to the next.
-
-        Args:
-            load: Loads the model; called where there is something to render.
-            tick: Progress, and the place to stop from.
-            watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
 
         Returns:
             How many were rendered, by all processes.
@@ -94,31 +123,25 @@ class Studio:
         Raises:
             ZitMergeError: From whichever process could not go on.
         """
-        missing = self.missing()
+        missing = self.missing(pictures)
         self._team.gather([])  # all have looked before the first one writes
         troubles = []
         try:
-            self._render(self._team.mine(missing), load, tick, Desk(self._hashes, self._device, watched))
+            self._render(self._team.mine(missing))
         except ZitMergeError as e:
             troubles.append(str(e))
         if troubles := self._team.gather(troubles):
             raise ZitMergeError(troubles[0])
         return len(missing)
 
-    def _render(
-        self, mine: Sequence[Picture], load: Callable[[Scene], AbstractContextManager[Painter]], tick: Tick, desk: Desk
-    ) -> None:
-        if not mine:
-            return
-        with load(self._scene) as painter:
-            worn: Look | None = None
-            for n, picture in enumerate(mine, 1):
-                if picture.look is not worn:
-                    painter.wear(picture.look.deltas(desk))
-                    worn = picture.look
-                self._gallery.save(self.digests[picture], painter.render(picture.shot), self._whole[picture])
-                tick(picture.look.label, n, len(mine))
-
-    def path(self, picture: Picture) -> Path:
-        """Where a picture lies."""
-        return self._gallery.path(self.digests[picture])
+    def _render(self, mine: Sequence[Picture]) -> None:
+        worn: Look | None = None
+        for picture in mine:
+            if self._painter is None:
+                self._painter = self._stack.enter_context(self._load(self._scene))
+            if picture.look is not worn:
+                self._painter.wear(picture.look.deltas(self._desk))
+                worn = picture.look
+            self._gallery.save(self.digests[picture], self._painter.render(picture.shot), self._whole[picture])
+            self._done += 1
+            self._tick(picture.look.label, self._done, self._team.share(self._total))

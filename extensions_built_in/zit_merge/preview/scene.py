@@ -33,8 +33,8 @@ _OPTIONS: Mapping[str, tuple[str, type]] = {
     "s": ("steps", int),
     "steps": ("steps", int),
 }
-# Of a model's settings, those that change where and when it is computed, not what.
-_INDIFFERENT = ("low_vram", "layer_offloading", "assistant_lora_path", "inference_lora_path", "compile")
+# Of a model's settings, those that change where and when it is computed; the toolkit itself puts the dtype there.
+_INDIFFERENT = ("low_vram", "layer_offloading", "assistant_lora_path", "inference_lora_path", "compile", "dtype")
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,21 @@ class Scene:
     device: str = "auto"
 
     def record(self) -> dict[str, Any]:
-        """What of the model a picture depends on, for JSON: its settings, and its files where they lie on this machine."""
-        settings = {key: value for key, value in self.model.items() if key not in _INDIFFERENT}
-        path = Path(str(self.model["name_or_path"])).expanduser()
+        """What of the model a picture depends on, for JSON: its settings, and its files where they lie on this machine.
+
+        Folders are no part of it: a model may be moved, and a picture shown to others.
+        """
+        settings = {key: value for key, value in self.model.items() if key not in _INDIFFERENT} | {"name_or_path": self.name}
+        path = Path(self.model["name_or_path"]).expanduser()
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*.safetensors") if p.is_file())
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return {"model": settings, "dtype": self.dtype, "files": stats}
+
+    @property
+    def name(self) -> str:
+        """The model's name: its repository, or its folder or file without where that lies."""
+        name = self.model["name_or_path"]
+        return Path(name).name if Path(name).expanduser().exists() else name
 
     @property
     def row(self) -> int:

@@ -47,19 +47,25 @@ def show(
         ZitMergeError: A picture could not be rendered or written.
     """
     gallery, team = gallery_of(exhibition.site, exhibition.scene.row), team or Team()
-    studio = Studio(exhibition, gallery, device, team)
-    count = studio.render(load, tick, watched)
-    if not team.is_main:
-        return
-    yield f"{counted(count, 'picture')} rendered, {len(set(studio.digests.values())) - count} were there"
-    for hung in hang(exhibition, studio, gallery):
-        if page:
-            page.show(exhibition.site, hung.exhibit.plan.name, _on_page(hung))
-        yield hung.text()
+    # One after the other, so that what is done can be looked at; several processes wait for each other once only.
+    parts = [[e] for e in exhibition.exhibits] if team.is_alone else [exhibition.exhibits]
+    with Studio(exhibition, gallery, device, load, tick, watched, team) as studio:
+        for part in parts:
+            pictures = dict.fromkeys(p for exhibit in part for p in exhibit.pictures())
+            count = studio.render(pictures)
+            if not team.is_main:
+                continue
+            different = len({studio.digests[p] for p in pictures})
+            yield f"{counted(count, 'picture')} rendered, {different - count} of {different} were there"
+            for exhibit in part:
+                hung = hang(exhibit, exhibition, studio, gallery)
+                if page:
+                    page.show(exhibition.site, exhibit.plan.name, _on_page(hung))
+                yield hung.text()
 
 
 def _on_page(hung: Hung) -> Shown:
-    previews = [Preview(f"{shot.prompt} (seed {shot.seed})", label, path, text) for shot, label, text, path in hung.pictures]
+    previews = [Preview(heading, label, path, text) for heading, label, text, path in hung.pictures]
     note = shots_text(hung.exhibit.shots)
     measures = None
     if ablation := hung.ablation:
