@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
@@ -17,14 +16,13 @@ import yaml
 from desk import SMALL, Desk
 from oracles import producers
 from oracles.dense import read_deltas
-from PIL import Image
 from safetensors.torch import save_file
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.config import parse_section
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
-from extensions_built_in.zit_merge.report.page.render import Page, Preview
+from extensions_built_in.zit_merge.report.page.render import Page
 from extensions_built_in.zit_merge.weights import strengths
 from extensions_built_in.zit_merge.zimage import COMPONENTS, MODULES, at
 
@@ -571,46 +569,6 @@ def test_no_metadata_one_module_and_zeros(desk, show):
     frame = show(desk.folder / "page.html")
     assert len(shown(frame.map("strength and energy of LoRA 1"))) == 1
     assert frame.violations() == []
-
-
-def picture(colour: str, size: int = 64) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_previews_stand_side_by_side_and_open_large(desk, loras, show):
-    found = [load_lora(p) for p in loras]
-    page = Page("files")
-    page.begin("", section_of(found))
-    rows = ["a cat, seed 1", f"{HOSTILE}, seed 2"]
-    page.add(files_facts(found), [Preview(r, c, picture(c)) for r in rows for c in ("red", "green", "blue")])
-    page.write(desk.folder / "page.html")
-    frame = show(desk.folder / "page.html", 800)
-    assert frame.find(".previews tbody tr").count() == 2 and frame.find(".previews tbody img").count() == 6
-    assert frame.find(".previews tbody img").first.evaluate("image => image.naturalWidth") == 64
-    assert frame.overflow() == 0
-    frame.find(".thumb").nth(1).click()
-    assert frame.find("dialog img").get_attribute("alt") == "green: a cat, seed 1"
-    assert frame.violations() == []
-    frame.page.keyboard.press("ArrowRight")
-    assert frame.find("dialog img").get_attribute("alt") == "blue: a cat, seed 1"
-    frame.page.keyboard.press("Escape")
-    assert not frame.find("dialog").is_visible()
-
-
-def test_pictures_that_are_too_large_are_left_out_and_said(desk, loras, show):
-    found = [load_lora(p) for p in loras]
-    noise = io.BytesIO()
-    Image.frombytes("RGB", (1024, 1024), random.Random(0).randbytes(3 << 20)).save(noise, "PNG")
-    page = Page("files")
-    page.begin("", section_of(found))
-    page.add(files_facts(found), [Preview("a", c, noise.getvalue()) for c in ("base", "result")])
-    page.write(desk.folder / "page.html")
-    assert (desk.folder / "page.html").stat().st_size < 5_000_000
-    frame = show(desk.folder / "page.html")
-    assert "The pictures are left out" in frame.find("main").inner_text()
-    assert shown(frame.map("strength and energy of LoRA 1"))
 
 
 def test_overlap_of_a_pair(desk, loras, show):

@@ -13,6 +13,7 @@ import torch
 from desk import SMALL, Desk
 from oracles import producers
 from oracles.dense import read_deltas
+from page.pictures import noisy
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.formats import writer
@@ -20,7 +21,7 @@ from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.report.page import render
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
-from extensions_built_in.zit_merge.report.page.render import LIMIT, Page, Preview
+from extensions_built_in.zit_merge.report.page.render import LIMIT, Gallery, Page, Preview
 from extensions_built_in.zit_merge.zimage import MODULES
 
 ME, STYLE = {"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.6}
@@ -251,11 +252,13 @@ def many(desk: Desk, count: int) -> list[LoraFile]:
 def test_a_page_stays_under_its_size_whatever_it_is_given(desk):
     loras = many(desk, 3)
     step = files_facts(loras)
+    noise = noisy(1, 96)
     page = Page("x" * 10_000)
     page.begin("", section_of(loras))
     for n in range(300):
-        picture = b"\x89PNG" + bytes(200_000 if n < 20 else 100)
-        page.add({**step, "name": f"step {n}", "notes": ["note " * 100] * 30}, [Preview("row", "column", picture)])
+        page.add({**step, "name": f"step {n}", "notes": ["note " * 100] * 30})
+        previews = [Preview(str(row), "column", noise) for row in range(90 if n < 20 else 1)]
+        page.show("", f"step {n}", Gallery("title", "note", previews))
     html = page.html()
     assert len(html.encode()) < LIMIT
     (block,) = re.findall(r'id="facts">(.*?)</script>', html)
@@ -263,7 +266,8 @@ def test_a_page_stays_under_its_size_whatever_it_is_given(desk):
     assert len(shown) == 300
     for step in shown:
         assert ("details" in step["left_out"]) == (step["details"] is None)
-        assert ("previews" in step["left_out"]) == (step["previews"] == [])
+        assert step["galleries"] or "galleries" in step["left_out"]
+        assert all(gallery["left_out"] == (gallery["pictures"] == []) for gallery in step["galleries"])
 
 
 def test_large_steps_sections_and_words_stay_under_the_size_too(desk):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,17 +21,27 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from ...errors import ZitMergeError
 from ...formats.writer import os_errors, write_whole
-from .facts import NAME, anatomy, text
+from .facts import NAME, anatomy, number, text
 
 LIMIT = 5_000_000  # bytes of a page
+PICTURES = 3_500_000  # of them for pictures, as long as those can be made smaller
 _SPARE = 10_000  # bytes for what says that something was left out
 _INPUTS, _STEPS = 50, 100  # listed whatever else is left out
-_SCRIPTS = ("base", "weights", "yaml", "maps", "glance", "overlap", "previews", "desk", "composer", "main")
+_EDGE = 512  # pixels of a picture's longer side
+_EDGES = range(96, _EDGE, 16)  # of pictures that have to be smaller
+_QUALITY = 80  # of JPEG
+_PROMPT = 4000  # letters: the seed stands behind the prompt, and must not be cut away
+_SCRIPTS = ["base", "weights", "yaml", "maps", "glance", "overlap", "viewer", "measures", "previews", "desk", "composer", "main"]
 _GENERATOR = "zit_merge"
 # What the UI writes anew into the first process, and what makes a recipe of a section: not for the next merge.
 _DROPPED = ("sqlite_db_path", "performance_log_every", "made_by", "job")
 _OF_RECIPES = ("strengths", "unmatched")
+# A step that was rendered but not merged in this run, and what is left of maps and pictures that are left out.
+_ONLY_PICTURES = {"file": None, "notes": [], "triggers": [], "composable": False, "inputs": [], "details": None}
+_NO_MAPS = {"details": None, "left_out": ["details"]}
+_NO_PICTURES = {"rows": [], "columns": [], "previews": [], "pictures": [], "texts": [], "left_out": True}
 
 
 @dataclass(frozen=True)
@@ -39,19 +51,86 @@ class Preview:
     Attributes:
         row: What the pictures of a row have in common: a prompt and its seed.
         column: What it shows: `base`, an input, `result`.
-        picture: A PNG, JPEG or WebP file's bytes.
+        picture: The bytes of a PNG, JPEG or WebP file, or where it lies, so that not all of them are in memory.
+        yaml: The section that makes this picture, where others than the page's own do.
     """
 
     row: str
     column: str
-    picture: bytes
+    picture: bytes | Path
+    yaml: str = ""
 
-    def facts(self) -> dict[str, str]:
-        """For JSON, the picture as a data URI."""
-        kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
-        kind = next(kind for start, kind in kinds.items() if self.picture.startswith(start))
-        data = base64.b64encode(self.picture).decode()
-        return {"row": text(self.row), "column": text(self.column), "uri": f"data:image/{kind};base64,{data}"}
+    def thumbnail(self) -> bytes:
+        """As the page shows it at most: a JPEG of up to 512 pixels a side.
+
+        Raises:
+            ZitMergeError: It is no picture.
+        """
+        try:
+            return _smaller(self.picture, _EDGE)
+        except (OSError, SyntaxError) as e:  # Pillow calls a broken PNG a syntax error
+            raise ZitMergeError(f"the picture {text(self.column)} of {text(self.row)} can't be read: {e}") from None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How much of what a LoRA changes each of its parts changes.
+
+    Attributes:
+        metrics: What was measured, a name for each column.
+        rows: The name of a part and its share by each metric: 1 is all that the LoRA changes, None where it has no number.
+        preset: The YAML of weights that the shares suggest, empty for none.
+    """
+
+    metrics: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+    preset: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [[text(name, NAME), [number(share) for share in shares]] for name, shares in self.rows]
+        return {"metrics": [text(m, NAME) for m in self.metrics], "rows": rows, "preset": self.preset}
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures to compare.
+
+    Attributes:
+        title: What is compared.
+        note: A sentence on how they were made.
+        previews: The pictures; the first column is what the others of a row are compared with.
+        measures: What was measured on them.
+    """
+
+    title: str
+    note: str
+    previews: Sequence[Preview]
+    measures: Measures | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON, but for the pictures, which are bytes yet. Rows, columns and YAML are numbered: their texts may be cut alike.
+
+        Raises:
+            ZitMergeError: A picture can't be read.
+        """
+        rows, columns, texts = (
+            {value: n for n, value in enumerate(dict.fromkeys(getattr(p, key) for p in self.previews))}
+            for key in ("row", "column", "yaml")
+        )
+        found = {(rows[p.row], columns[p.column]): p for p in self.previews}
+        places = sorted(found)
+        return {
+            "title": text(self.title, NAME),
+            "note": text(self.note),
+            "rows": [text(row, _PROMPT) for row in rows],
+            "columns": [text(column) for column in columns],
+            "texts": list(texts),
+            "previews": [{"row": at[0], "column": at[1], "text": texts[found[at].yaml]} for at in places],
+            "pictures": [found[at].thumbnail() for at in places],
+            "measures": self.measures and self.measures.facts(),
+            "left_out": False,
+        }
 
 
 @dataclass
@@ -75,14 +154,35 @@ class Page:
         """
         self._sections.append({"place": place, "raw": _repeatable(raw, first), "steps": []})
 
-    def add(self, facts: Mapping[str, Any], previews: Sequence[Preview] = ()) -> None:
-        """A step of the section, from `step_facts` or `files_facts`, with its pictures."""
-        self._sections[-1]["steps"].append({**facts, "previews": [p.facts() for p in previews]})
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """A step of the section, from `step_facts` or `files_facts`."""
+        self._sections[-1]["steps"].append({**facts, "galleries": []})
+
+    def show(self, place: str, step: str, gallery: Gallery) -> None:
+        """Pictures of a step; one that was not added has only its pictures.
+
+        Args:
+            place: That of a section that has begun.
+            step: The step's name.
+            gallery: What is shown below the galleries that are there.
+
+        Raises:
+            ZitMergeError: A picture can't be read.
+        """
+        shown, name = gallery.facts(), text(step, NAME)
+        steps = next(section["steps"] for section in reversed(self._sections) if section["place"] == place)
+        if not any(s["name"] == name for s in steps):
+            steps.append({**_ONLY_PICTURES, "name": name, "galleries": []})
+        next(s for s in steps if s["name"] == name)["galleries"].append(shown)
 
     def html(self) -> str:
-        """The whole file, under 5 MB; beyond that the largest maps and pictures are left out first, and the page says so."""
-        sections = [{**s, "steps": [{**step, "left_out": []} for step in s["steps"]]} for s in self._sections]
+        """The whole file, under 5 MB: pictures shrink first; then the largest maps and pictures are left out, which it says."""
+        sections = _drawable(self._sections)
         whole = _html(self.title, sections)
+        if galleries := _galleries(sections):
+            pictures = [told["pictures"] for told in _galleries(self._sections)]
+            _hang(pictures, galleries, min(PICTURES, LIMIT - _SPARE - len(whole.encode())))
+            whole = _html(self.title, sections)
         for shrink in (_largest_first, _fewer_inputs, _no_weights, _no_section, _fewer_steps):
             if (excess := len(whole.encode()) - LIMIT) > 0:
                 shrink(sections, excess + _SPARE)
@@ -113,13 +213,88 @@ def _steps(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [step for section in sections for step in section["steps"]]
 
 
+def _galleries(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [gallery for step in _steps(sections) for gallery in step["galleries"]]
+
+
+def _drawable(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sections for JSON, to be changed at will, without their pictures."""
+
+    def step(told: Mapping[str, Any]) -> dict[str, Any]:
+        return {**told, "galleries": [{**gallery, "pictures": []} for gallery in told["galleries"]], "left_out": []}
+
+    return [{**section, "steps": [step(s) for s in section["steps"]]} for section in sections]
+
+
+def _hang(pictures: Sequence[Sequence[bytes]], galleries: Sequence[dict[str, Any]], budget: float) -> None:
+    """Puts pictures into their galleries, smaller ones where they don't fit.
+
+    Args:
+        pictures: JPEGs of each gallery.
+        galleries: Where they go.
+        budget: Bytes for all of them.
+    """
+    budgets = _budgets([_size(own) for own in pictures], [len(own) ** 0.5 for own in pictures], budget)
+    for own, gallery, most in zip(pictures, galleries, budgets, strict=True):
+        edge, fitting = _fitting(own, most)
+        gallery |= {"edge": edge, "pictures": [base64.b64encode(p).decode() for p in fitting]}
+
+
+def _budgets(sizes: Sequence[float], weights: Sequence[float], budget: float) -> list[float]:
+    """What each may take of a budget: what it needs, or its share by weight of what the modest ones leave.
+
+    Galleries are weighed with the root of their count: hundreds of pictures leave a few the room to be seen well.
+    """
+    found, left = [0.0] * len(sizes), sum(weights)
+    for n in sorted((n for n, weight in enumerate(weights) if weight), key=lambda n: sizes[n] / weights[n]):
+        found[n] = min(sizes[n], budget * weights[n] / left)
+        budget, left = budget - found[n], left - weights[n]
+    return found
+
+
+def _size(pictures: Sequence[bytes]) -> float:
+    """Bytes as base64, a comma and quotes."""
+    return sum(4 / 3 * len(p) + 5 for p in pictures)
+
+
+def _fitting(pictures: Sequence[bytes], budget: float) -> tuple[int, Sequence[bytes]]:
+    """Pictures as large as they may be together.
+
+    Args:
+        pictures: JPEGs of up to 512 pixels a side.
+        budget: Bytes that they may take as base64.
+
+    Returns:
+        The longest side of any, 96 pixels at least, whatever the budget; JPEGs.
+    """
+    at = cache(lambda edge: [_smaller(p, edge) for p in pictures])
+    if _size(pictures) <= budget:
+        return _EDGE, pictures
+    fitting = bisect_right(_EDGES, budget, key=lambda edge: _size(at(edge)))
+    edge = _EDGES[max(fitting - 1, 0)]
+    return edge, at(edge)
+
+
+def _smaller(picture: bytes | Path, edge: int) -> bytes:
+    """A JPEG of up to `edge` pixels a side, in the proportions of the picture."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        small, file = image if image.mode == "RGB" else image.convert("RGB"), io.BytesIO()
+        small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+        small.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    return file.getvalue()
+
+
 def _largest_first(sections: Sequence[dict[str, Any]], excess: int) -> None:
     """Leaves out maps and pictures, the largest first, until `excess` bytes are saved."""
     steps = _steps(sections)
-    sizes = ((len(_json(step[key]).encode()), n, key) for n, step in enumerate(steps) for key in ("details", "previews"))
-    for size, n, key in sorted(sizes, reverse=True):
-        if excess > 0 and size > 10:
-            steps[n] |= {key: None if key == "details" else [], "left_out": [*steps[n]["left_out"], key]}
+    parts = [(step["details"], step, _NO_MAPS) for step in steps if step["details"]]
+    parts += [([g["pictures"], g["texts"]], g, _NO_PICTURES) for g in _galleries(sections) if g["previews"]]
+    sizes = [len(_json(content).encode()) for content, _, _ in parts]
+    for size, (_, owner, without) in sorted(zip(sizes, parts, strict=True), key=lambda entry: -entry[0]):
+        if excess > 0:
+            owner |= without
             excess -= size
 
 
@@ -133,9 +308,10 @@ def _fewer_inputs(sections: Sequence[dict[str, Any]], excess: int) -> None:
 def _no_weights(sections: Sequence[dict[str, Any]], excess: int) -> None:
     """Inputs as a list of names and numbers, and few words beside them."""
     for step in _steps(sections):
-        step |= {"details": None, "composable": False, "notes": step["notes"][:3], "triggers": []}
+        gone = ["details", *(["galleries"] if step["galleries"] else [])]
+        step |= {"details": None, "composable": False, "notes": step["notes"][:3], "triggers": [], "galleries": []}
         step["inputs"] = [{**i, "label": i["label"][:80], "weights": None, "triggers": []} for i in step["inputs"]]
-        step["left_out"] = [*dict.fromkeys([*step["left_out"], "details"])]
+        step["left_out"] = [*dict.fromkeys([*step["left_out"], *gone])]
 
 
 def _no_section(sections: Sequence[dict[str, Any]], excess: int) -> None:

@@ -14,7 +14,7 @@ from ...sources import Site
 from ..overlap import Watched
 from ..text import copyable
 from .facts import step_facts
-from .render import Page, is_ours
+from .render import Gallery, Page, is_ours
 
 PLUGIN = "plugin.html"  # of the job's folder: the tab "Plugin" of the job in AI-Toolkit's UI
 
@@ -54,8 +54,22 @@ class RunPage:
         if not self._why_not:
             self._page.add(step_facts(done, watched))
 
+    def show(self, site: Site, step: str, gallery: Gallery) -> None:
+        """Pictures of a step, whether it was merged in this run or not.
+
+        Args:
+            site: Where its section runs, which has begun.
+            step: The step's name.
+            gallery: What is shown below the galleries that are there.
+
+        Raises:
+            ZitMergeError: A picture can't be read.
+        """
+        if not self._why_not:
+            self._page.show(site.place, step, gallery)
+
     def write(self) -> str:
-        """Writes the page as far as it has come.
+        """Writes the page as far as it has come; may be called again.
 
         Returns:
             What a person should know: where it is, or why there is none.

@@ -85,6 +85,36 @@ function say(text) {
   notice.textContent = text;
 }
 
+/**
+ * A text to select, with a button that copies it where the browser lets it; `write(text)` puts it there.
+ *
+ * tag: of its label. tell(sentence): says what came of copying. between: what stands between the label and the text.
+ */
+function copyBox(label, { tag = "h3", tell = say }, ...between) {
+  const id = freshId("text");
+  const area = el("textarea", { id, readonly: true, spellcheck: "false" });
+  const printed = el("pre", { class: "printed", "aria-hidden": "true" });
+  async function copy() {
+    area.focus();
+    area.select();
+    let isDone = false;
+    try {
+      await navigator.clipboard.writeText(area.value);
+      isDone = true;
+    } catch { // a sandboxed frame may not; the older way asks nobody
+      isDone = document.execCommand("copy");
+    }
+    tell(isDone ? "Copied." : "Selected: press Ctrl+C.");
+  }
+  function write(text) {
+    area.value = text;
+    printed.textContent = text;
+    area.rows = Math.min(Math.max(text.split("\n").length, 6), 40);
+  }
+  return Object.assign(el("div", { class: "copy-box" }, el(tag, {}, el("label", { for: id }, label)), between, area, printed,
+    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"))), { write });
+}
+
 /** The number that somebody typed: 0.35, 0,35, -1, 1e-3; null where it is none. */
 function parseNumber(text) {
   const plain = text.trim().replace("−", "-");

@@ -261,32 +261,16 @@ function applyPreset(w, preset) {
   Object.assign(w, copyWeights({ ...factors, overrides: new Map(factors.overrides), ratio: w.ratio }));
 }
 
-/** The section as text to select, with a button that copies it where the browser lets it, and what `check` would say of it. */
+/** The section as text to copy, and what `check` would say of it. */
 function yamlBox(step, s, desk, owner) {
-  const id = freshId("yaml");
-  const area = el("textarea", { id, readonly: true, spellcheck: "false" });
-  const printed = el("pre", { class: "printed", "aria-hidden": "true" });
   const warnings = el("ul", { class: "notes warn", "aria-label": "what check would say" });
+  const where = owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run";
+  const box = copyBox(where, {}, warnings);
   function update() {
-    area.value = desk.yaml();
-    printed.textContent = area.value;
-    area.rows = Math.min(Math.max(area.value.split("\n").length, 6), 40);
-    warnings.replaceChildren(...troubles(step, desk.all(s), area.value).map((text) => el("li", {}, el("bdi", {}, text))));
-  }
-  async function copy() {
-    area.focus();
-    area.select();
-    let isDone = false;
-    try {
-      await navigator.clipboard.writeText(area.value);
-      isDone = true;
-    } catch { // a sandboxed frame may not; the older way asks nobody
-      isDone = document.execCommand("copy");
-    }
-    say(isDone ? "Copied." : "Selected: press Ctrl+C.");
+    const yaml = desk.yaml();
+    box.write(yaml);
+    warnings.replaceChildren(...troubles(step, desk.all(s), yaml).map((text) => el("li", {}, el("bdi", {}, text))));
   }
   update();
-  const where = owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run";
-  return Object.assign(el("div", { class: "yaml" }, el("h3", {}, el("label", { for: id }, where)), warnings, area, printed,
-    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"))), { update });
+  return Object.assign(el("div", { class: "yaml" }, box), { update });
 }

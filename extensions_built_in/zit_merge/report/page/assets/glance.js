@@ -3,7 +3,8 @@
 function glanceSection(steps) {
   const cards = steps.map(({ step }, k) => {
     const title = el("h3", {}, foreign(step.name), step.file === null && step.judgement !== undefined ? " (for later steps only)" : "");
-    const body = [verdictLine(step), outputLine(step), inputsTable(step), notes(step)];
+    const body = step.inputs.length ? [verdictLine(step), outputLine(step), inputsTable(step), notes(step)]
+      : el("p", {}, "Not merged in this run: only its pictures are here.");
     return k < OPEN_CARDS ? el("article", { class: "card" }, title, body)
       : el("details", { class: "card" }, el("summary", {}, foreign(step.name)), body);
   });

@@ -147,6 +147,7 @@ function legend(title, stops) {
 /** The layer maps of a step: the result, and its inputs. */
 function layersSection(step) {
   const { details, inputs } = step;
+  if (!inputs.length) return null;
   if (!details) return missing("Layer by layer", step);
   const all = inputs.map(weightsOf);
   const { alone } = predict(details, all);

@@ -1,34 +1,73 @@
-// Pictures side by side: a row for each prompt and seed, a column for each thing compared. A click, or Enter, shows one large.
+// Galleries of a step: a row for each prompt and seed, a column for each thing compared; many columns wrap.
+
+const MANY_COLUMNS = 8; // in a table; more of them wrap below each other
+const OPEN_PICTURES = 60; // of a gallery that wraps: with more of them only the first row is open
 
 function previewsSection(step) {
-  if (!step.previews.length) {
-    return step.left_out.includes("previews") ? section("Previews", el("p", {}, "The pictures are left out to keep this page under 5 MB; they lie in the job's samples.")) : null;
-  }
-  const rows = [...new Set(step.previews.map((p) => p.row))];
-  const columns = [...new Set(step.previews.map((p) => p.column))];
-  const picture = new Map(step.previews.map((p) => [`${p.row}\n${p.column}`, p]));
-  const large = el("dialog", { class: "large", "aria-label": "preview" });
+  if (step.left_out.includes("galleries")) return section("Pictures", el("p", {}, PICTURES_LEFT_OUT));
+  if (!step.galleries.length) return null;
+  return section("Pictures", el("p", { class: "hint" }, "These are small copies; the pictures themselves lie in the job's folder of previews. Choose one to see it large."),
+    step.galleries.map(galleryPart));
+}
 
-  function open(at) {
-    const shown = step.previews[at];
-    const turn = (by) => open((at + by + step.previews.length) % step.previews.length);
-    large.onkeydown = (e) => { if (e.key === "ArrowRight") turn(1); else if (e.key === "ArrowLeft") turn(-1); };
-    const image = el("img", { src: shown.uri, alt: `${shown.column}: ${shown.row}`, onclick: () => image.classList.toggle("full") });
-    large.replaceChildren(
-      el("p", {}, el("strong", {}, foreign(shown.column)), " ", foreign(shown.row, 300)),
-      el("p", { class: "buttons" },
-        el("button", { type: "button", onclick: () => turn(-1) }, "previous"), el("button", { type: "button", onclick: () => turn(1) }, "next"),
-        el("button", { type: "button", onclick: () => image.classList.toggle("full") }, "fit or full size"),
-        el("button", { type: "button", onclick: () => large.close() }, "close")),
-      el("div", { class: "stage" }, image));
-    if (!large.open) large.showModal();
+const PICTURES_LEFT_OUT = "The pictures are left out to keep this page under 5 MB; they lie in the job's folder of previews.";
+
+function galleryPart(gallery) {
+  const size = gallery.previews.length ? ` (copies of up to ${gallery.edge} pixels a side)` : "";
+  return el("div", { class: "gallery" }, el("h3", {}, foreign(gallery.title)), el("p", { class: "hint" }, el("bdi", {}, gallery.note), size),
+    gallery.measures ? measuresPart(gallery.measures, gallery.title) : null,
+    gallery.left_out ? el("p", {}, PICTURES_LEFT_OUT) : null,
+    gallery.previews.length ? pictures(gallery) : null);
+}
+
+function pictures(gallery) {
+  const { title, previews, rows, columns } = gallery;
+  const thumbs = previews.map((_, n) => el("button", { type: "button", class: "thumb", onclick: () => viewPicture(gallery, n, goBack) },
+    el("img", { ...pictureAttributes(gallery, n), loading: "lazy" })));
+  const at = (row, column) => previews.findIndex((p) => p.row === row && p.column === column);
+
+  function goBack(n) {
+    thumbs[n].closest("details")?.setAttribute("open", "");
+    thumbs[n].focus();
   }
 
-  return section("Previews", el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "previews" }, el("table", { class: "previews" },
-    el("thead", {}, el("tr", {}, el("td"), columns.map((c) => el("th", { scope: "col" }, foreign(c))))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, foreign(row, 120)), columns.map((column) => {
-      const shown = picture.get(`${row}\n${column}`);
-      return el("td", {}, shown ? el("button", { type: "button", class: "thumb", onclick: () => open(step.previews.indexOf(shown)) },
-        el("img", { src: shown.uri, alt: `${column}: ${row}`, loading: "lazy" })) : null);
-    })))))), large);
+  function asTable() {
+    const lines = rows.map((row, r) => el("tr", {}, el("th", { scope: "row" }, foreign(row, 120)), columns.map((_, c) => el("td", {}, thumbs[at(r, c)]))));
+    const table = el("table", { class: "previews", "--columns": columns.length },
+      el("thead", {}, el("tr", {}, el("td"), columns.map((column) => el("th", { scope: "col" }, foreign(column))))), el("tbody", {}, lines));
+    return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title }, walkable(table, thumbs));
+  }
+
+  function wrapped(row, r) {
+    const own = previews.map((p, n) => n).filter((n) => previews[n].row === r);
+    const list = el("ul", { class: "wrapped" }, own.map((n) => el("li", {}, thumbs[n], el("span", {}, foreign(columns[previews[n].column], 60)))));
+    return el("details", { open: r === 0 || previews.length <= OPEN_PICTURES },
+      el("summary", {}, foreign(row, 160)), walkable(list, own.map((n) => thumbs[n])));
+  }
+  return columns.length > MANY_COLUMNS ? rows.map(wrapped) : asTable();
+}
+
+/** Makes the buttons of an element one stop for the tab key; arrow keys walk from one to the other as they lie. Returns the element. */
+function walkable(element, buttons) {
+  const stop = (chosen) => buttons.forEach((b) => { b.tabIndex = b === chosen ? 0 : -1; });
+  stop(buttons[0]);
+  element.addEventListener("focusin", (e) => { if (buttons.includes(e.target)) stop(e.target); });
+  element.addEventListener("keydown", (e) => {
+    const next = neighbour(buttons, e.target, e.key);
+    if (!next) return;
+    next.focus();
+    e.preventDefault();
+  });
+  return element;
+}
+
+function neighbour(buttons, from, key) {
+  const along = { ArrowLeft: -1, ArrowRight: 1, Home: -buttons.length, End: buttons.length }[key];
+  if (along) return buttons[Math.min(Math.max(buttons.indexOf(from) + along, 0), buttons.length - 1)];
+  const sign = { ArrowUp: -1, ArrowDown: 1 }[key];
+  if (!sign) return null;
+  const here = from.getBoundingClientRect();
+  const away = (b) => [Math.round(sign * (b.getBoundingClientRect().top - here.top)), Math.abs(b.getBoundingClientRect().left - here.left)];
+  const [nearest] = buttons.map((b) => [b, ...away(b)]).filter(([, down]) => down > 0).sort((a, b) => a[1] - b[1] || a[2] - b[2]);
+  return nearest?.[0];
 }

@@ -1,0 +1,266 @@
+"""Previews, a sweep and an ablation in real jobs, on the tiny Z-Image: what is shown, where it lies, who may stop it."""
+
+import base64
+import json
+import re
+import shutil
+import sys
+from io import BytesIO
+
+import numpy
+import pytest
+import yaml
+from host.job import job, training
+from host.test_job import write
+from host.ui import Launched, make_database, row
+from PIL import Image
+
+pytestmark = pytest.mark.toolkit
+
+SAMPLES = [{"prompt": "a [trigger] cat"}, {"prompt": "a dog --w 96"}]
+SAMPLE = {
+    "sampler": "flowmatch",
+    "width": 64,
+    "height": 64,
+    "sample_steps": 2,
+    "guidance_scale": 1,
+    "seed": 42,
+    "walk_seed": True,
+}
+PICTURES = 2 * 3 + 3 + 2 * 2  # previews; of the ablation three looks on a shot of its own, the base among them; the sweep
+
+
+def section(**keys):
+    steps = [
+        {
+            "name": "soft",
+            "preview": True,
+            "loras": [{"lora": "trained", "ratio": 0.9, "blocks": {"attention": 0.5}}],
+            "ablate": {"by": "layers", "groups": 1, "prompts": ["a bird"], "preset": "whole"},
+        },
+        {
+            "name": "both",
+            "loras": [{"lora": "soft", "ratio": 1.0}, {"lora": "style.safetensors", "ratio": 0.6}],
+            "sweep": {"loras[1].ratio": [0.5, 1.0]},
+        },
+    ]
+    return {"type": "zit_merge", "shapes": "free", "steps": steps} | keys
+
+
+@pytest.fixture(scope="module")
+def shown(toolkit, place, tmp_path_factory):
+    """(folder, config, run) of a job that trains, samples, merges and renders."""
+    database = make_database(tmp_path_factory.mktemp("ui") / "aitk_db.db")
+    sample = SAMPLE | {"format": "png", "samples": SAMPLES}
+    process = training(place, "pa", sqlite_db_path=str(database), trigger_word="mycat", sample=sample)
+    process["train"]["disable_sampling"] = False
+    config = write(place, "pa", job("pa", process, section()))
+    ran = Launched(toolkit, config, database)
+    assert ran.code == 0, ran.log[-3000:]
+    return place / "output" / "pa", config, ran
+
+
+def facts(folder, name):
+    return json.loads((folder / "merged_pa_previews" / f"{name}.json").read_text())
+
+
+def pixels(path):
+    return numpy.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def look(folder, name, label):
+    (found,) = [entry for entry in facts(folder, name)["looks"] if entry["label"] == label]
+    return [pixels(folder / "merged_pa_previews" / picture) for picture in found["pictures"]]
+
+
+def samples(folder, step):
+    return sorted(p for p in (folder / "samples").glob(f"*__{step:09d}_*.png"))
+
+
+def test_the_pictures_are_those_of_the_trainer(shown):
+    """Prompts, trigger word, seeds, sizes, steps, model and LoRA: the trainer's own samples before and after its training."""
+    folder, _, _ = shown
+    before, after = [pixels(p) for p in samples(folder, 0)], [pixels(p) for p in samples(folder, 3)[:2]]
+    base, trained, result = (look(folder, "soft_preview", label) for label in ("base", "pa.safetensors", "soft"))
+    for n, shape in enumerate([(64, 64, 3), (64, 96, 3)]):
+        assert base[n].shape == shape
+        assert (base[n] == before[n]).all()
+        # the trainer adds its LoRA to the weights to sample, and rounds them to bf16
+        apart = numpy.abs(trained[n] - after[n]).mean()
+        assert apart < 0.5 * numpy.abs(base[n] - after[n]).mean(), apart
+        assert not (result[n] == trained[n]).all() and not (result[n] == base[n]).all()
+
+
+def test_the_gallery_gets_full_rows_in_names_that_the_viewer_splits(shown):
+    folder, _, _ = shown
+    ours = samples(folder, 3)[2:]
+    assert len(ours) == 2 * 3 + 2 * 2
+    for n, path in enumerate(ours):
+        parts = [part for part in path.name.split(".")[0].split("_") if part]
+        assert len(parts) == 3 and int(parts[1]) == 3 and int(parts[2]) == n % 2
+        assert (folder / "samples" / ".thumbs" / f"{path.name}.jpg").is_file()
+    for path, picture in zip(ours, look(folder, "soft_preview", "base"), strict=False):
+        assert (pixels(path) == picture).all(), "the base comes first"
+    assert not list(folder.rglob("*.part"))
+
+
+def test_the_ui_hears_of_every_picture(shown):
+    _, _, ran = shown
+    told = [info for info in ran.infos if info.startswith("Picture ")]
+    assert [info.split(":")[0] for info in told] == [f"Picture {n}/{PICTURES}" for n in range(1, PICTURES + 1)]
+    assert ran.statuses == ["running", "completed"]
+    assert ran.infos.index(told[0]) > max(n for n, info in enumerate(ran.infos) if info.startswith("Merging "))
+    assert row(ran.database)["step"] == 3, "the training's own count stays"
+
+
+def test_sheets_tables_preset_and_page(shown):
+    folder, _, ran = shown
+    ours = folder / "merged_pa_previews"
+    for name in ("soft_preview", "soft_ablate", "soft_ablate_chart", "both_sweep"):
+        assert min(Image.open(ours / f"{name}.png").size) > 300
+    measured = facts(folder, "soft_ablate")["ablation"]
+    (group,) = measured["groups"]
+    assert group["name"] == "layers 0-29" and len(group["modules"]) == 240
+    # without all of its layers the LoRA does nothing: the picture is the base's
+    assert all(found["share"] == pytest.approx(1) for found in group["metrics"].values())
+    assert (ours / "whole.yaml").is_file() and "whole.yaml" in ran.log
+    page = (folder / "plugin.html").read_text()
+    block = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    steps = {step["name"]: step for step in block["sections"][0]["steps"]}
+    assert len(steps["soft"]["galleries"]) == 2 and len(steps["both"]["galleries"]) == 1
+    assert steps["soft"]["details"], "the pictures stand beside what the merge left"
+    shown_there = [p for step in steps.values() for gallery in step["galleries"] for p in gallery["previews"]]
+    assert len(shown_there) == PICTURES
+    assert Image.open(BytesIO(base64.b64decode(shown_there[0]["uri"].split(",")[1]))).size == (64, 64)
+
+
+def test_a_cell_of_the_sweep_is_the_file_that_its_section_makes(shown, run_python, place, tmp_path):
+    """The section that --yaml prints, run: a file; its preview has the name of the cell's picture, and its pixels."""
+    folder, config, _ = shown
+    printed = run_python("-m", "extensions_built_in.zit_merge", "preview", config, "--yaml", "both:2")
+    assert printed.returncode == 0, printed.stderr
+    made = yaml.safe_load(printed.stdout)
+    assert [step["name"] for step in made["steps"]] == ["soft", "both"]
+    assert made["steps"][1]["loras"][1]["ratio"] == 1.0
+    for step in made["steps"]:
+        step.pop("sweep", None)
+    made["steps"][1]["preview"] = {"compare": ["result"]}
+    whole = yaml.safe_load(config.read_text())
+    whole["config"]["process"][1] = made | {"output_dir": str(tmp_path / "out")}
+    again = write(place, "pa_cell", whole)
+    ran = run_python("-m", "extensions_built_in.zit_merge", "run", again)
+    assert ran.returncode == 0, ran.stderr
+    assert "by `preview`" in ran.stdout
+    ran = run_python("-m", "extensions_built_in.zit_merge", "preview", again, timeout=300)
+    assert ran.returncode == 0 and "0 pictures rendered, 2 of 2 were there" in ran.stdout, ran.stdout + ran.stderr
+    (cell,) = [e for e in facts(folder, "both_sweep")["looks"] if e["label"].startswith("2:")]
+    (result,) = facts(folder, "both_preview")["looks"]
+    assert result["pictures"] == cell["pictures"]
+
+
+def test_two_processes_render_the_same_and_nothing_twice(shown, run_python, tmp_path):
+    """Under torchrun, which is what accelerate launch starts, in a folder without any file: results are computed there."""
+    folder, config, _ = shown
+    words = ["-m", "extensions_built_in.zit_merge", "preview", config, "--output-dir", tmp_path / "two"]
+    ran = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words, ACCELERATE_USE_CPU="true")
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+    assert f"{PICTURES} pictures rendered, 0 of {PICTURES} were there" in ran.stdout
+    assert ran.stdout.count("soft: previews") == 2, "only the main process tells, the plan and the result"
+    one, two = folder / "merged_pa_previews", tmp_path / "two" / "merged_pa_previews"
+    names = sorted(p.name for p in (two / "pictures").iterdir())
+    assert len(names) == PICTURES and not list((tmp_path / "two").rglob("*.part"))
+    for name in names:
+        assert (one / "pictures" / name).read_bytes() == (two / "pictures" / name).read_bytes()
+    assert (one / "soft_ablate.json").read_bytes() == (two / "soft_ablate.json").read_bytes()
+    assert not (tmp_path / "two" / "samples").exists(), "a folder that the command line names is no job's"
+    assert not list((tmp_path / "two").glob("*.safetensors")), "no LoRA is written for pictures"
+
+
+def test_it_resumes(shown, run_python):
+    folder, config, _ = shown
+    pictures = sorted((folder / "merged_pa_previews" / "pictures").iterdir())
+    before, shown_before = [p.read_bytes() for p in pictures], sorted(p.name for p in (folder / "samples").glob("*.png"))
+    pictures[0].unlink()
+    pictures[1].write_bytes(before[1][: len(before[1]) // 2])
+    ran = run_python("-m", "extensions_built_in.zit_merge", "preview", config)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert sum(map(int, re.findall(r"^(\d+) pictures? rendered", ran.stdout, re.M))) == 2
+    assert [p.read_bytes() for p in pictures] == before
+    assert sorted(p.name for p in (folder / "samples").glob("*.png")) == shown_before
+
+
+def alone(place, database, **keys):
+    """A merge-only job's section as the UI writes it, with a model."""
+    host = {"sqlite_db_path": str(database), "training_folder": str(place / "output"), "device": "cuda"}
+    model = {"name_or_path": str(place / "model"), "arch": "zimage:turbo"}
+    loras = [{"lora": str(place / "style.safetensors"), "ratio": 0.5}]
+    preview = {"prompts": [f"prompt {n}" for n in range(30)], "size": 64, "steps": 2}
+    found = section(steps=[{"name": "soft", "loras": loras, "preview": preview}], model=model)
+    return found | host | keys
+
+
+def test_a_stop_takes_effect_after_the_picture(toolkit, place, tmp_path):
+    database = make_database(tmp_path / "aitk_db.db")
+    config = write(place, "pb", job("pb", alone(place, database)))
+    ran = Launched(toolkit, config, database, when=("Picture 1/", Launched.interrupt))
+    assert ran.seen[-1] == ("stopped", "Job stopped"), (ran.seen[-3:], ran.log[-3000:])
+    folder = place / "output" / "pb"
+    assert (folder / "merged_pb_soft.safetensors").is_file()
+    done = list((folder / "merged_pb_previews" / "pictures").iterdir())
+    assert 1 <= len(done) < 90 and not list(folder.rglob("*.part"))
+    for path in done:
+        Image.open(path).load()
+    told = [info for info in ran.infos if info.startswith("Picture ")]
+    assert len(told) == len(done), "the picture at hand was finished and told"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"preview": {"prompts": "nowhere.txt"}}, "nowhere.txt is not there"),
+        ({"model": {"name_or_path": "broken", "arch": "zimage:turbo"}}, "can't be used"),
+    ],
+)
+def test_trouble_with_pictures_leaves_the_merge(toolkit, place, tmp_path, change, said):
+    database = make_database(tmp_path / "aitk_db.db")
+    change = json.loads(json.dumps(change).replace('"broken"', json.dumps(str(tmp_path / "broken"))))
+    shutil.copytree(place / "model", tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    raw = alone(place, database)
+    raw["steps"][0]["preview"] |= change.pop("preview", {})
+    config = write(place, "pc", job("pc", raw | change))
+    shutil.rmtree(place / "output" / "pc", ignore_errors=True)
+    ran = Launched(toolkit, config, database)
+    assert ran.code != 0 and ran.statuses[-1] == "error"
+    assert said in ran.infos[-1], ran.infos[-3:]
+    assert (place / "output" / "pc" / "merged_pc_soft.safetensors").is_file()
+    assert ("NO PICTURES" in ran.log) == ("nowhere" in said), "what can be known before is said before"
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.host.render import Renderer
+from extensions_built_in.zit_merge.preview.scene import Scene, Shot
+model = {"name_or_path": sys.argv[1], "arch": "zimage:turbo"}
+with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
+    small = Shot("a cat", width=64, height=64, steps=1)
+    renderer.render(small)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+    try:
+        renderer.render(Shot("a cat", width=1024, height=1024, steps=1))
+    except ZitMergeError as e:
+        print("TOLD", e)
+    renderer.render(small)
+    print("GOES ON")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that torch runs into is Linux's")
+def test_out_of_memory_says_what_to_change(toolkit, place, run_python):
+    ran = run_python("-c", OUT_OF_MEMORY, place / "model")
+    (told,) = [line for line in ran.stdout.splitlines() if line.startswith("TOLD")]
+    assert "out of memory for 1024 x 1024 pixels" in told
+    for cure in ("size: [512, 512]", "quantize: true", "low_vram: true"):
+        assert cure in told
+    assert "GOES ON" in ran.stdout
