@@ -129,9 +129,9 @@ def test_sheets_tables_preset_and_page(shown):
     steps = {step["name"]: step for step in block["sections"][0]["steps"]}
     assert len(steps["soft"]["galleries"]) == 2 and len(steps["both"]["galleries"]) == 1
     assert steps["soft"]["details"], "the pictures stand beside what the merge left"
-    shown_there = [p for step in steps.values() for gallery in step["galleries"] for p in gallery["previews"]]
+    shown_there = [p for step in steps.values() for gallery in step["galleries"] for p in gallery["pictures"]]
     assert len(shown_there) == PICTURES
-    assert Image.open(BytesIO(base64.b64decode(shown_there[0]["uri"].split(",")[1]))).size == (64, 64)
+    assert Image.open(BytesIO(base64.b64decode(shown_there[0]))).size == (64, 64)
 
 
 def test_a_cell_of_the_sweep_is_the_file_that_its_section_makes(shown, run_python, place, tmp_path):

@@ -18,7 +18,8 @@ from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
-from extensions_built_in.zit_merge.report.page.render import LIMIT, PICTURES, Gallery, Measures, Page, Preview
+from extensions_built_in.zit_merge.report.page.galleries import PICTURES, Gallery, Measures, Preview
+from extensions_built_in.zit_merge.report.page.render import LIMIT, Page
 from extensions_built_in.zit_merge.report.page.run import RunPage
 from extensions_built_in.zit_merge.sources import Site
 

@@ -368,8 +368,10 @@ def test_undo_shows_the_step_that_it_takes_back(desk, loras, show):
     frame.type("1. soft", 0.2)
     frame.choose("Step in detail:", "0")
     assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 0.2]
+    notice = frame.find(".notice")  # says the energy a moment later
+    notice.evaluate("n => new MutationObserver(() => { n.said = `${n.said} ${n.textContent}`; }).observe(n, { childList: true })")
     frame.press("Undo")
-    assert frame.number("Step in detail:").input_value() == "1" and "small" in frame.find(".notice").inner_text()
+    assert frame.number("Step in detail:").input_value() == "1" and "small" in notice.evaluate("n => n.said")
     assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 1]
     frame.press("Undo")
     assert frame.number("Step in detail:").input_value() == "0"

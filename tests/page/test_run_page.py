@@ -21,7 +21,8 @@ from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.report.page import render
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
-from extensions_built_in.zit_merge.report.page.render import LIMIT, Gallery, Page, Preview
+from extensions_built_in.zit_merge.report.page.galleries import Gallery, Preview
+from extensions_built_in.zit_merge.report.page.render import LIMIT, Page
 from extensions_built_in.zit_merge.zimage import MODULES
 
 ME, STYLE = {"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.6}

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import counted
 from ..merging import Watched
-from ..report.page.render import Gallery as Shown
-from ..report.page.render import Measures, Preview
+from ..report.page.galleries import Gallery as Shown
+from ..report.page.galleries import Measures, Preview
 from ..report.page.run import RunPage
 from .exhibits import Exhibition, shots_text
 from .gallery import gallery_of

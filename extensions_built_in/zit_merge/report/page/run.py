@@ -14,7 +14,8 @@ from ...sources import Site
 from ..overlap import Watched
 from ..text import copyable
 from .facts import step_facts
-from .render import Gallery, Page, is_ours
+from .galleries import Gallery
+from .render import Page, is_ours
 
 PLUGIN = "plugin.html"  # of the job's folder: the tab "Plugin" of the job in AI-Toolkit's UI
 
