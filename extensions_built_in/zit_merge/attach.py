@@ -134,7 +134,7 @@ def _check_section(source: Source, job: str, position: int) -> None:
     if source.recipe and (found := re.search(r"\$\{[^}]+\}|\[name\]", repr(source.data))):
         raise ZitMergeError(f"{path}: the recipe names a file with {found[0]} in it, which AI-Toolkit would fill in: rename it")
     try:
-        parse_section(fill_name(source.data, job), first=position == 0)
+        parse_section(fill_name(source.data, job), first=position == 0, folder=path.parent)
     except ZitMergeError as e:
         raise ZitMergeError(f"{path}: {e}") from None
 

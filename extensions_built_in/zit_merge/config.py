@@ -6,20 +6,22 @@ form here; its meaning is checked in `weights`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 
 from .algebra.ema import gamma_of
 from .algebra.factors import Factors
 from .algebra.methods import METHODS
 from .errors import ZitMergeError, nearest, not_available_yet
 from .formats.scales import ALPHA_FORMS, TWINS, VECTORS, is_alpha
-from .presets import expand
+from .presets import Preset, expand, is_file, load
 from .weights import Weights
 
 PROCESS_TYPE = "zit_merge"
@@ -110,7 +112,7 @@ Table = dict[str, float]
 Depths = dict[str, float | list[float]] | list[float]
 Axis = Annotated[list[float | Annotated[list[float], Field(min_length=2)]], Field(min_length=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what a generator of torch takes
 SHOWN = ("base", "inputs", "result")
 Shown = Annotated[str, _choice(SHOWN, "thing to compare")]
 DIVISIONS = ("layers", "components", "cells")
@@ -150,10 +152,32 @@ class Lora(_Model):
     unmatched: list[str] | None = None
     adapter: dict[str, Any] | None = None
 
+    # The preset as it was when the section was read: its file may be gone when a training is done.
+    _chosen: Preset | None = PrivateAttr(None)
+
+    @property
+    def chosen(self) -> Preset | str | None:
+        """The preset, for `presets.expand`."""
+        return self._chosen or self.preset
+
+    def read_preset(self, place: str, folder: Path) -> None:
+        """Looks the preset up, once.
+
+        Args:
+            place: Of the LoRA, for messages.
+            folder: Where the path of a preset's file starts, before the working directory.
+
+        Raises:
+            ZitMergeError: There is no such preset, or its file is wrong.
+        """
+        if self.preset:
+            near = folder / Path(self.preset).expanduser()
+            self._chosen = load(str(near) if is_file(self.preset) and os.path.isfile(near) else self.preset, place)
+
     def tables(self, place: str) -> dict[str, Any]:
         """blocks, layers, effects and overrides, on top of those of the preset."""
         own = {key: getattr(self, key) for key in ("blocks", "layers", "effects", "overrides")}
-        return expand(self.preset, own, place) if self.preset else own
+        return expand(self.chosen, own, place) if self.preset else own
 
     def weights(self, place: str) -> Weights:
         """The strength keys, with the place they stand at."""
@@ -269,13 +293,14 @@ class Section(_Settings):
     made_by: str | None = None
 
 
-def parse_section(raw: object, place: str = "", *, first: bool = False) -> Section:
+def parse_section(raw: object, place: str = "", *, first: bool = False, folder: Path = Path()) -> Section:
     """A validated section; what a step leaves open is filled in from the section.
 
     Args:
         raw: The mapping of the config, as parsed.
         place: Where it stands: `process[1]`; empty for a recipe.
         first: It is the job's first process, where the UI writes `device: cuda` and means `auto`.
+        folder: Where the paths of presets start.
 
     Raises:
         ZitMergeError: With the place and the nearest right name.
@@ -294,6 +319,8 @@ def parse_section(raw: object, place: str = "", *, first: bool = False) -> Secti
     for i, step in enumerate(section.steps):
         check_step(step, _join(place, f"steps[{i}]"))
     for i, step in enumerate(section.steps):
+        for j, lora in enumerate(step.loras):
+            lora.read_preset(_join(place, f"steps[{i}].loras[{j}]"), folder)
         if step.file and not section.made_by:
             raise ZitMergeError(f"{_join(place, f'steps[{i}].file')}: unknown key; the file is named by the job and the step")
     return section
@@ -329,7 +356,7 @@ def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, An
         if isinstance(shared.get(key), Mapping) and isinstance(step.get(key), Mapping):
             merged[key] = {**shared[key], **step[key]}
     if step.get("preview") is True:
-        merged["preview"] = shared.get("preview", True)
+        merged["preview"] = shared.get("preview") or True
     if step.get("keep") is False and "preview" not in step:
         merged.pop("preview", None)  # a step that only feeds others is shown where it asks for it
     if "params" not in step and step.get("method", shared.get("method")) != shared.get("method"):
@@ -432,6 +459,9 @@ def _join(place: str, key: str) -> str:
 
 _FORMS = {
     "name": "letters, digits, _ . and - are",
+    "preset": "letters, digits, _ . and - are",
+    "prompts": "any text but an empty one is",
+    "metrics": "any text but an empty one is",
     "device": "auto, cpu, cuda, cuda:N and mps are",
     "sha256": "64 hexadecimal digits are",
     "file": "a file name that ends in .safetensors is",
@@ -448,6 +478,17 @@ _HOST_KEYS = (
     "training_folder",
 )
 _RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter")
+# What keys take that may have one form or another.
+_EITHER = {
+    "layers": "ranges, such as {0-9: 0.5}, or 30 numbers",
+    "preview": "true, false or a mapping, such as {size: 768}",
+    "sweep": "a mapping of one key or two, such as {ratio: [0.5, 1.0]}",
+    "ablate": "a mapping, such as {by: layers}",
+    "prompts": "a list of prompts, or a text file with one on each line",
+    "seed": "a whole number from 0 to 2^63 - 1, or a list of them",
+    "size": "a side in pixels, or [width, height]",
+}
+_OF_FORM = ("dict_type", "list_type", "model_type", "int_type", "string_type", "too_short", "too_long")
 
 
 def _sentence(error: ValidationError, place: str) -> str:
@@ -458,14 +499,18 @@ def _sentence(error: ValidationError, place: str) -> str:
     where = place
     for part in loc:
         where = f"{where}[{part}]" if isinstance(part, int) else _join(where, str(part))
-    kind, value = first["type"], first["input"]
-    if kind == "extra_forbidden":
-        owner = Section
-        for part in loc[:-1]:
-            owner = {"steps": Step, "loras": Lora, "save": Save, "checkpoints": Checkpoints}.get(part, owner)
-        shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
-        return f"{where}: unknown key{nearest(str(loc[-1]), shown)}; known here: {', '.join(shown)}"
-    form = _FORMS.get(str(loc[-1]) if loc else "", "another form is")
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {_unknown(loc)}"
+    hint = " (the strength of this LoRA, such as ratio: 1.0)" if first["type"] == "missing" and loc[-1] == "ratio" else ""
+    return f"{where}: {_trouble(first, loc)}{hint}"
+
+
+def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
+    """What is wrong with the value at a location."""
+    kind, value, limits = error["type"], error["input"], error.get("ctx", {})
+    if kind in _OF_FORM and loc and loc[-1] in _EITHER:
+        return f"must be {_EITHER[loc[-1]]}, not {value!r}"
+    form = _FORMS.get(next((part for part in reversed(loc) if isinstance(part, str)), ""), "another form is")
     messages = {
         "missing": "is missing",
         "float_type": f"must be a number, not {value!r}",
@@ -477,19 +522,25 @@ def _sentence(error: ValidationError, place: str) -> str:
         "dict_type": f"must be a mapping, not {value!r}",
         "model_type": f"must be a mapping, not {value!r}",
         "too_short": "must have at least one entry",
-        "greater_than_equal": f"must be at least {first.get('ctx', {}).get('ge')}, not {value!r}",
-        "literal_error": f"must be {first.get('ctx', {}).get('expected')}, not {value!r}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}, not {value!r}",
+        "less_than_equal": f"must be at most {limits.get('le')}, not {value!r}",
+        "literal_error": f"must be {limits.get('expected')}, not {value!r}",
         "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({form} allowed)",
     }
-    if loc[-1:] == ["layers"]:
-        messages |= dict.fromkeys(
-            ("dict_type", "list_type"), f"must be ranges, such as {{0-9: 0.5}}, or 30 numbers, not {value!r}"
-        )
-    text = messages.get(kind, first["msg"].removeprefix("Value error, "))
-    hint = " (the strength of this LoRA, such as ratio: 1.0)" if kind == "missing" and loc[-1] == "ratio" else ""
-    return f"{where}: {text}{hint}"
+    return messages.get(kind, error["msg"].removeprefix("Value error, "))
+
+
+def _unknown(loc: Sequence[int | str]) -> str:
+    """What is said of a key that the schema does not have at its place."""
+    owners = {"steps": Step, "loras": Lora, "save": Save, "checkpoints": Checkpoints, "preview": Preview, "ablate": Ablate}
+    owner, key = next((owners[part] for part in reversed(loc[:-1]) if part in owners), Section), str(loc[-1])
+    if owner is Section and key in Step.model_fields and key not in _RECIPE_KEYS:
+        return "stands on a step, not on the section: move it into one"
+    shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
+    return f"unknown key{nearest(key, shown)}; known here: {', '.join(shown)}"
 
 
 def _path(loc: Sequence[int | str]) -> list[int | str]:
-    """A location without the names that pydantic gives to the alternatives of a union."""
-    return [part for part in loc if not (isinstance(part, str) and re.search(r"[\[(]|^(float|int|str)$", part))]
+    """A location without the names that pydantic gives to the alternatives of a union: `int`, `list[float]`, `constrained-str`."""
+    alternative = r"float|int|str|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
+    return [part for part in loc if not (isinstance(part, str) and re.fullmatch(alternative, part))]

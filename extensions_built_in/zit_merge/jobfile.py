@@ -44,7 +44,7 @@ class Job:
     @cached_property
     def _sections(self) -> Sequence[tuple[int, Section]]:
         found = tuple(
-            (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe))
+            (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe, folder=self.folder))
             for i, raw in enumerate(self.processes)
             if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE
         )

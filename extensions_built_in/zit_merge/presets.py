@@ -1,4 +1,12 @@
-"""Shipped presets: named sets of strength keys, read from presets.yaml and put under the user's own, entry by entry."""
+"""Presets: named sets of strength keys, put under the user's own, entry by entry. Shipped ones are in presets.yaml.
+
+A file of the user's own holds one preset in the same form:
+
+    my_layers:
+      idea: whose idea it is, one line
+      layers: {0-9: 0.5, 10-29: [1.0, 0.6]}
+      overrides: {20-25.to_v: 1.3}
+"""
 
 from __future__ import annotations
 
@@ -6,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import yaml
 
 from . import zimage
 from .errors import ZitMergeError, nearest
-from .weights import Depth, Weights, strengths
+from .weights import Depth, Weights, factors, strengths
 
 # Any two primes: the strength of a module whose entries have them for values is a product that says which ones decide it.
 _FROM_PRESET, _OWN = 2, 3
@@ -20,20 +29,22 @@ _FROM_PRESET, _OWN = 2, 3
 
 @dataclass(frozen=True)
 class Preset:
-    """One shipped preset: the strength keys as in a config, with every key as text.
+    """The strength keys as in a config, with every key as text.
 
     Attributes:
-        idea: Whose idea it is, one line.
+        idea: Whose idea it is, one line; of a file, what it says of itself.
     """
 
-    idea: str
+    idea: str = ""
     blocks: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Depth] = field(default_factory=dict)
     effects: Mapping[str, float] = field(default_factory=dict)
     overrides: Mapping[str, float] = field(default_factory=dict)
 
 
-_TABLES = ("blocks", "layers", "effects", "overrides")
+_TABLES: Mapping[str, str] = {"blocks": "to_q", "layers": "0-9", "effects": "detail", "overrides": "3.to_q"}  # and a key of each
+_ENDINGS = (".yaml", ".yml")
+_FORM = "a file holds one preset as presets.yaml has them: its name, below it idea, blocks, layers, effects, overrides"
 
 
 @cache
@@ -57,11 +68,35 @@ def preset_names() -> list[str]:
     return list(presets())
 
 
-def expand(preset: str, own: Mapping[str, Mapping[str, Any] | Sequence[float]], place: str) -> dict[str, Any]:
+def is_file(preset: str) -> bool:
+    """Whether a preset is named by the file that holds it."""
+    return preset.lower().endswith(_ENDINGS)
+
+
+def load(preset: str, place: str) -> Preset:
+    """A preset by its name or its file.
+
+    Args:
+        preset: A shipped name, or a path to a .yaml file, absolute or from the working directory.
+        place: Of the LoRA, for messages.
+
+    Raises:
+        ZitMergeError: There is no such preset or file, or the file is wrong.
+    """
+    at = f"{place}.preset".lstrip(".")
+    if is_file(preset):
+        return _read(preset, at)
+    if preset in presets():
+        return presets()[preset]
+    known = f"there are {', '.join(preset_names())}, and .yaml files of your own"
+    raise ZitMergeError(f"{at}: no such preset: {preset!r}{nearest(preset, preset_names())}; {known}")
+
+
+def expand(preset: str | Preset, own: Mapping[str, Mapping[str, Any] | Sequence[float]], place: str) -> dict[str, Any]:
     """A preset with the user's own entries on top.
 
     Args:
-        preset: Its name.
+        preset: Its name, the path of a file (see `load`), or the preset itself.
         own: The user's `blocks`, `layers`, `effects`, `overrides`, as far as they are there. A list of 30 layers counts as 30
             entries of one layer each.
         place: Of the LoRA, for messages.
@@ -70,17 +105,19 @@ def expand(preset: str, own: Mapping[str, Mapping[str, Any] | Sequence[float]], 
         All four tables, for `Weights`.
 
     Raises:
-        ZitMergeError: There is no such preset.
+        ZitMergeError: As `load`.
     """
-    shipped = _named(preset, place)
+    shipped = preset if isinstance(preset, Preset) else load(preset, place)
     return {table: _union(getattr(shipped, table), _entries(own.get(table, {}))) for table in _TABLES}
 
 
-def origin_of(preset: str, own: Mapping[str, Mapping[str, Any] | Sequence[float]], place: str = "weights") -> dict[str, str]:
+def origin_of(
+    preset: str | Preset, own: Mapping[str, Mapping[str, Any] | Sequence[float]], place: str = "weights"
+) -> dict[str, str]:
     """Where the strength of each of the 276 modules comes from.
 
     Args:
-        preset: The preset's name.
+        preset: As for `expand`.
         own: The user's tables, as for `expand`.
         place: Of the LoRA, for messages.
 
@@ -101,11 +138,78 @@ def origin_of(preset: str, own: Mapping[str, Mapping[str, Any] | Sequence[float]
     return {name: words[product % _FROM_PRESET == 0, product % _OWN == 0] for name, product in products.items()}
 
 
-def _named(preset: str, place: str) -> Preset:
-    if preset in presets():
-        return presets()[preset]
-    names = preset_names()
-    raise ZitMergeError(f"{place}.preset: no such preset: {preset!r}{nearest(preset, names)}; there are {', '.join(names)}")
+def _read(preset: str, at: str) -> Preset:
+    from .jobfile import TextFile, parse  # which imports `config`, which imports this
+
+    try:
+        path = Path(preset).expanduser()
+        is_there = path.is_file()
+    except (OSError, RuntimeError, ValueError):  # no path that this system can have
+        is_there = False
+    if not is_there:
+        raise ZitMergeError(f"{at}: {preset}: there is no such file: mend the path, or name a preset that is shipped")
+    try:
+        raw = parse(TextFile.read(path).text, path)
+    except RecursionError:
+        raise ZitMergeError(f"{at}: {path}: is nested too deeply, or contains itself") from None
+    except ZitMergeError as e:
+        raise ZitMergeError(f"{at}: {e}") from None
+    return _checked(raw, f"{at}: {path}")
+
+
+def _checked(raw: object, place: str) -> Preset:
+    """The one preset of a file.
+
+    Args:
+        raw: What the file holds.
+        place: Of the file, for messages.
+
+    Raises:
+        ZitMergeError: It is something else, or selects what is not there.
+    """
+    if not isinstance(raw, Mapping) or not raw or set(raw) & {"idea", *_TABLES}:
+        raise ZitMergeError(f"{place}: has no preset under a name; {_FORM}")
+    if len(raw) > 1:
+        raise ZitMergeError(f"{place}: holds {len(raw)} presets ({', '.join(map(str, raw))}): keep one in each file")
+    ((name, entry),) = raw.items()
+    place = f"{place}: {name}"
+    if not isinstance(entry, Mapping):
+        raise ZitMergeError(f"{place}: must have tables below it, not {entry!r}; {_FORM}")
+    for key in entry:
+        if key not in ("idea", *_TABLES):
+            known = ("idea", *_TABLES)
+            raise ZitMergeError(f"{place}.{key}: unknown key{nearest(str(key), known)}; known here: {', '.join(known)}")
+    if not isinstance(entry.get("idea", ""), str):
+        raise ZitMergeError(f"{place}.idea: must be text, not {entry['idea']!r}")
+    tables = {key: _table(entry[key], key, f"{place}.{key}") for key in _TABLES if entry.get(key) is not None}
+    if not tables:
+        raise ZitMergeError(f"{place}: sets nothing; {_FORM}")
+    factors(Weights(1.0, **tables, place=place))
+    return Preset(entry.get("idea", ""), **tables)
+
+
+def _table(raw: object, table: str, place: str) -> dict[str, Any]:
+    """One table of a file: keys are text, numbers are floats, a list of 30 layers is 30 entries."""
+    if table == "layers" and isinstance(raw, list) and len(raw) == zimage.N_LAYERS:
+        raw = dict(enumerate(raw))
+    if not isinstance(raw, Mapping):
+        raise ZitMergeError(f"{place}: must be a mapping, such as {{{_TABLES[table]}: 0.5}}, not {raw!r}")
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise ZitMergeError(f"{place}.{key}: a key must be text")
+        if str(key) in found:
+            raise ZitMergeError(f"{place}: {key} stands there twice: keep one of them")
+        numbers = value if isinstance(value, list) and table == "layers" else [value]
+        for number in numbers:
+            if not _is_number(number):
+                raise ZitMergeError(f"{place}.{key}: must be a finite number, not {number!r}")
+        found[str(key)] = _plain(value)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _entries(table: Mapping[str, Any] | Sequence[float]) -> Mapping[str, Any] | Sequence[float]:

@@ -43,7 +43,7 @@ class Renderer:
     def __init__(self, scene: Scene):
         self._scene, self._hooks = scene, list[torch.utils.hooks.RemovableHandle]()
         self.device = toolkit.accelerator().device if scene.device == "auto" else pick_device(scene.device)
-        with _told(scene, "while the model was loaded"):
+        with _memory(scene, "while the model was loaded"), _loading(scene):
             self._model = _load(scene, self.device)
         transformer = toolkit.unwrap(self._model.unet)
         self._linears = {name: m for name, m in transformer.named_modules() if hasattr(m, "in_features")}
@@ -76,7 +76,7 @@ class Renderer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        with _told(self._scene, "while a LoRA was put on the model"):
+        with _memory(self._scene, "while a LoRA was put on the model"):
             for module, delta in deltas:
                 if any(bool(factor.any()) for factor in _ups(delta)):
                     self._hooks.append(self._linear(module, delta).register_forward_hook(_adding(delta, self.device)))
@@ -103,7 +103,7 @@ class Renderer:
         """
         asked = _image_config()(shot)
         printed = io.StringIO()  # the toolkit draws a bar for each call
-        with _told(self._scene, f"for {shot.width} x {shot.height} pixels", shot), contextlib.redirect_stderr(printed):
+        with _memory(self._scene, f"for {shot.width} x {shot.height} pixels", shot), contextlib.redirect_stderr(printed):
             self._model.generate_images([asked], sampler="flowmatch")
         return asked.image
 
@@ -118,11 +118,11 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
 
 
 def _adding(delta: Delta, device: torch.device):
-    """A forward hook that adds a change to the output of a linear layer."""
-    delta = delta.map(lambda t: t.to(device, torch.float32).contiguous())
+    """A forward hook that adds a change to the output of a linear layer; the change waits on the device as it is stored."""
+    delta = delta.map(lambda t: t.to(device).contiguous())
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + applied(delta, args[0].to(torch.float32)).to(output.dtype)
+        return output + applied(delta.map(torch.Tensor.float), args[0].float()).to(output.dtype)
 
     return hook
 
@@ -173,15 +173,22 @@ def _image_config() -> type:
 
 
 @contextmanager
-def _told(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]:
-    """What goes wrong with a model, in a sentence."""
+def _memory(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]:
+    """Says what to change where there is not enough memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if not _is_out_of_memory(e):
             raise
         raise ZitMergeError(f"out of memory {when}: {_cure(scene, shot)}") from e
-    except (OSError, ValueError, ImportError) as e:
+
+
+@contextmanager
+def _loading(scene: Scene) -> Iterator[None]:
+    """Says which model can't be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as e:  # what transformers, diffusers and huggingface_hub raise for broken folders
         reason = " ".join(str(e).split())[:300]
         raise ZitMergeError(
             f"{scene.place}.name_or_path: {scene.model['name_or_path']} can't be used ({reason}): check the path, or that it can "
@@ -190,8 +197,9 @@ def _told(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]:
 
 
 def _is_out_of_memory(e: BaseException) -> bool:
-    """Of a GPU, or of the machine: torch has no class of its own for that."""
-    return isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(e)
+    """Of a GPU, or of the machine: torch has no class of its own for the latter, nor have the GPU's libraries."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or any(word in str(e) for word in words)
 
 
 def _cure(scene: Scene, shot: Shot | None) -> str:

@@ -172,7 +172,7 @@ def value_table(values: Mapping[str, float | str]) -> list[str]:
 def _origin_table(i: Input) -> list[str]:
     """Layers x components: which entries decide the strength of each module of a LoRA that has a preset."""
     own = {key: getattr(i.spec, key) for key in ("blocks", "layers", "effects", "overrides")}
-    origins = origin_of(i.spec.preset, own)
+    origins = origin_of(i.spec.chosen, own)
     return _table(
         lambda section: [(a, b) for a, b, _ in runs(origins, section)],
         lambda module: "." if origins[module] == "-" else origins[module],
