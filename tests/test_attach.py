@@ -581,7 +581,7 @@ BAD_SECTIONS = {
     "a missing LoRA": (SECTION.replace("me.safe", "you.safe"), "you.safetensors is not there"),
     "a broken weight": (SECTION.replace("0-9:", "0-99:"), "0-99"),
     "no such variable": (SECTION.replace("me.safe", "${ZIT_NOT_SET}.safe"), "ZIT_NOT_SET"),
-    "a later setting": (SECTION + "preview: true\n", "not available yet"),
+    "a later setting": (SECTION + "bake: true\n", "not available yet"),
     "a wrong device": (SECTION.replace("device: cpu", "device: cuda:99"), "cuda:99"),
     "deep": ("[" * 5000, "nested too deeply"),
 }

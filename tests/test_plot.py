@@ -24,6 +24,7 @@ from extensions_built_in.zit_merge.zimage import COMPONENTS
 from extensions_built_in.zit_merge.zimage import MODULES as MODEL
 
 figure = pytest.importorskip("extensions_built_in.zit_merge.report.figure")  # needs matplotlib
+paper = pytest.importorskip("extensions_built_in.zit_merge.report.paper")
 from matplotlib.collections import PatchCollection, QuadMesh  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
@@ -323,33 +324,33 @@ def test_names_of_all_kinds(tmp_path, name, recwarn):
 
 
 def test_letters_without_a_font_are_escaped_unless_one_is_installed(monkeypatch):
-    assert figure._drawable("a\ue000") == "a\\ue000"
-    assert figure._drawable("a\x1b\n\u202e\udcff") == "a\\x1b\\n\\u202e\\udcff"
-    assert figure._drawable("é и ß") == "é и ß"
+    assert paper.drawable("a\ue000") == "a\\ue000"
+    assert paper.drawable("a\x1b\n\u202e\udcff") == "a\\x1b\\n\\u202e\\udcff"
+    assert paper.drawable("é и ß") == "é и ß"
     letter = next(chr(c) for c in font("STIXGeneral").get_charmap() if c > 0xE000 and not font("DejaVu Sans").get_char_index(c))
-    assert figure._drawable(letter) == letter.encode("unicode_escape").decode()
-    monkeypatch.setattr(figure, "_OTHER_SCRIPTS", ("STIXGeneral",))
-    figure._families.cache_clear(), figure._fonts.cache_clear()
+    assert paper.drawable(letter) == letter.encode("unicode_escape").decode()
+    monkeypatch.setattr(paper, "_OTHER_SCRIPTS", ("STIXGeneral",))
+    paper.families.cache_clear(), paper.fonts.cache_clear()
     try:
-        assert figure._drawable(letter) == (letter if letter.isprintable() else figure._drawable(letter))
-        assert figure._families() == ("DejaVu Sans", "STIXGeneral")
+        assert paper.drawable(letter) == (letter if letter.isprintable() else paper.drawable(letter))
+        assert paper.families() == ("DejaVu Sans", "STIXGeneral")
     finally:
-        figure._families.cache_clear(), figure._fonts.cache_clear()
+        paper.families.cache_clear(), paper.fonts.cache_clear()
 
 
 def font(name: str):
-    return figure.font_manager.get_font(figure.font_manager.findfont(name))
+    return paper.font_manager.get_font(paper.font_manager.findfont(name))
 
 
 def test_scripts_from_right_to_left_are_escaped_where_they_would_stand_backwards(monkeypatch):
-    monkeypatch.delattr(figure.ft2font, "__libraqm_version__", raising=False)
-    assert figure._drawable("aא") == "a\\u05d0"
-    monkeypatch.setattr(figure.ft2font, "__libraqm_version__", "0.10", raising=False)
-    assert figure._drawable("aא") == "aא"
+    monkeypatch.delattr(paper.ft2font, "__libraqm_version__", raising=False)
+    assert paper.drawable("aא") == "a\\u05d0"
+    monkeypatch.setattr(paper.ft2font, "__libraqm_version__", "0.10", raising=False)
+    assert paper.drawable("aא") == "aא"
 
 
 def test_what_a_user_has_set_for_matplotlib_changes_nothing_and_stays(tmp_path):
-    matplotlib = figure.matplotlib
+    matplotlib = paper.matplotlib
     one = lora(2, 0)
     before = drawn(tmp_path, one)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 3, "xtick.labelsize": 2, "font.family": ["monospace"]}):
@@ -423,8 +424,9 @@ def test_without_files(desk):
 
 def test_without_matplotlib(desk, loras, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, figure.__name__)
-    monkeypatch.delattr(sys.modules[figure.__name__.rpartition(".")[0]], "figure")
+    for module in (figure, paper):
+        monkeypatch.delitem(sys.modules, module.__name__)
+        monkeypatch.delattr(sys.modules[module.__name__.rpartition(".")[0]], module.__name__.rpartition(".")[2])
     message = desk.zit("inspect", loras[0], "--plot", "a.png").refused()
     assert "needs matplotlib" in message and "pip install matplotlib" in message
     desk.zit("inspect", loras[0]).ok()

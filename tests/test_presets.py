@@ -10,11 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge import ZitMergeError, presets
-from extensions_built_in.zit_merge.presets import Preset, expand, origin_of, preset_names
+from extensions_built_in.zit_merge.config import Lora
+from extensions_built_in.zit_merge.presets import Preset, expand, is_file, load, origin_of, preset_names
 from extensions_built_in.zit_merge.weights import Weights, strengths
 
 PLACE = "process[1].steps[0].loras[0]"
@@ -102,7 +104,8 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all():
     with pytest.raises(ZitMergeError) as e:
         expand("late_20-29", {}, PLACE)
     assert str(e.value) == (
-        f"{PLACE}.preset: no such preset: 'late_20-29' (did you mean late_20_29?); there are {', '.join(MEANING)}"
+        f"{PLACE}.preset: no such preset: 'late_20-29' (did you mean late_20_29?); there are {', '.join(MEANING)}, "
+        "and .yaml files of your own"
     )
     with pytest.raises(ZitMergeError, match=r"no such preset: 'face'; there are early_0_9"):
         origin_of("face", {}, PLACE)
@@ -359,3 +362,200 @@ def test_origins_agree_with_a_slow_reading(preset: str, own: dict):
     for name in NAMES:
         assert found[name] == slow_origin(name, presets.presets()[preset], own), name
     event(" ".join(sorted(set(found.values()))))
+
+
+# --- presets of one's own, in files --------------------------------------------------------------------------------------------
+
+OWN_FILE = """
+# what I like
+mine:
+  idea: my own
+  blocks: {adaLN: 0.5, to_q: 1e-1}
+  layers:
+    0-9: 0
+    10: 2
+    20-29: [1, 0.5]
+    "other": -1
+  effects: {detail: 1.5}
+  overrides: {3.to_k: 0.25}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes a preset file; returns its path."""
+
+    def write_(content: str | bytes, name: str = "mine.yaml") -> str:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(tmp_path / name)
+
+    return write_
+
+
+def refused(preset: str) -> str:
+    with pytest.raises(ZitMergeError) as e:
+        expand(preset, {}, PLACE)
+    message = str(e.value)
+    assert message.startswith(f"{PLACE}.preset: ") and "\n" not in message
+    return message.removeprefix(f"{PLACE}.preset: ")
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "A.YAML", "/x/a.yaml", "~/a.yml", "..\\a.yaml"])
+def test_a_preset_that_ends_like_a_file_is_one(name):
+    assert is_file(name)
+    assert not any(map(is_file, [*MEANING, "a.json", "yaml", "a.yaml.txt", "a.safetensors"]))
+
+
+def test_a_file_holds_a_preset_as_the_shipped_ones_are(write):
+    found = load(write(OWN_FILE), PLACE)
+    assert found == Preset(
+        "my own",
+        {"adaLN": 0.5, "to_q": 0.1},
+        {"0-9": 0.0, "10": 2.0, "20-29": [1.0, 0.5], "other": -1.0},
+        {"detail": 1.5},
+        {"3.to_k": 0.25},
+    )
+    assert all(type(number) is float for number in (*found.blocks.values(), found.layers["0-9"], *found.layers["20-29"]))
+
+
+def test_a_file_gives_the_strengths_of_its_entries_written_out(write):
+    own = {"blocks": {"adaLN_modulation": 1}, "layers": {"10": 0.5}, "overrides": {"3.to_k": 3, "4.to_k": 4}}
+    found = table(write(OWN_FILE), own, 0.5)
+    entries = {
+        "blocks": {"adaLN": 1, "to_q": 0.1},
+        "layers": {"0-9": 0, "10": 0.5, "20-29": [1, 0.5], "other": -1},
+        "effects": {"detail": 1.5},
+        "overrides": {"3.to_k": 3, "4.to_k": 4},
+    }
+    assert found == strengths(Weights(0.5, **entries))
+    assert found["layers.10.feed_forward.w1"] == 0.5 * 0.5 * 1.5 and found["layers.0.feed_forward.w1"] == 0
+
+
+def test_origins_of_a_file(write):
+    found = origin_of(write(OWN_FILE), {"layers": {"10": 0.5}})
+    assert found["layers.10.attention.to_v"] == "own" and found["layers.10.attention.to_q"] == "both"
+    assert found["layers.5.attention.to_v"] == "preset" and found["layers.15.attention.to_v"] == "-"
+
+
+def test_every_shipped_preset_works_as_a_file(write):
+    shipped = (Path(presets.__file__).with_name("presets.yaml")).read_text(encoding="utf-8")
+    for entry in re.split(r"(?m)^(?=\w)", shipped)[1:]:
+        name = entry.partition(":")[0]
+        assert load(write(entry), PLACE) == presets.presets()[name]
+        assert expand(load(write(entry), PLACE), {}, PLACE) == expand(name, {}, PLACE)
+        assert origin_of(load(write(entry), PLACE), {}) == origin_of(name, {})
+
+
+def test_thirty_numbers_are_thirty_layers(write):
+    path = write(f"mine: {{layers: {[k / 10 for k in range(30)]}}}")
+    assert expand(path, {"layers": {"4": 7}}, PLACE)["layers"] == {str(k): 7 if k == 4 else k / 10 for k in range(30)}
+
+
+@pytest.mark.parametrize("name", ["layers", "idea", "3", "1e3", "no", "né #1"])
+def test_a_preset_may_have_any_name(write, name):
+    content = yaml.safe_dump({name: {"idea": "", "layers": {"0-9": 0.5}, "blocks": {"to_q": 2}}})
+    assert load(write(content), PLACE) == Preset("", {"to_q": 2.0}, {"0-9": 0.5})
+
+
+def test_a_file_is_read_again_each_time(write):
+    assert table(write("mine: {blocks: {to_q: 0.5}}"))["layers.0.attention.to_q"] == 0.5
+    assert table(write("mine: {blocks: {to_q: 0.25}}"))["layers.0.attention.to_q"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["mine.yml", "Mine.YAML", "a preset.yaml", "né.yaml"])
+def test_files_by_other_names_from_the_working_directory_and_at_home(write, tmp_path, monkeypatch, name):
+    write("mine: {idea: '', blocks: {to_q: 0.5}}", name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for path in (name, f"./{name}", f"~/{name}"):
+        assert load(path, PLACE).blocks == {"to_q": 0.5}
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_files_as_editors_on_windows_store_them(write, codec):
+    assert load(write("mine:\r\n  blocks: {to_q: 0.5}\r\n".encode(codec)), PLACE).blocks == {"to_q": 0.5}
+
+
+def test_a_config_with_a_file(write):
+    lora = Lora(lora="x.safetensors", ratio=2.0, preset=write(OWN_FILE), effects={"detail": 1.0})
+    assert strengths(lora.weights(PLACE))["layers.15.feed_forward.w1"] == 2.0
+    assert lora.tables(PLACE)["layers"]["20-29"] == [1.0, 0.5]
+
+
+def test_a_merge_with_a_file_keeps_its_entries_in_the_recipe(desk, loras):
+    desk.write({"mine": {"layers": {"0-9": 0.5}}}, "mine.yaml")
+    with_file = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(desk.folder / "mine.yaml")}]}
+    written_out = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "layers": {"0-9": 0.5}}]}
+    made = []
+    for step in (with_file, written_out):
+        desk.zit("run", desk.job(step)).ok()
+        (path,) = desk.out.glob("*.safetensors")
+        made.append(path.read_bytes())
+        path.unlink()
+    assert made[0] == made[1]
+
+
+WRONG = {
+    "": "has no preset under a name",
+    "3": "has no preset under a name",
+    "[1, 2]": "has no preset under a name",
+    "blocks: {to_q: 1}": "has no preset under a name",
+    "{idea: x, layers: {0-9: 1}}": "has no preset under a name",
+    "{a: {blocks: {to_q: 1}}, b: {blocks: {to_q: 1}}}": "holds 2 presets (a, b): keep one in each file",
+    "mine: 3": "mine: must have tables below it, not 3",
+    "mine:": "mine: must have tables below it, not None",
+    "mine: {}": "mine: sets nothing",
+    "mine: {idea: only}": "mine: sets nothing",
+    "mine: {layer: {0-9: 1}}": "mine.layer: unknown key (did you mean layers?); known here: idea, blocks, layers, effects",
+    "mine: {ratio: 1, blocks: {to_q: 1}}": "mine.ratio: unknown key; known here",
+    "mine: {idea: 3, blocks: {to_q: 1}}": "mine.idea: must be text, not 3",
+    "mine: {blocks: [1, 2]}": "mine.blocks: must be a mapping, such as {to_q: 0.5}, not [1, 2]",
+    "mine: {layers: [1, 2]}": "mine.layers: must be a mapping, such as {0-9: 0.5}, not [1, 2]",
+    "mine: {layers: 0.5}": "mine.layers: must be a mapping",
+    "mine: {blocks: {to_q: .nan}}": "mine.blocks.to_q: must be a finite number, not nan",
+    "mine: {blocks: {to_q: -.inf}}": "mine.blocks.to_q: must be a finite number, not -inf",
+    "mine: {blocks: {to_q: '1'}}": "mine.blocks.to_q: must be a finite number, not '1'",
+    "mine: {blocks: {to_q: yes}}": "mine.blocks.to_q: must be a finite number, not True",
+    "mine: {blocks: {to_q: [1, 2]}}": "mine.blocks.to_q: must be a finite number, not [1, 2]",
+    "mine: {blocks: {to_q: }}": "mine.blocks.to_q: must be a finite number, not None",
+    f"mine: {{blocks: {{to_q: {10**400}}}}}": "mine.blocks.to_q: must be a finite number, not 1000",
+    "mine: {layers: {0-9: [1, .nan]}}": "mine.layers.0-9: must be a finite number, not nan",
+    "mine: {layers: {0-9: [1]}}": "mine.layers.0-9: a gradient is a list of two or more numbers",
+    "mine: {layers: {0-30: 1}}": "mine.layers.0-30: Z-Image's layers are 0 to 29",
+    "mine: {layers: {1.5: 1}}": "mine.layers.1.5: a key must be text",
+    "mine: {blocks: {yes: 1}}": "mine.blocks.True: a key must be text",
+    "mine: {layers: {'3': 1, 3: 2}}": "mine.layers: 3 stands there twice: keep one of them",
+    "mine: {layers: {0-9: 1, 5-14: 2}}": "mine.layers: 0-9 and 5-14 overlap and are equally wide",
+    "mine: {blocks: {adaLN: 1, adaLN_modulation: 2}}": "mine.blocks: adaLN and adaLN_modulation overlap",
+    "mine: {blocks: {to_w: 1}}": "mine.blocks.to_w: Z-Image has no such component (did you mean to_v?)",
+    "mine: {effects: {detial: 1}}": "mine.effects.detial: no such effect group (did you mean detail?)",
+    "mine: {overrides: {to_q: 1}}": "mine.overrides.to_q: an override is LAYERS.COMPONENT",
+}
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_wrong_files(write, content):
+    path = write(content)
+    assert refused(path).startswith(f"{path}: {WRONG[content]}")
+
+
+def test_files_that_can_not_be_read(write, tmp_path):
+    assert "there is no such file: mend the path" in refused(str(tmp_path / "gone.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert "there is no such file" in refused(str(tmp_path / "folder.yaml"))
+    assert "there is no such file" in refused("a\0b.yaml")
+    assert "there is no such file" in refused("n" * 5000 + ".yaml")
+    assert "mine.yaml: is not a text file" in refused(write(b"\x89PNG\xff"))
+    assert re.match(
+        r".*mine.yaml: line 2: the key to_q stands there twice", refused(write("mine: {blocks: {to_q: 1,\n to_q: 2}}"))
+    )
+    assert "mine.yaml: line 1: " in refused(write("mine: {blocks: {to_q: 1}"))
+    assert "mine.yaml: line 1: could not determine a constructor" in refused(write("mine: !!python/name:os.system x"))
+    assert "nested too deeply" in refused(write("mine: " + "[" * 5000 + "]" * 5000))
+
+
+def test_the_command_line_names_place_and_file(desk, loras):
+    step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(desk.folder / "gone.yaml")}]}
+    message = desk.zit("run", desk.job(step)).refused()
+    assert message.startswith(f"process[0].steps[0].loras[0].preset: {desk.folder / 'gone.yaml'}: there is no such file")

@@ -18,10 +18,11 @@ from typing import Any
 from .config import PROCESS_TYPE, parse_section
 from .errors import ZitMergeError
 from .formats.writer import open_exclusively, os_errors, part_path, publish_file
-from .jobfile import RECIPE, Job, TextFile, fill_environment, fill_name, job_of, parse
+from .jobfile import RECIPE, Job, fill_environment, fill_name, job_of
 from .planning import plan_job
 from .preflight import NO_TOOLKIT, Toolkit
 from .textedit import BREAKS, PROCESSES, Keys, Source, get, put
+from .textfile import TextFile, parse
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,19 @@ def reader_of(
     """
     if plan.spec.keep and _is_made(plan, hashes, plan.path):
         return files.enter_context(TensorReader(load_lora(plan.path)))
-    return Computed(plan, [input_reader(i, hashes, device, files, watched) for i in plan.inputs], device, watched)
+    readers = [input_reader(i, hashes, device, files, watched) for i in plan.inputs]
+    if any(i.step and _follows_from_numbers(i.step) for i in plan.inputs):  # known now, as in `_renewed`
+        plan = settle(replace(plan, inputs=tuple(map(_known, plan.inputs, readers))))
+    return Computed(plan, readers, device, watched)
+
+
+def _known(i: Input, reader: Reader) -> Input:
+    """An input as its reader found it: an earlier step with the ranks that it came out with."""
+    if not i.step:
+        return i
+    if isinstance(reader, Computed):
+        return replace(i, step=reader.plan, outline=reader.plan.outline)
+    return replace(i, outline=replace(i.step.outline, ranks=load_lora(i.step.path).ranks))
 
 
 def input_reader(

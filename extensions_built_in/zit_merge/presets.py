@@ -21,6 +21,7 @@ import yaml
 
 from . import zimage
 from .errors import ZitMergeError, nearest
+from .textfile import TextFile, parse
 from .weights import Depth, Weights, factors, strengths
 
 # Any two primes: the strength of a module whose entries have them for values is a product that says which ones decide it.
@@ -139,8 +140,6 @@ def origin_of(
 
 
 def _read(preset: str, at: str) -> Preset:
-    from .jobfile import TextFile, parse  # which imports `config`, which imports this
-
     try:
         path = Path(preset).expanduser()
         is_there = path.is_file()
@@ -167,7 +166,7 @@ def _checked(raw: object, place: str) -> Preset:
     Raises:
         ZitMergeError: It is something else, or selects what is not there.
     """
-    if not isinstance(raw, Mapping) or not raw or set(raw) & {"idea", *_TABLES}:
+    if not isinstance(raw, Mapping) or not raw or any(_is_table(key, value) for key, value in raw.items()):
         raise ZitMergeError(f"{place}: has no preset under a name; {_FORM}")
     if len(raw) > 1:
         raise ZitMergeError(f"{place}: holds {len(raw)} presets ({', '.join(map(str, raw))}): keep one in each file")
@@ -186,6 +185,12 @@ def _checked(raw: object, place: str) -> Preset:
         raise ZitMergeError(f"{place}: sets nothing; {_FORM}")
     factors(Weights(1.0, **tables, place=place))
     return Preset(entry.get("idea", ""), **tables)
+
+
+def _is_table(key: object, value: object) -> bool:
+    """Whether a key at the top of a file is one of a preset's own; not where a preset is called `layers` itself."""
+    keys = {"idea", *_TABLES}
+    return key in keys and not (isinstance(value, Mapping) and value and set(value) <= keys)
 
 
 def _table(raw: object, table: str, place: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import yaml
 from . import __version__
 from .algebra.methods import METHODS
 from .config import PROCESS_TYPE, RankRule, Save, Step
-from .jobfile import Loader
+from .textfile import Loader
 from .weights import compact
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from .errors import ZitMergeError
-from .jobfile import TextFile, parse
 from .recipe import _Dumper
+from .textfile import TextFile, parse
 
 _ENVIRONMENT = re.compile(r"\$\{[^}]+\}")
 BREAKS = "\n\r\x85\u2028\u2029"  # YAML 1.1

@@ -237,7 +237,7 @@ def test_trouble_with_pictures_leaves_the_merge(toolkit, place, tmp_path, change
 
 
 OUT_OF_MEMORY = """
-import resource, sys
+import gc, resource, sys
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.host.render import Renderer
 from extensions_built_in.zit_merge.preview.scene import Scene, Shot
@@ -253,14 +253,17 @@ with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as rend
         print("TOLD", e)
     renderer.render(small)
     print("GOES ON")
+kinds = ("ZImageTransformer2DModel", "Qwen3ForCausalLM", "AutoencoderKL", "ZImageModel")
+print("ALIVE", [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in kinds])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that torch runs into is Linux's")
-def test_out_of_memory_says_what_to_change(toolkit, place, run_python):
+def test_out_of_memory_says_what_to_change_and_memory_is_given_back(toolkit, place, run_python):
     ran = run_python("-c", OUT_OF_MEMORY, place / "model")
     (told,) = [line for line in ran.stdout.splitlines() if line.startswith("TOLD")]
     assert "out of memory for 1024 x 1024 pixels" in told
     for cure in ("size: [512, 512]", "quantize: true", "low_vram: true"):
         assert cure in told
     assert "GOES ON" in ran.stdout
+    assert "ALIVE []" in ran.stdout, "the model is let go of"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from extensions_built_in.zit_merge.jobfile import parse
+from extensions_built_in.zit_merge.textfile import parse
 
 HEIGHT = 900
 

@@ -79,7 +79,7 @@ class Renderer:
         with _memory(self._scene, "while a LoRA was put on the model"):
             for module, delta in deltas:
                 if any(bool(factor.any()) for factor in _ups(delta)):
-                    self._hooks.append(self._linear(module, delta).register_forward_hook(_adding(delta, self.device)))
+                    self._hooks.append(self._linear(module, delta).register_forward_hook(adding(delta, self.device)))
 
     def _linear(self, module: str, delta: Delta) -> nn.Module:
         linear = self._linears.get(module)
@@ -117,7 +117,7 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
         yield from [delta.left.up] if hasattr(delta, "left") else []
 
 
-def _adding(delta: Delta, device: torch.device):
+def adding(delta: Delta, device: torch.device):
     """A forward hook that adds a change to the output of a linear layer; the change waits on the device as it is stored."""
     delta = delta.map(lambda t: t.to(device).contiguous())
 

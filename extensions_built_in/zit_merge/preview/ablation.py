@@ -200,11 +200,8 @@ class Ablation:
         elif still := [n + 1 for n, changed in enumerate(self.is_changed) if not changed]:
             found.append(f"The LoRA changes nothing in picture{'s' * (len(still) > 1)} {ranges(still)} of {len(self.shots)}.")
         if len(self.shots) < _FEW:
-            few = (
-                f"{len(self.shots)} pictures of each part are few"
-                if len(self.shots) > 1
-                else "One picture of each part says little"
-            )
+            several = f"{len(self.shots)} pictures of each part are few"
+            few = several if len(self.shots) > 1 else "One picture of each part says little"
             found.append(f"{few}: small differences mean nothing; more prompts and seeds show which ones last.")
         return found
 

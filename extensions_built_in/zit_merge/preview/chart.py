@@ -1,7 +1,7 @@
 """Draws an ablation: bars for the parts, a map of layers x components for cells; one panel for each metric. A4 wide.
 
-matplotlib is loaded only when a picture is drawn. Places are in inches from the upper left corner, as in `report.figure`, whose
-paper, letters and colours these are.
+matplotlib is loaded only when a picture is drawn. Places are in inches from the upper left corner, on the
+paper of `report.paper`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check(place: str) -> None:
     Raises:
         ZitMergeError: matplotlib is not installed.
     """
-    _figure(place)
+    _paper(place)
 
 
 def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
@@ -63,39 +63,39 @@ def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
     Raises:
         ZitMergeError: matplotlib is not installed.
     """
-    figure = _figure("ablate")
-    with figure._settings():
+    paper = _paper("ablate")
+    with paper.settings():
         page(ablation).figure.savefig(file, format="png")
 
 
 def page(ablation: Ablation) -> Any:
-    """The page as `report.figure` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
-    figure = _figure("ablate")
+    """The page as `report.paper` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
+    paper = _paper("ablate")
     head, foot = _head(ablation), _foot(ablation)
     top = _MARGIN + 0.27 + _LINE * 1.3 + len(head) * _LINE + 0.12
     panels, height = _panels(ablation, top)
-    made = figure._Page(top + height + len(foot) * _LINE + _MARGIN)
+    made = paper.Paper(top + height + len(foot) * _LINE + _MARGIN)
     what = "left out in turn" if ablation.mode == LEAVE_OUT else "on its own"
-    made.text(_MARGIN, _MARGIN, f"What the parts do in pictures: each {what}", figure.LARGE, weight="bold")
-    made.named(_MARGIN, _MARGIN + 0.27, figure.WIDTH - 2 * _MARGIN, "LoRA: ", ablation.lora, figure.NORMAL)
+    made.text(_MARGIN, _MARGIN, f"What the parts do in pictures: each {what}", paper.LARGE, weight="bold")
+    made.named(_MARGIN, _MARGIN + 0.27, paper.WIDTH - 2 * _MARGIN, "LoRA: ", ablation.lora, paper.NORMAL)
     _lines(made, top - 0.12 - len(head) * _LINE, head)
     for n, panel in enumerate(panels):
-        made.named(panel.left, panel.top, panel.width, "", panel.metric, figure.NORMAL)
+        made.named(panel.left, panel.top, panel.width, "", panel.metric, paper.NORMAL)
         made.text(panel.left, panel.top + _LINE, f"100 % is {ablation.whole(panel.metric):.3g}", color=_GREY)
         if ablation.by == "cells":
-            _map(made, figure, ablation, panel)
+            _map(made, paper, ablation, panel)
         else:
             _bars(made, ablation, panel, is_first=n % _across(ablation) == 0)
     _lines(made, top + height, foot)
     return made
 
 
-def _figure(place: str) -> ModuleType:
+def _paper(place: str) -> ModuleType:
     try:
-        from ..report import figure
+        from ..report import paper
     except ImportError as e:
         raise ZitMergeError(f"{place}: its picture needs matplotlib ({e}): python -m pip install matplotlib") from e
-    return figure
+    return paper
 
 
 def _lines(made: Any, top: float, lines: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ def _across(ablation: Ablation) -> int:
 
 def _panels(ablation: Ablation, top: float) -> tuple[list[_Panel], float]:
     """The panels from `top` on, and the height of them all."""
-    from ..report.figure import WIDTH
+    from ..report.paper import WIDTH
 
     across, is_map = _across(ablation), ablation.by == "cells"
     tall = _TITLE + _ROW * (len(COMPONENTS) if is_map else len(ablation.groups)) + _TICKS + (_BAR + 0.15 if is_map else 0.15)
@@ -168,9 +168,9 @@ def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> No
 
 def _percent_axis(axes: Axes, limit: float) -> None:
     axes.set(xlim=(0, limit), xlabel="share in %")
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=5)  # beside a dot at 0
     axes.locator_params(axis="x", nbins=4)
-    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", linewidth=0.3, color="#c0c0c0")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -219,7 +219,7 @@ def _cells(ablation: Ablation, metric: str) -> list[_Cell]:
     return found + [_Cell(start + k, 0, len(COMPONENTS), shares[key]) for k, key in enumerate(_wholes(ablation))]
 
 
-def _map(made: Any, figure: ModuleType, ablation: Ablation, panel: _Panel) -> None:
+def _map(made: Any, paper: ModuleType, ablation: Ablation, panel: _Panel) -> None:
     """Runs of layers x components, and the refiners and `other` as columns of their own."""
     cells = _cells(ablation, panel.metric)
     end = max(cell.left for cell in cells) + 1
@@ -229,13 +229,13 @@ def _map(made: Any, figure: ModuleType, ablation: Ablation, panel: _Panel) -> No
         _nothing(axes)
         return
     axes.set(xlim=(0, end), ylim=(len(COMPONENTS), 0))
-    scale = figure._Scale(figure.Normalize(0, max(cell.share or 0 for cell in cells) * 100 or 1), "cividis", "share in %")
-    _fill(axes, figure, cells, scale)
+    scale = paper.Scale(paper.Normalize(0, max(cell.share or 0 for cell in cells) * 100 or 1), "cividis", "share in %")
+    _fill(axes, paper, cells, scale)
     if max(len(number(cell.share)) for cell in cells) * _LETTER <= width:
         _numbers(axes, cells, scale.norm)
     _name_cells(axes, ablation, sorted({cell.left for cell in cells}), width)
     bar = made.axes(panel.left, panel.top + _TITLE + tall + _TICKS + 0.05, min(width * end, 3.2), 0.08)
-    figure._colour_bar(made.figure, bar, scale, "horizontal")
+    paper.colour_bar(made.figure, bar, scale, "horizontal")
 
 
 def _name_cells(axes: Axes, ablation: Ablation, lefts: Sequence[float], width: float) -> None:
@@ -249,9 +249,9 @@ def _name_cells(axes: Axes, ablation: Ablation, lefts: Sequence[float], width: f
     axes.spines[:].set_visible(False)
 
 
-def _fill(axes: Axes, figure: ModuleType, cells: Sequence[_Cell], scale: Any) -> None:
-    colours = figure.ScalarMappable(scale.norm, scale.colours)
-    absent = {"facecolor": figure._ABSENT.face, "hatch": figure._ABSENT.hatch, "edgecolor": figure._ABSENT.edge}
+def _fill(axes: Axes, paper: ModuleType, cells: Sequence[_Cell], scale: Any) -> None:
+    colours = paper.ScalarMappable(scale.norm, scale.colours)
+    absent = {"facecolor": paper.ABSENT.face, "hatch": paper.ABSENT.hatch, "edgecolor": paper.ABSENT.edge}
     for cell in cells:
         look = absent
         if cell.share is not None:

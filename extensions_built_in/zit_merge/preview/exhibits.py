@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 from typing import Any, NamedTuple
 
 from ..config import Ablate, Preview, Section
@@ -13,6 +14,7 @@ from ..plan import Input, StepPlan
 from ..sources import Site
 from . import metrics
 from .ablation import Group, groups
+from .gallery import gallery_of
 from .looks import Look, OfInput, OfStep, Without
 from .scene import Scene, Shot, scene_of, shots_of
 from .sweep import Cell, axes_of, cells_of
@@ -69,7 +71,8 @@ class Exhibit:
     def headings(self) -> list[str]:
         """One for each shot, no two alike."""
         short = [f"{shot.prompt} (seed {shot.seed})" for shot in self.shots]
-        return short if len(set(short)) == len(short) else [f"{s.prompt} ({shots_text([s])})" for s in self.shots]
+        long = [f"{shot.prompt} ({shots_text([shot])})" for shot in self.shots]
+        return short if len(set(short)) == len(short) else _distinct(long)
 
     def pictures(self) -> Iterator[Picture]:
         """Look by look, since changing the LoRA takes time too."""
@@ -145,19 +148,26 @@ def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Ex
         ZitMergeError: Pictures can't be had as they are asked for; nothing that a merge needs.
     """
     scene = scene_of(section, site)
+    gallery_of(site, scene.row)  # raises where there can be none
     looks = _Looks()
-    numbers = {step.name: i for i, step in enumerate(section.steps)}
-    exhibits = [e for plan in plans for e in _of_step(plan, site, scene, looks, site.at(f"steps[{numbers[plan.name]}]"))]
+    exhibits = [e for plan in plans for e in _of_step(plan, section, site, scene, looks)]
+    if not exhibits:
+        asked = ", ".join(plan.place or plan.name for plan in plans)
+        raise ZitMergeError(f"{asked}: asks for no pictures: write preview: true, sweep or ablate there")
     found = Exhibition(site, scene, exhibits, section)
-    number = len(found.pictures())
-    confirmed = any(asked and asked.confirm for step in section.steps for asked in (step.preview, step.ablate))
-    if number > LIMIT and not confirmed:
-        most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
-        raise ZitMergeError(
-            f"{most.plan.place}.{most.kind}: these are {number} pictures, {len(most.looks)} x {len(most.shots)} of them here: "
-            "set confirm: true in preview if you want them all, or take fewer prompts, values or groups"
-        )
+    most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
+    _check_number(len(found.pictures()), len(most.looks), len(most.shots), section, f"{most.plan.place}.{most.kind}")
     return found
+
+
+def _check_number(number: int, looks: int, shots: int, section: Section, place: str) -> None:
+    """Raises where there are more pictures than somebody may have wanted."""
+    asked = [section.preview, *(part for step in section.steps for part in (step.preview, step.ablate))]
+    if number > LIMIT and not any(part and part.confirm for part in asked):
+        raise ZitMergeError(
+            f"{place}: these are {number} pictures, {looks} x {shots} of them here: set confirm: true in preview if you want "
+            "them all, or take fewer prompts, values or groups"
+        )
 
 
 class _Looks:
@@ -172,38 +182,43 @@ class _Looks:
         return self._inputs.setdefault(key, OfInput(i.label, i))
 
 
-def _of_step(plan: StepPlan, site: Site, scene: Scene, looks: _Looks, place: str) -> Iterator[Exhibit]:
-    step, asked = plan.spec, plan.spec.preview or Preview()
+def _of_step(plan: StepPlan, section: Section, site: Site, scene: Scene, looks: _Looks) -> Iterator[Exhibit]:
+    step, asked = plan.spec, plan.spec.preview or section.preview or Preview()
+    place = site.at("preview") if asked == section.preview else f"{plan.place}.preview"
     result = OfStep(plan.name, plan)
     if step.preview or step.sweep:
-        shots = shots_of(asked, scene, site, f"{place}.preview")
+        shots = shots_of(asked, scene, site, place)
     if step.preview:
         inputs = list(dict.fromkeys(map(looks.of_input, plan.inputs)))
         parts = {"base": [looks.base], "inputs": inputs, "result": [result]}
         shown = [look for part in dict.fromkeys(asked.compare) for look in parts[part]]
         yield Exhibit("preview", plan, shown, shots, min(len(shown), _ACROSS), f"{plan.name}: previews")
     if step.sweep:
-        axes = axes_of(step, f"{place}.sweep")
-        cells = cells_of(plan, axes, f"{place}.sweep")
-        title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
-        shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
-        yield Exhibit("sweep", plan, shown, shots, len(axes[0].values), title, cells=cells)
+        yield _sweep(plan, shots, section)
     if step.ablate:
-        yield _ablation(
-            plan, step.ablate, shots_of(_asked(asked, step.ablate), scene, site, f"{place}.ablate"), looks, result, place
-        )
+        own = {} if step.ablate.prompts is None else {"prompts": step.ablate.prompts}
+        listed = f"{plan.place}.ablate.prompts" if own else f"{place}.prompts"
+        shots = shots_of(asked.model_copy(update=own), scene, site, place, listed)
+        yield _ablation(plan, step.ablate, shots, looks, result)
 
 
-def _asked(preview: Preview, ablate: Ablate) -> Preview:
-    """The preview's settings with the ablation's own prompts."""
-    return preview.model_copy(update={"prompts": ablate.prompts}) if ablate.prompts is not None else preview
+def _sweep(plan: StepPlan, shots: Sequence[Shot], section: Section) -> Exhibit:
+    place = f"{plan.place}.sweep"
+    axes = axes_of(plan.spec, place)
+    number = prod(len(axis.values) for axis in axes)
+    _check_number(number * len(shots), number, len(shots), section, place)  # before every one of them is planned
+    cells = cells_of(plan, axes, place)
+    title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
+    shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
+    return Exhibit("sweep", plan, shown, shots, len(axes[0].values), title, cells=cells)
 
 
-def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Looks, whole: Look, place: str) -> Exhibit:
+def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Looks, whole: Look) -> Exhibit:
+    place = f"{plan.place}.ablate"
     for n, name in enumerate(asked.metrics):
-        metrics.metric(name, f"{place}.ablate.metrics[{n}]")
+        metrics.metric(name, f"{place}.metrics[{n}]")
     if asked.by == "components" and asked.groups:
-        raise ZitMergeError(f"{place}.ablate.groups: are runs of layers, by: components has none: drop groups, or use by: cells")
+        raise ZitMergeError(f"{place}.groups: are runs of layers, by: components has none: drop groups, or use by: cells")
     present = [m for m in plan.ranks if any(i.counts(m) for i in plan.inputs)]
     found = groups(asked.by, asked.groups or GROUPS, present)
     only = asked.mode == "only"

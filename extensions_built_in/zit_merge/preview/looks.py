@@ -130,10 +130,20 @@ class Without(Look):
         yield from ((module, delta) for module, delta in self.whole.deltas(desk) if (module in chosen) == self.only)
 
 
+_NUMBERS = ("method", "params", "rank", "save")  # of a step
+_SPELLED = ("lora", "sha256", "blocks", "layers", "effects", "overrides", "unmatched")  # of an input: `strengths` has the sums
+
+
 def _steps(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """A step's recipe without what has no part in its numbers."""
+    """A step's recipe without what has no part in its numbers: the names of files and steps, and how strengths are spelled."""
     steps = recipe_of(plan, hashes)["steps"]
-    return {"steps": [{k: v for k, v in step.items() if k not in ("file", "confirm_size")} for step in steps]}
+    numbers = {step["name"]: n for n, step in enumerate(steps)}
+
+    def source(lora: Mapping[str, Any]) -> dict[str, Any]:
+        known = {key: value for key, value in lora.items() if key not in _SPELLED}
+        return {"lora": lora.get("sha256") or numbers[lora["lora"]], **known}
+
+    return {"steps": [{k: s[k] for k in _NUMBERS if k in s} | {"loras": list(map(source, s["loras"]))} for s in steps]}
 
 
 def _read(reader: Reader, modules: Mapping[str, Any]) -> Iterator[tuple[str, Delta]]:

@@ -180,13 +180,14 @@ def _check_size(name: str, picture: Tensor) -> None:
 
 
 def _luma(picture: Tensor) -> Tensor:
-    """(1, 1, h, w) in float64."""
-    return torch.einsum("c,chw->hw", torch.tensor(_LUMA, dtype=torch.float64), picture.double())[None, None]
+    """(1, 1, h, w)."""
+    red, green, blue = picture
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[None, None]
 
 
 def _views(luma: Tensor) -> Iterator[Tensor]:
     """The picture with a shorter side of about _SIDE or as small as it is, then half as large each down to _COARSEST."""
-    luma = avg_pool2d(luma, max(1, round(min(luma.shape[2:]) / _SIDE)))
+    luma = avg_pool2d(luma, max(1, round(min(luma.shape[2:]) / _SIDE))).double()  # variances are differences of squares
     yield luma
     while min(luma.shape[2:]) >= 2 * _COARSEST:
         luma = avg_pool2d(luma, 2)

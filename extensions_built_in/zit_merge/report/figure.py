@@ -1,43 +1,47 @@
 """Draws what `plot` has measured: strength per layer and component, spectra, overlap. A4 wide, as high as it takes.
 
-Places are in inches from the upper left corner. Every text is plain (`$` and `_` in names mean nothing), has letters that a font
-at hand can draw, and is cut where it would not fit. Colour-blind people can tell the colours apart; lines differ by dashes and
+Places are in inches from the upper left corner. Colour-blind people can tell the colours apart; lines differ by dashes and
 markers too.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
 from textwrap import wrap
 from typing import Any, BinaryIO, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..errors import counted
 from ..zimage import COMPONENTS, MODULES, SECTIONS, at, section_components
 from .advice import two_digits
+from .paper import (
+    ABSENT,
+    LARGE,
+    LINE,
+    MARGIN,
+    NORMAL,
+    SMALL,
+    WIDTH,
+    Mark,
+    Paper,
+    Scale,
+    colour_bar,
+    decades,
+    plain_number,
+    settings,
+)
 from .plot import PAIRED, SHOWN, Portrait, Survey
 
-WIDTH, DPI = 8.27, 200  # A4
-SMALL, NORMAL, LARGE = 7.0, 7.5, 9.0  # points
-_MARGIN, _GUTTER = 0.35, 0.5  # _GUTTER: beside an axes, for its labels
-_LINE = 0.135  # of small text
+_GUTTER = 0.5  # beside an axes, for its labels
 _NUMBERED = 12  # files up to which cosines are printed
 _NAMED = 40  # files that are listed by name
 _WIDE_SPREAD = 50.0  # highest norm over lowest from which on colours follow the logarithm
@@ -52,26 +56,9 @@ _LINES = (
     ("#56B4E9", (0, (6, 1, 1, 1, 1, 1)), "v"),
     ("#000000", (0, (8, 2)), "x"),
 )
-_OTHER_SCRIPTS = (  # families that hold them, where they are installed; DejaVu Sans comes with matplotlib
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
-    *("Microsoft YaHei", "Yu Gothic", "Meiryo", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB"),
-    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"),
-)
-
-
-class _Mark(NamedTuple):
-    """A cell that has no colour of the scale."""
-
-    text: str
-    face: str
-    hatch: str
-    edge: str
-
-
-_ABSENT = _Mark("not in the file", "#d9d9d9", "//////", "#8c8c8c")
-_APART = _Mark("not in both files", *_ABSENT[1:])
-_ZERO = _Mark("zero", "white", "", "#8c8c8c")
-_BROKEN = _Mark("broken: infinite or NaN", "white", "xxxxxx", "#D55E00")
+_APART = Mark("not in both files", *ABSENT[1:])
+_ZERO = Mark("zero", "white", "", "#8c8c8c")
+_BROKEN = Mark("broken: infinite or NaN", "white", "xxxxxx", "#D55E00")
 
 
 class _Strip(NamedTuple):
@@ -81,71 +68,20 @@ class _Strip(NamedTuple):
     name: str  # of a file, cut to what is left of the line
     detail: str
     values: Mapping[str, float]
-    marks: Mapping[str, _Mark]  # module -> what it is in place of a value
-    absent: _Mark
-
-
-class _Scale(NamedTuple):
-    """Colours of a map."""
-
-    norm: Normalize
-    colours: str
-    label: str
+    marks: Mapping[str, Mark]  # module -> what it is in place of a value
+    absent: Mark
 
 
 class _Block(NamedTuple):
     """A part of the page: its height, and what draws it from there down."""
 
     height: float
-    draw: Callable[[_Page, float], None]
-
-
-class _Page:
-    """The figure, with places in inches from its upper left corner."""
-
-    def __init__(self, height: float):
-        self.height = height
-        self.figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """An axes without frame and ticks' lines."""
-        axes = self.figure.add_axes((left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height))
-        axes.tick_params(length=2, pad=2, width=0.5)
-        for spine in axes.spines.values():
-            spine.set_linewidth(0.5)
-        return axes
-
-    def text(self, left: float, top: float, text: str, size: float = SMALL, **how: Any) -> Text:
-        """Text below `top`."""
-        return self.figure.text(left / WIDTH, 1 - top / self.height, text, size=size, va="top", **how)
-
-    def width(self, text: Text) -> float:
-        """Of a text as it is drawn, in inches."""
-        return text.get_window_extent(self._renderer).width / DPI
-
-    def legend(self, left: float, top: float, handles: Sequence[Line2D | Patch]) -> None:
-        """What lines and patches mean, beside each other."""
-        corner = (left / WIDTH, 1 - top / self.height)
-        how = {"loc": "upper left", "frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 3, "columnspacing": 1.2}
-        self.figure.legend(handles=handles, ncols=len(handles), bbox_to_anchor=corner, **how)
-
-    def named(self, left: float, top: float, room: float, title: str, name: str, size: float = SMALL) -> None:
-        """A title and a file's name, of which as much is shown as there is room for."""
-        drawn = self.text(left, top, f"{title}{_drawable(name)}", size)
-        low, high = 0, len(name)
-        if self.width(drawn) <= room:
-            return
-        while low < high:  # the longest that fits
-            letters = (low + high + 1) // 2
-            drawn.set_text(f"{title}{_cut(name, letters)}")
-            low, high = (letters, high) if self.width(drawn) <= room else (low, letters - 1)
-        drawn.set_text(f"{title}{_cut(name, low)}")
+    draw: Callable[[Paper, float], None]
 
 
 def draw(survey: Survey) -> Figure:
     """The page, with an Agg canvas."""
-    with _settings():
+    with settings():
         return _draw(survey)
 
 
@@ -157,23 +93,13 @@ def save(survey: Survey, file: BinaryIO, kind: str) -> None:
         file: Open for writing.
         kind: `png`, `pdf` or `svg`.
     """
-    with _settings():
+    with settings():
         _draw(survey).savefig(file, format=kind)
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """matplotlib's own defaults and our sizes until the page is written: what a user has set, such as TeX, is not for us."""
-    sizes = {f"{what}.labelsize": SMALL for what in ("xtick", "ytick", "axes")} | {"legend.fontsize": SMALL, "font.size": NORMAL}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(sizes | {"font.family": list(_families()), "text.parse_math": False, "hatch.linewidth": 0.4})
-        yield
 
 
 def _draw(survey: Survey) -> Figure:
     blocks = [*_strengths(survey), *_spectra(survey), *(_overlap(survey) if len(survey.files) > 1 else []), *_notes(survey)]
-    page, top = _Page(2 * _MARGIN + sum(b.height for b in blocks)), _MARGIN
+    page, top = Paper(2 * MARGIN + sum(b.height for b in blocks)), MARGIN
     for block in blocks:
         block.draw(page, top)
         top += block.height
@@ -181,41 +107,7 @@ def _draw(survey: Survey) -> Figure:
 
 
 def _heading(text: str) -> _Block:
-    return _Block(0.27, lambda page, top: page.text(_MARGIN, top, text, LARGE, weight="bold") and None)
-
-
-# --- names ---------------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _families() -> tuple[str, ...]:
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return "DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in installed)
-
-
-@cache
-def _fonts() -> tuple[ft2font.FT2Font, ...]:
-    return tuple(font_manager.get_font(font_manager.findfont(name)) for name in _families())
-
-
-def _drawable(text: str) -> str:
-    """Letters that no font at hand can draw, and those that only steer, as \\u escapes.
-
-    Scripts from right to left need a text engine that matplotlib has from 3.11 on: before, their letters would stand backwards.
-    """
-    is_shaped = hasattr(ft2font, "__libraqm_version__")
-
-    def can(letter: str) -> bool:
-        is_ordered = is_shaped or unicodedata.bidirectional(letter) not in ("R", "AL")
-        return letter.isprintable() and is_ordered and any(font.get_char_index(ord(letter)) for font in _fonts())
-
-    return "".join(c if can(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _cut(name: str, letters: int) -> str:
-    """So many letters of its beginning and end."""
-    end = letters // 3
-    return f"{_drawable(name[: letters - end])}...{_drawable(name[len(name) - end :])}"
+    return _Block(0.27, lambda page, top: page.text(MARGIN, top, text, LARGE, weight="bold") and None)
 
 
 # --- maps of layers x components -----------------------------------------------------------------------------------------------
@@ -248,17 +140,17 @@ def _columns(survey: Survey) -> _Columns:
 _ROW, _TICKS, _TITLES, _BETWEEN = 0.13, 0.42, 0.31, 0.15
 
 
-def _maps(strips: Sequence[_Strip], scale: _Scale, columns: _Columns) -> list[_Block]:
+def _maps(strips: Sequence[_Strip], scale: Scale, columns: _Columns) -> list[_Block]:
     """Strips, one over the whole width or two beside each other, and their scale."""
     across = min(len(strips), 2)
-    room = (WIDTH - 2 * _MARGIN - (across - 1) * _BETWEEN) / across
+    room = (WIDTH - 2 * MARGIN - (across - 1) * _BETWEEN) / across
     tall = _TITLES + len(COMPONENTS) * _ROW + _TICKS
 
-    def draw(page: _Page, top: float) -> None:
+    def draw(page: Paper, top: float) -> None:
         for k, strip in enumerate(strips):
-            left, down = _MARGIN + k % across * (room + _BETWEEN), top + k // across * tall
+            left, down = MARGIN + k % across * (room + _BETWEEN), top + k // across * tall
             page.named(left, down, room, strip.title, strip.name, NORMAL)
-            page.text(left, down + _LINE, strip.detail, color="#404040")
+            page.text(left, down + LINE, strip.detail, color="#404040")
             axes = page.axes(left + _GUTTER, down + _TITLES, room - _GUTTER, len(COMPONENTS) * _ROW)
             _map(axes, strip, scale, columns, every=1 if across == 1 else 5)
 
@@ -266,9 +158,9 @@ def _maps(strips: Sequence[_Strip], scale: _Scale, columns: _Columns) -> list[_B
     return [_Block(-(-len(strips) // across) * tall, draw), _Block(0.62, lambda page, top: _key(page, top, scale, found))]
 
 
-def _map(axes: Axes, strip: _Strip, scale: _Scale, columns: _Columns, every: int) -> None:
+def _map(axes: Axes, strip: _Strip, scale: Scale, columns: _Columns, every: int) -> None:
     cells = np.full((len(COMPONENTS), len(columns.blocks)), math.nan)
-    patches: dict[_Mark, list[Rectangle]] = {}
+    patches: dict[Mark, list[Rectangle]] = {}
     marks = _marked(strip, columns)
     for row, column, module in _places(columns):
         if module in marks:
@@ -298,41 +190,19 @@ def _places(columns: _Columns) -> Iterator[tuple[int, int, str]]:
             yield COMPONENTS.index(component), column, at(*block, component).name
 
 
-def _marked(strip: _Strip, columns: _Columns) -> dict[str, _Mark]:
+def _marked(strip: _Strip, columns: _Columns) -> dict[str, Mark]:
     """Module -> mark of every cell that has no value."""
     modules = (module for *_, module in _places(columns))
     return {m: strip.marks.get(m, strip.absent) for m in modules if m not in strip.values}
 
 
-def _key(page: _Page, top: float, scale: _Scale, marks: Collection[_Mark]) -> None:
+def _key(page: Paper, top: float, scale: Scale, marks: Collection[Mark]) -> None:
     """The scale on the left, what has no colour on the right."""
-    axes = page.axes(_MARGIN + _GUTTER, top + 0.03, 3.2, 0.1)
-    _colour_bar(page.figure, axes, scale, "horizontal")
+    axes = page.axes(MARGIN + _GUTTER, top + 0.03, 3.2, 0.1)
+    colour_bar(page.figure, axes, scale, "horizontal")
     if marks:
         patches = [Patch(facecolor=m.face, hatch=m.hatch, edgecolor=m.edge, linewidth=0.5, label=m.text) for m in sorted(marks)]
-        page.legend(_MARGIN + _GUTTER + 3.6, top - 0.02, patches)
-
-
-def _colour_bar(figure: Figure, axes: Axes, scale: _Scale, orientation: str) -> None:
-    low, high = scale.norm.vmin, scale.norm.vmax
-    if isinstance(scale.norm, LogNorm):
-        ticks = _decades(low, high)
-    else:
-        ticks = FixedLocator(np.linspace(low, high, 5)) if low < 0 else MaxNLocator(5)
-    how = {"orientation": orientation, "ticks": ticks, "format": _number(), "label": scale.label}
-    bar = figure.colorbar(ScalarMappable(scale.norm, scale.colours), cax=axes, **how)
-    bar.ax.minorticks_off()
-    bar.outline.set_linewidth(0.5)
-
-
-def _number() -> FuncFormatter:
-    """For ticks; matplotlib's own writes powers in mathtext."""
-    return FuncFormatter(lambda value, _: f"{value:g}")
-
-
-def _decades(low: float, high: float) -> LogLocator:
-    """1, 2, 5, 10, ... where there are few decades, else 1, 10, 100, ..."""
-    return LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,), numticks=8)
+        page.legend(MARGIN + _GUTTER + 3.6, top - 0.02, patches)
 
 
 # --- strength ------------------------------------------------------------------------------------------------------------------
@@ -342,7 +212,7 @@ def _strengths(survey: Survey) -> list[_Block]:
     files = survey.files[:SHOWN]
     strips = [_norm_strip(i, f) for i, f in enumerate(files)]
     values = [v for s in strips for v in s.values.values()]
-    scale = _Scale(_norm_scale(values), "cividis", "Frobenius norm of the change, alpha / rank folded in")
+    scale = Scale(_norm_scale(values), "cividis", "Frobenius norm of the change, alpha / rank folded in")
     return [_heading("How strong: every module's change, layer by layer"), *_maps(strips, scale, _columns(survey))]
 
 
@@ -353,7 +223,7 @@ def _norm_strip(number: int, file: Portrait) -> _Strip:
     if others:
         words.append(f"{len(others)} of them not in this map (norm {math.hypot(*(n or 0.0 for n in others)):.3g})")
     values = {m: n for m, n in file.norms.items() if n}
-    return _Strip(f"LoRA {number + 1}: ", file.name, ", ".join(words), values, marks, _ABSENT)
+    return _Strip(f"LoRA {number + 1}: ", file.name, ", ".join(words), values, marks, ABSENT)
 
 
 def _norm_scale(values: Sequence[float]) -> Normalize:
@@ -366,20 +236,20 @@ def _norm_scale(values: Sequence[float]) -> Normalize:
 
 def _spectra(survey: Survey) -> list[_Block]:
     files = survey.files[:SHOWN]
-    tall, wide = 1.9, (WIDTH - 2 * _MARGIN - 2 * _GUTTER - 0.2) / 2
+    tall, wide = 1.9, (WIDTH - 2 * MARGIN - 2 * _GUTTER - 0.2) / 2
 
-    def draw(page: _Page, top: float) -> None:
-        left = page.axes(_MARGIN + _GUTTER, top + 0.2, wide, tall)
-        right = page.axes(WIDTH - _MARGIN - wide, top + 0.2, wide, tall)
-        page.text(_MARGIN + _GUTTER, top, "singular values of a module: median and quartiles", NORMAL)
-        page.text(WIDTH - _MARGIN - wide, top, "energy of the whole file, kept by one rank for every module", NORMAL)
+    def draw(page: Paper, top: float) -> None:
+        left = page.axes(MARGIN + _GUTTER, top + 0.2, wide, tall)
+        right = page.axes(WIDTH - MARGIN - wide, top + 0.2, wide, tall)
+        page.text(MARGIN + _GUTTER, top, "singular values of a module: median and quartiles", NORMAL)
+        page.text(WIDTH - MARGIN - wide, top, "energy of the whole file, kept by one rank for every module", NORMAL)
         if not any(_alive(files)):
             _nothing(left)
             _nothing(right)
             return
         _spectrum_axes(left, files)
         _energy_axes(right, files)
-        page.legend(_MARGIN + _GUTTER, top + tall + 0.55, _legend(files))
+        page.legend(MARGIN + _GUTTER, top + tall + 0.55, _legend(files))
 
     return [_heading("How many directions: singular values and rank"), _Block(tall + 0.95, draw)]
 
@@ -419,8 +289,8 @@ def _spectrum_axes(axes: Axes, files: Sequence[Portrait]) -> None:
     axes.set_yscale("log")
     floor, ceiling = max(min(lows), max(highs) * 1e-6) / 1.5, max(highs) * 1.5
     axes.set_ylim(floor, ceiling)
-    axes.yaxis.set_major_locator(_decades(floor, ceiling))
-    axes.yaxis.set_major_formatter(_number())
+    axes.yaxis.set_major_locator(decades(floor, ceiling))
+    axes.yaxis.set_major_formatter(plain_number())
     axes.yaxis.set_minor_locator(NullLocator())
     _ranks_below(axes, files)
 
@@ -446,7 +316,7 @@ def _ranks_below(axes: Axes, files: Sequence[Portrait]) -> None:
     axes.set_xlim(0.9, max(most, 2) * 1.1)
     axes.xaxis.set_major_locator(FixedLocator(_powers(max(most, 2))))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(_number())
+    axes.xaxis.set_major_formatter(plain_number())
     axes.grid(linewidth=0.3, color="#c0c0c0")
     axes.set_axisbelow(True)
 
@@ -461,7 +331,7 @@ def _overlap(survey: Survey) -> list[_Block]:
     strips = [_pair_strip(survey, i, j) for i, j in survey.pairs]
     most = max((abs(v) for s in strips for v in s.values.values()), default=1.0)
     most = next(limit for limit in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf) if most <= limit * (1 + 1e-9))
-    scale = _Scale(Normalize(-most, most), "PuOr", "cosine of the two changes of a module")
+    scale = Scale(Normalize(-most, most), "PuOr", "cosine of the two changes of a module")
     return [*blocks, *_maps(strips, scale, _columns(survey))]
 
 
@@ -479,22 +349,22 @@ def _matrix(survey: Survey) -> _Block:
     count = len(survey.files)
     side = max(1.2, 0.34 * count) if count <= _NUMBERED else min(4.3, max(3.0, 0.11 * count))
     listed = min(count, _NAMED) + (count > _NAMED)
-    left = _MARGIN + _GUTTER + side + 0.9
+    left = MARGIN + _GUTTER + side + 0.9
 
-    def draw(page: _Page, top: float) -> None:
-        axes = page.axes(_MARGIN + _GUTTER, top + 0.03, side, side)
-        scale = _Scale(Normalize(-1, 1), "PuOr", "cosine of the whole files")
+    def draw(page: Paper, top: float) -> None:
+        axes = page.axes(MARGIN + _GUTTER, top + 0.03, side, side)
+        scale = Scale(Normalize(-1, 1), "PuOr", "cosine of the whole files")
         _cosines(axes, survey, scale)
-        _colour_bar(page.figure, page.axes(_MARGIN + _GUTTER + side + 0.12, top + 0.03, 0.1, side), scale, "vertical")
+        colour_bar(page.figure, page.axes(MARGIN + _GUTTER + side + 0.12, top + 0.03, 0.1, side), scale, "vertical")
         for k, file in enumerate(survey.files[:_NAMED]):
-            page.named(left, top + 0.03 + k * _LINE, WIDTH - _MARGIN - left, f"LoRA {k + 1}: ", file.name)
+            page.named(left, top + 0.03 + k * LINE, WIDTH - MARGIN - left, f"LoRA {k + 1}: ", file.name)
         if count > _NAMED:
-            page.text(left, top + 0.03 + _NAMED * _LINE, f"and {count - _NAMED} more")
+            page.text(left, top + 0.03 + _NAMED * LINE, f"and {count - _NAMED} more")
 
-    return _Block(max(side + 0.45, listed * _LINE + 0.2), draw)
+    return _Block(max(side + 0.45, listed * LINE + 0.2), draw)
 
 
-def _cosines(axes: Axes, survey: Survey, scale: _Scale) -> None:
+def _cosines(axes: Axes, survey: Survey, scale: Scale) -> None:
     values, count = survey.cosines.numpy(), len(survey.files)
     grid = {"edgecolors": "white", "linewidth": 0.3} if count <= _NAMED else {}
     axes.pcolormesh(np.ma.masked_invalid(values), norm=scale.norm, cmap=scale.colours, **grid)
@@ -519,11 +389,11 @@ def _cosines(axes: Axes, survey: Survey, scale: _Scale) -> None:
 def _notes(survey: Survey) -> list[_Block]:
     lines = [line for text in _remarks(survey) for line in wrap(text, 130, subsequent_indent="  ")]
 
-    def draw(page: _Page, top: float) -> None:
+    def draw(page: Paper, top: float) -> None:
         for k, line in enumerate(lines):
-            page.text(_MARGIN, top + 0.1 + k * _LINE, line)
+            page.text(MARGIN, top + 0.1 + k * LINE, line)
 
-    return [_Block(0.1 + len(lines) * _LINE, draw)] if lines else []
+    return [_Block(0.1 + len(lines) * LINE, draw)] if lines else []
 
 
 def _remarks(survey: Survey) -> Iterator[str]:

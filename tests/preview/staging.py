@@ -1,0 +1,149 @@
+"""What tests of pictures share: sections as they are planned, and a painter whose pictures follow from all that it is given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from desk import Desk
+from PIL import Image
+
+from extensions_built_in.zit_merge.algebra.delta import Delta
+from extensions_built_in.zit_merge.config import Section
+from extensions_built_in.zit_merge.execute import Done, run_plans
+from extensions_built_in.zit_merge.formats.reader import tensor_hash
+from extensions_built_in.zit_merge.jobfile import load_job
+from extensions_built_in.zit_merge.plan import StepPlan
+from extensions_built_in.zit_merge.planning import Planned, plan_job
+from extensions_built_in.zit_merge.preview.exhibits import Exhibition, exhibition_of
+from extensions_built_in.zit_merge.preview.looks import Desk as Reading
+from extensions_built_in.zit_merge.preview.looks import Look, digest
+from extensions_built_in.zit_merge.preview.scene import Scene, Shot
+from extensions_built_in.zit_merge.sources import Site, make_site
+
+CPU = torch.device("cpu")
+MODEL = {"name_or_path": "Tongyi-MAI/Z-Image-Turbo", "arch": "zimage:turbo"}
+ME = {"lora": "me.safetensors", "ratio": 0.8}
+STYLE = {"lora": "style.safetensors", "ratio": 0.5}
+
+
+def step(*loras: Mapping[str, Any], name: str = "soft", **keys: Any) -> dict[str, Any]:
+    """A step of these LoRAs; of me.safetensors if none is named. In fp32, so that rounding hides nothing."""
+    return {"name": name, "loras": [dict(lora) for lora in loras or (ME,)], "save": {"dtype": "fp32"}} | keys
+
+
+def settled(desk: Desk, *processes: Mapping[str, Any], job: str = "cat", **how: Any) -> tuple[Section, Site]:
+    """The last section of a job, and where it runs."""
+    whole = load_job(desk.config(*processes, job=job))
+    index, section = whole.sections()[-1]
+    return section, make_site(whole, index, section, **how)
+
+
+def planned(desk: Desk, *steps: Mapping[str, Any], job: str = "cat", **keys: Any) -> Planned:
+    """A job of one section, planned with its files at hand."""
+    (found,) = plan_job(load_job(desk.job(*steps, job=job, **{"model": MODEL} | keys)))
+    return found
+
+
+def exhibited(desk: Desk, *steps: Mapping[str, Any], **keys: Any) -> Exhibition:
+    """Which pictures a job of one section asks for."""
+    found = planned(desk, *steps, **keys)
+    return exhibition_of(found.section, found.site, found.plans)
+
+
+def run(found: Planned) -> list[Done]:
+    """Writes the files of a section."""
+    return list(run_plans(found.plans, CPU))
+
+
+def reading(plans: Iterable[StepPlan]) -> Reading:
+    """What it takes to read the looks of these steps."""
+    paths = dict.fromkeys(path for plan in plans for path in plan.hashed)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return Reading({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
+
+
+def name_of(look: Look) -> str:
+    """The digest of a look's record."""
+    return digest(look.record({path: tensor_hash(path) for path in look.files()}))
+
+
+def same(ours: Delta, theirs: Delta) -> bool:
+    """Whether two changes are the same factors, bit for bit, but for rows and columns of zeros that pad them."""
+    a, b = _stripped(ours), _stripped(theirs)
+    return ours.shape == theirs.shape and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _stripped(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+    factors = delta.expand()
+    used = factors.up.any(0) & factors.down.any(1)
+    return factors.up[:, used].double(), factors.down[used].double()
+
+
+class Painter:
+    """A model that paints a plain picture, whose colours follow from the LoRA that it wears and from the shot.
+
+    Attributes:
+        worn: How often it was given a LoRA.
+        painted: (LoRA, shot) of every picture, in order.
+        closed: Whether it was let go.
+    """
+
+    def __init__(self, scene: Scene):
+        self.scene, self.worn, self.closed = scene, 0, False
+        self.painted: list[tuple[str, Shot]] = []
+        self._look = ""
+
+    def __enter__(self) -> Painter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.closed = True
+
+    def wear(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+        """Remembers the LoRA by its bits."""
+        self.worn += 1
+        found = hashlib.sha256()
+        for module, delta in deltas:
+            factors = delta.expand()
+            if factors.up.any():
+                found.update(module.encode() + factors.up.float().numpy().tobytes() + factors.down.float().numpy().tobytes())
+        self._look = found.hexdigest()
+
+    def render(self, shot: Shot) -> Image.Image:
+        """Four quarters in colours of their own, so that a picture upside down is another one."""
+        self.painted.append((self._look, shot))
+        colours = hashlib.sha256(f"{self._look} {shot}".encode()).digest()
+        small = Image.frombytes("RGB", (2, 2), colours[:12])
+        return small.resize((shot.width, shot.height), Image.Resampling.NEAREST)
+
+
+class Easel:
+    """Loads painters, and keeps them to be asked what they did."""
+
+    def __init__(self, painter: type[Painter] = Painter):
+        self._painter = painter
+        self.loaded: list[Painter] = []
+
+    def __call__(self, scene: Scene) -> Painter:
+        self.loaded.append(self._painter(scene))
+        return self.loaded[-1]
+
+    @property
+    def painted(self) -> Sequence[tuple[str, Shot]]:
+        """What all of them painted."""
+        return [picture for painter in self.loaded for picture in painter.painted]
+
+
+def plain(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A picture of one colour."""
+    return Image.new("RGB", size, colour)
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder, in order."""
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
