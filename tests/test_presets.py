@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge import ZitMergeError, presets
 from extensions_built_in.zit_merge.config import Lora
+from extensions_built_in.zit_merge.jobfile import load_job
 from extensions_built_in.zit_merge.presets import Preset, expand, is_file, load, origin_of, preset_names
 from extensions_built_in.zit_merge.weights import Weights, strengths
 
@@ -559,3 +560,27 @@ def test_the_command_line_names_place_and_file(desk, loras):
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(desk.folder / "gone.yaml")}]}
     message = desk.zit("run", desk.job(step)).refused()
     assert message.startswith(f"process[0].steps[0].loras[0].preset: {desk.folder / 'gone.yaml'}: there is no such file")
+
+
+def test_a_file_is_found_beside_the_config_and_read_once(desk, loras):
+    """A training may take hours between the reading of a section and its run."""
+    desk.write({"late": {"idea": "mine", "layers": {"0-9": 0.5}, "blocks": {"to_q": 2}}}, "configs/late.yaml")
+    lora = {"lora": str(loras[0]), "ratio": 0.5, "preset": "late.yaml", "blocks": {"w1": 3}}
+    config = desk.job({"name": "a", "loras": [lora]}, name="configs/job.yaml")
+    ((_, section),) = load_job(config).sections()
+    (desk.folder / "configs" / "late.yaml").unlink()
+    weights = section.steps[0].loras[0].weights("here")
+    assert (weights.blocks, weights.layers) == ({"to_q": 2, "w1": 3}, {"0-9": 0.5})
+    desk.write({"late": {"idea": "mine", "layers": {"0-9": 0.25}}}, "late.yaml")
+    ((_, section),) = load_job(config).sections()
+    assert section.steps[0].loras[0].weights("here").layers == {"0-9": 0.25}, "else from the working directory"
+    out = desk.zit("run", config).ok()
+    assert "preset late.yaml, your own" in out
+
+
+def test_a_long_name_of_a_file_is_cut_in_the_plan(desk, loras):
+    desk.write({"x": {"layers": {"0-9": 0.5}}}, f"{'n' * 100}\u00e9.yaml")
+    lora = {"lora": str(loras[0]), "ratio": 0.5, "preset": f"{'n' * 100}\u00e9.yaml"}
+    out = desk.zit("run", desk.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
+    (line,) = (line for line in out.splitlines() if "where it comes from" in line)
+    assert line.isascii() and len(line) <= 80 and "preset nnn" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ from ..config import RankRule
 from ..errors import counted
 from ..execute import Done
 from ..plan import DTYPE_NAMES, Input, StepPlan
-from ..presets import origin_of, presets
+from ..presets import is_file, origin_of, presets
 from ..training import Outline
 from ..weights import row_name, runs
 from ..zimage import COMPONENTS, OTHER, SECTIONS
@@ -131,8 +132,13 @@ def _strength_lines(i: Input) -> Iterator[str]:
     if not _everywhere(i):
         yield from strength_table(i.strengths, _present(i))
     if i.spec.preset:
-        yield f"where it comes from: preset {i.spec.preset}, your own, both, neither (.)"
+        yield f"where it comes from: preset {_preset_name(i.spec.preset)}, your own, both, neither (.)"
         yield from _origin_table(i)
+
+
+def _preset_name(preset: str) -> str:
+    """Of a file the name without its folder, cut to what a line has room for."""
+    return squeezed(Path(preset).name if is_file(preset) else preset, 28)
 
 
 def _present(i: Input) -> Collection[str]:
