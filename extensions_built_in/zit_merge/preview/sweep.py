@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..config import Lora, Step, check_step
-from ..errors import ZitMergeError
-from ..plan import Input, StepPlan, settle
+from ..errors import ZitMergeError, counted, nearest
+from ..plan import StepPlan, settle
 from ..weights import strengths
 from ..zimage import canonical_component
 
 Value = float | Sequence[float]
 _TABLES = ("blocks", "layers", "effects", "overrides")
+_LISTED = 5  # numbers of a gradient in a label
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Axis:
         key: As it was written: `ratio`, `blocks.to_v`, `loras[1].layers.0-9`.
         lora: Which LoRA of the step it belongs to.
         table: `ratio`, or the table that it stands in.
-        entry: Of the table; empty for `ratio`.
+        entry: Of the table; empty for `ratio`, and for a list of all 30 layers.
         values: In order.
+        place: Of the table, for messages.
     """
 
     key: str
@@ -34,10 +36,18 @@ class Axis:
     table: str
     entry: str
     values: Sequence[Value]
+    place: str
+
+    @property
+    def strength(self) -> tuple[int, str, str]:
+        """The same for keys that name the same strength."""
+        return self.lora, self.table, _canonical(self.entry)
 
     def label(self, value: Value) -> str:
         """`blocks.to_v 0.5`."""
-        return f"{self.key} {value:g}" if isinstance(value, int | float) else f"{self.key} {', '.join(f'{v:g}' for v in value)}"
+        words = [f"{v:g}" for v in ([value] if isinstance(value, int | float) else value)]
+        short = words if len(words) <= _LISTED else [*words[: _LISTED - 1], "...", words[-1]]
+        return f"{self.key} {', '.join(short)}"
 
 
 @dataclass(frozen=True)
@@ -69,29 +79,40 @@ def axes_of(step: Step, place: str) -> list[Axis]:
         raise ZitMergeError(
             f"{place}: an average over checkpoints has no strengths to go through: make a step of it that weighs it"
         )
-    found = [_axis(key, values, step, f"{place}.{key}") for key, values in step.sweep.items()]
-    if len({(a.lora, a.table, a.entry) for a in found}) < len(found):
+    found = [_axis(key, values, step, place) for key, values in step.sweep.items()]
+    if len({axis.strength for axis in found}) < len(found):
         raise ZitMergeError(f"{place}: {' and '.join(a.key for a in found)} are one strength: keep one of them")
     return found
 
 
-def _axis(key: str, values: Sequence[Value], step: Step, place: str) -> Axis:
-    match = re.fullmatch(r"(?:loras\[(?P<lora>\d+)\]\.)?(?P<table>[a-z]+)(?:\.(?P<entry>.+))?", key)
-    known = "ratio, blocks.to_v, layers.0-9, effects.detail, overrides.3.to_q"
-    if not match or match["table"] not in ("ratio", *_TABLES) or (match["table"] == "ratio") != (match["entry"] is None):
-        raise ZitMergeError(f"{place}: is no strength of a LoRA; write it like {known}, with loras[1]. before it for the second")
-    if match["lora"] is None and len(step.loras) > 1:
-        raise ZitMergeError(f"{place}: the step has {len(step.loras)} LoRAs: say which one, such as loras[0].{key}")
-    lora = int(match["lora"] or 0)
-    if lora >= len(step.loras):
-        raise ZitMergeError(f"{place}: the step has {len(step.loras)} LoRAs, the first is loras[0]: mend the number")
-    if match["table"] != "layers" and any(not isinstance(v, int | float) for v in values):
+def _axis(key: str, values: Sequence[Value], step: Step, sweep: str) -> Axis:
+    match, place = (
+        re.fullmatch(r"(loras\[(\d+)\]\.)?(ratio|layers|(?:blocks|layers|effects|overrides)\.(.+))", key),
+        f"{sweep}.{key}",
+    )
+    if not match:
+        word = re.split(r"[.\[]", key.rpartition("].")[2])[0]
+        raise ZitMergeError(
+            f"{place}: is no strength of a LoRA{nearest(word, ('ratio', *_TABLES))}; write it like ratio, blocks.to_v, layers.0-9, "
+            "effects.detail, overrides.3.to_q, with loras[1]. before it for the second LoRA"
+        )
+    prefix, number, name, entry = match.groups("")
+    table, count = name.partition(".")[0], len(step.loras)
+    if not prefix and count > 1:
+        raise ZitMergeError(f"{place}: the step has {count} LoRAs: say which one, such as loras[0].{key}")
+    lora = int(number or 0)
+    if lora >= count:
+        raise ZitMergeError(f"{place}: the step has {counted(count, 'LoRA')}, the first is loras[0]: mend the number")
+    lists = [isinstance(value, Sequence) for value in values]
+    if table != "layers" and any(lists):
         raise ZitMergeError(f"{place}: takes numbers, a list of numbers is a gradient over layers: write it under layers")
-    if match["table"] == "layers" and not isinstance(step.loras[lora].layers, dict):
+    if name == "layers" and not all(lists):
+        raise ZitMergeError(f"{place}: takes lists of 30 numbers; write layers.0-9 for one number, or for a gradient")
+    if table == "layers" and entry and not isinstance(step.loras[lora].layers, dict):
         raise ZitMergeError(
             f"{place}: loras[{lora}].layers is a list of 30 numbers: write it as ranges to go through one of them"
         )
-    return Axis(key, lora, match["table"], match["entry"] or "", list(values))
+    return Axis(key, lora, table, entry, list(values), f"{sweep}.{prefix}".rstrip("."))
 
 
 def cells_of(plan: StepPlan, axes: Sequence[Axis], place: str) -> list[Cell]:
@@ -109,35 +130,34 @@ def cells_of(plan: StepPlan, axes: Sequence[Axis], place: str) -> list[Cell]:
     for number, values in enumerate(product(*(axis.values for axis in reversed(axes))), 1):
         chosen = plan
         for axis, value in zip(axes, reversed(values), strict=True):
-            chosen = _with(chosen, axis, value, f"{place}.{axis.key}")
+            chosen = _with(chosen, axis, value)
         check_step(chosen.spec, place)
         labels = tuple(axis.label(value) for axis, value in zip(axes, reversed(values), strict=True))
         found.append(Cell(number, labels, settle(chosen)))
     return found
 
 
-def _with(plan: StepPlan, axis: Axis, value: Value, place: str) -> StepPlan:
+def _with(plan: StepPlan, axis: Axis, value: Value) -> StepPlan:
     """The step with one strength at a value; to be settled."""
     lora = _set(plan.spec.loras[axis.lora], axis, value)
     loras = [lora if n == axis.lora else other for n, other in enumerate(plan.spec.loras)]
-    inputs = tuple(_weighed(i, lora, place) if n == axis.lora else i for n, i in enumerate(plan.inputs))
+    table = strengths(lora.weights(axis.place))
+    inputs = tuple(replace(i, spec=lora, strengths=table) if n == axis.lora else i for n, i in enumerate(plan.inputs))
     return replace(plan, spec=plan.spec.model_copy(update={"loras": loras}), inputs=inputs)
-
-
-def _weighed(i: Input, lora: Lora, place: str) -> Input:
-    return replace(i, spec=lora, strengths=strengths(lora.weights(place)))
 
 
 def _set(lora: Lora, axis: Axis, value: Value) -> Lora:
     """A LoRA's entry with a strength at a value; the same strength under another alias gives way, a recipe's table too."""
     lora = lora.model_copy(update={"strengths": None})
-    if axis.table == "ratio":
-        return lora.model_copy(update={"ratio": float(value)})
+    if not axis.entry:
+        return lora.model_copy(update={axis.table: value})
     name = _canonical(axis.entry)
     others = {key: v for key, v in getattr(lora, axis.table).items() if _canonical(key) != name}
     return lora.model_copy(update={axis.table: others | {axis.entry: value}})
 
 
 def _canonical(entry: str) -> str:
+    """The same for an entry under every alias: `3.adaLN`, `3-3.adaLN_modulation`."""
     where, dot, component = entry.rpartition(".")
-    return f"{where}{dot}{canonical_component(component)}"
+    layers = re.sub(r"^(\d+)\s*-\s*(\d+)$", lambda m: m[1] if m[1] == m[2] else f"{m[1]}-{m[2]}", where or component)
+    return f"{layers}{dot}{canonical_component(component)}" if dot else canonical_component(layers)

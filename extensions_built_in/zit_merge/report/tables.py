@@ -138,7 +138,7 @@ def _strength_lines(i: Input) -> Iterator[str]:
 
 def _preset_name(preset: str) -> str:
     """Of a file the name without its folder, cut to what a line has room for."""
-    return squeezed(Path(preset).name if is_file(preset) else preset, 28)
+    return squeezed(Path(preset).name if is_file(preset) else preset, 20)
 
 
 def _present(i: Input) -> Collection[str]:
