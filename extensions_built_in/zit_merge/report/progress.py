@@ -31,8 +31,8 @@ class _Shown(Protocol):
         """The pass has ended, or was broken off."""
 
 
-class Bar:
-    """`tick` for `run_plans`: every step on its own, on stderr, shown when it takes over a second.
+class _Ticking:
+    """What `tick` shows on stderr when it takes over a second; as a context it ends that.
 
     Args:
         quiet: Show nothing.
@@ -43,53 +43,40 @@ class Bar:
         self._quiet, self._clock = quiet, clock
         self._shown: _Shown | None = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self):
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def tick(self, plan: StepPlan, done: int) -> None:
-        """Module `done` of the step is finished."""
+    def _show(self, title: str, done: int, total: int, unit: str) -> None:
         if self._quiet:
             return
         if self._shown is None:
-            self._shown = _shown(plan.name, len(plan.shapes), self._clock)
+            self._shown = _shown(title, total, self._clock, unit)
         self._shown.to(done)
 
     def close(self) -> None:
-        """Ends the step's bar."""
+        """Ends what is shown."""
         if self._shown is not None:
             self._shown.close()
             self._shown = None
 
 
-class Pictures:
-    """`tick` for rendering, on stderr: `3/12 pictures, 40 s left`.
+class Bar(_Ticking):
+    """`tick` for `run_plans`: every step on its own."""
 
-    Args:
-        quiet: Show nothing.
-        clock: Seconds, for the lines of a log.
-    """
+    def tick(self, plan: StepPlan, done: int) -> None:
+        """Module `done` of the step is finished."""
+        self._show(plan.name, done, len(plan.shapes), "module")
 
-    def __init__(self, quiet: bool = False, clock: Clock = time.monotonic):
-        self._quiet, self._clock = quiet, clock
-        self._shown: _Shown | None = None
 
-    def __enter__(self) -> Pictures:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._shown is not None:
-            self._shown.close()
+class Pictures(_Ticking):
+    """`tick` for rendering: `pictures: 3/12 pictures, 40 s left`."""
 
     def tick(self, what: str, done: int, total: int) -> None:
         """Picture `done` of `total` is finished."""
-        if self._quiet:
-            return
-        if self._shown is None:
-            self._shown = _shown("pictures", total, self._clock, "picture")
-        self._shown.to(done)
+        self._show("pictures", done, total, "picture")
 
 
 def watched(title: str, quiet: bool, clock: Clock = time.monotonic) -> Callable[[Collection[str]], Iterable[str]]:
