@@ -16,7 +16,7 @@ import pytest
 from extensions_built_in.zit_merge.execute import run_plans
 from extensions_built_in.zit_merge.jobfile import load_job
 from extensions_built_in.zit_merge.planning import plan_job
-from extensions_built_in.zit_merge.report.progress import Bar, passing, watched
+from extensions_built_in.zit_merge.report.progress import Bar, Pictures, passing, watched
 
 pty, fcntl, termios = (pytest.importorskip(name, reason="no terminals on Windows") for name in ("pty", "fcntl", "termios"))
 
@@ -285,3 +285,35 @@ def test_a_merge_tells_its_passes(desk, loras, how):
     list(run_plans(planned.plans, planned.device, lambda plan, done: seen.append("merged"), look))
     passes = ["angles"] * ("method" in how) + ["ranks"] * ("rank" in how)
     assert seen == [what for name in passes for what in [name] * 240] + ["merged"] * 240
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------
+
+
+def render(clock: Clock, quiet: bool = False) -> None:
+    """Twelve pictures of ten seconds, the first of which waits for the model for a minute."""
+    with Pictures(quiet, clock) as shown:
+        clock.now += 60
+        for done in range(1, 13):
+            clock.now += 10
+            shown.tick("soft", done, 12)
+
+
+def test_pictures_are_counted_at_the_pace_of_rendering(tmp_path, monkeypatch, clock):
+    with log(tmp_path, monkeypatch) as read:
+        render(clock)
+        lines = read().splitlines()
+    assert all(re.fullmatch(r"pictures: \d+/12 pictures(, \d+ (s|min) left)?", line) for line in lines)
+    (half,) = (line for line in lines if line.startswith("pictures: 6/12"))
+    assert half == "pictures: 6/12 pictures, 60 s left", "the model's loading is no part of the pace"
+    assert len(lines) <= 12
+
+
+def test_pictures_on_a_terminal_and_quietly(monkeypatch, clock):
+    with terminal(monkeypatch) as read:
+        render(clock)
+        drawn = read()
+    assert "pictures:" in drawn and "12/12" in drawn and "picture" in drawn
+    with terminal(monkeypatch) as read:
+        render(clock, quiet=True)
+        assert read() == ""
