@@ -219,28 +219,41 @@ def _cell_yaml(exhibition: Any, step: str, number: str) -> str:
 
 
 def _render(args: argparse.Namespace, exhibition: Any, planned: Any, page: Any) -> None:
-    """Renders and hangs; the page shows what was merged too, as far as it is there."""
-    from .execute import made
+    """Renders and hangs; the page, of the main process, shows what was merged too, as far as it is there."""
     from .host.render import Renderer
     from .host.status import PictureWatch, Status
     from .host.team import Launch
+    from .host.toolkit import device_of, silence
     from .preview.show import show
-    from .report.progress import Pictures, watched
+    from .report.progress import Pictures
 
     team = Launch()
     args.quiet = args.quiet or not team.is_main
     _say(args, exhibition.text())
     if team.is_main:
-        for plan in planned.plans:
-            if done := made(plan):
-                page.add(done, watched("page", args.quiet))
+        _add_made(args, planned, page)
     try:
         with Pictures(args.quiet) as bar, PictureWatch(Status(), bar.tick) as watch:
-            for text in show(exhibition, planned.device, Renderer, page, watch.tick, watched=watch.passing, team=team):
+            device = device_of(planned.section.device)
+            load = watch.loading(silence()(Renderer) if args.quiet else Renderer)
+            for text in show(exhibition, device, load, page, watch.tick, watched=watch.passing, team=team):
                 _say(args, text)
+    except ZitMergeError as e:
+        if team.is_main or str(e) not in team.heard:
+            raise
+        raise SystemExit(1) from None  # the main process says it
     finally:
-        if team.is_main:
+        if page.has_pictures:  # else an older page, which may have them all, stays
             _say(args, page.write())
+
+
+def _add_made(args: argparse.Namespace, planned: Any, page: Any) -> None:
+    from .execute import made
+    from .report.progress import watched
+
+    for plan in planned.plans:
+        if done := made(plan):
+            page.add(done, watched("page", args.quiet))
 
 
 def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:

@@ -20,7 +20,7 @@ from .training import Training, training_before
 SIGMA_REL = 0.1  # of a checkpoints step that says nothing: the paper's wider example, about the last third of the training
 
 # The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.
-_PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
+PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_site(
     site = Site(
         job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders, may_download=may_download, home=home
     )
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         named = replace(site, prefix=prefix)
         if not any(home.claims(named.output(s)) for home in homes for s in section.steps):
             return named

@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import shutil
+import signal
 import sys
+from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
 
 import numpy
@@ -14,6 +16,11 @@ from host.job import job, training
 from host.test_job import write
 from host.ui import Launched, make_database, row
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from extensions_built_in.zit_merge.host.render import _cure
+from extensions_built_in.zit_merge.host.status import PictureWatch, Status
+from extensions_built_in.zit_merge.preview.scene import Scene, Shot
 
 pytestmark = pytest.mark.toolkit
 
@@ -189,6 +196,17 @@ def test_it_resumes(shown, run_python):
     assert sorted(p.name for p in (folder / "samples").glob("*.png")) == shown_before
 
 
+def test_a_page_with_pictures_outlives_a_run_without(shown, run_python, place, tmp_path):
+    folder, config, _ = shown
+    whole = yaml.safe_load(config.read_text())
+    shutil.copytree(place / "model", tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    whole["config"]["process"][0]["model"]["name_or_path"] = str(tmp_path / "broken")
+    before = (folder / "plugin.html").read_bytes()
+    ran = run_python("-m", "extensions_built_in.zit_merge", "preview", write(place, "pa_broken", whole))
+    assert ran.returncode == 1 and "can't be used" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr[-2000:]
+    assert (folder / "plugin.html").read_bytes() == before and "page" not in ran.stdout
+
+
 def alone(place, database, **keys):
     """A merge-only job's section as the UI writes it, with a model."""
     host = {"sqlite_db_path": str(database), "training_folder": str(place / "output"), "device": "cuda"}
@@ -227,21 +245,25 @@ def test_trouble_with_pictures_leaves_the_merge(toolkit, place, tmp_path, change
     shutil.copytree(place / "model", tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
     raw = alone(place, database)
     raw["steps"][0]["preview"] |= change.pop("preview", {})
-    config = write(place, "pc", job("pc", raw | change))
+    more = {"name": "more", "loras": raw["steps"][0]["loras"]}
+    config = write(place, "pc", job("pc", raw | change, section(steps=[more], training_folder=str(place / "output"))))
     shutil.rmtree(place / "output" / "pc", ignore_errors=True)
     ran = Launched(toolkit, config, database)
-    assert ran.code != 0 and ran.statuses[-1] == "error"
+    assert ran.code != 0 and ran.statuses == ["running", "error"]
     assert said in ran.infos[-1], ran.infos[-3:]
-    assert (place / "output" / "pc" / "merged_pc_soft.safetensors").is_file()
-    assert ("NO PICTURES" in ran.log) == ("nowhere" in said), "what can be known before is said before"
+    for step in ("soft", "more"):
+        assert (place / "output" / "pc" / f"merged_pc_{step}.safetensors").is_file(), "sections that follow merge too"
+    before, _, after = ran.log.partition("Running  2 processes")
+    assert ("NO PICTURES" in before) == ("nowhere" in said), "what can be known before is said before"
+    assert "NO PICTURES" in after
 
 
 OUT_OF_MEMORY = """
-import gc, resource, sys
+import gc, resource, sys, torch
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.host.render import Renderer
 from extensions_built_in.zit_merge.preview.scene import Scene, Shot
-model = {"name_or_path": sys.argv[1], "arch": "zimage:turbo"}
+model = {"name_or_path": "~/model", "arch": "zimage:turbo"}
 with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
     small = Shot("a cat", width=64, height=64, steps=1)
     renderer.render(small)
@@ -253,17 +275,112 @@ with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as rend
         print("TOLD", e)
     renderer.render(small)
     print("GOES ON")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+for path in sys.argv[1:]:
+    try:
+        Renderer(Scene(model | {"name_or_path": path}, "bf16", {}, None, "process[0].model", "cpu"))
+    except ZitMergeError as e:
+        print("BROKEN", e, torch.get_default_dtype())
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20),) * 2)
+try:
+    Renderer(Scene(model, "fp32", {}, None, "process[0].model", "cpu"))
+except ZitMergeError as e:
+    print("NO ROOM", e)
 kinds = ("ZImageTransformer2DModel", "Qwen3ForCausalLM", "AutoencoderKL", "ZImageModel")
 print("ALIVE", [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in kinds])
 """
 
 
+@pytest.fixture
+def broken_models(place, tmp_path):
+    """Models that fail to load, each in an error of another library's own."""
+
+    def copy(name):
+        return shutil.copytree(place / "model", tmp_path / name)
+
+    (weights,) = copy("cut short").joinpath("text_encoder").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    config = copy("of another width") / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"dim": 48', '"dim": 96'))
+    (weights,) = copy("lacking a layer").joinpath("transformer").glob("*.safetensors")
+    save_file({k: t for k, t in load_file(weights).items() if "layers.3." not in k}, weights, metadata={"format": "pt"})
+    return sorted(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that torch runs into is Linux's")
-def test_out_of_memory_says_what_to_change_and_memory_is_given_back(toolkit, place, run_python):
-    ran = run_python("-c", OUT_OF_MEMORY, place / "model")
+def test_trouble_with_the_model_is_a_sentence_and_memory_is_given_back(toolkit, place, run_python, broken_models):
+    ran = run_python("-c", OUT_OF_MEMORY, *broken_models, HOME=str(place))
     (told,) = [line for line in ran.stdout.splitlines() if line.startswith("TOLD")]
     assert "out of memory for 1024 x 1024 pixels" in told
     for cure in ("size: [512, 512]", "quantize: true", "low_vram: true"):
         assert cure in told
     assert "GOES ON" in ran.stdout
     assert "ALIVE []" in ran.stdout, "the model is let go of"
+    broken = [line for line in ran.stdout.splitlines() if line.startswith("BROKEN")]
+    assert len(broken) == 3, ran.stdout + ran.stderr[-2000:]
+    for line, path in zip(broken, broken_models, strict=True):
+        assert f"{path} can't be used (" in line
+        assert line.endswith("torch.float32"), "diffusers leaves torch's dtype changed when it fails"
+    assert "NO ROOM out of memory while the model was loaded: set quantize: true" in ran.stdout
+
+
+def test_a_smaller_size_is_one_that_can_be_rendered():
+    scene = Scene({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
+    assert _cure(scene, Shot("a", width=1040, height=112)) == "set size: [512, 64] in preview"
+
+
+class Told(Status):
+    """A status that notes what it is told."""
+
+    def __init__(self):
+        self.infos = []
+
+    def say(self, info):
+        self.infos.append(info)
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_stop_while_the_model_is_loaded(loses):
+    """It acts in the midst of it; where a library swallows it, when the model is there, and lets go of it."""
+    went_on, closed = [], []
+
+    @contextmanager
+    def model():
+        try:
+            yield
+        finally:
+            closed.append(1)
+
+    def load(scene):
+        with suppress(KeyboardInterrupt) if loses else nullcontext():
+            signal.raise_signal(signal.SIGINT)
+            went_on.append(1)
+        return model()
+
+    status = Told()
+    with pytest.raises(KeyboardInterrupt), PictureWatch(status, lambda *told: None) as watch, watch.loading(load)(None):
+        went_on.append(2)
+    assert not went_on and closed == [1] * loses
+    assert status.infos == ["Loading the model for pictures"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # the handler is the one that was there
+
+
+LAUNCHED = """
+from torch.distributed import distributed_c10d
+from extensions_built_in.zit_merge.host.team import Launch
+team = Launch()
+mine = team.mine(["a", "b"])
+found = team.gather(mine)
+patience = distributed_c10d._get_default_group()._get_backend(__import__("torch").device("cpu")).options._timeout
+print("TEAM", team.is_main, len(mine), found, sorted(team.heard), patience.days)
+"""
+
+
+def test_three_processes_for_two_pictures(toolkit, run_python):
+    words = ["--standalone", "--nproc_per_node", "3", "--no-python", sys.executable, "-c", LAUNCHED]
+    ran = run_python("-m", "torch.distributed.run", *words, ACCELERATE_USE_CPU="true")
+    told = sorted(line for line in ran.stdout.splitlines() if line.startswith("TEAM"))
+    whole = "['a', 'b'] ['a', 'b'] 1"  # and a day to wait for the others
+    assert told == [f"TEAM False 0 {whole}", f"TEAM False 1 {whole}", f"TEAM True 1 {whole}"], ran.stderr[-2000:]

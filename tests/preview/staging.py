@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from desk import Desk
+from desk import SMALL, Desk
 from PIL import Image
 
 from extensions_built_in.zit_merge.algebra.delta import Delta
@@ -26,6 +26,7 @@ from extensions_built_in.zit_merge.preview.scene import Scene, Shot
 from extensions_built_in.zit_merge.sources import Site, make_site
 
 CPU = torch.device("cpu")
+FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}
 MODEL = {"name_or_path": "Tongyi-MAI/Z-Image-Turbo", "arch": "zimage:turbo"}
 ME = {"lora": "me.safetensors", "ratio": 0.8}
 STYLE = {"lora": "style.safetensors", "ratio": 0.5}
@@ -45,7 +46,8 @@ def settled(desk: Desk, *processes: Mapping[str, Any], job: str = "cat", **how: 
 
 def planned(desk: Desk, *steps: Mapping[str, Any], job: str = "cat", **keys: Any) -> Planned:
     """A job of one section, planned with its files at hand."""
-    (found,) = plan_job(load_job(desk.job(*steps, job=job, **{"model": MODEL} | keys)))
+    config = desk.job(*steps, job=job, name="config.json", **{"model": MODEL} | keys)  # JSON keeps the order of keys
+    (found,) = plan_job(load_job(config))
     return found
 
 

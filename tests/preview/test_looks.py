@@ -53,19 +53,19 @@ def check(found: Planned, name: str = "soft") -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_its_file_with_every_method(desk, loras, method):
+def test_a_step_is_its_file_with_every_method(desk, pair, method):
     check(planned(desk, step(*PAIR, method=method, rank=3)))
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 2, 4, "same", ENERGY, {"energy": 0.9, "max": 2}, SIZE], ids=str)
-def test_a_step_is_its_file_at_every_rank(desk, loras, rank, uniform):
+def test_a_step_is_its_file_at_every_rank(desk, pair, rank, uniform):
     check(planned(desk, step(*PAIR, rank=rank, save={"dtype": "bf16", "uniform": uniform})))
 
 
 @pytest.mark.parametrize("kind", ["ai-toolkit", "diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "same"])
-def test_a_step_is_its_file_in_every_form(desk, loras, dtype, kind):
+def test_a_step_is_its_file_in_every_form(desk, pair, dtype, kind):
     check(planned(desk, step(*PAIR, save={"dtype": dtype, "format": kind})))
 
 
@@ -77,7 +77,7 @@ def test_a_lokr_is_its_file(desk, producer, keep_lokr):
     check(planned(desk, step(lora, save={"dtype": "bf16", "keep_lokr": keep_lokr})))
 
 
-def test_inputs_that_change_nothing(desk, loras):
+def test_inputs_that_change_nothing(desk, pair):
     found = planned(desk, step(ME | {"ratio": 0.0}))
     computed = changes(OfStep("soft", found.plans[0]), *found.plans)
     (done,) = run(found)
@@ -91,7 +91,7 @@ SOFT = {"lora": "soft", "ratio": 0.6}
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 3, ENERGY], ids=str)
-def test_a_step_of_a_step_is_its_file(desk, loras, rank, there, keep):
+def test_a_step_of_a_step_is_its_file(desk, pair, rank, there, keep):
     """Whether the earlier one was kept or not, and whether its file is there or not."""
     found = planned(desk, step(*PAIR, rank=rank, keep=keep), step(SOFT, STYLE, name="both", rank=2))
     done = run(found)
@@ -107,13 +107,13 @@ def test_a_step_of_a_step_is_its_file(desk, loras, rank, there, keep):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("rank", ["same", "exact", 4, ENERGY], ids=str)
 @pytest.mark.parametrize("rule", [ENERGY, SIZE], ids=str)
-def test_a_step_over_one_whose_rank_followed_from_numbers(desk, loras, rule, rank, keep):
+def test_a_step_over_one_whose_rank_followed_from_numbers(desk, pair, rule, rank, keep):
     """Its ranks are those of the run, in which the earlier one's were known."""
     found = planned(desk, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
     check(found, "both")
 
 
-def test_a_file_of_another_recipe_is_not_read(desk, loras):
+def test_a_file_of_another_recipe_is_not_read(desk, pair):
     run(planned(desk, step(*PAIR)))
     plan = planned(desk, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
     assert plan.path.is_file()
@@ -122,7 +122,7 @@ def test_a_file_of_another_recipe_is_not_read(desk, loras):
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_broken_is_not_read(desk, loras):
+def test_a_file_that_is_broken_is_not_read(desk, pair):
     found = planned(desk, step(*PAIR))
     (done,) = run(found)
     theirs = written(done.path)
@@ -131,7 +131,7 @@ def test_a_file_that_is_broken_is_not_read(desk, loras):
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_there_is_read_and_not_computed(desk, loras):
+def test_a_file_that_is_there_is_read_and_not_computed(desk, pair):
     found = planned(desk, step(*PAIR, rank=2))
     plan, (done,) = found.plans[0], run(found)
     looked = []
@@ -146,7 +146,7 @@ def test_a_file_that_is_there_is_read_and_not_computed(desk, loras):
         assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), Computed)
 
 
-def test_passes_over_all_modules_may_be_watched_and_stopped(desk, loras):
+def test_passes_over_all_modules_may_be_watched_and_stopped(desk, pair):
     class Stop(Exception):
         pass
 
@@ -178,7 +178,7 @@ def test_an_input_is_its_file_at_strength_1(desk, producer):
         assert torch.allclose(factors.up.double() @ factors.down.double(), delta.double(), rtol=1e-4, atol=1e-6), module
 
 
-def test_what_a_file_leaves_open_is_read_as_it_was_answered(desk, loras):
+def test_what_a_file_leaves_open_is_read_as_it_was_answered(desk, pair):
     one, two = (planned(desk, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
     by_key, by_none = (changes(OfInput("x", plan.inputs[0]), plan) for plan in (one, two))
     module = "layers.0.attention.to_q"
@@ -186,7 +186,7 @@ def test_what_a_file_leaves_open_is_read_as_it_was_answered(desk, loras):
     assert name_of(OfInput("x", one.inputs[0])) != name_of(OfInput("x", two.inputs[0]))
 
 
-def test_an_input_that_is_a_step_is_what_that_makes(desk, loras):
+def test_an_input_that_is_a_step_is_what_that_makes(desk, pair):
     plans = planned(desk, step(*PAIR, keep=False), step(SOFT, name="both")).plans
     look = OfInput("soft", plans[1].inputs[0])
     ours, theirs = changes(look, *plans), changes(OfStep("soft", plans[0]), *plans)
@@ -202,7 +202,7 @@ def test_the_base_changes_nothing():
 
 
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
-def test_without_and_only_are_the_two_halves(desk, loras, by):
+def test_without_and_only_are_the_two_halves(desk, pair, by):
     plan = planned(desk, step(*PAIR)).plans[0]
     whole = OfStep("soft", plan)
     everything, seen = changes(whole, plan), []
@@ -215,7 +215,7 @@ def test_without_and_only_are_the_two_halves(desk, loras, by):
     assert sorted(seen) == sorted(everything)
 
 
-def test_parts_have_names_of_their_own(desk, loras):
+def test_parts_have_names_of_their_own(desk, pair):
     plan = planned(desk, step(*PAIR)).plans[0]
     whole, base = OfStep("soft", plan), Look("base")
     parts = groups("layers", 3, plan.ranks)
@@ -233,7 +233,7 @@ def names(desk: Desk, *steps, **keys) -> list[str]:
     return [name_of(OfStep("x", plan)), *(name_of(OfInput("x", i)) for i in plan.inputs)]
 
 
-def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(desk, loras):
+def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(desk, pair):
     before = names(desk, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
     (desk.folder / "me.safetensors").rename(desk.folder / "you.safetensors")
     (desk.folder / "deep").mkdir()
@@ -250,7 +250,7 @@ def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(desk,
     assert after == before
 
 
-def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, loras):
+def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, pair):
     plain = names(desk, step(ME))
     everything = {"noise_refiner": 1.0, "context_refiner": 1.0, "0-29": 1}
     for spelled in (
@@ -284,11 +284,11 @@ def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, loras)
     ],
     ids=str,
 )
-def test_whatever_changes_a_look_changes_its_name(desk, loras, changed):
+def test_whatever_changes_a_look_changes_its_name(desk, pair, changed):
     assert names(desk, changed)[0] != names(desk, step(*PAIR))[0]
 
 
-def test_seeds_and_parameters_change_names(desk, loras):
+def test_seeds_and_parameters_change_names(desk, pair):
     found = {
         names(desk, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
     }
@@ -304,7 +304,7 @@ def test_other_numbers_in_a_file_change_names(desk, loras):
     assert names(desk, step(*PAIR)) == before, "what is said of a file is none of its numbers"
 
 
-def test_a_step_in_between_changes_names(desk, loras):
+def test_a_step_in_between_changes_names(desk, pair):
     one, half = {"lora": "a", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}
     found = [
         names(desk, step(*PAIR, name="a", **keys), step(lora, STYLE))[0]
@@ -313,7 +313,7 @@ def test_a_step_in_between_changes_names(desk, loras):
     assert len(set(found)) == 4
 
 
-def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(desk, loras):
+def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(desk, pair):
     """a and b swap their names: the result over both stays the same where their places do."""
 
     def over(first: str, second: str) -> str:

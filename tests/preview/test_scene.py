@@ -19,6 +19,7 @@ from preview.staging import MODEL, settled, step
 
 from extensions_built_in.zit_merge.config import Preview
 from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.preview import scene as scenes
 from extensions_built_in.zit_merge.preview.scene import SEED, Scene, Shot, scene_of, shots_of
 
 PLACE = "process[1].steps[0].preview"
@@ -188,6 +189,12 @@ def test_the_oracle_is_the_toolkits_own_code(toolkit_samples):
     for sample, trigger in itertools.product(cases, TRIGGERS):
         whole = sampling.TURBO | sample
         assert sampling.samples(sample, trigger) == toolkit_samples(whole, trigger), sample
+
+
+@pytest.mark.toolkit
+def test_every_option_of_the_toolkit_is_known():
+    source = (toolkit_source() / "toolkit" / "config_modules.py").read_text("utf-8")
+    assert set(re.findall(r"flag == '(\w+)'", source)) == {*scenes._OPTIONS, *scenes._UNUSED}
 
 
 def test_what_a_sample_leaves_open_is_as_turbo_wants_it(desk):
@@ -459,6 +466,7 @@ def test_a_model_that_is_not_there(desk, name):
         {"model_index__json": [1], "config__json": {"_class_name": "FluxPipeline"}},
         {"model_index__json": {"_class_name": ["x"]}, "config__json": {"_class_name": "FluxPipeline"}},
     ],
+    ids=str,
 )
 def test_a_folder_that_says_it_is_another_model(desk, files):
     name = model_folder(desk.folder / "flux", **files)
@@ -467,8 +475,8 @@ def test_a_folder_that_says_it_is_another_model(desk, files):
 
 
 def test_a_transformer_that_says_it_is_another_model(desk):
-    model_folder(desk.folder / "flux" / "transformer", config__json={"_class_name": "FluxTransformer2DModel"})
-    assert "FluxTransformer2DModel" in model_refused(desk, model=MODEL | {"name_or_path": str(desk.folder / "flux")})
+    model_folder(desk.folder / "flux" / "transformer", config__json={"_class_name": "AnotherZImageTransformer2DModel"})
+    assert "AnotherZImageTransformer2DModel" in model_refused(desk, model=MODEL | {"name_or_path": str(desk.folder / "flux")})
 
 
 def test_models_that_are_taken(desk):
@@ -536,6 +544,14 @@ def test_samples_and_trigger_of_the_section_come_first(desk):
     assert [shot.prompt for shot in found] == ["cat and a dog own"]
     found = shots(desk, {"samples": [CAT]}, "trained", section={"sample": {"samples": []}, "trigger_word": ""})
     assert [shot.prompt for shot in found] == ["a trained cat"]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "prompt"), [("ohwx", "a ohwx cat"), ("", "a  cat"), (None, "a [trigger] cat"), (5, "a 5 cat")]
+)
+def test_the_trigger_of_a_section_alone(desk, trigger, prompt):
+    section, site = settled(desk, desk.section(step(), model=MODEL, trigger_word=trigger))
+    assert shots_of(Preview(prompts=["a [trigger] cat"]), scene_of(section, site), site, PLACE)[0].prompt == prompt
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         from .status import Status, status_of
 
         self.page = None  # of report.page.run, once it runs
+        self.trouble = ""  # with the pictures, for the last section to end the job with
         self._raw = config
         self._status = status_of(job, process_id, config) if _is_main() else Status()
         try:
@@ -91,9 +92,10 @@ class ZitMergeProcess(BaseExtensionProcess):
         ours = [p.page for p in self.job.process[: self.process_id] if isinstance(p, ZitMergeProcess) and p.page]
         self.page = run_page(self._site, ours)
         self.page.begin(self._site, self._raw, self.process_id)
+        device = toolkit.device_of(self._section.device)
         with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
             shown = passing(quiet=False)
-            for done in run_plans(plans, self._device(), watch.tick, lambda *looked: watch.passing(shown(*looked))):
+            for done in run_plans(plans, device, watch.tick, lambda *looked: watch.passing(shown(*looked))):
                 bar.close()
                 settled[done.plan.name] = done.plan
                 _say(done_text(done))
@@ -102,7 +104,20 @@ class ZitMergeProcess(BaseExtensionProcess):
         self._show(list(settled.values()))
 
     def _show(self, plans: Sequence[StepPlan]) -> None:
-        """Renders the pictures that the section asks for; the merges are done."""
+        """Renders the pictures that the section asks for. Trouble with them stops no merge of the sections that follow."""
+        sections = [p for p in self.job.process if isinstance(p, ZitMergeProcess)]
+        try:
+            self._render(plans)
+        except ZitMergeError as e:
+            if self is sections[-1]:
+                raise
+            self.trouble = str(e)  # not the error itself: its frames hold what the model took
+            _say(f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error")
+        if self is sections[-1] and (troubles := [p.trouble for p in sections if p.trouble]):
+            raise ZitMergeError(troubles[0])
+
+    def _render(self, plans: Sequence[StepPlan]) -> None:
+        """The pictures; the merges of this section are done."""
         from ..preview.exhibits import asks_for_pictures, exhibition_of
         from ..preview.show import show
         from ..report.progress import Pictures
@@ -111,20 +126,15 @@ class ZitMergeProcess(BaseExtensionProcess):
 
         if not asks_for_pictures(self._section):
             return
-        self._status.say("Merged; loading the model for pictures")
-        exhibition = exhibition_of(self._section, self._site, plans)
+        self._status.say("Merged, pictures next")
+        exhibition, device = exhibition_of(self._section, self._site, plans), toolkit.device_of(self._section.device)
         try:
             with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
-                for text in show(exhibition, self._device(), Renderer, self.page, watch.tick, watched=watch.passing):
+                load = watch.loading(Renderer)
+                for text in show(exhibition, device, load, self.page, watch.tick, watched=watch.passing):
                     _say(text)
         finally:
             _say(self.page.write())
-
-    def _device(self):
-        """`auto` is where the toolkit's accelerator computes."""
-        from ..execute import pick_device
-
-        return toolkit.accelerator().device if self._section.device == "auto" else pick_device(self._section.device)
 
 
 def _pictures(planned: Planned) -> list[str]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from ..algebra.delta import Delta, applied
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
-from ..execute import pick_device
-from ..preview.scene import Scene, Shot
+from ..preview.scene import MULTIPLE, SMALLEST, Scene, Shot
 from . import toolkit
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Renderer:
 
     def __init__(self, scene: Scene):
         self._scene, self._hooks = scene, list[torch.utils.hooks.RemovableHandle]()
-        self.device = toolkit.accelerator().device if scene.device == "auto" else pick_device(scene.device)
+        self.device = toolkit.device_of(scene.device)
         with _memory(scene, "while the model was loaded"), _loading(scene):
             self._model = _load(scene, self.device)
         transformer = toolkit.unwrap(self._model.unet)
@@ -119,7 +118,7 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
 
 def adding(delta: Delta, device: torch.device):
     """A forward hook that adds a change to the output of a linear layer; the change waits on the device as it is stored."""
-    delta = delta.map(lambda t: t.to(device).contiguous())
+    delta = delta.map(lambda t: (t.float() if t.dtype == torch.float64 else t).to(device).contiguous())  # MPS has no float64
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + applied(delta.map(torch.Tensor.float), args[0].float()).to(output.dtype)
@@ -129,8 +128,9 @@ def adding(delta: Delta, device: torch.device):
 
 def _load(scene: Scene, device: torch.device) -> Any:
     """The toolkit's model of Z-Image, ready to render (the steps of BaseSDTrainProcess.run)."""
-    settings = dict(scene.model) | {"dtype": scene.dtype, "assistant_lora_path": None, "inference_lora_path": None}
-    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**settings)
+    path = os.path.expanduser(scene.model["name_or_path"])  # as it was looked for; the toolkit itself knows no ~
+    changed = {"name_or_path": path, "dtype": scene.dtype, "assistant_lora_path": None, "inference_lora_path": None}
+    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**scene.model | changed)
     with toolkit.silence():
         kind = toolkit.part("toolkit.util.get_model", "get_model_class")(config)
     model = kind(device=device, model_config=config, dtype=scene.dtype, noise_scheduler=kind.get_train_scheduler())
@@ -177,29 +177,46 @@ def _memory(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]
     """Says what to change where there is not enough memory."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:
-        if not _is_out_of_memory(e):
+    except Exception as e:
+        if isinstance(e, ZitMergeError) or not _is_out_of_memory(e):
             raise
         raise ZitMergeError(f"out of memory {when}: {_cure(scene, shot)}") from e
 
 
 @contextmanager
 def _loading(scene: Scene) -> Iterator[None]:
-    """Says which model can't be loaded."""
+    """Says which model can't be loaded. Leaves torch's dtype as it was, which diffusers changes and forgets when it fails."""
+    dtype = torch.get_default_dtype()
     try:
         yield
-    except (OSError, ValueError, KeyError) as e:  # what transformers, diffusers and huggingface_hub raise for broken folders
-        reason = " ".join(str(e).split())[:300]
+    except Exception as e:  # diffusers, transformers, safetensors and torch have no error in common for what a folder may lack
+        if isinstance(e, ZitMergeError) or _is_out_of_memory(e):
+            raise
+        kind = [] if isinstance(e, OSError | ValueError) else [type(e).__name__]
+        reason = ": ".join([*kind, *filter(None, [" ".join(str(e).split())[:300]])])
         raise ZitMergeError(
-            f"{scene.place}.name_or_path: {scene.model['name_or_path']} can't be used ({reason}): check the path, or that it can "
-            "be downloaded"
+            f"{scene.place}.name_or_path: {scene.model['name_or_path']} can't be used ({reason}): check the path and the "
+            "settings beside it, or that it can be downloaded"
         ) from e
+    finally:
+        torch.set_default_dtype(dtype)
 
 
-def _is_out_of_memory(e: BaseException) -> bool:
-    """Of a GPU, or of the machine: torch has no class of its own for the latter, nor have the GPU's libraries."""
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or any(word in str(e) for word in words)
+# As torch says it, on Windows too, the libraries of a GPU, and a system that has no memory for a file.
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory"),
+    *("(os error 12)", "(os error 1455)", "[winerror 1455]"),
+)
+
+
+def _is_out_of_memory(e: BaseException | None) -> bool:
+    """Of a GPU, or of the machine: torch has no class of its own for the latter, and diffusers hides either in one of its own."""
+    while e is not None:
+        text = str(e).lower()
+        if isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
 
 
 def _cure(scene: Scene, shot: Shot | None) -> str:
@@ -208,6 +225,6 @@ def _cure(scene: Scene, shot: Shot | None) -> str:
     cures = [f"set quantize: true in {scene.place}"] if not model.get("quantize") else []
     cures += [f"low_vram: true in {scene.place}"] if not model.get("low_vram") else []
     if shot and max(shot.width, shot.height) > 512:
-        smaller = replace(shot, width=shot.width // 2, height=shot.height // 2)
-        cures.insert(0, f"set size: [{smaller.width}, {smaller.height}] in preview")
+        width, height = (max(SMALLEST, side // 2 // MULTIPLE * MULTIPLE) for side in (shot.width, shot.height))
+        cures.insert(0, f"set size: [{width}, {height}] in preview")
     return " or ".join(cures) or "close what else uses the memory, or render on a larger machine with `preview`"

@@ -15,6 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ class Held:
     """
 
     def __init__(self, status: Status):
-        self._status, self._interrupted = status, False
+        self._status, self._interrupted, self._at_once = status, False, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -248,6 +249,8 @@ class Held:
     def _interrupt(self, number: int, frame: object) -> None:
         self._interrupted = True
         signal.signal(signal.SIGINT, self._handler)
+        if self._at_once:
+            raise KeyboardInterrupt
 
     def _stop_if_interrupted(self) -> None:
         if self._interrupted:
@@ -299,7 +302,7 @@ class Watch(Held):
 
 
 class PictureWatch(Held):
-    """`tick` for pictures: the terminal's bar, the UI and its flags after each.
+    """`tick` for pictures: the terminal's bar, the UI and its flags after each, and after the model is loaded.
 
     Args:
         status: Where it is shown.
@@ -309,6 +312,28 @@ class PictureWatch(Held):
     def __init__(self, status: Status, bar: Callable[[str, int, int], None]):
         super().__init__(status)
         self._bar, self._start = bar, None
+
+    def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
+        """The same loader of a model, told of, and to be stopped: it may take an hour to download, and leaves nothing half done.
+
+        Args:
+            load: What is passed on is passed to it.
+        """
+
+        @contextlib.contextmanager
+        def loaded(scene: Any) -> Iterator[Any]:
+            self._status.say("Loading the model for pictures")
+            self._at_once = True
+            try:
+                model = load(scene)
+            finally:
+                self._at_once = False
+            with model as painter:
+                self._stop_if_interrupted()  # some library may have lost it
+                self._status.check()
+                yield painter
+
+        return loaded
 
     def passing(self, modules: Iterable[str]) -> Iterator[str]:
         """Passes modules on, between which Ctrl+C acts."""

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from ..preview.render import Team
 from . import toolkit
 
+_PATIENCE = timedelta(days=1)  # some have more to render or a slower GPU; torch's own, ten minutes, ends the run
+
 
 class Launch(Team):
-    """Divides work with accelerate's own means, over the processes that the toolkit's accelerator knows."""
+    """Divides work with accelerate's own means, over the processes that the toolkit's accelerator knows.
+
+    Attributes:
+        heard: What all processes have been told by one of them.
+    """
 
     def __init__(self):
+        self.heard = set[str]()
+        toolkit.part("toolkit.accelerator", "get_accelerator")
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])  # the toolkit's, made now, shares its processes
         self._accelerator = toolkit.accelerator()
 
     @property
@@ -38,4 +50,6 @@ class Launch(Team):
         """Waits for all."""
         from accelerate.utils import gather_object
 
-        return gather_object(list(answers))
+        found = gather_object(list(answers))
+        self.heard.update(found)
+        return found

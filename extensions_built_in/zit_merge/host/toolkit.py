@@ -96,6 +96,18 @@ def accelerator() -> Any:
     return part("toolkit.accelerator", "get_accelerator")()
 
 
+def device_of(name: str) -> torch.device:
+    """The device of `device:` in the toolkit: `auto` is its accelerator's, as is any where several processes have one each.
+
+    Raises:
+        ZitMergeError: torch does not see the device that was named.
+    """
+    from ..execute import pick_device
+
+    found = accelerator()
+    return found.device if name == "auto" or found.num_processes > 1 else pick_device(name)
+
+
 def flush() -> None:
     """Empties the caches of the GPU."""
     if found := _find("toolkit.basic", "flush"):

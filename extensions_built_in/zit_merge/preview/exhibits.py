@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..config import Ablate, Preview, Section
 from ..errors import ZitMergeError, counted
 from ..plan import Input, StepPlan
+from ..report.text import row, wrapped
 from ..sources import Site
 from . import metrics
 from .ablation import Group, groups
@@ -21,6 +22,7 @@ from .sweep import Cell, axes_of, cells_of
 
 LIMIT = 200  # pictures that need no `confirm: true`
 GROUPS = 10
+_LISTED = 6  # values of a setting, in a sentence
 _ACROSS = 8  # pictures beside each other on a sheet, where nothing else asks for a number
 
 
@@ -103,10 +105,10 @@ class Exhibition:
 
     def text(self) -> str:
         """For the plan that is printed."""
-        lines = [f"pictures      {len(self.pictures())} with {self.scene.name}"]
+        lines = row("pictures", f"{len(self.pictures())} with {self.scene.name}")
         for exhibit in self.exhibits:
             size = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
-            lines.append(f"  {exhibit.title}: {size}, {shots_text(exhibit.shots)}")
+            lines += wrapped(f"{exhibit.title}: {size}, {shots_text(exhibit.shots)}")
         return "\n".join(lines)
 
 
@@ -123,7 +125,8 @@ def shots_text(shots: Sequence[Shot]) -> str:
     """`1024 x 1024 pixels, 9 steps, guidance 1, seed 42`."""
 
     def one(values: Sequence[Any]) -> str:
-        return ", ".join(dict.fromkeys(map(str, values)))
+        found = list(dict.fromkeys(map(str, values)))
+        return ", ".join(found if len(found) <= _LISTED else [*found[: _LISTED - 1], "...", found[-1]])
 
     sizes = one([f"{s.width} x {s.height}" for s in shots])
     guidance = one([f"{s.guidance:g}" for s in shots])
@@ -154,6 +157,7 @@ def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Ex
     if not exhibits:
         asked = ", ".join(plan.place or plan.name for plan in plans)
         raise ZitMergeError(f"{asked}: asks for no pictures: write preview: true, sweep or ablate there")
+    _check_presets(exhibits)
     found = Exhibition(site, scene, exhibits, section)
     most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
     _check_number(len(found.pictures()), len(most.looks), len(most.shots), section, f"{most.plan.place}.{most.kind}")
@@ -168,6 +172,16 @@ def _check_number(number: int, looks: int, shots: int, section: Section, place: 
             f"{place}: these are {number} pictures, {looks} x {shots} of them here: set confirm: true in preview if you want "
             "them all, or take fewer prompts, values or groups"
         )
+
+
+def _check_presets(exhibits: Sequence[Exhibit]) -> None:
+    """Raises where two ablations would write one preset."""
+    places: dict[str, str] = {}
+    for exhibit in exhibits:
+        if exhibit.asked and (name := exhibit.asked.preset):
+            place = f"{exhibit.plan.place}.ablate.preset"
+            if (other := places.setdefault(name.lower(), place)) != place:
+                raise ZitMergeError(f"{place}: {name} is also the name at {other}: give one of them another name")
 
 
 class _Looks:
@@ -210,7 +224,8 @@ def _sweep(plan: StepPlan, shots: Sequence[Shot], section: Section) -> Exhibit:
     cells = cells_of(plan, axes, place)
     title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
     shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
-    return Exhibit("sweep", plan, shown, shots, len(axes[0].values), title, cells=cells)
+    across = len(axes[0].values) if len(axes) > 1 else min(len(shown), _ACROSS)
+    return Exhibit("sweep", plan, shown, shots, across, title, cells=cells)
 
 
 def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Looks, whole: Look) -> Exhibit:

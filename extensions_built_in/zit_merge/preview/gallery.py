@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +21,13 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
 from ..formats.writer import os_errors, write_whole
-from ..sources import Site
+from ..sources import PREFIXES, Site
 from .sheet import legend
 
 _KEY = "zit_merge"  # of a PNG file's text
+_END = b"IEND\xae\x42\x60\x82"  # of every PNG file
 _THUMB = 300  # pixels, as GenerateImageConfig._generate_thumbnail makes them
+_SAMPLE = re.compile(r"(\d+)__(\d+)_(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,30 @@ class Gallery:
     def has(self, digest: str) -> bool:
         """Whether a picture is there, whole."""
         try:
-            with Image.open(self.path(digest)) as picture:
-                return _KEY in picture.text  # reads to the end
+            content = self.path(digest).read_bytes()
+            with Image.open(BytesIO(content)) as picture:
+                return content.endswith(_END) and _KEY in picture.text  # reads all of it
         except (OSError, SyntaxError, ValueError, AttributeError):  # broken, or another format
             return False
 
-    def load(self, digest: str) -> Image.Image:
-        """A picture that is there."""
-        with Image.open(self.path(digest)) as picture:
-            return picture.convert("RGB")
+    def load(self, digest: str, edge: int | None = None) -> Image.Image:
+        """A picture that is there.
+
+        Args:
+            digest: Its name.
+            edge: Pixels of its longest side at most; None is as it is.
+
+        Raises:
+            ZitMergeError: It can't be read any more.
+        """
+        try:
+            with Image.open(self.path(digest)) as picture:
+                found = picture.convert("RGB")
+        except OSError as e:
+            raise self._gone(digest) from e
+        if edge:
+            found.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+        return found
 
     def save(self, digest: str, picture: Image.Image, record: Mapping[str, Any]) -> Path:
         """Keeps a picture, with everything that it follows from in its text.
@@ -91,7 +108,7 @@ class Gallery:
 
         Args:
             digests: Of the pictures, in order.
-            labels: What each shows, for the tiles of text that fill the last row.
+            labels: What each shows, for the tile of text that fills the last row.
 
         Returns:
             The new files.
@@ -102,26 +119,46 @@ class Gallery:
         if self.samples is None:
             return []
         record = self.folder / "samples.json"
-        known = _read(record)
-        new = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._is_shown(known.get(d))]
-        if not new:
-            return []
-        start = int(time.time() * 1000)
-        size = self.load(new[0][0]).size
-        contents = [(d, self.path(d).read_bytes()) for d, _ in new]
-        empty = -len(new) % self.row
-        tile = _png(legend(f"zit_merge: {self.job}", [f"{n}. {label}" for n, (_, label) in enumerate(new, 1)], size))
-        made = []
-        for n, (digest, content) in enumerate([*contents, *[("", tile)] * empty]):
-            name = f"{start + n}__{self.step:09d}_{n % self.row}.png"
-            made.append(self._sample(name, content))
-            if digest:
-                known[digest] = name
-        self.write(record.name, json.dumps(known, indent=1).encode())
-        return made
+        known = {digest: name for digest, name in _read(record).items() if isinstance(name, str) and _SAMPLE.fullmatch(name)}
+        absent = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._is_there(known.get(d))]
+        holes = {d: known[d] for d, _ in absent if self._is_hole(known.get(d))}
+        new = [(d, label) for d, label in absent if d not in holes]
+        first = max(int(time.time() * 1000), 1 + max(map(_time_of, _names(self.samples)), default=0))
+        known |= {digest: self._name(first, n) for n, (digest, _) in enumerate(new)}
+        if new:  # before the pictures: what an interruption leaves out is a hole then
+            self.write(record.name, json.dumps(known, indent=1).encode())
+        tiles = [self._sample(self._name(first, n), tile) for n, tile in enumerate(self._tiles(new), len(new))]
+        return [self._sample(known[d], self._content(d)) for d in (*holes, *(d for d, _ in new))] + tiles
 
-    def _is_shown(self, name: object) -> bool:
-        return isinstance(name, str) and bool(re.fullmatch(r"\d+__\d+_\d+\.png", name)) and (self.samples / name).is_file()
+    def _name(self, first: int, number: int) -> str:
+        """Of picture `number` of those that are shown from a time on: milliseconds, training step, place in the row."""
+        return f"{first + number}__{self.step:09d}_{number % self.row}.png"
+
+    def _tiles(self, new: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+        """What fills the last row: what is above, and empty tiles."""
+        for n in range(-len(new) % self.row):
+            lines = [f"{k}. {label}" for k, (_, label) in enumerate(new, 1)] if n == 0 else []
+            yield _png(legend(f"zit_merge: {self.job}" if n == 0 else "", lines, self.load(new[0][0]).size))
+
+    def _content(self, digest: str) -> bytes:
+        try:
+            return self.path(digest).read_bytes()
+        except OSError as e:
+            raise self._gone(digest) from e
+
+    def _gone(self, digest: str) -> ZitMergeError:
+        return ZitMergeError(f"{self.path(digest)}: was there and can't be read any more: run `preview` to render it again")
+
+    def _is_there(self, name: str | None) -> bool:
+        return name is not None and (self.samples / name).is_file()
+
+    def _is_hole(self, name: str | None) -> bool:
+        """Whether a sample is missing in a row of which others are still there."""
+        if name is None:
+            return False
+        time, step, number = map(int, _SAMPLE.fullmatch(name).groups())
+        row = (f"{time - number + n}__{step:09d}_{n}.png" for n in range(max(self.row, number)))
+        return any(map(self._is_there, row))
 
     def _sample(self, name: str, content: bytes) -> Path:
         """One sample; its thumbnail comes first, as the toolkit does it, so that the gallery never looks for it in vain."""
@@ -144,20 +181,32 @@ def gallery_of(site: Site, row: int) -> Gallery:
     """
     home = site.home.folder if site.home else None
     job = re.sub(r"[/\\]", "_", site.job)
-    folder = (home or site.output_dir) / f"{site.prefix}{job}_previews"
-    if any(training.claims(folder) for training in (site.home, site.training) if training):
-        raise ZitMergeError(
-            f"{site.at('preview')}: AI-Toolkit would take the folder {folder.name} for a checkpoint of {site.job}: give the job "
-            "a name without wildcards"
-        )
-    step = site.training.steps if site.training else 0
-    return Gallery(folder, home / "samples" if home else None, step, row, site.job)
+    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((site.prefix, *PREFIXES))]  # outputs may lie elsewhere
+    trainings = [training for training in (site.home, site.training) if training]
+    for folder in ((home or site.output_dir) / name for name in names):
+        if not any(training.claims(folder) for training in trainings):
+            step = site.training.steps if site.training else 0
+            return Gallery(folder, home / "samples" if home else None, step, row, site.job)
+    raise ZitMergeError(
+        f"{site.at('preview')}: AI-Toolkit would take the folder {names[0]} for a checkpoint of {site.job}: give the job a name "
+        "without wildcards"
+    )
 
 
 def _png(picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> bytes:
     content = BytesIO()
     picture.save(content, "PNG", pnginfo=text)
     return content.getvalue()
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+
+def _time_of(name: str) -> int:
+    """The milliseconds that a sample's name begins with; 0 for any other file."""
+    found = re.fullmatch(r"(\d{13})__\d+_\d+\.\w+", name)
+    return int(found[1]) if found else 0
 
 
 def _read(path: Path) -> dict[str, Any]:

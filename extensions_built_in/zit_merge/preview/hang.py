@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL.Image import Image
 
 from .. import __version__
 from ..config import RankRule, Section, Step
@@ -17,8 +19,9 @@ from ..report.text import copyable
 from .ablation import Ablation, measure
 from .exhibits import Exhibit, Exhibition, Picture, shots_text
 from .gallery import Gallery
+from .looks import Look
 from .render import Studio
-from .sheet import Block, sheet
+from .sheet import Block, edge_of, sheet
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,19 @@ def hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gall
 
 def _into_samples(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> None:
     labels: dict[str, str] = {}
-    for picture in exhibit.pictures():
-        labels.setdefault(studio.digests[picture], f"{picture.look.label}: {picture.shot.prompt}")
+    for look, label in zip(exhibit.looks, exhibit.labels, strict=True):
+        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True):
+            labels.setdefault(studio.digests[Picture(look, shot)], f"{label}: {heading}")
     gallery.show(list(labels), list(labels.values()))
 
 
 def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> bytes:
+    edge = edge_of(len(exhibit.looks) * len(exhibit.shots), exhibit.across)
     blocks = [
         Block(
             heading,
             [
-                (label, gallery.load(studio.digests[Picture(look, shot)]))
+                (label, gallery.load(studio.digests[Picture(look, shot)], edge))
                 for look, label in zip(exhibit.looks, exhibit.labels, strict=True)
             ],
         )
@@ -101,18 +106,39 @@ def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> b
     return content.getvalue()
 
 
+class _Loading(Mapping[str, list[Image]]):
+    """Group -> its pictures, loaded when they are asked for: all of them at once can take gigabytes."""
+
+    def __init__(self, looks: Mapping[str, Look], load: Callable[[Look], list[Image]]):
+        self._looks, self._load = looks, load
+
+    def __getitem__(self, group: str) -> list[Image]:
+        return self._load(self._looks[group])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._looks)
+
+    def __len__(self) -> int:
+        return len(self._looks)
+
+
 def _measured(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> Ablation:
-    base, full, *parts = ([gallery.load(studio.digests[Picture(look, shot)]) for shot in exhibit.shots] for look in exhibit.looks)
+    def load(look: Look) -> list[Image]:
+        return [gallery.load(studio.digests[Picture(look, shot)]) for shot in exhibit.shots]
+
+    base, full, *parts = exhibit.looks
     return measure(
-        dict(zip((g.name for g in exhibit.groups), parts, strict=True)),
-        full,
-        base,
+        _Loading(dict(zip((g.name for g in exhibit.groups), parts, strict=True)), load),
+        load(full),
+        load(base),
         groups=exhibit.groups,
         by=exhibit.asked.by,
         mode=exhibit.asked.mode,
         lora=exhibit.plan.path.name,
         shots=[(shot.prompt, shot.seed) for shot in exhibit.shots],
         metrics=exhibit.asked.metrics,
+        place=f"{exhibit.plan.place}.ablate.metrics",
+        watched=studio.watched,
     )
 
 
@@ -161,9 +187,9 @@ def section_yaml(section: Section, step: Mapping[str, Any]) -> str:
 
     Args:
         section: As it was read.
-        step: The step as a config has it.
+        step: The step as a config has it; its file is kept.
     """
-    names, wanted = {s.name: s for s in section.steps}, [step]
+    names, wanted = {s.name: s for s in section.steps}, [{key: value for key, value in step.items() if key != "keep"}]
     used = [lora["lora"] for lora in step["loras"]]
     for earlier in reversed(section.steps):
         if earlier.name in used and earlier.name != step["name"]:
@@ -176,7 +202,6 @@ def section_yaml(section: Section, step: Mapping[str, Any]) -> str:
 
 def plain_step(step: Step) -> dict[str, Any]:
     """A step as a config has it, without what asks for pictures."""
-    plain = step.model_dump(exclude_defaults=True, exclude={"sweep", "ablate", "preview", "file"})
-    if isinstance(step.rank, RankRule):
-        plain["rank"] = step.rank.record()
-    return {"name": step.name, **plain}
+    unlike = {"sweep", "ablate", "preview", "file", *({"rank"} if isinstance(step.rank, RankRule) else ())}
+    plain = step.model_dump(exclude_defaults=True, exclude=unlike)
+    return {"name": step.name, **plain, **({"rank": step.rank.record()} if isinstance(step.rank, RankRule) else {})}

@@ -72,6 +72,7 @@ class Studio:
         team: The processes that share the work.
 
     Attributes:
+        watched: As it was given.
         records: Look -> everything that its change follows from.
         digests: Picture -> the name that follows from all that it follows from.
     """
@@ -87,7 +88,7 @@ class Studio:
         team: Team | None = None,
     ):
         self._gallery, self._load, self._tick, self._team = gallery, load, tick, team or Team()
-        self._scene, self._pictures = exhibition.scene, exhibition.pictures()
+        self.watched, self._scene, self._pictures = watched, exhibition.scene, exhibition.pictures()
         looks = list(dict.fromkeys(p.look for p in self._pictures))
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict.fromkeys(path for look in looks for path in look.files())

@@ -85,22 +85,20 @@ def axes_of(step: Step, place: str) -> list[Axis]:
     return found
 
 
+_KEY = re.compile(r"(loras\[(\d+)\]\.)?(ratio|layers|(?:blocks|layers|effects|overrides)\.(.+))")
+
+
 def _axis(key: str, values: Sequence[Value], step: Step, sweep: str) -> Axis:
-    match, place = (
-        re.fullmatch(r"(loras\[(\d+)\]\.)?(ratio|layers|(?:blocks|layers|effects|overrides)\.(.+))", key),
-        f"{sweep}.{key}",
-    )
+    match, place, count = _KEY.fullmatch(key), f"{sweep}.{key}", len(step.loras)
     if not match:
-        word = re.split(r"[.\[]", key.rpartition("].")[2])[0]
         raise ZitMergeError(
-            f"{place}: is no strength of a LoRA{nearest(word, ('ratio', *_TABLES))}; write it like ratio, blocks.to_v, layers.0-9, "
-            "effects.detail, overrides.3.to_q, with loras[1]. before it for the second LoRA"
+            f"{place}: is no strength of a LoRA{_meant(key)}; write it like ratio, blocks.to_v, layers.0-9, effects.detail, "
+            "overrides.3.to_q, with loras[1]. before it for the second LoRA"
         )
     prefix, number, name, entry = match.groups("")
-    table, count = name.partition(".")[0], len(step.loras)
+    lora, table = int(number or 0), name.partition(".")[0]
     if not prefix and count > 1:
         raise ZitMergeError(f"{place}: the step has {count} LoRAs: say which one, such as loras[0].{key}")
-    lora = int(number or 0)
     if lora >= count:
         raise ZitMergeError(f"{place}: the step has {counted(count, 'LoRA')}, the first is loras[0]: mend the number")
     lists = [isinstance(value, Sequence) for value in values]
@@ -115,6 +113,12 @@ def _axis(key: str, values: Sequence[Value], step: Step, sweep: str) -> Axis:
     return Axis(key, lora, table, entry, list(values), f"{sweep}.{prefix}".rstrip("."))
 
 
+def _meant(key: str) -> str:
+    """The table that a key may have meant."""
+    word, known = re.split(r"[.\[]", key.rpartition("].")[2])[0], ("ratio", *_TABLES)
+    return "" if word in known else nearest(word, known)
+
+
 def cells_of(plan: StepPlan, axes: Sequence[Axis], place: str) -> list[Cell]:
     """Every combination of the axes' values, row by row: the first axis varies fastest.
 
@@ -126,6 +130,8 @@ def cells_of(plan: StepPlan, axes: Sequence[Axis], place: str) -> list[Cell]:
     Raises:
         ZitMergeError: A combination that the strength keys don't allow.
     """
+    for axis in axes:
+        _check_effect(plan, axis, f"{place}.{axis.key}")
     found = []
     for number, values in enumerate(product(*(axis.values for axis in reversed(axes))), 1):
         chosen = plan
@@ -135,6 +141,16 @@ def cells_of(plan: StepPlan, axes: Sequence[Axis], place: str) -> list[Cell]:
         labels = tuple(axis.label(value) for axis, value in zip(axes, reversed(values), strict=True))
         found.append(Cell(number, labels, settle(chosen)))
     return found
+
+
+def _check_effect(plan: StepPlan, axis: Axis, place: str) -> None:
+    """Raises where a strength could have any value."""
+    tables = [_with(plan, axis, value).inputs[axis.lora].strengths for value in axis.values]
+    if any(value != axis.values[0] for value in axis.values) and all(table == tables[0] for table in tables):
+        raise ZitMergeError(
+            f"{place}: makes no difference, other keys of loras[{axis.lora}] decide wherever it counts (a narrower one, an "
+            "override, a ratio of 0): drop them, or go through one of them"
+        )
 
 
 def _with(plan: StepPlan, axis: Axis, value: Value) -> StepPlan:

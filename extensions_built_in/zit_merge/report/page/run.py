@@ -28,9 +28,11 @@ class RunPage:
 
     Attributes:
         path: Where the page will be.
+        has_pictures: Whether any have been shown.
     """
 
     def __init__(self, site: Site):
+        self.has_pictures = False
         self.path, self._why_not = page_path(site), _why_not(site)
         self._page = Page(site.job)
 
@@ -66,6 +68,7 @@ class RunPage:
         Raises:
             ZitMergeError: A picture can't be read.
         """
+        self.has_pictures = True
         if not self._why_not:
             self._page.show(site.place, step, gallery)
 

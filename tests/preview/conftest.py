@@ -1,0 +1,23 @@
+"""LoRAs of a few layers, since most of what is tested here looks at all of them many times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from desk import Desk, lora_bytes
+from preview.staging import FEW
+
+
+@pytest.fixture(scope="session")
+def _few_bytes() -> tuple[bytes, bytes]:
+    return lora_bytes("ai-toolkit", 2, 0, FEW), lora_bytes("musubi", 3, 1, FEW)
+
+
+@pytest.fixture
+def pair(desk: Desk, _few_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
+    """me.safetensors and style.safetensors as in `loras`, with the layers 0, 3 and 29 only."""
+    paths = desk.folder / "me.safetensors", desk.folder / "style.safetensors"
+    for path, content in zip(paths, _few_bytes, strict=True):
+        path.write_bytes(content)
+    return paths
