@@ -541,6 +541,6 @@ def _unknown(loc: Sequence[int | str]) -> str:
 
 
 def _path(loc: Sequence[int | str]) -> list[int | str]:
-    """A location without the names that pydantic gives to the alternatives of a union: `int`, `list[float]`, `constrained-str`."""
+    """A location without the names that pydantic gives to alternatives of a union: `int`, `list[float]`, `constrained-str`."""
     alternative = r"float|int|str|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
     return [part for part in loc if not (isinstance(part, str) and re.fullmatch(alternative, part))]

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/pictures.py [--runs 5] [--pictures 24] [--device cpu]
 
-The hook: one linear layer of Z-Image (3840 x 3840, bf16) on 4608 tokens, as of a picture of 1024 x 1024 pixels with a prompt of 512,
-without and with a LoRA of rank 32 and 128. The rest: random pictures of 1024 x 1024 pixels, smoothed so that they pack as
+The hook: one linear layer of Z-Image (3840 x 3840, bf16) on 4608 tokens, as of a picture of 1024 x 1024 pixels with a prompt of
+512, without and with a LoRA of rank 32 and 128. The rest: random pictures of 1024 x 1024 pixels, smoothed so that they pack as
 photographs do. Least, median and largest.
 """
 

@@ -1,4 +1,4 @@
-"""The pictures that a training of AI-Toolkit makes as its samples, as its source has it, without anything that it does not change.
+"""The pictures that a training of AI-Toolkit makes as its samples, as its source has it, without what it does not change.
 
 Follows jobs/process/BaseSDTrainProcess.py sample(), toolkit/config_modules.py SampleConfig, SampleItem and GenerateImageConfig,
 toolkit/prompt_utils.py inject_trigger_into_prompt and z_image.py generate_single_image; a test marked `toolkit` holds it against

@@ -77,7 +77,7 @@ def test_exhibits_in_the_order_of_steps(desk, pair):
         ("b", "preview"),
     ]
     assert [e.name for e in found.exhibits] == ["a_preview", "a_sweep", "a_ablate", "b_preview"]
-    titles = ["a: previews", "a: ratio", "a: without one of its components", "b: previews"]
+    titles = ["a: previews", "a: ratio", "a: ablation by components, each part left out in turn", "b: previews"]
     assert [e.title for e in found.exhibits] == titles
 
 
@@ -278,5 +278,5 @@ def test_before_a_training_the_pictures_are_counted(desk, pair):
     config = desk.config(desk.training(model=MODEL, sample=sample), desk.section(*steps))
     told = " ".join(desk.zit("check", config).ok().split())
     assert "soft: previews: 4 looks x 2 shots" in told and "ema: previews: 4 looks x 2 shots" in told
-    assert "soft: without one of its components: 10 looks x 2 shots" in told
+    assert "soft: ablation by components, each part left out in turn: 10 looks x 2 shots" in told
     assert "soft: loras[0].blocks.to_q: 2 looks x 2 shots" in told

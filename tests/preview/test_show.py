@@ -373,7 +373,7 @@ def test_other_shots_than_the_samples_fill_rows_with_a_legend(desk, pair, monkey
 
 def test_pictures_that_are_measured_are_not_in_the_samples(desk, pair):
     exhibition = of(desk, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
-    (text,) = [text for text in rendered(exhibition) if text.startswith("soft: without")]
+    (text,) = [text for text in rendered(exhibition) if text.startswith("soft: ablation")]
     assert samples(exhibition) == []
     folder = gallery(exhibition).folder
     assert names(folder) == ["mine.yaml", "pictures", *(f"soft_ablate{end}" for end in (".json", ".png", "_chart.png"))]

@@ -238,6 +238,6 @@ def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Look
     found = groups(asked.by, asked.groups or GROUPS, present)
     only = asked.mode == "only"
     shown = [Without(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
-    title = f"{plan.name}: {'only' if only else 'without'} one of its {asked.by}"
+    title = f"{plan.name}: ablation by {asked.by}, {'each part alone' if only else 'each part left out in turn'}"
     shown = [looks.base, whole, *shown]
     return Exhibit("ablate", plan, shown, shots, min(len(shown), _ACROSS), title, groups=found, asked=asked)
