@@ -9,7 +9,7 @@ from desk import Desk
 from preview.staging import ME, MODEL, STYLE, exhibited, planned, step
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.exhibits import Exhibition, asks_for_pictures, exhibition_of, shots_text
+from extensions_built_in.zit_merge.preview.exhibits import Exhibition, _distinct, asks_for_pictures, exhibition_of, shots_text
 from extensions_built_in.zit_merge.preview.scene import Shot
 
 ONE, BOTH = {"prompts": ["a cat"]}, (ME, STYLE)
@@ -267,6 +267,10 @@ def test_headings_tell_shots_apart(desk, pair, prompts, headings):
     assert exhibited(desk, step(ME, preview={"prompts": prompts})).exhibits[0].headings == headings
 
 
+def test_numbers_behind_names_are_no_names_of_others():
+    assert _distinct(["a", "a", "a (2)", "b", "a"]) == ["a", "a (3)", "a (2)", "b", "a (4)"]
+
+
 def test_before_a_training_the_pictures_are_counted(desk, pair):
     """Of a LoRA that is not there yet, and of checkpoints to come."""
     trained = {"lora": "trained", "ratio": 0.9}
@@ -280,3 +284,7 @@ def test_before_a_training_the_pictures_are_counted(desk, pair):
     assert "soft: previews: 4 looks x 2 shots" in told and "ema: previews: 4 looks x 2 shots" in told
     assert "soft: ablation by components, each part left out in turn: 10 looks x 2 shots" in told
     assert "soft: loras[0].blocks.to_q: 2 looks x 2 shots" in told
+
+
+def test_one_step_is_one():
+    assert "64 x 64 pixels, 1 step, guidance 1, seed 3" == shots_text([Shot("x", 3, 64, 64, 1)])

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import os
 import random
 import re
 import types
@@ -615,3 +616,22 @@ def test_a_model_of_one_file(desk):
     record = json.loads(model_record(desk, name_or_path="zit.safetensors"))
     assert [file[0] for file in record["files"]] == ["zit.safetensors"]
     assert re.fullmatch(r"zit\.safetensors", record["model"]["name_or_path"])
+
+
+def test_the_folders_of_a_model_are_no_part_of_its_record_but_its_weights_are(tmp_path):
+    for folder in ("one", "two"):
+        for part in ("model", "extras"):
+            (tmp_path / folder / part).mkdir(parents=True)
+            (tmp_path / folder / part / "weights.safetensors").write_bytes(b"12")
+            os.utime(tmp_path / folder / part / "weights.safetensors", (1, 1))
+
+    def record(folder: str) -> dict:
+        paths = {
+            key: str(tmp_path / folder / part) for key, part in (("name_or_path", "model"), ("extras_name_or_path", "extras"))
+        }
+        return Scene(paths | {"arch": "zimage"}, "bf16", {}, None, "model").record()
+
+    before = record("one")
+    assert before == record("two") and str(tmp_path) not in json.dumps(before)
+    (tmp_path / "two" / "extras" / "weights.safetensors").write_bytes(b"123")
+    assert before != record("two")

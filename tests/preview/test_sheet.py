@@ -176,6 +176,13 @@ def test_the_two_strengths_of_a_caption_are_not_broken():
     assert lines == ["6: loras[0].blocks.to_v 0,", "loras[1].ratio 0.2"]
 
 
+def test_the_lines_of_a_caption_follow_each_other(monkeypatch):
+    drawn: dict[str, float] = {}
+    monkeypatch.setattr(sheets.ImageDraw.ImageDraw, "text", lambda self, xy, text, *rest, **keys: drawn.update({text: xy[1]}))
+    sheet("", [Block("", [("one two three, four five six seven", plain("red", (64, 512)))])], 1)
+    assert drawn["one two three,"] < drawn["four five six seven"]
+
+
 def test_what_is_not_printable_is_no_part_of_a_line():
     text = sheets._plain(TEXTS["control characters"])
     assert text.isprintable() and "evil" in text and "\u202e" not in text and "\n" not in text

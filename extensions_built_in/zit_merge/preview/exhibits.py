@@ -131,7 +131,8 @@ def shots_text(shots: Sequence[Shot]) -> str:
     sizes = one([f"{s.width} x {s.height}" for s in shots])
     guidance = one([f"{s.guidance:g}" for s in shots])
     seeds = one([s.seed for s in shots])
-    return f"{sizes} pixels, {one([s.steps for s in shots])} steps, guidance {guidance}, seed {seeds}"
+    steps = one([s.steps for s in shots])
+    return f"{sizes} pixels, {steps} step{'s' * (steps != '1')}, guidance {guidance}, seed {seeds}"
 
 
 def asks_for_pictures(section: Section) -> bool:

@@ -99,18 +99,27 @@ class Scene:
 
         Folders are no part of it: a model may be moved, and a picture shown to others.
         """
-        settings = {key: value for key, value in self.model.items() if key not in _INDIFFERENT} | {"name_or_path": self.name}
-        path = Path(self.model["name_or_path"]).expanduser()
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*.safetensors") if p.is_file())
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return {"model": settings, "dtype": self.dtype, "files": stats}
+        settings = {key: value for key, value in self.model.items() if key not in _INDIFFERENT}
+        paths = {key: settings[key] for key in ("name_or_path", "extras_name_or_path") if isinstance(settings.get(key), str)}
+        settings |= {key: _short(path) for key, path in paths.items()}
+        return {"model": settings, "dtype": self.dtype, "files": [stat for path in paths.values() for stat in _stats(path)]}
 
     @property
     def name(self) -> str:
         """The model's name: its repository, or its folder or file without where that lies."""
-        name = self.model["name_or_path"]
-        path = Path(name).expanduser()
-        return path.absolute().name if path.exists() else name
+        return _short(self.model["name_or_path"])
+
+
+def _short(name: str) -> str:
+    path = Path(name).expanduser()
+    return path.absolute().name if path.exists() else name
+
+
+def _stats(name: str) -> list[tuple[str, int, int]]:
+    """(name, size, time) of the weights of a model that lies on this machine."""
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.safetensors") if p.is_file())
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def scene_of(section: Section, site: Site) -> Scene:
