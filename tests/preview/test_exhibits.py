@@ -287,4 +287,4 @@ def test_before_a_training_the_pictures_are_counted(desk, pair):
 
 
 def test_one_step_is_one():
-    assert "64 x 64 pixels, 1 step, guidance 1, seed 3" == shots_text([Shot("x", 3, 64, 64, 1)])
+    assert shots_text([Shot("x", 3, 64, 64, 1)]) == "64 x 64 pixels, 1 step, guidance 1, seed 3"

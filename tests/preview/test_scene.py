@@ -6,7 +6,6 @@ import ast
 import itertools
 import json
 import os
-import os
 import random
 import re
 import types
