@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from desk import Desk
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_known_mistakes import lora, write
 
@@ -449,6 +449,7 @@ def test_parts_beside_something_are_not_broken(left, parts):
 
 @settings(deadline=None)
 @given(text=LABELS, indent=st.integers(0, 8))
+@example(text="0" * 71 + " " + "1" * 79 + " 2", indent=0)  # a broken word fills a line to the last letter
 def test_a_sentence_is_wrapped(text, indent):
     lines = wrapped(f"note: {text}", indent)
     screen("\n".join(lines))

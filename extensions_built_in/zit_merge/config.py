@@ -488,6 +488,7 @@ _EITHER = {
     "seed": "a whole number from 0 to 2^63 - 1, or a list of them",
     "size": "a side in pixels, or [width, height]",
 }
+_SHOWN = 300  # letters of a value that a message repeats
 _OF_FORM = ("dict_type", "list_type", "model_type", "int_type", "string_type", "too_short", "too_long")
 
 
@@ -507,25 +508,26 @@ def _sentence(error: ValidationError, place: str) -> str:
 
 def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
     """What is wrong with the value at a location."""
-    kind, value, limits = error["type"], error["input"], error.get("ctx", {})
+    kind, limits, value = error["type"], error.get("ctx", {}), repr(error["input"])
+    value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
     if kind in _OF_FORM and loc and loc[-1] in _EITHER:
-        return f"must be {_EITHER[loc[-1]]}, not {value!r}"
+        return f"must be {_EITHER[loc[-1]]}, not {value}"
     form = _FORMS.get(next((part for part in reversed(loc) if isinstance(part, str)), ""), "another form is")
     messages = {
         "missing": "is missing",
-        "float_type": f"must be a number, not {value!r}",
-        "int_type": f"must be a whole number, not {value!r}",
-        "finite_number": f"must be a finite number, not {value!r}",
-        "string_type": f"must be text, not {value!r}",
-        "bool_type": f"must be true or false, not {value!r}",
-        "list_type": f"must be a list, not {value!r}",
-        "dict_type": f"must be a mapping, not {value!r}",
-        "model_type": f"must be a mapping, not {value!r}",
+        "float_type": f"must be a number, not {value}",
+        "int_type": f"must be a whole number, not {value}",
+        "finite_number": f"must be a finite number, not {value}",
+        "string_type": f"must be text, not {value}",
+        "bool_type": f"must be true or false, not {value}",
+        "list_type": f"must be a list, not {value}",
+        "dict_type": f"must be a mapping, not {value}",
+        "model_type": f"must be a mapping, not {value}",
         "too_short": "must have at least one entry",
-        "greater_than_equal": f"must be at least {limits.get('ge')}, not {value!r}",
-        "less_than_equal": f"must be at most {limits.get('le')}, not {value!r}",
-        "literal_error": f"must be {limits.get('expected')}, not {value!r}",
-        "string_pattern_mismatch": f"has a form that is not allowed: {value!r} ({form} allowed)",
+        "greater_than_equal": f"must be at least {limits.get('ge')}, not {value}",
+        "less_than_equal": f"must be at most {limits.get('le')}, not {value}",
+        "literal_error": f"must be {limits.get('expected')}, not {value}",
+        "string_pattern_mismatch": f"has a form that is not allowed: {value} ({form} allowed)",
     }
     return messages.get(kind, error["msg"].removeprefix("Value error, "))
 

@@ -100,6 +100,20 @@ def test_an_ablation_that_cant_be(desk, pair, asked, says):
     assert refused(desk, step(ME, ablate=asked), preview=ONE).startswith(f"process[0].steps[0].{says}")
 
 
+@pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 3), (8, 8), (9, 5), (10, 5), (17, 6), (30, 8)])
+def test_looks_stand_in_rows_of_about_one_length(desk, pair, count, across):
+    found = exhibited(desk, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
+    assert found.exhibits[0].across == across
+
+
+def test_an_ablation_of_nothing(desk, pair):
+    message = refused(desk, step(ME | {"ratio": 0}, ablate={"by": "layers"}), preview=ONE)
+    assert (
+        message
+        == "process[0].steps[0].ablate: every strength of the step is 0, so it has no part that does anything: drop ablate"
+    )
+
+
 def test_two_ablations_of_one_preset(desk, pair):
     one, two = {"by": "layers", "groups": 2, "preset": "mine"}, {"by": "layers", "groups": 3, "preset": "Mine"}
     message = refused(desk, step(ME, name="a", ablate=one), step(ME, name="b", ablate=two), preview=ONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.execute import Computed, reader_of
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.preview.ablation import groups
-from extensions_built_in.zit_merge.preview.looks import Look, OfInput, OfStep, Without
-from extensions_built_in.zit_merge.zimage import MODULES
+from extensions_built_in.zit_merge.preview.looks import Look, OfInput, OfStep, Without, digest
 
 PAIR = (ME, STYLE)
 ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
@@ -111,6 +111,11 @@ def test_a_step_over_one_whose_rank_followed_from_numbers(desk, pair, rule, rank
     """Its ranks are those of the run, in which the earlier one's were known."""
     found = planned(desk, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
     check(found, "both")
+    plan = found.plans[1]
+    theirs = written(plan.path)
+    plan.path.unlink()
+    ours = changes(OfStep("both", plan), plan)  # over the earlier one's file, where there is one
+    assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
 def test_a_file_of_another_recipe_is_not_read(desk, pair):
@@ -137,8 +142,6 @@ def test_a_file_that_is_there_is_read_and_not_computed(desk, pair):
     looked = []
     desk_of = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
     dict(OfStep("soft", plan).deltas(desk_of))
-    from contextlib import ExitStack
-
     with ExitStack() as files:
         assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), TensorReader)
     done.path.unlink()
@@ -288,6 +291,19 @@ def test_whatever_changes_a_look_changes_its_name(desk, pair, changed):
     assert names(desk, changed)[0] != names(desk, step(*PAIR))[0]
 
 
+def test_ratios_count_beside_the_strengths_that_they_lead_to(desk, pair):
+    """An average divides by them."""
+    everywhere = dict.fromkeys(("0-29", "noise_refiner", "context_refiner", "other"), 0.5)
+    one, other = ME | {"ratio": 0.5}, ME | {"ratio": 1.0, "layers": everywhere}
+    plans = [planned(desk, step(lora, STYLE, method="average")).plans[0] for lora in (one, other)]
+    assert plans[0].inputs[0].strengths == plans[1].inputs[0].strengths
+    assert name_of(OfStep("x", plans[0])) != name_of(OfStep("x", plans[1]))
+
+
+def test_a_name_does_not_depend_on_the_order_of_a_record():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1, "b": {"c": 2}})
+
+
 def test_seeds_and_parameters_change_names(desk, pair):
     found = {
         names(desk, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
@@ -324,7 +340,3 @@ def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(desk, pair
     made = [step(ME, name="a"), step(STYLE, name="b")]
     swapped = names(desk, *made, step({"lora": "b", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}))[0]
     assert swapped != over("a", "b")
-
-
-def test_every_module_of_the_model_can_be_shown():
-    assert len(MODULES) == 276

@@ -269,6 +269,12 @@ def test_what_is_wrong_with_a_sweep(asked, key, says):
     assert refusal(section({"sweep": asked})) == f"process[1].steps[0].sweep{key}: {says}"
 
 
+def test_a_long_value_is_not_repeated_to_its_end():
+    message = refusal(section({"preview": {"size": "big " * 1000}}))
+    assert message.startswith(f"process[1].steps[0].preview.size: {NOT_SIZE} 'big big") and message.endswith("...")
+    assert len(message) < 500
+
+
 @pytest.mark.parametrize("key", ["sweep", "ablate", "loras", "keep"])
 def test_what_stands_on_a_step_is_sent_there(key):
     assert refusal(section(**{key: {}})) == f"process[1].{key}: stands on a step, not on the section: move it into one"

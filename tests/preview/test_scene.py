@@ -474,6 +474,17 @@ def test_a_folder_that_says_it_is_another_model(desk, files):
     assert message == f"process[0].model.name_or_path: {name} is a FluxPipeline, not Z-Image: give the folder of a Z-Image model"
 
 
+def test_extras_that_no_system_can_have(desk):
+    for extras in ("~nobody-of-this-name/x", "x" * 300):
+        message = model_refused(desk, model=MODEL | {"extras_name_or_path": extras})
+        assert message.startswith("process[0].model.extras_name_or_path: ")
+
+
+def test_a_model_index_that_nobody_can_read(desk):
+    name = model_folder(desk.folder / "zit", model_index__json="[" * 100_000)
+    assert scene(desk, model=MODEL | {"name_or_path": name})[0].name == "zit"
+
+
 def test_a_transformer_that_says_it_is_another_model(desk):
     model_folder(desk.folder / "flux" / "transformer", config__json={"_class_name": "AnotherZImageTransformer2DModel"})
     assert "AnotherZImageTransformer2DModel" in model_refused(desk, model=MODEL | {"name_or_path": str(desk.folder / "flux")})

@@ -17,6 +17,7 @@ from preview.staging import CPU, ME, MODEL, STYLE, Easel, Painter, names, plain,
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview.exhibits import Exhibition, Picture, exhibition_of
 from extensions_built_in.zit_merge.preview.gallery import Gallery, gallery_of
+from extensions_built_in.zit_merge.preview.metrics import pixels, tensor_of
 from extensions_built_in.zit_merge.preview.render import Studio, Team
 from extensions_built_in.zit_merge.preview.show import show
 from extensions_built_in.zit_merge.report.page.run import RunPage, run_page
@@ -281,14 +282,15 @@ class Pair(Team):
         return found
 
 
-def together(make: Any, easels: Sequence[Easel], page: RunPage | None = None) -> list[Any]:
+def together(make: Any, easels: Sequence[Easel], page: RunPage | None = None, **how: Any) -> list[Any]:
     """Shows an exhibition in as many threads as there are easels. Returns what each told, or its error."""
     meeting, table = threading.Barrier(len(easels)), [()] * len(easels)
     told: list[Any] = [None] * len(easels)
 
     def work(rank: int) -> None:
         try:
-            told[rank] = rendered(make(), easels[rank], page if rank == 0 else None, team=Pair(rank, meeting, table, len(easels)))
+            team = Pair(rank, meeting, table, len(easels))
+            told[rank] = rendered(make(), easels[rank], page if rank == 0 else None, team=team, **how)
         except BaseException as e:
             told[rank] = e
             if not isinstance(e, ZitMergeError):
@@ -332,6 +334,13 @@ def test_more_processes_than_pictures(desk, pair):
     told = together(lambda: exhibition, easels)
     assert [len(easel.loaded) for easel in easels] == [1, 0, 0] and told[0][0] == "1 picture rendered, 0 of 1 were there"
     assert together(lambda: exhibition, easels)[0][0] == "0 pictures rendered, 1 of 1 were there"
+
+
+def test_every_process_tells_how_far_it_is_with_its_own_part(desk, pair):
+    told: list[tuple[int, int]] = []
+    exhibition = of(desk, step(*BOTH, preview=True))
+    together(lambda: exhibition, [Easel(), Easel()], tick=lambda what, done, total: told.append((done, total)))
+    assert sorted(told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
 
 def test_trouble_in_one_process_reaches_all(desk, pair):
@@ -381,6 +390,18 @@ def test_pictures_that_are_measured_are_not_in_the_samples(desk, pair):
     assert f"to use the preset mine: preset: {folder / 'mine.yaml'}" in text
     measured = facts(exhibition, "soft_ablate")["ablation"]
     assert [group["name"] for group in measured["groups"]] == ["layers 0-29"]
+
+
+def test_every_part_is_measured_on_its_own_pictures(desk, pair):
+    exhibition = of(desk, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
+    rendered(exhibition)
+    found, folder = facts(exhibition, "soft_ablate"), gallery(exhibition).folder
+    drawn = {look["label"]: [tensor_of(Image.open(folder / name)) for name in look["pictures"]] for look in found["looks"]}
+    assert len(found["ablation"]["groups"]) == 8
+    for group in found["ablation"]["groups"]:
+        without = [pixels(a, b) for a, b in zip(drawn[f"without {group['name']}"], drawn["soft"], strict=True)]
+        whole = [pixels(a, b) for a, b in zip(drawn["base"], drawn["soft"], strict=True)]
+        assert group["metrics"]["pixels"]["share"] == pytest.approx(sum(without) / sum(whole))
 
 
 def test_what_is_told_of_an_exhibit_says_where_it_lies(desk, pair):

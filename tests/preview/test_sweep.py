@@ -163,6 +163,7 @@ def test_values_of_the_wrong_form(desk, pair, key, values, says):
         {"ratio": [1], "loras[0].ratio": [2]},
         {"blocks.adaLN": [1], "blocks.adaLN_modulation": [2]},
         {"layers.3": [1], "layers.3-3": [2]},
+        {"layers": [[1.0] * 30], "layers.3": [2]},
         {"overrides.3.adaLN": [1], "loras[0].overrides.3-3.adaLN_modulation": [2]},
     ],
 )

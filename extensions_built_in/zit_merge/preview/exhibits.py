@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 from ..config import Ablate, Preview, Section
@@ -23,7 +23,7 @@ from .sweep import Cell, axes_of, cells_of
 LIMIT = 200  # pictures that need no `confirm: true`
 GROUPS = 10
 _LISTED = 6  # values of a setting, in a sentence
-_ACROSS = 8  # pictures beside each other on a sheet, where nothing else asks for a number
+_ACROSS = 8  # pictures beside each other on a sheet at most, where nothing else asks for a number
 
 
 class Picture(NamedTuple):
@@ -135,6 +135,11 @@ def shots_text(shots: Sequence[Shot]) -> str:
     return f"{sizes} pixels, {steps} step{'s' * (steps != '1')}, guidance {guidance}, seed {seeds}"
 
 
+def _across(count: int) -> int:
+    """How many of so many looks stand in a row, so that no row is much shorter than the others."""
+    return ceil(count / ceil(count / _ACROSS))
+
+
 def asks_for_pictures(section: Section) -> bool:
     """Whether any step is to be shown."""
     return any(step.preview or step.sweep or step.ablate for step in section.steps)
@@ -207,7 +212,7 @@ def _of_step(plan: StepPlan, section: Section, site: Site, scene: Scene, looks: 
         inputs = list(dict.fromkeys(map(looks.of_input, plan.inputs)))
         parts = {"base": [looks.base], "inputs": inputs, "result": [result]}
         shown = [look for part in dict.fromkeys(asked.compare) for look in parts[part]]
-        yield Exhibit("preview", plan, shown, shots, min(len(shown), _ACROSS), f"{plan.name}: previews")
+        yield Exhibit("preview", plan, shown, shots, _across(len(shown)), f"{plan.name}: previews")
     if step.sweep:
         yield _sweep(plan, shots, section)
     if step.ablate:
@@ -225,7 +230,7 @@ def _sweep(plan: StepPlan, shots: Sequence[Shot], section: Section) -> Exhibit:
     cells = cells_of(plan, axes, place)
     title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
     shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
-    across = len(axes[0].values) if len(axes) > 1 else min(len(shown), _ACROSS)
+    across = len(axes[0].values) if len(axes) > 1 else _across(len(shown))
     return Exhibit("sweep", plan, shown, shots, across, title, cells=cells)
 
 
@@ -236,9 +241,11 @@ def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Look
     if asked.by == "components" and asked.groups:
         raise ZitMergeError(f"{place}.groups: are runs of layers, by: components has none: drop groups, or use by: cells")
     present = [m for m in plan.ranks if any(i.counts(m) for i in plan.inputs)]
+    if plan.ranks and not present:
+        raise ZitMergeError(f"{place}: every strength of the step is 0, so it has no part that does anything: drop ablate")
     found = groups(asked.by, asked.groups or GROUPS, present)
     only = asked.mode == "only"
     shown = [Without(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
     title = f"{plan.name}: ablation by {asked.by}, {'each part alone' if only else 'each part left out in turn'}"
     shown = [looks.base, whole, *shown]
-    return Exhibit("ablate", plan, shown, shots, min(len(shown), _ACROSS), title, groups=found, asked=asked)
+    return Exhibit("ablate", plan, shown, shots, _across(len(shown)), title, groups=found, asked=asked)

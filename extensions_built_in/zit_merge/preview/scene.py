@@ -196,6 +196,8 @@ def _check_model(model: Mapping[str, Any], place: str) -> None:
             raise ZitMergeError(f"{place}.name_or_path: {name} is not there: give a folder, a file or a repository of the hub")
     elif kind := _other_kind(path):
         raise ZitMergeError(f"{place}.name_or_path: {name} is a {kind}, not Z-Image: give the folder of a Z-Image model")
+    if isinstance(extras := model.get("extras_name_or_path"), str):
+        user_path(extras, f"{place}.extras_name_or_path")
 
 
 def _other_kind(path: Path) -> str:
@@ -203,7 +205,7 @@ def _other_kind(path: Path) -> str:
     for name in ("model_index.json", "transformer/config.json", "config.json"):
         try:
             kind = json.loads((path / name).read_text(encoding="utf-8")).get("_class_name")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(kind, str):
             return "" if kind.startswith("ZImage") else kind

@@ -80,7 +80,9 @@ def axes_of(step: Step, place: str) -> list[Axis]:
             f"{place}: an average over checkpoints has no strengths to go through: make a step of it that weighs it"
         )
     found = [_axis(key, values, step, place) for key, values in step.sweep.items()]
-    if len({axis.strength for axis in found}) < len(found):
+    whole = {axis.lora for axis in found if axis.table == "layers" and not axis.entry}  # a list of 30 leaves no range beside it
+    doubled = any(axis.table == "layers" and axis.entry and axis.lora in whole for axis in found)
+    if doubled or len({axis.strength for axis in found}) < len(found):
         raise ZitMergeError(f"{place}: {' and '.join(a.key for a in found)} are one strength: keep one of them")
     return found
 

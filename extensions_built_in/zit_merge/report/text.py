@@ -41,7 +41,7 @@ def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 def row(label: str, text: str) -> list[str]:
     """A label and a text beside it, wrapped; words that are too long for a line are broken."""
-    lines = textwrap.wrap(plain(text), WIDTH - _LABEL, break_on_hyphens=False, subsequent_indent="  " * text.startswith("- "))
+    lines = _wrap(plain(text), WIDTH - _LABEL, subsequent_indent="  " * text.startswith("- "))
     return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(lines)]
 
 
@@ -54,7 +54,12 @@ def plain(text: str) -> str:
 def wrapped(text: str, indent: int = 2) -> list[str]:
     """A sentence in lines of their own, those after the first further in; words that are too long for a line are broken."""
     first, rest = " " * indent, " " * (indent + 2)
-    return textwrap.wrap(plain(text), WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return _wrap(plain(text), WIDTH, initial_indent=first, subsequent_indent=rest)
+
+
+def _wrap(text: str, width: int, **how: str) -> list[str]:
+    """textwrap's lines, which may end in a space where a word that was broken fills one to the last letter."""
+    return [line.rstrip() for line in textwrap.wrap(text, width, break_on_hyphens=False, **how)]
 
 
 def beside(left: str, parts: Sequence[str], width: int = WIDTH) -> list[str]:
