@@ -188,6 +188,8 @@ def _preview(args: argparse.Namespace) -> None:
     from .report.page.run import RunPage, run_page
 
     step, _, number = (args.yaml or "").partition(":")
+    if args.yaml is not None and not step:
+        raise ZitMergeError("--yaml: which picture? write --yaml STEP:NUMBER, such as both:7")
     job, pages, shown = load_job(args.config), list[RunPage](), False
     for planned in plan_job(
         job, only=args.step or step or None, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run
@@ -212,9 +214,10 @@ def _cell_yaml(exhibition: Any, step: str, number: str) -> str:
     from .preview.hang import plain_step, section_yaml
 
     cells = {str(cell.number): cell for e in exhibition.exhibits for cell in e.cells if e.plan.name == step}
+    if not cells:
+        raise ZitMergeError(f"--yaml: the step {step} has no sweep, so no picture of it has a number: name one that has")
     if number not in cells:
-        there = f"has the numbers 1 to {len(cells)}" if cells else "is none"
-        raise ZitMergeError(f"--yaml {step}:{number}: the sweep of this step {there}: write --yaml STEP:NUMBER, such as {step}:1")
+        raise ZitMergeError(f"--yaml: the pictures of this sweep are numbered 1 to {len(cells)}: write --yaml {step}:1")
     return section_yaml(exhibition.section, plain_step(cells[number].plan.spec))
 
 

@@ -120,7 +120,13 @@ def test_what_is_printed_may_stand_in_the_job(desk, pair):
 @pytest.mark.parametrize("number", ["0", "5", "x", "-1", "01"])
 def test_a_number_that_no_cell_has(desk, pair, number):
     message = desk.zit("preview", job(desk, SWEPT), "--yaml", f"soft:{number}").refused()
-    assert "has the numbers 1 to 4" in message
+    assert message == "--yaml: the pictures of this sweep are numbered 1 to 4: write --yaml soft:1"
+
+
+def test_a_picture_that_is_not_named(desk, pair):
+    config = job(desk, SWEPT, step(ME, name="other", preview=ONE))
+    assert desk.zit("preview", config, "--yaml", ":1").refused().startswith("--yaml: which picture?")
+    assert "the step other has no sweep" in desk.zit("preview", config, "--yaml", "other:1").refused()
 
 
 def test_no_warnings_of_libraries_are_printed(desk, pair, recwarn):

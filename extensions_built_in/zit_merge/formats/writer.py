@@ -300,7 +300,6 @@ def os_errors(path: Path):
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise ZitMergeError(
-                f"{path}: no space left on the disk: free some, or set another output_dir or a smaller rank"
-            ) from e
+            smaller = " or a smaller rank" if path.suffix == ".safetensors" else ""
+            raise ZitMergeError(f"{path}: no space left on the disk: free some, or set another output_dir{smaller}") from e
         raise ZitMergeError(f"{path}: can't be written ({e.strerror}): check the folder and its permissions") from e
