@@ -32,7 +32,4 @@ def _real_bytes() -> tuple[bytes, bytes]:
 @pytest.fixture
 def real_loras(desk: Desk, _real_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
     """The same two names in Z-Image's own sizes: adaLN, to_q and to_v of layer 0; the second has alpha = rank / 2."""
-    paths = desk.folder / "me.safetensors", desk.folder / "style.safetensors"
-    for path, content in zip(paths, _real_bytes, strict=True):
-        path.write_bytes(content)
-    return paths
+    return desk.put_pair(_real_bytes)

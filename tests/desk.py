@@ -137,6 +137,13 @@ class Desk:
         producers.save(replace(made, metadata=made.metadata | dict(metadata or {})), path)
         return path
 
+    def put_pair(self, contents: tuple[bytes, bytes]) -> tuple[Path, Path]:
+        """Writes me.safetensors and style.safetensors."""
+        paths = self.folder / "me.safetensors", self.folder / "style.safetensors"
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        return paths
+
     def write(self, content: str | Mapping[str, Any] | Sequence[Any], name: str = "config.yaml") -> Path:
         """Writes a config file: text as it is, data as YAML or JSON by the name's ending."""
         path = self.folder / name

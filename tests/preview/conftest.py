@@ -17,7 +17,4 @@ def _few_bytes() -> tuple[bytes, bytes]:
 @pytest.fixture
 def pair(desk: Desk, _few_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
     """me.safetensors and style.safetensors as in `loras`, with the layers 0, 3 and 29 only."""
-    paths = desk.folder / "me.safetensors", desk.folder / "style.safetensors"
-    for path, content in zip(paths, _few_bytes, strict=True):
-        path.write_bytes(content)
-    return paths
+    return desk.put_pair(_few_bytes)

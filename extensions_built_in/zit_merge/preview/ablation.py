@@ -17,7 +17,7 @@ from ..errors import ZitMergeError, counted, nearest
 from ..report.text import WIDTH, aligned, beside, plain, ranges, squeezed, wrapped
 from ..weights import Weights, row_name, strengths
 from ..zimage import ALIASES, COMPONENTS, MODULES, N_LAYERS, REFINERS
-from .metrics import METRICS, described, distance, metric, pixels, tensor_of
+from .metrics import METRICS, Metric, described, distance, metric, pixels, tensor_of
 
 LEAVE_OUT, ONLY = "leave_out", "only"
 _UNCHANGED = 0.5 / 255  # root mean square below which two pictures are apart by no more than rounding to 8 bits
@@ -109,8 +109,8 @@ class Distances:
 
     full_to_base: tuple[float, ...]
     base_to_full: tuple[float, ...]
-    to_full: Mapping[str, tuple[float, ...]]
-    to_base: Mapping[str, tuple[float, ...]]
+    to_full: dict[str, tuple[float, ...]]
+    to_base: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -330,29 +330,29 @@ def measure(
     functions = {name: metric(name, place) for name in metrics}
     full, base = [*map(tensor_of, full)], [*map(tensor_of, base)]
     measured = [group for group in groups if group.name in pictures]
-
-    def against(name: str, found: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[float, ...]:
-        return tuple(distance(name, functions[name], p, r) for p, r in zip(found, references, strict=True))
-
     _check_sizes("the base", base, full)
-    ends = {m: (against(m, full, base), against(m, base, full)) for m in functions}
-    to_full: dict[str, dict[str, tuple[float, ...]]] = {m: {} for m in functions}
-    to_base: dict[str, dict[str, tuple[float, ...]]] = {m: {} for m in functions}
+    distances = {m: Distances(_apart(m, f, full, base), _apart(m, f, base, full), {}, {}) for m, f in functions.items()}
     for group in watched([g.name for g in measured]):
-        found = [*map(tensor_of, pictures[group])]
+        found = [*map(tensor_of, pictures[group])]  # of one group at a time
         _check_sizes(group, found, full)
-        for m in functions:
-            to_full[m][group], to_base[m][group] = against(m, found, full), against(m, found, base)
+        for m, function in functions.items():
+            distances[m].to_full[group] = _apart(m, function, found, full)
+            distances[m].to_base[group] = _apart(m, function, found, base)
     return Ablation(
         lora=lora,
         by=by,
         mode=mode,
         shots=tuple(Shot(*shot) for shot, _ in zip(shots, full, strict=True)),
         groups=tuple(measured),
-        distances={m: Distances(*ends[m], to_full[m], to_base[m]) for m in functions},
+        distances=distances,
         about={m: described(function) for m, function in functions.items()},
         is_changed=tuple(pixels(f, b) > _UNCHANGED for f, b in zip(full, base, strict=True)),
     )
+
+
+def _apart(name: str, function: Metric, found: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[float, ...]:
+    """Distances shot by shot."""
+    return tuple(distance(name, function, p, r) for p, r in zip(found, references, strict=True))
 
 
 def _check_sizes(name: str, found: Sequence[Tensor], full: Sequence[Tensor]) -> None:

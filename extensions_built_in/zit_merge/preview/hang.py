@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from .. import __version__
 from ..config import RankRule, Section, Step
-from ..errors import ZitMergeError
+from ..errors import ZitMergeError, counted
 from ..recipe import to_yaml
 from ..report.text import copyable
 from .ablation import Ablation, measure
@@ -46,7 +46,10 @@ class Hung:
 
     def text(self) -> str:
         """For the terminal."""
-        lines = [f"{self.exhibit.title}: {len(self.pictures)} pictures", *(f"    {copyable(path)}" for path in self.files)]
+        lines = [
+            f"{self.exhibit.title}: {counted(len(self.pictures), 'picture')}",
+            *(f"    {copyable(path)}" for path in self.files),
+        ]
         return "\n".join([*lines, *self.notes, *([self.ablation.text()] if self.ablation else [])])
 
 
