@@ -234,7 +234,9 @@ def _map(made: Any, paper: ModuleType, ablation: Ablation, panel: _Panel) -> Non
     if max(len(number(cell.share)) for cell in cells) * _LETTER <= width:
         _numbers(axes, cells, scale.norm)
     _name_cells(axes, ablation, sorted({cell.left for cell in cells}), width)
-    bar = made.axes(panel.left, panel.top + _TITLE + tall + _TICKS + 0.05, min(width * end, 3.2), 0.08)
+    bar = made.axes(
+        panel.left, panel.top + _TITLE + tall + _TICKS + 0.05, min(max(width * end, 1.5), 3.2), 0.08
+    )  # room for its ticks
     paper.colour_bar(made.figure, bar, scale, "horizontal")
 
 
