@@ -18,8 +18,9 @@ import torch
 import yaml
 from oracles import producers
 
-from extensions_built_in.zit_merge import hub, merge
-from extensions_built_in.zit_merge.cli import main
+from extensions_built_in.zit_merge import merge
+from extensions_built_in.zit_merge.cli.main import main
+from extensions_built_in.zit_merge.files import hub
 
 SMALL = producers.small_shapes(dim=8, ffn=16, temb=8, cap=8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

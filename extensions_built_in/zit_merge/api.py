@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TRAINED, parse_section
+from .config.schema import TRAINED, parse_section
 from .errors import ZitMergeError
-from .execute import pick_device, run_plans
+from .files.hub import HUB_PREFIX
 from .formats.reader import LoraFile
-from .hub import HUB_PREFIX
-from .plan import StepPlan, plan_section
-from .sources import Site, user_path
+from .merging.runner import pick_device, run_plans
+from .planning.plan import StepPlan, plan_section
+from .planning.sources import Site, user_path
 
 Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .analysis.residuals import dense_residual, residuals
 from .api import Merge, merge
 from .errors import ZitMergeError
-from .execute import pick_device, run_plans
 from .formats.writer import os_errors
-from .report.check import dense_residual, residuals
+from .merging.runner import pick_device, run_plans
+from .model.zimage import MODULES
 from .report.page.facts import step_facts
 from .report.page.render import Page
 from .report.tables import done_text, plan_text
-from .report.text import copyable
-from .zimage import MODULES
+from .wording import copyable
 
 RANK, PAGE = 4, "demo_page.html"
 CHECKED_DENSE = "layers.12.attention.to_v"

@@ -12,6 +12,7 @@ from extensions_built_in.zit_merge.algebra import delta, subspace
 from extensions_built_in.zit_merge.algebra import overlap as module
 from extensions_built_in.zit_merge.algebra.delta import Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, stack, whole
+from extensions_built_in.zit_merge.algebra.least_squares import cosines
 from extensions_built_in.zit_merge.algebra.overlap import (
     chance,
     directions,
@@ -22,7 +23,6 @@ from extensions_built_in.zit_merge.algebra.overlap import (
     overlap,
     projected,
 )
-from extensions_built_in.zit_merge.algebra.strengths import cosines
 from extensions_built_in.zit_merge.algebra.truncate import truncate
 
 F64 = torch.float64

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from merge import measure  # noqa: E402
 
 from extensions_built_in.zit_merge import load_lora, merge  # noqa: E402
-from extensions_built_in.zit_merge.zimage import MODULES  # noqa: E402
+from extensions_built_in.zit_merge.model.zimage import MODULES  # noqa: E402
 
 SAMPLE = "layers.0.attention.to_q"
 

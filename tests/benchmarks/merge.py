@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from extensions_built_in.zit_merge import load_lora, merge
-from extensions_built_in.zit_merge.zimage import MODULES
+from extensions_built_in.zit_merge.model.zimage import MODULES
 
 
 def make_lora(path: Path, rank: int, seed: int) -> None:

@@ -44,7 +44,7 @@ from extensions_built_in.zit_merge.algebra.delta import gram, inner, norm  # noq
 from extensions_built_in.zit_merge.algebra.factors import Factors, stack, wide  # noqa: E402
 from extensions_built_in.zit_merge.algebra.linear import add  # noqa: E402
 from extensions_built_in.zit_merge.algebra.methods import METHODS  # noqa: E402
-from extensions_built_in.zit_merge.zimage import MODULES, N_LAYERS  # noqa: E402
+from extensions_built_in.zit_merge.model.zimage import MODULES, N_LAYERS  # noqa: E402
 
 RANK, RATIOS = 32, (0.9, 0.6)
 LAYER = [m.shape() for m in MODULES.values() if m.section == "layers" and m.index == 0]

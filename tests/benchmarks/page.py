@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from merge import make_lora
 
 from extensions_built_in.zit_merge import merge
-from extensions_built_in.zit_merge.execute import run_plans
+from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.report.page.facts import step_facts
 from extensions_built_in.zit_merge.report.page.render import Page
 

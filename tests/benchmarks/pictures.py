@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.host.render import adding
+from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.preview.ablation import groups, measure
 from extensions_built_in.zit_merge.preview.sheet import Block, sheet
 from extensions_built_in.zit_merge.report.page.galleries import Gallery, Preview
 from extensions_built_in.zit_merge.report.page.render import Page
-from extensions_built_in.zit_merge.zimage import MODULES
 
 DIM, TOKENS = 3840, 4608
 

@@ -17,7 +17,7 @@ from extensions_built_in.zit_merge.algebra.delta import Kron
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.host.render import Renderer
-from extensions_built_in.zit_merge.preview.scene import Scene, Shot
+from extensions_built_in.zit_merge.preview.settings import Scene, Shot
 
 model, out, *loras, _ = [*sys.argv[1:5], ""]
 settings = {"name_or_path": model, "arch": "zimage:turbo", "quantize": "quantize" in sys.argv, "qtype": "float8"}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from oracles import producers
 
-from extensions_built_in.zit_merge import cli
-from extensions_built_in.zit_merge.jobfile import load_job
+from extensions_built_in.zit_merge.cli import main as cli
+from extensions_built_in.zit_merge.config.job import load_job
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "config" / "examples").glob("*.yaml"))
 TRAINING = next(p for p in EXAMPLES if p.stem == "train_zit_lora_then_merge")

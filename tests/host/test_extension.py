@@ -11,11 +11,11 @@ import pytest
 import torch
 from oracles import producers
 
-from extensions_built_in.zit_merge import cli
-from extensions_built_in.zit_merge.config import parse_section
+from extensions_built_in.zit_merge.cli import main as cli
+from extensions_built_in.zit_merge.config.job import Job
+from extensions_built_in.zit_merge.config.schema import parse_section
 from extensions_built_in.zit_merge.formats.writer import part_path
-from extensions_built_in.zit_merge.jobfile import Job
-from extensions_built_in.zit_merge.sources import make_site
+from extensions_built_in.zit_merge.planning.sources import make_site
 
 REPO = Path(__file__).parents[2]
 

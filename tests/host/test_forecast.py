@@ -8,10 +8,10 @@ from host.job import job, training
 from host.test_job import write
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.config import parse_section
-from extensions_built_in.zit_merge.jobfile import Job
-from extensions_built_in.zit_merge.plan import plan_section
-from extensions_built_in.zit_merge.sources import make_site
+from extensions_built_in.zit_merge.config.job import Job
+from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.planning.plan import plan_section
+from extensions_built_in.zit_merge.planning.sources import make_site
 
 RANK = 16
 # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x rank x 2 bytes

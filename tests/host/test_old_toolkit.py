@@ -8,8 +8,8 @@ from host.job import job, training
 from host.test_job import write
 
 from extensions_built_in.zit_merge.host.toolkit import has_broken_ema
-from extensions_built_in.zit_merge.preflight import advice
-from extensions_built_in.zit_merge.training import Training
+from extensions_built_in.zit_merge.planning.preflight import advice
+from extensions_built_in.zit_merge.planning.training import Training
 
 SAYS = "ema_config has no effect in this AI-Toolkit, which is older than 0.10.5"
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge.host.render import _cure
 from extensions_built_in.zit_merge.host.status import PictureWatch, Status
-from extensions_built_in.zit_merge.preview.scene import Scene, Shot
+from extensions_built_in.zit_merge.preview.settings import Scene, Shot
 
 pytestmark = pytest.mark.toolkit
 

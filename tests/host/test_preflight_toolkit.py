@@ -11,8 +11,8 @@ from host.job import job, training
 from host.test_job import write
 from oracles import producers
 
-from extensions_built_in.zit_merge.preflight import OPTIMIZERS, known_scheduler
-from extensions_built_in.zit_merge.training import ARCHS
+from extensions_built_in.zit_merge.planning.preflight import OPTIMIZERS, known_scheduler
+from extensions_built_in.zit_merge.planning.training import ARCHS
 
 pytestmark = pytest.mark.toolkit
 

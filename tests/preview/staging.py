@@ -13,17 +13,17 @@ from desk import SMALL, Desk
 from PIL import Image
 
 from extensions_built_in.zit_merge.algebra.delta import Delta
-from extensions_built_in.zit_merge.config import Section
-from extensions_built_in.zit_merge.execute import Done, run_plans
+from extensions_built_in.zit_merge.config.job import load_job
+from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
-from extensions_built_in.zit_merge.jobfile import load_job
-from extensions_built_in.zit_merge.plan import StepPlan
-from extensions_built_in.zit_merge.planning import Planned, plan_job
-from extensions_built_in.zit_merge.preview.exhibits import Exhibition, exhibition_of
-from extensions_built_in.zit_merge.preview.looks import Desk as Reading
-from extensions_built_in.zit_merge.preview.looks import Look, digest
-from extensions_built_in.zit_merge.preview.scene import Scene, Shot
-from extensions_built_in.zit_merge.sources import Site, make_site
+from extensions_built_in.zit_merge.merging.runner import Done, run_plans
+from extensions_built_in.zit_merge.planning.job import Planned, plan_job
+from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.planning.sources import Site, make_site
+from extensions_built_in.zit_merge.preview.grids import Exhibition, exhibition_of
+from extensions_built_in.zit_merge.preview.settings import Scene, Shot
+from extensions_built_in.zit_merge.preview.variants import Desk as Reading
+from extensions_built_in.zit_merge.preview.variants import Look, digest
 
 CPU = torch.device("cpu")
 FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}

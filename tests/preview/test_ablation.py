@@ -15,17 +15,15 @@ from desk import Desk
 from PIL import Image
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.config import Lora
-from extensions_built_in.zit_merge.presets import expand
+from extensions_built_in.zit_merge.config.presets import expand
+from extensions_built_in.zit_merge.config.schema import Lora
+from extensions_built_in.zit_merge.model.strengths import Weights, strengths
+from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.preview import metrics
 from extensions_built_in.zit_merge.preview.ablation import Ablation, Group, groups, measure, number
-from extensions_built_in.zit_merge.weights import Weights, strengths
-from extensions_built_in.zit_merge.zimage import MODULES
 
-NAMES = [
-    entry["name"]
-    for entry in json.loads((Path(__file__).parents[1] / "data" / "z_image_linears.json").read_text(encoding="utf-8"))
-]
+INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
+NAMES = [entry["name"] for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))]
 COMPONENTS = ["adaLN", "to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3"]
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from extensions_built_in.zit_merge import ZitMergeError
+from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.preview import chart
 from extensions_built_in.zit_merge.preview.ablation import Ablation, Distances, Shot, groups, number
-from extensions_built_in.zit_merge.zimage import COMPONENTS, MODULES
 
-paper = pytest.importorskip("extensions_built_in.zit_merge.report.paper")  # needs matplotlib
+paper = pytest.importorskip("extensions_built_in.zit_merge.report.plots.canvas")  # needs matplotlib
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
-from test_plot import check_texts, words  # noqa: E402
+from report.test_plots import check_texts, words  # noqa: E402
 
 FOUR = ("pixels", "structure", "colour", "detail")
 
@@ -203,7 +203,7 @@ def test_matplotlib_is_loaded_only_when_a_picture_is_drawn():
 def test_without_matplotlib_it_is_asked_for(monkeypatch):
     chart.check("ablate")
     monkeypatch.delitem(sys.modules, paper.__name__)
-    monkeypatch.delattr("extensions_built_in.zit_merge.report.paper")
+    monkeypatch.delattr("extensions_built_in.zit_merge.report.plots.canvas")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ZitMergeError, match=r"^steps\[0\].ablate: its picture needs matplotlib \(.*\): python -m pip install"):
         chart.check("steps[0].ablate")

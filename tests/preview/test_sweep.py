@@ -11,14 +11,14 @@ import yaml
 from desk import Desk
 from preview.staging import ME, STYLE, exhibited, planned, reading, same, step
 
+from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
-from extensions_built_in.zit_merge.jobfile import load_job
-from extensions_built_in.zit_merge.plan import StepPlan
-from extensions_built_in.zit_merge.planning import plan_job
-from extensions_built_in.zit_merge.preview import exhibits
-from extensions_built_in.zit_merge.preview.exhibits import Exhibit, Exhibition
-from extensions_built_in.zit_merge.preview.hang import plain_step, section_yaml
+from extensions_built_in.zit_merge.planning.job import plan_job
+from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.preview import grids as exhibits
+from extensions_built_in.zit_merge.preview.grids import Exhibit, Exhibition
+from extensions_built_in.zit_merge.preview.outputs import plain_step, section_yaml
 
 PLACE = "process[0].steps[0].sweep"
 ONE = {"prompts": ["a cat"]}

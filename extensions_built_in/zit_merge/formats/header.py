@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import ZitMergeError
-from ..zimage import infer_sizes
+from ..model.zimage import infer_sizes
 from .names import Part, parse_key
 
 DTYPES: Mapping[str, torch.dtype] = {

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .. import zimage
 from ..errors import nearest
-from ..zimage import MODULES
+from ..model import zimage
+from ..model.zimage import MODULES
 
 # Longest first, so that no prefix hides a longer one. The bare form comes last.
 PREFIXES: tuple[str, ...] = (

@@ -21,7 +21,7 @@ from ..algebra import linear
 from ..algebra.delta import Delta, Kron, distance, norm
 from ..algebra.factors import Factors, hadamard, is_finite, whole
 from ..errors import ZitMergeError, counted
-from ..zimage import MODULES
+from ..model.zimage import MODULES
 from .header import FULL, Change, Header, common_dtype
 from .metadata import Adapter
 from .names import nearest_key

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..zimage import COMPONENTS, MODULES
+from ..model.zimage import COMPONENTS, MODULES
 from .header import FULL
 from .metadata import RECIPE_KEY, VERSION_KEY
 from .reader import LoraFile

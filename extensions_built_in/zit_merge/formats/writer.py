@@ -26,10 +26,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .. import zimage
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
-from ..zimage import MODULES
+from ..model import zimage
+from ..model.zimage import MODULES
 from .names import native_name
 
 _TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..preflight import RESTARTS, restart_period
-from ..training import Training
+from ..planning.preflight import RESTARTS, restart_period
+from ..planning.training import Training
 
 
 class _Kept(dict):

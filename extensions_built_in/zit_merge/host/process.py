@@ -18,8 +18,8 @@ from ..errors import ZitMergeError
 from . import toolkit
 
 if TYPE_CHECKING:
-    from ..plan import StepPlan
-    from ..planning import Planned
+    from ..planning.job import Planned
+    from ..planning.plan import StepPlan
 
 
 class ZitMergeProcess(BaseExtensionProcess):
@@ -42,8 +42,8 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _forecast(self, process_id: int, job, config: OrderedDict) -> None:
         """Checks everything that can be known before the training."""
-        from ..jobfile import Job
-        from ..planning import plan_job
+        from ..config.job import Job
+        from ..planning.job import plan_job
         from ..report.tables import plan_text
         from . import fixes
 
@@ -76,8 +76,8 @@ class ZitMergeProcess(BaseExtensionProcess):
         pass_on(e, [p for p in self.job.process[self.process_id + 1 :] if not isinstance(p, ZitMergeProcess)])
 
     def _merge(self) -> None:
-        from ..execute import run_plans
-        from ..plan import plan_section
+        from ..merging.runner import run_plans
+        from ..planning.plan import plan_section
         from ..report.page.run import run_page
         from ..report.progress import Bar, passing
         from ..report.tables import done_text
@@ -118,7 +118,7 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _render(self, plans: Sequence[StepPlan]) -> None:
         """The pictures; the merges of this section are done."""
-        from ..preview.exhibits import asks_for_pictures, exhibition_of
+        from ..preview.grids import asks_for_pictures, exhibition_of
         from ..preview.show import show
         from ..report.progress import Pictures
         from .render import Renderer
@@ -139,7 +139,7 @@ class ZitMergeProcess(BaseExtensionProcess):
 
 def _pictures(planned: Planned) -> list[str]:
     """The pictures to come; what stands in their way stops no merge."""
-    from ..preview.exhibits import asks_for_pictures, exhibition_of
+    from ..preview.grids import asks_for_pictures, exhibition_of
 
     if not asks_for_pictures(planned.section):
         return []

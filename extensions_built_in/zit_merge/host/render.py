@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..algebra.delta import Delta, applied
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
-from ..preview.scene import MULTIPLE, SMALLEST, Scene, Shot
+from ..preview.settings import MULTIPLE, SMALLEST, Scene, Shot
 from . import toolkit
 
 if TYPE_CHECKING:

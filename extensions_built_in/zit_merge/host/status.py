@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..execute import Tick
-from ..plan import StepPlan
+from ..merging.runner import Tick
+from ..planning.plan import StepPlan
 
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
 _LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT

@@ -23,7 +23,7 @@ import torch
 from ..errors import ZitMergeError
 
 if TYPE_CHECKING:
-    from ..preflight import Toolkit
+    from ..planning.preflight import Toolkit
 
 SINCE = "0.7.6 (2025-11-28)"
 
@@ -69,7 +69,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 def at_hand() -> Toolkit:
     """What tells of a training: this toolkit's parts, or without a toolkit what is known of them."""
-    from ..preflight import NO_TOOLKIT, Toolkit
+    from ..planning.preflight import NO_TOOLKIT, Toolkit
 
     if find_spec("toolkit") is None:
         return NO_TOOLKIT
@@ -102,7 +102,7 @@ def device_of(name: str) -> torch.device:
     Raises:
         ZitMergeError: torch does not see the device that was named.
     """
-    from ..execute import pick_device
+    from ..merging.runner import pick_device
 
     found = accelerator()
     return found.device if name == "auto" or found.num_processes > 1 else pick_device(name)
@@ -140,7 +140,7 @@ def config_root() -> Path:
 @silence()
 def optimizer_trouble(name: str) -> str:
     """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py)."""
-    from ..preflight import known_trouble
+    from ..planning.preflight import known_trouble
 
     get_optimizer = _find("toolkit.optimizer", "get_optimizer")
     if get_optimizer is None:
@@ -157,7 +157,7 @@ def optimizer_trouble(name: str) -> str:
 @silence()
 def zimage_archs() -> set[str]:
     """The families of model.arch that are Z-Image here (toolkit/util/get_model.py)."""
-    from ..training import ARCHS
+    from ..planning.training import ARCHS
 
     get_all_models = _find("toolkit.util.get_model", "get_all_models")
     try:
@@ -174,6 +174,6 @@ def make_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: An
     Raises:
         Exception: It can't make one.
     """
-    from ..preflight import known_scheduler
+    from ..planning.preflight import known_scheduler
 
     return (_find("toolkit.scheduler", "get_lr_scheduler") or known_scheduler)(name, optimizer, **parameters)

@@ -14,9 +14,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import ZitMergeError, counted, nearest
-from ..report.text import WIDTH, aligned, beside, plain, ranges, squeezed, wrapped
-from ..weights import Weights, row_name, strengths
-from ..zimage import ALIASES, COMPONENTS, MODULES, N_LAYERS, REFINERS
+from ..model.strengths import Weights, row_name, strengths
+from ..model.zimage import ALIASES, COMPONENTS, MODULES, N_LAYERS, REFINERS
+from ..wording import WIDTH, aligned, beside, plain, ranges, squeezed, wrapped
 from .metrics import METRICS, Metric, described, distance, metric, pixels, tensor_of
 
 LEAVE_OUT, ONLY = "leave_out", "only"

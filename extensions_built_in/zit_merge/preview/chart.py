@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..errors import ZitMergeError
-from ..zimage import ALIASES, COMPONENTS
+from ..model.zimage import ALIASES, COMPONENTS
 from .ablation import LEAVE_OUT, Ablation, number
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def page(ablation: Ablation) -> Any:
 
 def _paper(place: str) -> ModuleType:
     try:
-        from ..report import paper
+        from ..report.plots import canvas as paper
     except ImportError as e:
         raise ZitMergeError(f"{place}: its picture needs matplotlib ({e}): python -m pip install matplotlib") from e
     return paper
@@ -128,7 +128,7 @@ def _across(ablation: Ablation) -> int:
 
 def _panels(ablation: Ablation, top: float) -> tuple[list[_Panel], float]:
     """The panels from `top` on, and the height of them all."""
-    from ..report.paper import WIDTH
+    from ..report.plots.canvas import WIDTH
 
     across, is_map = _across(ablation), ablation.by == "cells"
     tall = _TITLE + _ROW * (len(COMPONENTS) if is_map else len(ablation.groups)) + _TICKS + (_BAR + 0.15 if is_map else 0.15)

@@ -8,15 +8,15 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..errors import counted
-from ..merging import Watched
+from ..merging.merger import Watched
 from ..report.page.galleries import Gallery as Shown
 from ..report.page.galleries import Measures, Preview
 from ..report.page.run import RunPage
-from .exhibits import Exhibition, shots_text
-from .gallery import gallery_of
-from .hang import Hung, hang
-from .render import Painter, Studio, Team, Tick
-from .scene import Scene
+from .grids import Exhibition, shots_text
+from .image_store import gallery_of
+from .outputs import Hung, hang
+from .runner import Painter, Studio, Team, Tick
+from .settings import Scene
 
 
 def show(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..config import Lora, Step, check_step
+from ..config.schema import Lora, Step, check_step
 from ..errors import ZitMergeError, counted, nearest
-from ..plan import StepPlan, settle
-from ..weights import strengths
-from ..zimage import canonical_component
+from ..model.strengths import strengths
+from ..model.zimage import canonical_component
+from ..planning.plan import StepPlan, settle
 
 Value = float | Sequence[float]
 _TABLES = ("blocks", "layers", "effects", "overrides")

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from ..plan import StepPlan
-from .text import plain
+from ..planning.plan import StepPlan
+from ..wording import plain
 
 DELAY = 1.0  # seconds: what takes less is not shown
 _APART, _SHARE = 10.0, 0.1  # seconds, and share of the modules, between two lines of a log

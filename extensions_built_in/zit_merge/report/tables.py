@@ -9,19 +9,19 @@ from typing import Any
 
 import yaml
 
-from .. import zimage
 from ..algebra.methods import METHODS
 from ..algebra.parameters import paragraphs
-from ..audit import Verdict
-from ..config import RankRule
+from ..config.presets import is_file, origin_of, presets
+from ..config.schema import RankRule
 from ..errors import counted
-from ..execute import Done
-from ..plan import DTYPE_NAMES, Input, StepPlan
-from ..presets import is_file, origin_of, presets
-from ..training import Outline
-from ..weights import row_name, runs
-from ..zimage import COMPONENTS, OTHER, SECTIONS
-from .text import WIDTH, aligned, beside, copyable, listed, percent, ranges, squeezed, wrapped
+from ..merging.runner import Done
+from ..merging.verify import Verdict
+from ..model import zimage
+from ..model.strengths import row_name, runs
+from ..model.zimage import COMPONENTS, OTHER, SECTIONS
+from ..planning.plan import DTYPE_NAMES, Input, StepPlan
+from ..planning.training import Outline
+from ..wording import WIDTH, aligned, beside, copyable, listed, percent, ranges, squeezed, wrapped
 
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 _SHOWN = 10  # LoRAs in the table of what went in

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...algebra.least_squares import cosines
 from ...algebra.methods import METHODS
-from ...algebra.strengths import cosines
-from ...audit import PAIRS_UP_TO, Verdict
+from ...analysis.advice import of_cosines
+from ...analysis.compare import Watched, same_model
+from ...config.presets import presets
 from ...errors import ZitMergeError
-from ...execute import Done
 from ...formats.metadata import trigger_words
 from ...formats.reader import LoraFile
-from ...plan import DTYPE_NAMES, Input
-from ...presets import presets
-from ...weights import Factors, Weights, factors
-from ...zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
-from ..advice import of_cosines
-from ..overlap import Watched, same_model
+from ...merging.runner import Done
+from ...merging.verify import PAIRS_UP_TO, Verdict
+from ...model.strengths import Factors, Weights, factors
+from ...model.zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
+from ...planning.plan import DTYPE_NAMES, Input
 from ..tables import judgement, ranks_text, span
-from .survey import Cell, survey_files, survey_step, written
+from .module_energies import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
 PAIRED = 24  # inputs, the strongest ones, whose overlap is there module by module: 276 pairs

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...config import PROCESS_TYPE
+from ...analysis.compare import Watched
+from ...config.schema import PROCESS_TYPE
 from ...errors import ZitMergeError
 from ...formats.reader import LoraFile
-from ...zimage import MODULES
-from ..overlap import Watched
+from ...model.zimage import MODULES
 from .facts import files_facts
 from .render import Page, is_ours
 

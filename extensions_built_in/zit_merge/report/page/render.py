@@ -26,7 +26,20 @@ from .galleries import PICTURES, Gallery, fit
 LIMIT = 5_000_000  # bytes of a page
 _SPARE = 10_000  # bytes for what says that something was left out
 _INPUTS, _STEPS = 50, 100  # listed whatever else is left out
-_SCRIPTS = ["base", "weights", "yaml", "maps", "glance", "overlap", "viewer", "measures", "previews", "desk", "composer", "main"]
+_SCRIPTS = [
+    "base",
+    "weights",
+    "yaml",
+    "maps",
+    "summary",
+    "overlap",
+    "viewer",
+    "measures",
+    "previews",
+    "composer_state",
+    "composer",
+    "main",
+]
 _GENERATOR = "zit_merge"
 # What the UI writes anew into the first process, and what makes a recipe of a section: not for the next merge.
 _DROPPED = ("sqlite_db_path", "performance_log_every", "made_by", "job")

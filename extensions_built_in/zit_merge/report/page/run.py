@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...analysis.compare import Watched
 from ...errors import ZitMergeError
-from ...execute import Done
-from ...sources import Site
-from ..overlap import Watched
-from ..text import copyable
+from ...merging.runner import Done
+from ...planning.sources import Site
+from ...wording import copyable
 from .facts import step_facts
 from .galleries import Gallery
 from .render import Page, is_ours

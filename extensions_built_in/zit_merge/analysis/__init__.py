@@ -1,0 +1,1 @@
+"""What LoRA files hold, measured; no files are written here."""

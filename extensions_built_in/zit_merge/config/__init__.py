@@ -1,0 +1,1 @@
+"""The job section: schema, parsing, presets, the config file around it."""

@@ -1,0 +1,210 @@
+"""LoRAs on the Hugging Face hub: hf:user/repo/path/file.safetensors[@revision].
+
+Names are read here without huggingface_hub, which is heavy and loaded only when a cache or the hub itself is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+from ..config.schema import PICKLES
+from ..errors import ZitMergeError
+
+HUB_PREFIX = "hf:"
+_MAIN = "main"  # huggingface_hub.constants.DEFAULT_REVISION
+# The file ends at the first .safetensors that is the last thing or has an @ behind it: both names may hold an @ themselves.
+_SOURCE = re.compile(rf"{HUB_PREFIX}(?P<repo>[^/@]+/[^/@]+)/(?P<file>.+?(?i:\.safetensors))(?:@(?P<revision>.*))?")
+_PICKLE = re.compile(rf"(?i:{'|'.join(map(re.escape, PICKLES))})(@.*)?$")
+_REPO_PART = re.compile(r"\w([\w.-]*\w)?", re.ASCII)  # huggingface_hub.utils._validators.REPO_ID_REGEX, and its limit of 96
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file on the hub.
+
+    Attributes:
+        repo: user/repo.
+        file: Its path in the repository.
+        revision: Branch, tag or commit; None is the main branch.
+    """
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{HUB_PREFIX}{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def name(self) -> str:
+        """What the file is called. A cached path that is resolved loses it: there files are named by their hash."""
+        return self.file.rpartition("/")[2]
+
+    def pinned(self, commit: str) -> str:
+        """The source that names this very version."""
+        return str(replace(self, revision=commit))
+
+
+# What this process was given: a plan and its merge, or two steps, must not see two versions because a branch moved between them.
+_pins: dict[HubFile, str] = {}
+
+
+def parse(source: str, place: str) -> HubFile:
+    """Reads a source.
+
+    Args:
+        source: hf:user/repo/path/file.safetensors[@revision].
+        place: Where it stands, for messages.
+
+    Raises:
+        ZitMergeError: It has another form.
+    """
+    match = _SOURCE.fullmatch(source)
+    if match and _is_repo(match["repo"]) and _is_path(match["file"], ":") and _is_revision(match["revision"]):
+        return HubFile(match["repo"], match["file"], match["revision"])
+    shown = repr(source[:120])
+    if not match and _PICKLE.search(source):
+        raise ZitMergeError(
+            f"{place}: {shown} is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read"
+        )
+    raise ZitMergeError(
+        f"{place}: {shown} does not name a file on the Hugging Face hub: write hf:user/repo/file.safetensors, "
+        "and @revision behind it where it is not the main branch"
+    )
+
+
+def _is_repo(name: str) -> bool:
+    parts = name.split("/")
+    well_formed = all(_REPO_PART.fullmatch(part) and len(part) <= 96 for part in parts)
+    return well_formed and not re.search(r"--|\.\.|\.git$", name)
+
+
+def _is_path(text: str, forbidden: str) -> bool:
+    """Whether it can stand in a URL and, part by part, below the cache's folders, and nowhere else."""
+    if not text.isprintable() or set(text) & {"\\", *forbidden}:
+        return False
+    return all(part not in ("", ".", "..") for part in text.split("/"))
+
+
+def _is_revision(text: str | None) -> bool:
+    return text is None or _is_path(text, " ~^:?*[")  # git check-ref-format
+
+
+def cached(file: HubFile) -> Path | None:
+    """The file in the local cache, if it is there; the network is never asked."""
+    hub = _huggingface_hub(str(file))
+    try:
+        found = hub.try_to_load_from_cache(file.repo, file.file, revision=_pins.get(file, file.revision))
+    except (OSError, ValueError):
+        return None  # a cache that can't be read: download() says why
+    return Path(found) if isinstance(found, str) else None  # not a str: known not to exist
+
+
+def download(file: HubFile, place: str) -> Path:
+    """The file in the local cache, fetched if it has to be; within one process always the same commit.
+
+    Args:
+        file: What to fetch. Private and gated repositories need HF_TOKEN or a stored login.
+        place: Where the source stands, for messages.
+
+    Raises:
+        ZitMergeError: The hub does not have it or does not hand it out, can't be reached, or the disk has no room.
+    """
+    hub = _huggingface_hub(place)
+    try:
+        path = Path(hub.hf_hub_download(file.repo, file.file, revision=_pins.get(file, file.revision)))
+    except Exception as e:  # HTTP clients and the Rust of Xet raise what no list holds
+        raise ZitMergeError(f"{place}: {_reason(e, file, hub)}") from e
+    _pins[file] = commit_of(path)
+    return path
+
+
+def commit_of(path: Path) -> str:
+    """The commit of a file in the cache, from its path .../snapshots/<commit>/...
+
+    Raises:
+        ZitMergeError: It is not a path of the cache, or one that was resolved.
+    """
+    for folder, commit in pairwise(path.parts[:-1]):
+        if folder == "snapshots" and _COMMIT.fullmatch(commit):
+            return commit
+    raise ZitMergeError(f"{path}: is not a snapshot in the cache of the Hugging Face hub: give hf:user/repo/file.safetensors")
+
+
+def _huggingface_hub(where: str) -> ModuleType:
+    try:
+        import huggingface_hub.file_download  # all that is needed below; the package itself loads its parts late
+    except ImportError as e:
+        package = (e.name or "huggingface_hub").partition(".")[0]
+        raise ZitMergeError(
+            f"{where}: the package {package}, which hf: sources need, does not load: pip install {package}"
+        ) from e
+    return huggingface_hub
+
+
+def _reason(error: Exception, file: HubFile, hub: ModuleType) -> str:
+    """Why a download failed and what to do, in one sentence; huggingface_hub's own messages have several lines."""
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    revision = file.revision or _MAIN
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{endpoint}/{file.repo}"
+        return f"{file.repo} is gated: accept its licence on {page}, then log in with hf auth login or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"the hub has no repository {file.repo}, or it is private: check the name, "
+            "and for a private one log in with hf auth login or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{file.repo} has no revision {revision}: give one of its branches, tags or commits"
+    # huggingface_hub 1.23, AI-Toolkit's: without a connection it closes its client, then tries again with the closed one.
+    closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
+    if closed or isinstance(error, errors.LocalEntryNotFoundError):
+        return _reason_unreached(error.__cause__, file, hub)
+    if isinstance(error, errors.EntryNotFoundError):
+        page = f"{endpoint}/{file.repo}/tree/{revision}"
+        return f"{file.repo} has no file {file.file} in {revision}: check its path on {page}"
+    if isinstance(error, errors.HfHubHTTPError):
+        return _reason_refused(error, file)
+    return _reason_broken(error, file, hub)
+
+
+def _reason_unreached(cause: BaseException | None, file: HubFile, hub: ModuleType) -> str:
+    """Why the hub could not be asked about a file that is not in the cache."""
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        command = f"hf download {file.repo} {file.file}"
+        return f"{file} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or first run {command}"
+    if isinstance(cause, errors.HfHubHTTPError):
+        return _reason_refused(cause, file)
+    if isinstance(cause, errors.FileMetadataError):
+        return f"{endpoint} does not answer as the hub does: check HF_ENDPOINT and the proxy"
+    return f"{file} is not in the local cache, and {endpoint} can't be reached: check the network, or give the path of a file"
+
+
+def _reason_refused(error: Exception, file: HubFile) -> str:
+    """What an answer of the hub means that is no 'not found'."""
+    status = error.response.status_code
+    if status == 401:
+        return f"the hub does not accept the token for {file.repo}: log in again with hf auth login, or mend HF_TOKEN"
+    if status == 403:
+        return f"the hub refuses access to {file.repo}: use a token that may read it, unless its page says it is disabled"
+    if status == 429:
+        return f"the hub has had too many requests (429) and does not send {file}: wait some minutes and run again"
+    return f"the hub does not send {file} now (HTTP status {status}): run again later"
+
+
+def _reason_broken(error: Exception, file: HubFile, hub: ModuleType) -> str:
+    """What went wrong while the file was on its way."""
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    if isinstance(error, (errors.HTTPError, ConnectionError)):
+        return f"the connection to {endpoint} broke off ({type(error).__name__}): check the network and run again"
+    if isinstance(error, OSError) and error.strerror:
+        cache = hub.constants.HF_HUB_CACHE
+        return f"{file} can't be stored in {cache} ({error.strerror}): make room there, or set HF_HUB_CACHE to another folder"
+    kind = type(error).__name__
+    return f"{file} could not be fetched ({kind}): run again, and if that does not help fetch it by hand and give its path"

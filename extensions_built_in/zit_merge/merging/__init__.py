@@ -1,0 +1,1 @@
+"""From plans to files, module by module, each checked while it is written."""

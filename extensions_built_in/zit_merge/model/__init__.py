@@ -1,0 +1,1 @@
+"""Z-Image as data: its anatomy, and the strength keys over it."""

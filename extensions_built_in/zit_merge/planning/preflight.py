@@ -1,0 +1,276 @@
+"""The training before us, looked at before it starts: what can't work or would not do what its config says, and what is worth
+knowing.
+
+Errors stop the job while nothing is lost yet; advice is only printed. What the toolkit itself can try, its schedulers and whether
+an optimizer's package is there, is handed in as a `Toolkit`; without one the tables here stand for it, measured with AI-Toolkit
+0.12.26.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ..config.job import Job
+from ..config.schema import Section
+from ..errors import ZitMergeError, nearest
+from .sources import Site
+from .training import ARCHS, Training, table, training_before
+
+RESTARTS = "cosine_with_restarts"
+Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
+
+# name -> (torch's class, what total_iters is called there); toolkit/scheduler.py
+_SCHEDULERS: Mapping[str, tuple[str, str]] = {
+    "cosine": ("CosineAnnealingLR", "T_max"),
+    RESTARTS: ("CosineAnnealingWarmRestarts", "T_0"),
+    "constant": ("ConstantLR", "total_iters"),
+    "linear": ("LinearLR", "total_iters"),
+}
+_WARMUP = "constant_with_warmup"
+
+# toolkit/optimizer.py: name -> the package that it needs beside the toolkit's own
+OPTIMIZERS: Mapping[str, str | None] = {
+    **dict.fromkeys(("adam", "adamw", "adagrad", "adafactor", "adam8", "adamw8", "prodigy8bit"), None),
+    **dict.fromkeys(("automagic", "automagic2", "automagic3", "automagicexperiment"), None),
+    **dict.fromkeys(("adam8bit", "adamw8bit", "ademamix8bit", "lion8bit"), "bitsandbytes"),
+    **dict.fromkeys(("dadaptation", "dadaptationadam", "dadaptationlion"), "dadaptation"),
+    "prodigy": "prodigyopt",
+    "lion": "lion_pytorch",
+}
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
+    """What AI-Toolkit's get_lr_scheduler does with these parameters, without the toolkit.
+
+    Raises:
+        Exception: As it would.
+    """
+    if name == _WARMUP:
+        parameters.pop("total_iters")
+        unknown = set(parameters) - {"num_warmup_steps", "last_epoch"}
+        if unknown:
+            raise TypeError(f"unexpected {', '.join(sorted(unknown))}")
+        return None
+    if name not in _SCHEDULERS:
+        raise ValueError(f"{name} is none of {', '.join((*_SCHEDULERS, _WARMUP))}")
+    kind, length = _SCHEDULERS[name]
+    if "total_iters" in parameters:
+        parameters[length] = parameters.pop("total_iters")
+    return getattr(torch.optim.lr_scheduler, kind)(optimizer, **parameters)
+
+
+def known_trouble(optimizer: str) -> str:
+    """Why AI-Toolkit can't make an optimizer, by its name; empty if it can."""
+    if optimizer in OPTIMIZERS:
+        return ""
+    return f"AI-Toolkit knows no {optimizer}{nearest(optimizer, OPTIMIZERS)}; it has {', '.join(OPTIMIZERS)}"
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What tells of a training: the parts of an AI-Toolkit, each asked only where it is needed; else what is known of them here.
+
+    Attributes:
+        scheduler: Its maker of schedulers.
+        optimizer_trouble: Why it can't make an optimizer, by its name; empty if it can.
+        archs: Its families of Z-Image.
+        old_ema: Whether it is older than its fix of EMA.
+    """
+
+    scheduler: Scheduler = known_scheduler
+    optimizer_trouble: Callable[[str], str] = known_trouble
+    archs: Callable[[], Collection[str]] = lambda: ARCHS
+    old_ema: Callable[[], bool] = lambda: False
+
+
+NO_TOOLKIT = Toolkit()
+
+
+def preflight(job: Job, site: Site, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
+    """Checks the training before a section and gives advice on it; nothing where there is none.
+
+    Sections that share a training share their train_fixes, and only the first one gives the advice.
+
+    Args:
+        job: The whole config.
+        site: Where the section runs.
+        section: The section.
+        toolkit: What tells of the training.
+
+    Raises:
+        ZitMergeError: The training can't work, or would not do what its config says.
+    """
+    training = site.training
+    if training is None:
+        if section.train_fixes:
+            raise ZitMergeError(f"{site.at('train_fixes')}: there is no training before this section: drop it")
+        return []
+    sharing = [
+        (i, s) for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == training.index
+    ]
+    fixes = {fix: f"{job.place(i)}.train_fixes" for i, s in reversed(sharing) for fix in s.train_fixes}
+    if str(table(training.config, "model").get("arch", ARCHS[0])).split(":")[0] != ARCHS[0]:  # that one every toolkit has
+        training.check_arch(toolkit.archs())
+    train = table(training.config, "train")
+    _check_scheduler(training, train, fixes, toolkit.scheduler)
+    name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
+    if trouble := toolkit.optimizer_trouble(name):
+        raise ZitMergeError(f"{training.place}.train.optimizer: {trouble}")
+    if site.place != job.place(sharing[0][0]):  # another section gives the advice
+        return []
+    return advice(training, toolkit.old_ema())
+
+
+def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]:
+    """(steps of the first cosine, the other parameters) for `train_fixes: [cosine_with_restarts]`.
+
+    Raises:
+        ZitMergeError: The training has another scheduler, or no period.
+    """
+    train = table(training.config, "train")
+    if train.get("lr_scheduler") != RESTARTS:
+        raise ZitMergeError(
+            f"{place}: {training.place}.train.lr_scheduler is {train.get('lr_scheduler') or 'constant'}: set it to {RESTARTS}, "
+            "or drop the fix"
+        )
+    parameters = dict(table(train, "lr_scheduler_params"))
+    parameters.pop("max_iterations", None)  # not torch's; in the toolkit it only keeps total_iters from being overwritten
+    periods = {key: parameters.pop(key) for key in ("total_iters", "T_0") if key in parameters}
+    at = f"{training.place}.train.lr_scheduler_params"
+    if len(set(periods.values())) != 1:
+        raise ZitMergeError(f"{at}: give the steps until the first restart, once: total_iters: 500")
+    period = next(iter(periods.values()))
+    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        raise ZitMergeError(f"{at}: total_iters must be a whole number of steps, not {period!r}")
+    return period, parameters
+
+
+def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mapping[str, str], scheduler: Scheduler) -> None:
+    """Raises unless it can be made and does what it says.
+
+    Args:
+        training: The process before us.
+        train: Its `train`.
+        fixes: Each fix that is asked for -> the place of the train_fixes that asks.
+        scheduler: The toolkit's maker of schedulers.
+    """
+    name, given = train.get("lr_scheduler") or "constant", dict(table(train, "lr_scheduler_params"))
+    place = f"{training.place}.train.lr_scheduler"
+    if RESTARTS in fixes:
+        period, given = restart_period(training, fixes[RESTARTS])
+        given["T_0"] = period
+    elif name == RESTARTS:
+        raise ZitMergeError(
+            f"{place}: {RESTARTS} never restarts in AI-Toolkit, which replaces its period by the number of steps: write cosine, "
+            f"or add train_fixes: [{RESTARTS}] to the zit_merge section and total_iters to lr_scheduler_params"
+        )
+    elif "max_iterations" not in given:
+        for key in ("total_iters", "T_max"):
+            if given.get(key, training.steps) != training.steps:
+                raise ZitMergeError(
+                    f"{place}_params.{key}: AI-Toolkit replaces {given[key]} by the number of steps, {training.steps}: drop {key}"
+                )
+        given["total_iters"] = training.steps  # as BaseSDTrainProcess does
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    try:
+        scheduler(name, optimizer, **given)
+    except Exception as e:
+        shown = ", ".join(f"{k}: {v}" for k, v in table(train, "lr_scheduler_params").items()) or "none"
+        reason = " ".join(str(e).split())
+        raise ZitMergeError(
+            f"{place}: AI-Toolkit can't make {name} with the parameters {shown} ({reason}): use constant, cosine or linear, with "
+            "torch's parameters"
+        ) from e
+
+
+def advice(training: Training, old_ema: bool = False) -> list[str]:
+    """What is worth knowing of a training, a sentence each.
+
+    Args:
+        training: The process before us.
+        old_ema: The toolkit is older than its fix of EMA.
+    """
+    train, network, sample = (table(training.config, key) for key in ("train", "network", "sample"))
+    datasets = [d for d in _list(training.config.get("datasets")) if isinstance(d, Mapping)]
+    found = [*_of_rate(train, training.steps), *_of_data(train, datasets, training.steps)]
+    scale = train.get("differential_guidance_scale", 3)
+    if not train.get("do_differential_guidance") or scale != 3:
+        found.append("do_differential_guidance with differential_guidance_scale: 3 is what Z-Image Turbo LoRAs are trained with")
+    prompts = len(_list(sample.get("samples")) or _list(sample.get("prompts")))
+    if prompts > 1 and not train.get("disable_sampling"):
+        found.append(f"{prompts} sample prompts: each one pauses the training at every sampling, one will do")
+    rank, alpha = network.get("rank", network.get("linear")), network.get("linear_alpha", network.get("alpha"))
+    if alpha is not None and rank is not None and alpha != rank and network.get("type", "lora") == "lora":
+        found.append(f"linear_alpha {alpha} is ignored by AI-Toolkit: it trains with alpha = linear = {rank}")
+    if old_ema and table(train, "ema_config").get("use_ema"):
+        found.append("ema_config has no effect in this AI-Toolkit, which is older than 0.10.5 (2026-06-07): update it")
+    for name in strangers(training):
+        found.append(f"{training.folder / name} would be taken for a checkpoint and resumed from: move it away")
+    return [f"{training.place}: {text}" for text in found]
+
+
+def _of_rate(train: Mapping[str, Any], steps: int) -> list[str]:
+    name, parameters = train.get("lr_scheduler") or "constant", table(train, "lr_scheduler_params")
+    found = []
+    if name == "linear" and "start_factor" not in parameters:
+        found.append("lr_scheduler linear rises from a third of lr; to fall: {start_factor: 1.0, end_factor: 0.0}")
+    warmup = parameters.get("num_warmup_steps", 1000)
+    if name == _WARMUP and isinstance(warmup, int) and warmup >= steps:
+        found.append(f"the warm-up takes {warmup} of {steps} steps: lr never arrives; set num_warmup_steps")
+    lr = train.get("lr", 1e-6)
+    if (
+        str(train.get("optimizer") or "").lower().startswith(("prodigy", "dadaptation"))
+        and isinstance(lr, int | float)
+        and lr < 0.1
+    ):
+        found.append(f"{train['optimizer']} prints lr 1.0 but trains with lr {lr:g}: write lr: 1.0")
+    return found
+
+
+def _of_data(train: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    found = []
+    if not train.get("cache_text_embeddings") and not any(d.get("cache_text_embeddings") for d in datasets):
+        found.append("cache_text_embeddings: true encodes each caption once and frees the text encoder's memory")
+    if any(not (d.get("cache_latents") or d.get("cache_latents_to_disk")) for d in datasets):
+        found.append("cache_latents_to_disk: true encodes each image once instead of at every step")
+    sizes = [d.get("resolution") for d in datasets if isinstance(d.get("resolution"), list)]
+    if any(len(set(map(str, size))) > 1 for size in sizes):
+        found.append("several resolutions train every image at every size: one, 1024, serves")
+    seen = steps * prod(n for key in ("batch_size", "gradient_accumulation") if isinstance(n := train.get(key, 1), int))
+    images = sum(_images(d) for d in datasets)
+    if images > seen:
+        found.append(f"{steps} steps see {seen} images, the datasets hold {images} with their repeats: some are never seen")
+    return found
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _images(dataset: Mapping[str, Any]) -> int:
+    """Pictures of a dataset's folder, its repeats counted; 0 where it can't be looked at."""
+    folder, repeats = str(dataset.get("folder_path") or dataset.get("dataset_path") or ""), dataset.get("num_repeats", 1)
+    # os.walk passes over what vanishes or can't be read: somebody may be copying images there now
+    images = sum(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names) if folder else 0
+    return images * (repeats if isinstance(repeats, int) else 1)
+
+
+def strangers(training: Training) -> list[str]:
+    """Files in the save folder that are no saves of the trainer, but that its next start would resume from."""
+    if not training.folder.is_dir():
+        return []
+    own = re.compile(re.escape(training.job) + r"(_\d{9})?\.(safetensors|pt)")
+    left_alone = ("_LoRA", "_refiner", "_t2i", "_cn")  # get_latest_save_path drops these
+    return sorted(
+        p.name
+        for p in training.folder.iterdir()
+        if training.claims(p) and not own.fullmatch(p.name) and not any(word in p.name for word in left_alone)
+    )

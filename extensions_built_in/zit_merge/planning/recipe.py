@@ -1,0 +1,104 @@
+"""The recipe: a step, resolved, as data that makes the same file again.
+
+It is a section in its own right, `type: zit_merge`, with file names and SHA-256 in the place of paths. A step that uses earlier
+ones carries them before itself, as steps that are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .. import __version__
+from ..algebra.methods import METHODS
+from ..config.schema import PROCESS_TYPE, RankRule, Save, Step
+from ..files.text import Loader
+from ..model.strengths import compact
+
+if TYPE_CHECKING:
+    from .plan import Input, StepPlan
+
+
+def recipe_of(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """The recipe of a step.
+
+    Args:
+        plan: The step.
+        hashes: Path -> SHA-256 of the tensor data, for every file of `plan.hashed()`.
+    """
+    steps: dict[str, dict[str, Any]] = {}
+    _collect(plan, hashes, steps)
+    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": plan.job, "steps": list(steps.values())}
+
+
+def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
+    for i in plan.inputs:
+        if i.step and i.step.name not in steps:
+            _collect(i.step, hashes, steps, feeds=True)
+    spec = plan.spec
+    step: dict[str, Any] = {"name": spec.name}
+    step |= {"keep": False} if feeds else {"file": plan.path.name}
+    step |= {"method": spec.method, **_params(spec)}
+    step |= {"rank": spec.rank.record() if isinstance(spec.rank, RankRule) else spec.rank, "save": _save(spec.save)}
+    if spec.shapes != "strict":
+        step["shapes"] = spec.shapes
+    if spec.allow_unmatched:
+        step["allow_unmatched"] = True
+    if spec.confirm_size:
+        step["confirm_size"] = True
+    step["loras"] = [_input(i, hashes) for i in plan.inputs]
+    steps[spec.name] = step
+
+
+def _params(spec: Step) -> dict[str, Any]:
+    """Every parameter of the method, those left at their defaults too: seeds above all."""
+    defaults = {name: p.default for name, p in METHODS[spec.method].parameters.items()}
+    return {"params": defaults | spec.params} if defaults else {}
+
+
+def _save(save: Save) -> dict[str, Any]:
+    """dtype and format always, the rest where it was asked for."""
+    return {"dtype": save.dtype, "format": save.format} | save.model_dump(exclude_defaults=True)
+
+
+def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"lora": i.source or i.label}
+    if i.lora:
+        entry["sha256"] = hashes[i.lora.path]
+    entry["ratio"] = i.spec.ratio
+    entry |= {key: value for key, value in i.spec.tables("").items() if value}  # a preset's entries are written out
+    entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
+    if i.lora and i.lora.adapter:
+        entry["adapter"] = i.lora.adapter.record()
+    entry["strengths"] = compact(i.strengths)
+    if i.lora and i.lora.unmatched:
+        entry["unmatched"] = list(i.lora.unmatched)
+    return entry
+
+
+def to_yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe as YAML that `run` takes; rows of numbers stay on one line.
+
+    ASCII throughout, since it is made to be redirected into a file and consoles disagree about the rest."""
+    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers in flow style, no aliases; words that the toolkit reads as numbers, such as 1e3, in quotes."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Equal tables are written out."""
+        return True
+
+
+def _list(dumper: _Dumper, data: list) -> yaml.Node:
+    flow = all(isinstance(v, int | float) for v in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _list)

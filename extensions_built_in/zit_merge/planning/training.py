@@ -1,0 +1,243 @@
+"""The training process before us, as the config describes it: what it will save, and where."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.schema import PROCESS_TYPE
+from ..errors import ZitMergeError, not_available_yet
+from ..formats.header import FULL
+from ..model.zimage import MODULES, Module
+
+# toolkit/train_tools.py get_torch_dtype; SaveConfig's default is float16 (toolkit/config_modules.py)
+_DTYPES: Mapping[str, torch.dtype] = {
+    **dict.fromkeys(("float", "fp32", "single", "float32"), torch.float32),
+    **dict.fromkeys(("fp16", "half", "float16"), torch.float16),
+    **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
+}
+
+
+# The families of model.arch that are Z-Image: zimage, zimage:turbo, zimage:deturbo (extensions_built_in/diffusion_models/z_image)
+ARCHS = ("zimage", "zimage_l2p")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a LoRA without its numbers.
+
+    Attributes:
+        ranks: Module -> rank.
+        shapes: Module -> (out, in); empty while only the rank is known.
+        dtype: Of the factors.
+        algorithms: LoRA, LoKr, LoHa, full difference: what changes its modules.
+    """
+
+    ranks: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, int]]
+    dtype: torch.dtype
+    algorithms: Collection[str] = ("LoRA",)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values(), default=1)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether every rank is that of factors as a trainer chose it."""
+        return set(self.algorithms) <= {"LoRA"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training process of a job.
+
+    Attributes:
+        place: `process[0]`.
+        job: `config.name`, which the files are named after.
+        config: The raw process section.
+        index: Which process it is.
+    """
+
+    place: str
+    job: str
+    config: Mapping[str, Any]
+    index: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The toolkit's save_root (BaseTrainProcess.__init__), relative to the working directory as there."""
+        folder, name = self.config["training_folder"], self.config.get("name") or self.job
+        for key, value in (("training_folder", folder), ("name", name)):
+            if not isinstance(value, str):
+                raise ZitMergeError(f"{self.place}.{key}: must be text, not {value!r}")
+        return Path(folder) / name
+
+    @property
+    def steps(self) -> int:
+        """Training steps (TrainConfig's default is 1000)."""
+        return self._whole("train.steps", 1000)
+
+    def _whole(self, key: str, default: int, least: int = 1) -> int:
+        """A whole number of the section, at table.key."""
+        part, _, name = key.partition(".")
+        value = table(self.config, part).get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ZitMergeError(f"{self.place}.{key}: must be a whole number from {least}, not {value!r}")
+        return value
+
+    def file(self, step: int | None = None) -> Path:
+        """The LoRA that it saves at the end, or the checkpoint of a step."""
+        if step is None or step == self.steps:
+            return self.folder / f"{self.job}.safetensors"
+        return self.folder / f"{self.job}_{step:09d}.safetensors"
+
+    def kept(self) -> list[int]:
+        """The steps whose checkpoints it will have kept, the final file's as the last."""
+        every, keep = self._whole("save.save_every", 1000, 0), self._whole("save.max_step_saves_to_keep", 5, 0)  # SaveConfig
+        # No step file for the last step, none at all for 0; clean_up_saves keeps the newest, all of them for 0.
+        return [*(list(range(every, self.steps, every))[-keep:] if every else []), self.steps]
+
+    def how_kept(self) -> str:
+        """What leads to `kept`, in words."""
+        every, keep = self._whole("save.save_every", 1000, 0), self._whole("save.max_step_saves_to_keep", 5, 0)
+        kept = ", ".join(map(str, self.kept()))
+        return f"steps {self.steps}, save_every {every} and max_step_saves_to_keep {keep} leave {kept}"
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints that lie in its folder, by their names; the final file is the last."""
+        pattern = re.compile(re.escape(self.job) + r"_(\d{9})\.safetensors")
+        found = {int(match[1]) for name in self.files() if (match := pattern.fullmatch(name))}
+        return [*sorted(step for step in found if step < self.steps), *([self.steps] if self.file().is_file() else [])]
+
+    def check_step(self, step: int, place: str) -> None:
+        """Raises unless the training will have kept a checkpoint of this step."""
+        if step not in self.kept():
+            raise ZitMergeError(f"{place}: {self.place} will not keep a checkpoint of step {step}: {self.how_kept()}")
+
+    def check_arch(self, archs: Collection[str] | None = None) -> None:
+        """Raises unless it trains Z-Image.
+
+        Args:
+            archs: The families of model.arch that are Z-Image, a variant follows after a colon; None takes any that begins so.
+        """
+        arch = table(self.config, "model").get("arch")
+        family = str(arch).split(":")[0]
+        if arch is not None and (not family.startswith("zimage") if archs is None else family not in archs):
+            raise ZitMergeError(
+                f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
+            )
+
+    def outline(self, shapes: str, drop: Collection[str] = ()) -> Outline:
+        """What it will save, as far as the config tells.
+
+        Args:
+            shapes: `strict`: the model is the real Z-Image; `free`: its sizes are not known before.
+            drop: What the merge will leave out: `norm`, `bias`.
+
+        Raises:
+            ZitMergeError: It saves no LoRA, or one that can't be merged.
+        """
+        network = self.config.get("network")
+        if not isinstance(network, Mapping):
+            raise ZitMergeError(f"{self.place}: trains no LoRA (it has no network:), so there is no `trained` to merge")
+        self.check_arch()
+        if table(self.config, "train").get("merge_network_on_save"):
+            raise ZitMergeError(
+                f"{self.place}.train.merge_network_on_save: saves whole models, so there is no `trained` LoRA to merge: drop it"
+            )
+        kind = str(network.get("type") or "lora").lower()
+        extras = {**network, **table(network, "network_kwargs")}
+        if kind == "dora" or extras.get("dora"):
+            raise ZitMergeError(
+                f"{self.place}.network: a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: "
+                "train with type: lora or lokr"
+            )
+        names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
+        whole = extras.get("full_if_contains") or []  # toolkit/lora_special.py: these become .diff and .diff_b
+        whole = [whole] if isinstance(whole, str) else [str(word) for word in whole]
+        lost = [v for v in ("norm", "bias") if v not in drop] if extras.get("all_layers") or whole else []
+        if lost:
+            key = "all_layers" if extras.get("all_layers") else "full_if_contains"
+            raise ZitMergeError(
+                f"{self.place}.network.{key}: trains norms or biases too, for which a LoRA file has no place: set "
+                f"drop: [{', '.join(lost)}] beside lora: trained to merge the rest, or train without it"
+            )
+        ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
+        algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
+        dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), torch.float16)
+        return Outline(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
+
+    def _rank(self, module: Module, kind: str, network: Mapping[str, Any], whole: bool) -> int:
+        """The rank that the change of a module will have at most, in the real model's sizes."""
+        out, into = module.shape()
+        rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
+        if whole or kind == "fullrank":
+            return min(out, into)
+        if kind == "lora":
+            return rank
+        if kind != "lokr":
+            raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora or lokr")
+        factor = network.get("lokr_factor", -1)
+        if not isinstance(factor, int) or isinstance(factor, bool):
+            raise ZitMergeError(f"{self.place}.network.lokr_factor: must be a whole number, not {factor!r}")
+        (p, s), (q, t) = _factorization(out, factor), _factorization(into, factor)
+        # toolkit/models/lokr.py: w2 is a product where the rank is under half of its longer side; lokr_full_rank never is
+        if network.get("lokr_full_rank", True) or rank >= max(s, t) / 2:
+            rank = min(s, t)
+        return min(p, q) * rank
+
+    def claims(self, path: Path) -> bool:
+        """Whether the toolkit would take a file or folder for a checkpoint of the job, to resume from or to delete.
+
+        Only what lies in its own folder counts; deeper down, the name of the first folder does. Evaluates the globs of
+        BaseSDTrainProcess.get_latest_save_path and clean_up_saves with the job's own name, glob characters in it included, as
+        file systems that mind case and such that do not would.
+        """
+        folder, path = self.folder.resolve(), path.parent.resolve() / path.name
+        if not path.is_relative_to(folder) or path == folder:
+            return False
+        name = path.relative_to(folder).parts[0]
+        trigger = table(self.config, "embedding").get("trigger")
+        globs = [f"{self.job}*", f"CRITIC_{self.job}_*", *([f"{trigger}_*"] if trigger else [])]
+        names = {n for whole in (name, f"{name}.part") for n in (whole, whole.lower())}
+        return any(fnmatch.fnmatchcase(n, g) for glob in globs for g in (glob, glob.lower()) for n in names)
+
+    def files(self) -> list[str]:
+        """Names of the LoRA files in its folder."""
+        return sorted(p.name for p in self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
+
+
+def training_before(job: str, processes: Sequence[Any], index: int) -> Training | None:
+    """The nearest training process before process `index`: one of another type that has a training_folder."""
+    for i in reversed(range(index)):
+        process = processes[i]
+        if isinstance(process, Mapping) and process.get("type") != PROCESS_TYPE and process.get("training_folder"):
+            return Training(f"process[{i}]", job, process, i)
+    return None
+
+
+def _factorization(size: int, factor: int) -> tuple[int, int]:
+    """How AI-Toolkit's LoKr splits a side (toolkit/models/lokr.py factorization): the divisors nearest to its root, the smaller
+    one first and not above `factor`; a factor that divides comes first as it is."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    small = max((d for d in range(1, isqrt(size) + 1) if size % d == 0 and d <= limit), default=1)
+    return small, size // small
+
+
+def table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a config that is a mapping; empty where it is none."""
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}

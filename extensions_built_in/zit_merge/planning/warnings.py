@@ -1,0 +1,96 @@
+"""What a person should know of a plan before it runs, a sentence each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..algebra.methods import METHODS
+from ..config.schema import RankRule
+from ..formats.writer import ALWAYS
+from ..model.zimage import GROUPS, MODULES, canonical_component
+
+if TYPE_CHECKING:
+    from .plan import Input, StepPlan
+
+
+def notes(plan: StepPlan) -> tuple[str, ...]:
+    """The notes of a step.
+
+    Args:
+        plan: The step, settled.
+    """
+    found = [note for i in plan.inputs for note in _of_input(i)]
+    if plan.prefix != "merged_":
+        found.append(
+            f"the file is called {plan.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {plan.job}"
+        )
+    found += _of_method(plan)
+    found += _of_rank(plan)
+    silent = sum(1 for n in plan.stacked.values() if n == 0)
+    if silent:
+        found.append(f"{silent} of {len(plan.stacked)} modules have strength 0 throughout and are written as zeros")
+    return tuple(found)
+
+
+def _of_method(plan: StepPlan) -> list[str]:
+    method, name = METHODS[plan.spec.method], plan.spec.method
+    found = []
+    if method.is_mean and len(plan.inputs) > 1:
+        shares = " : ".join(f"{i.spec.ratio:g}" for i in plan.inputs)
+        found.append(f"{name} is a mean: only the proportions of the ratios count, {shares}")
+    wide = next((i for i in plan.inputs if not i.outline.is_lora), None)
+    if wide and not method.is_linear:
+        found.append(f"{wide.label} is no LoRA of low rank: {name} works on whole matrices then, minutes for each module")
+    return found
+
+
+def _of_rank(plan: StepPlan) -> list[str]:
+    if not all(i.outline.ranks for i in plan.inputs):
+        return []  # a file on the hub may hold more
+    save, asked, exact = plan.spec.save, plan.spec.rank, max([1, *plan.stacked.values()])
+    if save.keep_lokr:
+        return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
+    found = []
+    if plan.is_open:
+        limit = f"{asked.energy:.6g} of the energy" if asked.energy else f"{asked.size_mb:g} MB"
+        found.append(f"the rank follows from the singular values, for {limit}: {plan.rank} at most")
+    elif isinstance(asked, RankRule) and asked.size_mb and plan.rank < exact:
+        found.append(f"rank {plan.rank} is what {asked.size_mb:g} MB hold, rank {exact} would hold everything")
+    elif asked != "exact" and plan.rank < exact:
+        found.append(f"rank {exact} holds everything, the best approximation of rank {plan.rank} is written")
+    elif isinstance(asked, int) and asked > exact:
+        found.append(f"rank {asked} was asked for, {exact} holds everything: nothing is cut")
+    if not save.uniform:
+        found.append(
+            "each module has its own rank: diffusers before 0.40 needs the metadata that is written with it, AI-Toolkit the full "
+            f"rank in {ALWAYS}, and other programs may apply a wrong strength"
+        )
+    if save.format != "ai-toolkit":
+        readers = {
+            "diffusers": "diffusers, ComfyUI and InvokeAI, not by Forge Neo's or DiffSynth's loaders",
+            "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
+            "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
+        }
+        found.append(f"format {save.format} is read by {readers[save.format]}; ai-toolkit is read by all of them")
+    return found
+
+
+def _of_input(i: Input) -> list[str]:
+    if not i.outline.ranks:
+        return [f"{i.label} is not in the local cache: it is fetched from the hub when the merge runs, and checked then"]
+    found = []
+    if i.lora:
+        found += [f"{i.label}: {remark}" for remark in i.lora.remarks]
+        if i.lora.skipped:
+            found.append(
+                f"{i.label}: {len(i.lora.skipped)} keys outside of the weight matrices are left out ({i.lora.skipped[0]} ...)"
+            )
+        if i.lora.unmatched:
+            found.append(f"{i.label}: {len(i.lora.unmatched)} unknown keys are left out: {', '.join(i.lora.unmatched[:3])}")
+    if not any(map(i.counts, i.outline.ranks)):
+        found.append(f"{i.label}: every strength is 0, it has no effect")
+    present = {MODULES[m].component for m in i.outline.ranks}
+    for key in i.spec.blocks:
+        if not present & {canonical_component(key), *GROUPS.get(key, ())}:
+            found.append(f"{i.label}: has no {key}, so its weight there has no effect")
+    return found

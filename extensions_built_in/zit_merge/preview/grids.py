@@ -1,0 +1,251 @@
+"""Which pictures a section asks for: every look of every step, on every shot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+from ..config.schema import Ablate, Preview, Section
+from ..errors import ZitMergeError, counted
+from ..planning.plan import Input, StepPlan
+from ..planning.sources import Site
+from ..wording import row, wrapped
+from . import metrics
+from .ablation import Group, groups
+from .image_store import gallery_of
+from .settings import Scene, Shot, scene_of, shots_of
+from .sweep import Cell, axes_of, cells_of
+from .variants import Look, OfInput, OfStep, Without
+
+LIMIT = 200  # pictures that need no `confirm: true`
+GROUPS = 10
+_LISTED = 6  # values of a setting, in a sentence
+_ACROSS = 8  # pictures beside each other on a sheet at most, where nothing else asks for a number
+
+
+class Picture(NamedTuple):
+    """One look on one shot."""
+
+    look: Look
+    shot: Shot
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What stands together on a sheet.
+
+    Attributes:
+        kind: `preview`, `sweep` or `ablate`.
+        plan: The step.
+        looks: In the order of the sheet.
+        shots: Each look is rendered on all of them.
+        across: How many looks stand in a row.
+        title: One line.
+        cells: Of a sweep, one for each look.
+        groups: Of an ablation, one for each look after the base and the whole.
+        asked: Of an ablation.
+    """
+
+    kind: str
+    plan: StepPlan
+    looks: Sequence[Look]
+    shots: Sequence[Shot]
+    across: int
+    title: str
+    cells: Sequence[Cell] = ()
+    groups: Sequence[Group] = ()
+    asked: Ablate | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.plan.name}_{self.kind}"
+
+    @property
+    def labels(self) -> list[str]:
+        """One for each look, no two alike."""
+        return _distinct([look.label for look in self.looks])
+
+    @property
+    def headings(self) -> list[str]:
+        """One for each shot, no two alike."""
+        short = [f"{shot.prompt} (seed {shot.seed})" for shot in self.shots]
+        long = [f"{shot.prompt} ({shots_text([shot])})" for shot in self.shots]
+        return short if len(set(short)) == len(short) else _distinct(long)
+
+    def pictures(self) -> Iterator[Picture]:
+        """Look by look, since changing the LoRA takes time too."""
+        for look in self.looks:
+            for shot in self.shots:
+                yield Picture(look, shot)
+
+
+@dataclass(frozen=True)
+class Exhibition:
+    """All pictures of a section.
+
+    Attributes:
+        site: Where it runs.
+        scene: The model.
+        exhibits: In order of the steps.
+        section: For the YAML of a sweep's cells.
+    """
+
+    site: Site
+    scene: Scene
+    exhibits: Sequence[Exhibit]
+    section: Section
+
+    def pictures(self) -> list[Picture]:
+        """Every picture once."""
+        return list(dict.fromkeys(p for exhibit in self.exhibits for p in exhibit.pictures()))
+
+    def text(self) -> str:
+        """For the plan that is printed."""
+        lines = row("pictures", f"{len(self.pictures())} with {self.scene.name}")
+        for exhibit in self.exhibits:
+            size = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
+            lines += wrapped(f"{exhibit.title}: {size}, {shots_text(exhibit.shots)}")
+        return "\n".join(lines)
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """The labels; those that are there already with a number behind them."""
+    found: list[str] = []
+    for label in labels:
+        numbered = (f"{label} ({n})" for n in count(2))
+        found.append(label if label not in found else next(name for name in numbered if name not in [*found, *labels]))
+    return found
+
+
+def shots_text(shots: Sequence[Shot]) -> str:
+    """`1024 x 1024 pixels, 9 steps, guidance 1, seed 42`."""
+
+    def one(values: Sequence[Any]) -> str:
+        found = list(dict.fromkeys(map(str, values)))
+        return ", ".join(found if len(found) <= _LISTED else [*found[: _LISTED - 1], "...", found[-1]])
+
+    sizes = one([f"{s.width} x {s.height}" for s in shots])
+    guidance = one([f"{s.guidance:g}" for s in shots])
+    seeds = one([s.seed for s in shots])
+    steps = one([s.steps for s in shots])
+    return f"{sizes} pixels, {steps} step{'s' * (steps != '1')}, guidance {guidance}, seed {seeds}"
+
+
+def _across(count: int) -> int:
+    """How many of so many looks stand in a row, so that no row is much shorter than the others."""
+    return ceil(count / ceil(count / _ACROSS))
+
+
+def asks_for_pictures(section: Section) -> bool:
+    """Whether any step is to be shown."""
+    return any(step.preview or step.sweep or step.ablate for step in section.steps)
+
+
+def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Exhibition:
+    """The pictures of a section.
+
+    Args:
+        section: Validated.
+        site: Where it runs.
+        plans: Of its steps; before a training what the files hold need not be known.
+
+    Raises:
+        ZitMergeError: Pictures can't be had as they are asked for; nothing that a merge needs.
+    """
+    scene = scene_of(section, site)
+    gallery_of(site, scene.row)  # raises where there can be none
+    looks = _Looks()
+    exhibits = [e for plan in plans for e in _of_step(plan, section, site, scene, looks)]
+    if not exhibits:
+        asked = ", ".join(plan.place or plan.name for plan in plans)
+        raise ZitMergeError(f"{asked}: asks for no pictures: write preview: true, sweep or ablate there")
+    _check_presets(exhibits)
+    found = Exhibition(site, scene, exhibits, section)
+    most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
+    _check_number(len(found.pictures()), len(most.looks), len(most.shots), section, f"{most.plan.place}.{most.kind}")
+    return found
+
+
+def _check_number(number: int, looks: int, shots: int, section: Section, place: str) -> None:
+    """Raises where there are more pictures than somebody may have wanted."""
+    asked = [section.preview, *(part for step in section.steps for part in (step.preview, step.ablate))]
+    if number > LIMIT and not any(part and part.confirm for part in asked):
+        raise ZitMergeError(
+            f"{place}: these are {number} pictures, {looks} x {shots} of them here: set confirm: true in preview if you want "
+            "them all, or take fewer prompts, values or groups"
+        )
+
+
+def _check_presets(exhibits: Sequence[Exhibit]) -> None:
+    """Raises where two ablations would write one preset."""
+    places: dict[str, str] = {}
+    for exhibit in exhibits:
+        if exhibit.asked and (name := exhibit.asked.preset):
+            place = f"{exhibit.plan.place}.ablate.preset"
+            if (other := places.setdefault(name.lower(), place)) != place:
+                raise ZitMergeError(f"{place}: {name} is also the name at {other}: give one of them another name")
+
+
+class _Looks:
+    """Equal looks of several steps as one, so that they are counted once."""
+
+    def __init__(self):
+        self.base = Look("base")
+        self._inputs: dict[tuple, OfInput] = {}
+
+    def of_input(self, i: Input) -> OfInput:
+        key = (i.step.name if i.step else i.path, i.spec.alpha, i.spec.qkv, tuple(i.spec.drop))
+        return self._inputs.setdefault(key, OfInput(i.label, i))
+
+
+def _of_step(plan: StepPlan, section: Section, site: Site, scene: Scene, looks: _Looks) -> Iterator[Exhibit]:
+    step, asked = plan.spec, plan.spec.preview or section.preview or Preview()
+    place = site.at("preview") if asked == section.preview else f"{plan.place}.preview"
+    result = OfStep(plan.name, plan)
+    if step.preview or step.sweep:
+        shots = shots_of(asked, scene, site, place)
+    if step.preview:
+        inputs = list(dict.fromkeys(map(looks.of_input, plan.inputs)))
+        parts = {"base": [looks.base], "inputs": inputs, "result": [result]}
+        shown = [look for part in dict.fromkeys(asked.compare) for look in parts[part]]
+        yield Exhibit("preview", plan, shown, shots, _across(len(shown)), f"{plan.name}: previews")
+    if step.sweep:
+        yield _sweep(plan, shots, section)
+    if step.ablate:
+        own = {} if step.ablate.prompts is None else {"prompts": step.ablate.prompts}
+        listed = f"{plan.place}.ablate.prompts" if own else f"{place}.prompts"
+        shots = shots_of(asked.model_copy(update=own), scene, site, place, listed)
+        yield _ablation(plan, step.ablate, shots, looks, result)
+
+
+def _sweep(plan: StepPlan, shots: Sequence[Shot], section: Section) -> Exhibit:
+    place = f"{plan.place}.sweep"
+    axes = axes_of(plan.spec, place)
+    number = prod(len(axis.values) for axis in axes)
+    _check_number(number * len(shots), number, len(shots), section, place)  # before every one of them is planned
+    cells = cells_of(plan, axes, place)
+    title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
+    shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
+    across = len(axes[0].values) if len(axes) > 1 else _across(len(shown))
+    return Exhibit("sweep", plan, shown, shots, across, title, cells=cells)
+
+
+def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Looks, whole: Look) -> Exhibit:
+    place = f"{plan.place}.ablate"
+    for n, name in enumerate(asked.metrics):
+        metrics.metric(name, f"{place}.metrics[{n}]")
+    if asked.by == "components" and asked.groups:
+        raise ZitMergeError(f"{place}.groups: are runs of layers, by: components has none: drop groups, or use by: cells")
+    present = [m for m in plan.ranks if any(i.counts(m) for i in plan.inputs)]
+    if plan.ranks and not present:
+        raise ZitMergeError(f"{place}: every strength of the step is 0, so it has no part that does anything: drop ablate")
+    found = groups(asked.by, asked.groups or GROUPS, present)
+    only = asked.mode == "only"
+    shown = [Without(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
+    title = f"{plan.name}: ablation by {asked.by}, {'each part alone' if only else 'each part left out in turn'}"
+    shown = [looks.base, whole, *shown]
+    return Exhibit("ablate", plan, shown, shots, _across(len(shown)), title, groups=found, asked=asked)

@@ -1,0 +1,217 @@
+"""Where pictures lie: in a folder of ours under what they follow from, and in the job's samples under names that its UI knows.
+
+merged_<job>_previews/pictures/<digest>.png    every picture once; one that is there is not rendered again
+merged_<job>_previews/<step>_<kind>.png        a contact sheet
+merged_<job>_previews/<step>_<kind>.json       what is on it, with everything that the pictures follow from
+samples/<ms>__<step>_<n>.png                   the same pictures in AI-Toolkit's gallery, in full rows
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, PngImagePlugin
+
+from ..errors import ZitMergeError
+from ..formats.writer import os_errors, write_whole
+from ..planning.sources import PREFIXES, Site
+from .sheet import legend
+
+_KEY = "zit_merge"  # of a PNG file's text
+_END = b"IEND\xae\x42\x60\x82"  # of every PNG file
+_THUMB = 300  # pixels, as GenerateImageConfig._generate_thumbnail makes them
+_SAMPLE = re.compile(r"(\d+)__(\d+)_(\d+)\.png")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The folders of a job's pictures.
+
+    Attributes:
+        folder: Ours.
+        samples: AI-Toolkit's; None for a run that belongs to no job.
+        step: The training step that stands in the names of samples.
+        row: How many samples stand in a row.
+        job: The job's name.
+    """
+
+    folder: Path
+    samples: Path | None
+    step: int
+    row: int
+    job: str
+
+    def path(self, digest: str) -> Path:
+        """Where a picture lies."""
+        return self.folder / "pictures" / f"{digest}.png"
+
+    def has(self, digest: str) -> bool:
+        """Whether a picture is there, whole."""
+        try:
+            content = self.path(digest).read_bytes()
+            with Image.open(BytesIO(content)) as picture:
+                return content.endswith(_END) and _KEY in picture.text  # reads all of it
+        except (OSError, SyntaxError, ValueError, AttributeError):  # broken, or another format
+            return False
+
+    def load(self, digest: str, edge: int | None = None) -> Image.Image:
+        """A picture that is there.
+
+        Args:
+            digest: Its name.
+            edge: Pixels of its longest side at most; None is as it is.
+
+        Raises:
+            ZitMergeError: It can't be read any more.
+        """
+        try:
+            with Image.open(self.path(digest)) as picture:
+                found = picture.convert("RGB")
+        except OSError as e:
+            raise self._gone(digest) from e
+        if edge:
+            found.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+        return found
+
+    def save(self, digest: str, picture: Image.Image, record: Mapping[str, Any]) -> Path:
+        """Keeps a picture, with everything that it follows from in its text.
+
+        Raises:
+            ZitMergeError: It can't be written.
+        """
+        text = PngImagePlugin.PngInfo()
+        text.add_text(_KEY, json.dumps(record, sort_keys=True, default=str))
+        return self._write(self.path(digest), _png(picture, text))
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Writes a sheet or a table.
+
+        Raises:
+            ZitMergeError: It can't be written.
+        """
+        return self._write(self.folder / name, content)
+
+    def _write(self, path: Path, content: bytes) -> Path:
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return write_whole(path, [content])
+
+    def show(self, digests: Sequence[str], labels: Sequence[str]) -> list[Path]:
+        """Puts pictures into the job's samples, in full rows; those that are there already stay where they are.
+
+        Args:
+            digests: Of the pictures, in order.
+            labels: What each shows, for the tile of text that fills the last row.
+
+        Returns:
+            The new files.
+
+        Raises:
+            ZitMergeError: They can't be written.
+        """
+        if self.samples is None:
+            return []
+        record = self.folder / "samples.json"
+        known = {digest: name for digest, name in _read(record).items() if isinstance(name, str) and _SAMPLE.fullmatch(name)}
+        absent = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._is_there(known.get(d))]
+        holes = {d: known[d] for d, _ in absent if self._is_hole(known.get(d))}
+        new = [(d, label) for d, label in absent if d not in holes]
+        first = max(int(time.time() * 1000), 1 + max(map(_time_of, _names(self.samples)), default=0))
+        known |= {digest: self._name(first, n) for n, (digest, _) in enumerate(new)}
+        if new:  # before the pictures: what an interruption leaves out is a hole then
+            self.write(record.name, json.dumps(known, indent=1).encode())
+        tiles = [self._sample(self._name(first, n), tile) for n, tile in enumerate(self._tiles(new), len(new))]
+        return [self._sample(known[d], self._content(d)) for d in (*holes, *(d for d, _ in new))] + tiles
+
+    def _name(self, first: int, number: int) -> str:
+        """Of picture `number` of those that are shown from a time on: milliseconds, training step, place in the row."""
+        return f"{first + number}__{self.step:09d}_{number % self.row}.png"
+
+    def _tiles(self, new: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+        """What fills the last row: what is above, and empty tiles."""
+        for n in range(-len(new) % self.row):
+            lines = [f"{k}. {label}" for k, (_, label) in enumerate(new, 1)] if n == 0 else []
+            yield _png(legend(f"zit_merge: {self.job}" if n == 0 else "", lines, self.load(new[0][0]).size))
+
+    def _content(self, digest: str) -> bytes:
+        try:
+            return self.path(digest).read_bytes()
+        except OSError as e:
+            raise self._gone(digest) from e
+
+    def _gone(self, digest: str) -> ZitMergeError:
+        return ZitMergeError(f"{self.path(digest)}: was there and can't be read any more: run `preview` to render it again")
+
+    def _is_there(self, name: str | None) -> bool:
+        return name is not None and (self.samples / name).is_file()
+
+    def _is_hole(self, name: str | None) -> bool:
+        """Whether a sample is missing in a row of which others are still there."""
+        if name is None:
+            return False
+        time, step, number = map(int, _SAMPLE.fullmatch(name).groups())
+        row = (f"{time - number + n}__{step:09d}_{n}.png" for n in range(max(self.row, number)))
+        return any(map(self._is_there, row))
+
+    def _sample(self, name: str, content: bytes) -> Path:
+        """One sample; its thumbnail comes first, as the toolkit does it, so that the gallery never looks for it in vain."""
+        thumb = BytesIO()
+        with Image.open(BytesIO(content)) as picture:
+            ImageOps.fit(picture.convert("RGB"), (_THUMB, _THUMB), Image.LANCZOS).save(thumb, "JPEG", quality=90)
+        self._write(self.samples / ".thumbs" / f"{name}.jpg", thumb.getvalue())
+        return self._write(self.samples / name, content)
+
+
+def gallery_of(site: Site, row: int) -> Gallery:
+    """The folders of a section's pictures.
+
+    Args:
+        site: Where it runs.
+        row: How many samples stand in a row.
+
+    Raises:
+        ZitMergeError: AI-Toolkit would take our folder for a checkpoint.
+    """
+    home = site.home.folder if site.home else None
+    job = re.sub(r"[/\\]", "_", site.job)
+    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((site.prefix, *PREFIXES))]  # outputs may lie elsewhere
+    trainings = [training for training in (site.home, site.training) if training]
+    for folder in ((home or site.output_dir) / name for name in names):
+        if not any(training.claims(folder) for training in trainings):
+            step = site.training.steps if site.training else 0
+            return Gallery(folder, home / "samples" if home else None, step, row, site.job)
+    raise ZitMergeError(
+        f"{site.at('preview')}: AI-Toolkit would take the folder {names[0]} for a checkpoint of {site.job}: give the job a name "
+        "without wildcards"
+    )
+
+
+def _png(picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> bytes:
+    content = BytesIO()
+    picture.save(content, "PNG", pnginfo=text)
+    return content.getvalue()
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+
+def _time_of(name: str) -> int:
+    """The milliseconds that a sample's name begins with; 0 for any other file."""
+    found = re.fullmatch(r"(\d{13})__\d+_\d+\.\w+", name)
+    return int(found[1]) if found else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

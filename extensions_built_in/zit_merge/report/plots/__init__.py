@@ -1,0 +1,1 @@
+"""Static pictures of numbers; the only importer of matplotlib."""

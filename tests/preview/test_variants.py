@@ -1,0 +1,342 @@
+"""What pictures show: changes that are those of the files, bit for bit, and records that know what they follow from."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from desk import SMALL, Desk
+from oracles import producers
+from preview.staging import CPU, ME, STYLE, Planned, name_of, planned, reading, run, same, step
+
+from extensions_built_in.zit_merge.algebra.methods import METHODS
+from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
+from extensions_built_in.zit_merge.merging.runner import Computed, reader_of
+from extensions_built_in.zit_merge.preview.ablation import groups
+from extensions_built_in.zit_merge.preview.variants import Look, OfInput, OfStep, Without, digest
+
+PAIR = (ME, STYLE)
+ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
+
+
+def changes(look: Look, *plans) -> dict:
+    """Module -> change of a look."""
+    return dict(look.deltas(reading(plans)))
+
+
+def written(path: Path) -> dict:
+    """Module -> change of a file, alpha included."""
+    lora, found = load_lora(path), {}
+    with TensorReader(lora) as reader:
+        for module in lora:
+            scale, delta = reader.delta(module)
+            found[module] = delta.times(scale).map(torch.clone)
+    return found
+
+
+def check(found: Planned, name: str = "soft") -> None:
+    """A step's look is its file, bit for bit: computed before there is one, and read when there is."""
+    plan = next(p for p in found.plans if p.name == name)
+    computed = changes(OfStep(name, plan), plan)
+    files = {done.plan.name: written(done.path) for done in run(found) if done.path.exists()}
+    read = changes(OfStep(name, plan), plan)
+    assert list(computed) == list(read) == list(files[name])
+    for module, theirs in files[name].items():
+        assert same(computed[module], theirs), module
+        assert same(read[module], theirs), module
+    assert any(delta.expand().up.any() for delta in computed.values())
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_its_file_with_every_method(desk, pair, method):
+    check(planned(desk, step(*PAIR, method=method, rank=3)))
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("rank", ["exact", 2, 4, "same", ENERGY, {"energy": 0.9, "max": 2}, SIZE], ids=str)
+def test_a_step_is_its_file_at_every_rank(desk, pair, rank, uniform):
+    check(planned(desk, step(*PAIR, rank=rank, save={"dtype": "bf16", "uniform": uniform})))
+
+
+@pytest.mark.parametrize("kind", ["ai-toolkit", "diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "same"])
+def test_a_step_is_its_file_in_every_form(desk, pair, dtype, kind):
+    check(planned(desk, step(*PAIR, save={"dtype": dtype, "format": kind})))
+
+
+@pytest.mark.parametrize("keep_lokr", [True, False])
+@pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "lycoris-lokr-both"])
+def test_a_lokr_is_its_file(desk, producer, keep_lokr):
+    desk.lora("lokr.safetensors", producer)
+    lora = {"lora": "lokr.safetensors", "ratio": 0.7, "blocks": {"to_q": -1.5, "w2": 0.0}}
+    check(planned(desk, step(lora, save={"dtype": "bf16", "keep_lokr": keep_lokr})))
+
+
+def test_inputs_that_change_nothing(desk, pair):
+    found = planned(desk, step(ME | {"ratio": 0.0}))
+    computed = changes(OfStep("soft", found.plans[0]), *found.plans)
+    (done,) = run(found)
+    assert list(computed) == list(written(done.path))
+    assert not any(delta.expand().up.any() for delta in computed.values())
+
+
+SOFT = {"lora": "soft", "ratio": 0.6}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("rank", ["exact", 3, ENERGY], ids=str)
+def test_a_step_of_a_step_is_its_file(desk, pair, rank, there, keep):
+    """Whether the earlier one was kept or not, and whether its file is there or not."""
+    found = planned(desk, step(*PAIR, rank=rank, keep=keep), step(SOFT, STYLE, name="both", rank=2))
+    done = run(found)
+    assert [d.path.exists() for d in done] == [keep, True]
+    theirs = written(done[-1].path)
+    for d in done if not there else done[1:]:
+        d.path.unlink(missing_ok=True)
+    plan = found.plans[1]
+    ours = changes(OfStep("both", plan), plan)
+    assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("rank", ["same", "exact", 4, ENERGY], ids=str)
+@pytest.mark.parametrize("rule", [ENERGY, SIZE], ids=str)
+def test_a_step_over_one_whose_rank_followed_from_numbers(desk, pair, rule, rank, keep):
+    """Its ranks are those of the run, in which the earlier one's were known."""
+    found = planned(desk, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
+    check(found, "both")
+    plan = found.plans[1]
+    theirs = written(plan.path)
+    plan.path.unlink()
+    ours = changes(OfStep("both", plan), plan)  # over the earlier one's file, where there is one
+    assert all(same(ours[m], theirs[m]) for m in theirs)
+
+
+def test_a_file_of_another_recipe_is_not_read(desk, pair):
+    run(planned(desk, step(*PAIR)))
+    plan = planned(desk, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
+    assert plan.path.is_file()
+    ours = changes(OfStep("soft", plan), plan)
+    theirs = written(run(planned(desk, step(ME | {"ratio": 0.3}, STYLE)))[0].path)
+    assert all(same(ours[m], theirs[m]) for m in theirs)
+
+
+def test_a_file_that_is_broken_is_not_read(desk, pair):
+    found = planned(desk, step(*PAIR))
+    (done,) = run(found)
+    theirs = written(done.path)
+    done.path.write_bytes(done.path.read_bytes()[:-100])
+    ours = changes(OfStep("soft", found.plans[0]), *found.plans)
+    assert all(same(ours[m], theirs[m]) for m in theirs)
+
+
+def test_a_file_that_is_there_is_read_and_not_computed(desk, pair):
+    found = planned(desk, step(*PAIR, rank=2))
+    plan, (done,) = found.plans[0], run(found)
+    looked = []
+    desk_of = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
+    dict(OfStep("soft", plan).deltas(desk_of))
+    with ExitStack() as files:
+        assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), TensorReader)
+    done.path.unlink()
+    with ExitStack() as files:
+        assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), Computed)
+
+
+def test_passes_over_all_modules_may_be_watched_and_stopped(desk, pair):
+    class Stop(Exception):
+        pass
+
+    def watched(modules):
+        for n, module in enumerate(modules):
+            if n == 5:
+                raise Stop
+            yield module
+
+    for keys in ({"rank": ENERGY}, {"method": "normalize"}):
+        plan = planned(desk, step(*PAIR, **keys)).plans[0]
+        with pytest.raises(Stop):
+            dict(OfStep("soft", plan).deltas(reading([plan])._replace(watched=watched)))
+
+
+# --- inputs --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("producer", ["ai-toolkit", "musubi", "onetrainer-kohya", "ai-toolkit-lokr", "lycoris-loha", "peft"])
+def test_an_input_is_its_file_at_strength_1(desk, producer):
+    made = producers.PRODUCERS[producer].make(SMALL, 3, 5, torch.float32)
+    producers.save(made, desk.folder / "x.safetensors")
+    producers.save_sidecars(made, desk.folder)
+    plan = planned(desk, step({"lora": "x.safetensors", "ratio": 0.3, "blocks": {"to_q": 0.0}})).plans[0]
+    found = changes(OfInput("x", plan.inputs[0]), plan)
+    assert set(found) == set(made.deltas)
+    for module, delta in made.deltas.items():
+        factors = found[module].expand()
+        assert torch.allclose(factors.up.double() @ factors.down.double(), delta.double(), rtol=1e-4, atol=1e-6), module
+
+
+def test_what_a_file_leaves_open_is_read_as_it_was_answered(desk, pair):
+    one, two = (planned(desk, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
+    by_key, by_none = (changes(OfInput("x", plan.inputs[0]), plan) for plan in (one, two))
+    module = "layers.0.attention.to_q"
+    assert same(by_none[module].times(1 / 3), by_key[module]), "its alpha is 1, its rank 3"
+    assert name_of(OfInput("x", one.inputs[0])) != name_of(OfInput("x", two.inputs[0]))
+
+
+def test_an_input_that_is_a_step_is_what_that_makes(desk, pair):
+    plans = planned(desk, step(*PAIR, keep=False), step(SOFT, name="both")).plans
+    look = OfInput("soft", plans[1].inputs[0])
+    ours, theirs = changes(look, *plans), changes(OfStep("soft", plans[0]), *plans)
+    assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
+    assert name_of(look) == name_of(OfStep("another label", plans[0]))
+
+
+def test_the_base_changes_nothing():
+    assert changes(Look("base")) == {} and Look("base").files() == []
+
+
+# --- parts of a look -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["layers", "components", "cells"])
+def test_without_and_only_are_the_two_halves(desk, pair, by):
+    plan = planned(desk, step(*PAIR)).plans[0]
+    whole = OfStep("soft", plan)
+    everything, seen = changes(whole, plan), []
+    for group in groups(by, 3, list(everything)):
+        without, only = (changes(Without("x", whole, group, half), plan) for half in (False, True))
+        assert set(only) == set(group.modules) and set(without) == set(everything) - set(group.modules)
+        assert all(same(delta, everything[m]) for m, delta in (without | only).items())
+        assert list(without) == [m for m in everything if m not in only], "in the order of the model"
+        seen += only
+    assert sorted(seen) == sorted(everything)
+
+
+def test_parts_have_names_of_their_own(desk, pair):
+    plan = planned(desk, step(*PAIR)).plans[0]
+    whole, base = OfStep("soft", plan), Look("base")
+    parts = groups("layers", 3, plan.ranks)
+    looks = [whole, base, *(Without("x", whole, part, only) for part in parts for only in (True, False))]
+    looks += [Without("x", OfInput("me", plan.inputs[0]), parts[0], False)]
+    assert len(set(map(name_of, looks))) == len(looks)
+
+
+# --- records -------------------------------------------------------------------------------------------------------------------
+
+
+def names(desk: Desk, *steps, **keys) -> list[str]:
+    """The digests of the last step, and of its inputs."""
+    plan = planned(desk, *steps, **keys).plans[-1]
+    return [name_of(OfStep("x", plan)), *(name_of(OfInput("x", i)) for i in plan.inputs)]
+
+
+def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(desk, pair):
+    before = names(desk, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
+    (desk.folder / "me.safetensors").rename(desk.folder / "you.safetensors")
+    (desk.folder / "deep").mkdir()
+    (desk.folder / "style.safetensors").rename(desk.folder / "deep" / "other.safetensors")
+    you, other = ME | {"lora": "you.safetensors"}, STYLE | {"lora": str(desk.folder / "deep" / "other.safetensors")}
+    after = names(
+        desk,
+        step(you, other, name="b", keep=False),
+        step(you, name="unused"),
+        step({"lora": "b", "ratio": 1.0}, other, name="c", copy_to=str(desk.folder), confirm_size=True, allow_unmatched=True),
+        job="another",
+        output_dir=str(desk.folder / "elsewhere"),
+    )
+    assert after == before
+
+
+def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, pair):
+    plain = names(desk, step(ME))
+    everything = {"noise_refiner": 1.0, "context_refiner": 1.0, "0-29": 1}
+    for spelled in (
+        {"blocks": {"to_v": 1}},
+        {"blocks": {"adaLN": 1.0, "attention": 1.0}, "layers": everything},
+        {"layers": [1.0] * 30},
+        {"effects": {"detail": 1.0}},
+        {"overrides": {"*.to_q": 1.0}},
+    ):
+        assert names(desk, step(ME | spelled)) == plain
+    assert names(desk, step(ME | {"blocks": {"adaLN": 0.5}})) == names(desk, step(ME | {"blocks": {"adaLN_modulation": 0.5}}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        step(ME | {"ratio": 0.81}, STYLE),
+        step(ME, STYLE | {"blocks": {"to_q": 0.5}}),
+        step(ME, STYLE | {"layers": {"3": 0.5}}),
+        step(ME, STYLE | {"alpha": 2}),
+        step(STYLE, ME),
+        step(ME),
+        step(ME, STYLE, STYLE),
+        step(ME, ME | {"ratio": 0.5}),
+        step(*PAIR, rank=2),
+        step(*PAIR, rank=ENERGY),
+        step(*PAIR, method="average"),
+        step(*PAIR, method="normalize", params={"per": "layer"}),
+        step(*PAIR, save={"dtype": "bf16"}),
+        step(*PAIR, save={"dtype": "fp32", "uniform": False}),
+    ],
+    ids=str,
+)
+def test_whatever_changes_a_look_changes_its_name(desk, pair, changed):
+    assert names(desk, changed)[0] != names(desk, step(*PAIR))[0]
+
+
+def test_ratios_count_beside_the_strengths_that_they_lead_to(desk, pair):
+    """An average divides by them."""
+    everywhere = dict.fromkeys(("0-29", "noise_refiner", "context_refiner", "other"), 0.5)
+    one, other = ME | {"ratio": 0.5}, ME | {"ratio": 1.0, "layers": everywhere}
+    plans = [planned(desk, step(lora, STYLE, method="average")).plans[0] for lora in (one, other)]
+    assert plans[0].inputs[0].strengths == plans[1].inputs[0].strengths
+    assert name_of(OfStep("x", plans[0])) != name_of(OfStep("x", plans[1]))
+
+
+def test_a_name_does_not_depend_on_the_order_of_a_record():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1, "b": {"c": 2}})
+
+
+def test_seeds_and_parameters_change_names(desk, pair):
+    found = {
+        names(desk, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
+    }
+    assert len(found) == 3, "a default that is written out is the same"
+
+
+def test_other_numbers_in_a_file_change_names(desk, loras):
+    before = names(desk, step(*PAIR))
+    desk.lora("me.safetensors", seed=9)
+    after = names(desk, step(*PAIR))
+    assert after[0] != before[0] and after[1] != before[1] and after[2] == before[2]
+    desk.lora("me.safetensors", metadata={"a": "word"})
+    assert names(desk, step(*PAIR)) == before, "what is said of a file is none of its numbers"
+
+
+def test_a_step_in_between_changes_names(desk, pair):
+    one, half = {"lora": "a", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}
+    found = [
+        names(desk, step(*PAIR, name="a", **keys), step(lora, STYLE))[0]
+        for keys, lora in (({}, one), ({}, half), ({"rank": 2}, one), ({"method": "average"}, one))
+    ]
+    assert len(set(found)) == 4
+
+
+def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(desk, pair):
+    """a and b swap their names: the result over both stays the same where their places do."""
+
+    def over(first: str, second: str) -> str:
+        made = [step(ME, name=first), step(STYLE, name=second)]
+        return names(desk, *made, step({"lora": first, "ratio": 1.0}, {"lora": second, "ratio": 0.5}))[0]
+
+    assert over("a", "b") == over("b", "a")
+    made = [step(ME, name="a"), step(STYLE, name="b")]
+    swapped = names(desk, *made, step({"lora": "b", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}))[0]
+    assert swapped != over("a", "b")

@@ -1,0 +1,99 @@
+"""A page in an iframe with `sandbox="allow-scripts"` and `srcdoc`, as AI-Toolkit's UI shows a job's plugin.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from extensions_built_in.zit_merge.files.text import parse
+
+HEIGHT = 900
+
+
+class Frame:
+    """The page in its frame.
+
+    Attributes:
+        page: The browser's tab.
+        inner: The frame.
+        troubles: Console messages, errors and requests.
+    """
+
+    def __init__(self, browser: Any, html: str, width: int, scheme: str):
+        self._context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
+        self.page = self._context.new_page()
+        self.troubles: list[str] = []
+        self.page.on("console", lambda m: self.troubles.append(f"console {m.type}: {m.text}"))
+        self.page.on("pageerror", lambda e: self.troubles.append(f"error: {e}"))
+        self.page.on("request", lambda r: None if r.url.startswith("data:") else self.troubles.append(f"request: {r.url[:200]}"))
+        self.page.on("dialog", lambda d: (self.troubles.append(f"dialog: {d.message}"), d.dismiss()))
+        self.page.set_content(
+            f'<body style="margin:0"><iframe sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
+        )
+        self.page.evaluate("html => { document.querySelector('iframe').srcdoc = html }", html)
+        self.page.wait_for_timeout(50)
+        self.inner = self.page.frames[1]
+        self.inner.wait_for_selector("footer")
+
+    def close(self) -> None:
+        """Closes the tab."""
+        self._context.close()
+
+    def find(self, selector: str) -> Any:
+        """A locator inside of the frame."""
+        return self.inner.locator(selector)
+
+    def number(self, name: str) -> Any:
+        """A number field, by its label."""
+        return self.inner.get_by_label(name, exact=True)
+
+    def type(self, name: str, value: float) -> None:
+        """Types a number into a field, and leaves it."""
+        field = self.number(name)
+        field.fill(repr(value))
+        field.press("Tab")
+
+    def press(self, name: str) -> None:
+        """Clicks a button by its text."""
+        self.inner.get_by_role("button", name=name, exact=True).click()
+
+    def choose(self, label: str, value: str) -> None:
+        """Chooses an option of a select by its value."""
+        self.inner.get_by_label(label, exact=True).select_option(value)
+
+    def energy(self) -> None:
+        """Has the maps show energies."""
+        self.inner.get_by_role("radio", name="energy").check()
+
+    def text(self) -> str:
+        """The YAML as it stands there."""
+        return self.find(".yaml textarea").input_value()
+
+    def section(self) -> dict[str, Any]:
+        """The one section of the YAML."""
+        (section,) = parse(self.text(), Path("page.yaml"))
+        return section
+
+    def map(self, label: str) -> dict[str, float | None]:
+        """Module -> value of a heat map, by the beginning of its label; None where the LoRA has nothing."""
+        script = """(table) => JSON.stringify(Object.fromEntries([...table.querySelectorAll("td[data-module]")]
+            .map((cell) => [cell.dataset.module, cell.dataset.value])))"""
+        found = json.loads(self.find(f'table[aria-label^="{label}"]').evaluate(script))
+        return {module: float(value) if value else None for module, value in found.items()}
+
+    def cell(self, label: str, module: str) -> Any:
+        """A cell of a heat map."""
+        return self.find(f'table[aria-label^="{label}"] td[data-module="{module}"]')
+
+    def overflow(self) -> int:
+        """By how many pixels the page is wider than the frame."""
+        return self.inner.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+    def violations(self) -> list[str]:
+        """What axe-core finds."""
+        from importlib.resources import files
+
+        self.inner.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
+        found = self.inner.evaluate("axe.run({resultTypes: ['violations']}).then((results) => results.violations)")
+        return [f"{v['id']}: {v['help']}: {[n['html'][:150] for n in v['nodes'][:3]]}" for v in found]
