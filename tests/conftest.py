@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import REAL, Desk, lora_bytes
+from workspace import REAL, Workspace, lora_bytes
 
 torch.set_num_threads(1)  # the matrices are small: a second thread only waits for the first, worse so beside other workers
 
 
 @pytest.fixture
-def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Desk:
+def work(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """An empty folder that is the working directory."""
     monkeypatch.chdir(tmp_path)
-    return Desk(tmp_path, capsys.readouterr)
+    return Workspace(tmp_path, capsys.readouterr)
 
 
 @pytest.fixture
-def loras(desk: Desk) -> tuple[Path, Path]:
+def loras(work: Workspace) -> tuple[Path, Path]:
     """Two LoRAs of one small model by two trainers: me.safetensors (rank 2) and style.safetensors (rank 3, alpha 1, no adaLN)."""
-    return desk.lora("me.safetensors"), desk.lora("style.safetensors", "musubi", rank=3, seed=1)
+    return work.lora("me.safetensors"), work.lora("style.safetensors", "musubi", rank=3, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,6 @@ def _real_bytes() -> tuple[bytes, bytes]:
 
 
 @pytest.fixture
-def real_loras(desk: Desk, _real_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
+def real_loras(work: Workspace, _real_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
     """The same two names in Z-Image's own sizes: adaLN, to_q and to_v of layer 0; the second has alpha = rank / 2."""
-    return desk.put_pair(_real_bytes)
+    return work.put_pair(_real_bytes)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from analysis.test_compare import fits, one_line, plus, times
-from desk import Desk, merge_into
 from merging.test_known_mistakes import MODULES, Pair, deltas, later_save, lora, rotated, write
 from safetensors.torch import load_file, save_file
+from workspace import Workspace, merge_into
 
 from extensions_built_in.zit_merge.algebra.least_squares import groups
 from extensions_built_in.zit_merge.analysis.attribution import trace, trace_text
@@ -100,29 +100,29 @@ def test_least_squares_against_the_dense_deltas(tmp_path):
     assert facts["explained"] == pytest.approx(1 - rest**2, rel=1e-6)
 
 
-def test_our_own_merge_and_its_recipe(desk: Desk, loras):
-    out = merge_into(desk.folder, [(loras[0], 0.9), (loras[1], 0.3)], dtype="bf16")
-    facts = json.loads(desk.zit("inspect", out, "--sources", *loras, "--json", "--quiet").ok())
+def test_our_own_merge_and_its_recipe(work: Workspace, loras):
+    out = merge_into(work.folder, [(loras[0], 0.9), (loras[1], 0.3)], dtype="bf16")
+    facts = json.loads(work.zit("inspect", out, "--sources", *loras, "--json", "--quiet").ok())
     assert facts["kind"] == "strengths" and facts["recipe"]
     assert facts["strengths"] == pytest.approx([0.9, 0.3], abs=2e-3)
     assert "`recipe FILE` prints" in verdict(facts)
-    text = desk.zit("inspect", out, "--sources", *loras, "--quiet").ok()
+    text = work.zit("inspect", out, "--sources", *loras, "--quiet").ok()
     assert "strength of source 1 in each module: 0.90 in all 240 modules" in text
     assert fits(text)
 
 
 @pytest.mark.parametrize("other", ["ai-toolkit-lokr", "musubi-loha", "lycoris-full", "musubi-comfy"])
-def test_with_files_of_other_algorithms(desk: Desk, other):
-    paths = [desk.lora("a.safetensors"), desk.lora("b.safetensors", other, seed=1)]
-    out = merge_into(desk.folder, [(paths[0], 0.5), (paths[1], -0.7)], dtype="fp32")
-    facts = json.loads(desk.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
+def test_with_files_of_other_algorithms(work: Workspace, other):
+    paths = [work.lora("a.safetensors"), work.lora("b.safetensors", other, seed=1)]
+    out = merge_into(work.folder, [(paths[0], 0.5), (paths[1], -0.7)], dtype="fp32")
+    facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "strengths"
     assert facts["strengths"] == pytest.approx([0.5, -0.7], abs=1e-4)
 
 
-def test_a_lokr_in_a_lokr(desk: Desk):
-    path = desk.lora("b.safetensors", "ai-toolkit-lokr", seed=1)
-    facts = json.loads(desk.zit("inspect", path, "--sources", desk.lora("a.safetensors"), path, "--json", "--quiet").ok())
+def test_a_lokr_in_a_lokr(work: Workspace):
+    path = work.lora("b.safetensors", "ai-toolkit-lokr", seed=1)
+    facts = json.loads(work.zit("inspect", path, "--sources", work.lora("a.safetensors"), path, "--json", "--quiet").ok())
     assert facts["strengths"] == pytest.approx([0, 1], abs=1e-6)
     assert facts["verdict"][0].startswith("the file is 1.00 of source 2:")
 
@@ -157,9 +157,9 @@ def test_a_truncated_merge_is_told_with_the_strengths_before_the_cut(tmp_path, r
     assert "in each module before the cut: 0.50 in all 8 modules" in trace_text(facts) or rank == 2
 
 
-def test_our_own_truncated_merge_in_bf16(desk: Desk, loras):
-    out = merge_into(desk.folder, [(loras[0], 0.8), (loras[1], 0.6)], rank=3, dtype="bf16")
-    facts = json.loads(desk.zit("inspect", out, "--sources", *loras, "--json", "--quiet").ok())
+def test_our_own_truncated_merge_in_bf16(work: Workspace, loras):
+    out = merge_into(work.folder, [(loras[0], 0.8), (loras[1], 0.6)], rank=3, dtype="bf16")
+    facts = json.loads(work.zit("inspect", out, "--sources", *loras, "--json", "--quiet").ok())
     assert facts["kind"] == "truncated"
     assert facts["before_cut"]["strengths"] == pytest.approx([0.8, 0.6], abs=5e-3)
 
@@ -188,10 +188,10 @@ def test_few_numbers_prove_no_truncation(tmp_path):
 
 
 @pytest.mark.parametrize(("alpha", "rank"), [(None, 8), (8, 8), (None, 4)])
-def test_the_toolkit_s_script_gives_a_quarter_where_half_was_asked(desk: Desk, alpha, rank):
-    paths = [write(desk.folder / f"{i}.safetensors", lora(r, i, alpha)) for i, r in enumerate((8, rank))]
-    out = toolkit_script(desk.folder, paths, [0.5, 0.5])
-    facts = json.loads(desk.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
+def test_the_toolkit_s_script_gives_a_quarter_where_half_was_asked(work: Workspace, alpha, rank):
+    paths = [write(work.folder / f"{i}.safetensors", lora(r, i, alpha)) for i, r in enumerate((8, rank))]
+    out = toolkit_script(work.folder, paths, [0.5, 0.5])
+    facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "factors"
     assert facts["strengths"] == pytest.approx([0.25, 0.25], abs=0.02)
     assert facts["explained"] == pytest.approx((8 + rank) / (8 + 3 * rank), abs=0.03)  # pairs of components, own and crossed
@@ -202,38 +202,38 @@ def test_the_toolkit_s_script_gives_a_quarter_where_half_was_asked(desk: Desk, a
     assert facts["inside"] is None or facts["inside"] > 0.99
 
 
-def test_the_toolkit_s_script_on_one_lora(desk: Desk):
-    path = write(desk.folder / "a.safetensors", ONE)
-    out = toolkit_script(desk.folder, [path], [0.5])
-    text = one_line(desk.zit("inspect", out, "--sources", path, "--quiet").ok())
+def test_the_toolkit_s_script_on_one_lora(work: Workspace):
+    path = write(work.folder / "a.safetensors", ONE)
+    out = toolkit_script(work.folder, [path], [0.5])
+    text = one_line(work.zit("inspect", out, "--sources", path, "--quiet").ok())
     assert "the file is 0.25 of source 1: rounding explains the rest" in text
     assert "its up is 0.50 of source 1 and so is its down" in text
 
 
-def test_the_toolkit_s_script_at_full_strength(desk: Desk):
-    paths = [write(desk.folder / f"{i}.safetensors", one) for i, one in enumerate((ONE, TWO))]
-    out = toolkit_script(desk.folder, paths, [1.0, 1.0])
-    facts = json.loads(desk.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
+def test_the_toolkit_s_script_at_full_strength(work: Workspace):
+    paths = [write(work.folder / f"{i}.safetensors", one) for i, one in enumerate((ONE, TWO))]
+    out = toolkit_script(work.folder, paths, [1.0, 1.0])
+    facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "factors" and facts["strengths"] == pytest.approx([1, 1], abs=0.1)
     assert "applied it to both" not in verdict(facts)
     assert "its up is 1.00 of source 1 and 1.00 of source 2, its down 1.00 of" in verdict(facts)
 
 
-def test_added_factors_of_flat_spectra_are_not_taken_for_a_truncation(desk: Desk):
+def test_added_factors_of_flat_spectra_are_not_taken_for_a_truncation(work: Workspace):
     # orthogonal factors of equal size: their sum's product is a truncation of the sum too, as good as any other of that rank
     modules = {Q: (900, 900), V: (900, 900)}
-    paths = [write(desk.folder / f"{i}.safetensors", lora(4, i, modules=modules)) for i in range(2)]
-    out = toolkit_script(desk.folder, paths, [0.5, 0.5])
-    facts = json.loads(desk.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
+    paths = [write(work.folder / f"{i}.safetensors", lora(4, i, modules=modules)) for i in range(2)]
+    out = toolkit_script(work.folder, paths, [0.5, 0.5])
+    facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "factors" and facts["strengths"] == pytest.approx([0.25, 0.25], abs=0.01)
 
 
-def test_the_toolkit_s_script_on_lokrs(desk: Desk):
-    paths = [desk.lora(f"{i}.safetensors", "ai-toolkit-lokr", seed=i) for i in range(2)]
+def test_the_toolkit_s_script_on_lokrs(work: Workspace):
+    paths = [work.lora(f"{i}.safetensors", "ai-toolkit-lokr", seed=i) for i in range(2)]
     tensors = [load_file(p) for p in paths]
-    out = desk.folder / "out.safetensors"
+    out = work.folder / "out.safetensors"
     save_file({k: t if k.endswith("alpha") else 0.5 * t + 0.5 * tensors[1][k] for k, t in tensors[0].items()}, out)
-    facts = json.loads(desk.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
+    facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "factors" and facts["factors"]["up"] == pytest.approx([0.5, 0.5], abs=0.01)
 
 
@@ -341,9 +341,9 @@ def test_of_sources_too_alike_only_the_sum_is_told(tmp_path):
     assert shown.count("one of many that fit") == 2
 
 
-def test_the_same_file_twice_among_the_sources(desk: Desk):
-    path = write(desk.folder / "a.safetensors", ONE)
-    facts = json.loads(desk.zit("inspect", path, "--sources", path, path, "--json", "--quiet").ok())
+def test_the_same_file_twice_among_the_sources(work: Workspace):
+    path = write(work.folder / "a.safetensors", ONE)
+    facts = json.loads(work.zit("inspect", path, "--sources", path, path, "--json", "--quiet").ok())
     assert facts["strengths"] == pytest.approx([0.5, 0.5]) and facts["alike"] == [[0, 1]]
     assert "1.00 of source 1" in verdict(facts)
 
@@ -365,43 +365,43 @@ def test_groups():
 # --- many, hostile, wrong ------------------------------------------------------------------------------------------------------
 
 
-def test_twenty_sources(desk: Desk):
+def test_twenty_sources(work: Workspace):
     modules = {Q: (64, 64), W2: (64, 96)}
     loras = [lora(2, i, modules=modules) for i in range(20)]
     strengths = [round(0.1 * i - 0.5, 1) for i in range(20)]
-    out = write(desk.folder / "out.safetensors", of(*zip(loras, strengths, strict=True)))
-    paths = [write(desk.folder / f"{i}.safetensors", one) for i, one in enumerate(loras)]
-    text = desk.zit("inspect", out, "--sources", *paths, "--quiet").ok()
+    out = write(work.folder / "out.safetensors", of(*zip(loras, strengths, strict=True)))
+    paths = [write(work.folder / f"{i}.safetensors", one) for i, one in enumerate(loras)]
+    text = work.zit("inspect", out, "--sources", *paths, "--quiet").ok()
     assert fits(text)
     assert [float(x) for x in re.findall(r"^ +strength (\S+)$", text, re.M)] == pytest.approx(strengths, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "\x1b[2J\nsource 9        fake", "\u4e2d\u6587", "%s{0}"])
-def test_hostile_names(desk: Desk, name):
-    path = write(desk.folder / f"{name}.safetensors", ONE)
-    text = desk.zit("inspect", path, "--sources", path, write(desk.folder / "b.safetensors", TWO), "--quiet").ok()
+def test_hostile_names(work: Workspace, name):
+    path = write(work.folder / f"{name}.safetensors", ONE)
+    text = work.zit("inspect", path, "--sources", path, write(work.folder / "b.safetensors", TWO), "--quiet").ok()
     assert fits(text)
     assert len(re.findall(r"^source \d", text, re.M)) == 2
 
 
-def test_usage(desk: Desk):
-    one, two = write(desk.folder / "one.safetensors", ONE), write(desk.folder / "two.safetensors", TWO)
-    assert "looks into one file, 2 were named" in desk.zit("inspect", one, two, "--sources", one).refused()
-    assert "name a LoRA file before --sources" in desk.zit("inspect", "--sources", one, two).refused()
-    assert "there is no such file" in desk.zit("inspect", one, "--sources", "none.safetensors").refused()
-    other = write(desk.folder / "other.safetensors", lora(8, 0, modules=MODULES | {W2: (48, 32)}))
-    sentence = desk.zit("inspect", one, "--sources", two, other).refused()
+def test_usage(work: Workspace):
+    one, two = write(work.folder / "one.safetensors", ONE), write(work.folder / "two.safetensors", TWO)
+    assert "looks into one file, 2 were named" in work.zit("inspect", one, two, "--sources", one).refused()
+    assert "name a LoRA file before --sources" in work.zit("inspect", "--sources", one, two).refused()
+    assert "there is no such file" in work.zit("inspect", one, "--sources", "none.safetensors").refused()
+    other = write(work.folder / "other.safetensors", lora(8, 0, modules=MODULES | {W2: (48, 32)}))
+    sentence = work.zit("inspect", one, "--sources", two, other).refused()
     assert all(part in sentence for part in ("one.safetensors", "other.safetensors", W2, "48 x 64", "48 x 32"))
     broken = lora(8, 0)
     broken[W2].up[0, 0] = math.inf
-    sentence = desk.zit("inspect", one, "--sources", write(desk.folder / "b.safetensors", broken)).refused()
+    sentence = work.zit("inspect", one, "--sources", write(work.folder / "b.safetensors", broken)).refused()
     assert "b.safetensors" in sentence and W2 in sentence
 
 
-def test_json_has_the_documented_keys_and_comes_back(desk: Desk):
-    paths = [write(desk.folder / f"{i}.safetensors", one) for i, one in enumerate((cut(of((ONE, 1.0), (TWO, 0.5)), 8), ONE, TWO))]
+def test_json_has_the_documented_keys_and_comes_back(work: Workspace):
+    paths = [write(work.folder / f"{i}.safetensors", one) for i, one in enumerate((cut(of((ONE, 1.0), (TWO, 0.5)), 8), ONE, TWO))]
     documented = re.findall(r"^ {8}(\w+): ", trace.__doc__.split("Returns:")[1].split("Raises:")[0], re.M)
-    facts = json.loads(desk.zit("inspect", paths[0], "--sources", *paths[1:], "--json", "--quiet").ok())
+    facts = json.loads(work.zit("inspect", paths[0], "--sources", *paths[1:], "--json", "--quiet").ok())
     assert list(facts) == documented
     again = trace(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
     assert facts == json.loads(json.dumps(again, allow_nan=False))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import SMALL, Desk
 from merging.test_known_mistakes import MODULES, Pair, deltas, lora, write
 from oracles import methods as oracle
 from oracles.producers import PRODUCERS
 from safetensors.torch import load_file, save_file
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.algebra import overlap as algebra
@@ -90,11 +90,11 @@ def test_cosines_and_norms_against_the_dense_deltas(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["musubi", "ai-toolkit-lokr", "musubi-loha", "lycoris-full", "musubi-comfy"])
-def test_files_of_other_trainers_and_algorithms(desk: Desk, other):
-    paths = [desk.lora("a.safetensors"), desk.lora("b.safetensors", other, seed=1)]
+def test_files_of_other_trainers_and_algorithms(work: Workspace, other):
+    paths = [work.lora("a.safetensors"), work.lora("b.safetensors", other, seed=1)]
     made = [PRODUCERS[p].make(SMALL, 2, s, torch.bfloat16).deltas for s, p in enumerate(("ai-toolkit", other))]
     flats = [flat(one, SMALL) for one in made]
-    ran = desk.zit("inspect", *paths, "--json", "--quiet")
+    ran = work.zit("inspect", *paths, "--json", "--quiet")
     facts = json.loads(ran.ok())
     assert facts["cosines"][0][1] == pytest.approx(cosine(*flats), abs=1e-5)
     assert facts["sum"]["norm"] == pytest.approx(float(sum(flats).norm()), rel=1e-5)
@@ -182,9 +182,9 @@ def test_unrelated_ones_are_summed(tmp_path):
     assert f"plain sum at a ratio of 1 each {growth:.2f} times as strong as the strongest one" in text
 
 
-def test_the_same_lora_twice_also_as_one_path(desk: Desk):
-    path = write(desk.folder / "a.safetensors", lora(8, 0))
-    facts = json.loads(desk.zit("inspect", path, path, "--json", "--quiet").ok())
+def test_the_same_lora_twice_also_as_one_path(work: Workspace):
+    path = write(work.folder / "a.safetensors", lora(8, 0))
+    facts = json.loads(work.zit("inspect", path, path, "--json", "--quiet").ok())
     assert kinds(facts) == ["same"]
     assert facts["cosines"] == [[pytest.approx(1)] * 2] * 2
     assert facts["sum"]["norm"] == pytest.approx(2 * facts["files"][0]["norm"])
@@ -279,19 +279,19 @@ def test_no_module_in_common(tmp_path):
     assert "no module is changed by both" in compare_text(facts)
 
 
-def test_shapes_that_differ_name_both_files_and_the_module(desk: Desk):
-    one = write(desk.folder / "one.safetensors", lora(8, 0))
-    two = write(desk.folder / "two.safetensors", lora(8, 0, modules=MODULES | {W2: (48, 32)}))
-    sentence = desk.zit("inspect", one, two).refused()
+def test_shapes_that_differ_name_both_files_and_the_module(work: Workspace):
+    one = write(work.folder / "one.safetensors", lora(8, 0))
+    two = write(work.folder / "two.safetensors", lora(8, 0, modules=MODULES | {W2: (48, 32)}))
+    sentence = work.zit("inspect", one, two).refused()
     assert all(part in sentence for part in ("one.safetensors", "two.safetensors", W2, "48 x 64", "48 x 32"))
 
 
-def test_a_missing_file_and_nan_are_one_sentence(desk: Desk):
-    one = write(desk.folder / "one.safetensors", lora(8, 0))
-    assert "there is no such file" in desk.zit("inspect", one, "none.safetensors").refused()
+def test_a_missing_file_and_nan_are_one_sentence(work: Workspace):
+    one = write(work.folder / "one.safetensors", lora(8, 0))
+    assert "there is no such file" in work.zit("inspect", one, "none.safetensors").refused()
     broken = lora(8, 0)
     broken[W2].up[0, 0] = math.nan
-    sentence = desk.zit("inspect", one, write(desk.folder / "b.safetensors", broken)).refused()
+    sentence = work.zit("inspect", one, write(work.folder / "b.safetensors", broken)).refused()
     assert "b.safetensors" in sentence and W2 in sentence and "NaN" in sentence
 
 
@@ -303,9 +303,9 @@ def test_a_change_too_large_for_a_number(tmp_path):
         compare([load_lora(p) for p in paths])
 
 
-def test_a_file_that_leaves_something_open_is_compared_by_what_is_known(desk: Desk):
-    paths = [desk.lora("a.safetensors"), desk.lora("b.safetensors", "lycoris-norm", seed=1)]
-    text = desk.zit("inspect", *paths, "--quiet").ok()
+def test_a_file_that_leaves_something_open_is_compared_by_what_is_known(work: Workspace):
+    paths = [work.lora("a.safetensors"), work.lora("b.safetensors", "lycoris-norm", seed=1)]
+    text = work.zit("inspect", *paths, "--quiet").ok()
     assert "- compared by what is known, it leaves open: lycoris_" in one_line(text)
     assert fits(text)
 
@@ -313,12 +313,12 @@ def test_a_file_that_leaves_something_open_is_compared_by_what_is_known(desk: De
 # --- many, and hostile ---------------------------------------------------------------------------------------------------------
 
 
-def test_twenty_loras(desk: Desk):
+def test_twenty_loras(work: Workspace):
     modules = {Q: (64, 64), W2: (64, 96)}
     loras = [lora(2, i, modules=modules) for i in range(20)]
     loras[13] = plus(loras[4], times(loras[13], 0.1))
-    paths = files(desk.folder, *loras)
-    text = desk.zit("inspect", *paths, "--quiet").ok()
+    paths = files(work.folder, *loras)
+    text = work.zit("inspect", *paths, "--quiet").ok()
     assert fits(text)
     assert "LoRAs 5 and 14 (cosine 0.9953): alike" in one_line(text)
     head, first, second = text.split("cosine of the whole files")[1].split("\nLoRA ")
@@ -328,7 +328,7 @@ def test_twenty_loras(desk: Desk):
     flats = [flat(deltas(one), modules) for one in loras]
     assert row[1:] == [f"{cosine(flats[13], flats[j]):.2f}".replace("-0.00", "0.00") for j in range(11)]
     assert text.count("per layer and component") == 1 and "cosine of LoRA 5 and 14, per layer and component" in text
-    facts = json.loads(desk.zit("inspect", *paths, "--quiet", "--json").ok())
+    facts = json.loads(work.zit("inspect", *paths, "--quiet", "--json").ok())
     assert len(facts["cosines"]) == 20 == len(facts["cosines"][0])
 
 
@@ -348,10 +348,10 @@ def test_where_a_pair_is_most_alike(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "\x1b[2J\nLoRA 9        fake", "\u4e2d\u6587 caf\u00e9", "a  b\u2028c", "%s{0}"])
-def test_hostile_names(desk: Desk, name):
-    path = write(desk.folder / f"{name}.safetensors", lora(4, 0))
-    other = write(desk.folder / "b.safetensors", lora(4, 1))
-    text = desk.zit("inspect", path, other, "--quiet").ok()
+def test_hostile_names(work: Workspace, name):
+    path = write(work.folder / f"{name}.safetensors", lora(4, 0))
+    other = write(work.folder / "b.safetensors", lora(4, 1))
+    text = work.zit("inspect", path, other, "--quiet").ok()
     assert fits(text)
     assert len(re.findall(r"^LoRA \d", text, re.M)) == 2
     assert len(text) < 5000
@@ -360,10 +360,10 @@ def test_hostile_names(desk: Desk, name):
 # --- JSON ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_json_has_the_documented_keys_and_comes_back(desk: Desk):
-    paths = files(desk.folder, lora(8, 0), lora(4, 1))
+def test_json_has_the_documented_keys_and_comes_back(work: Workspace):
+    paths = files(work.folder, lora(8, 0), lora(4, 1))
     documented = re.findall(r"^ {8}(\w+): ", compare.__doc__.split("Returns:")[1].split("Raises:")[0], re.M)
-    facts = json.loads(desk.zit("inspect", *paths, "--json", "--quiet").ok())
+    facts = json.loads(work.zit("inspect", *paths, "--json", "--quiet").ok())
     assert list(facts) == documented
     assert facts == json.loads(json.dumps(compare([load_lora(p) for p in paths]), allow_nan=False))
     named = compare.__doc__

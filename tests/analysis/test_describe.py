@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import REAL, SMALL, Desk
 from oracles import producers
 from oracles.producers import PRODUCERS, Made
+from workspace import REAL, SMALL, Workspace
 
 from extensions_built_in.zit_merge.analysis.describe import describe, inspect_text
 from extensions_built_in.zit_merge.formats.reader import load_lora
@@ -474,12 +474,12 @@ def test_a_whole_file_of_the_real_sizes_has_nothing_odd(tmp_path):
     assert facts_of(tmp_path, PRODUCERS["ai-toolkit"].make(shapes, 1, 0, torch.bfloat16))["odd"] == []
 
 
-def test_a_file_with_nan_shows_the_rest(desk):
-    desk.lora("me.safetensors", change=lambda tensors: tensors[A].fill_(math.nan))
-    facts = json.loads(desk.zit("inspect", "me.safetensors", "--json").ok())
+def test_a_file_with_nan_shows_the_rest(work):
+    work.lora("me.safetensors", change=lambda tensors: tensors[A].fill_(math.nan))
+    facts = json.loads(work.zit("inspect", "me.safetensors", "--json").ok())
     assert facts["norms"].pop(Q) is None and facts["norm"] is None
     assert len(facts["norms"]) == 239 and min(facts["norms"].values()) > 0
-    text = desk.zit("inspect", "me.safetensors").ok()
+    text = work.zit("inspect", "me.safetensors").ok()
     assert "broken" in next(line for line in text.splitlines() if line.startswith("0  "))
     assert "NaN or infinity" in text
 
@@ -591,9 +591,9 @@ def test_what_is_open_and_what_was_decided(tmp_path):
     assert "noted - alpha stands only in lora_adapter_metadata: alpha / rank = 0.125 is applied" in text
 
 
-def test_a_merged_file_points_to_its_recipe(desk: Desk, loras):
-    desk.zit("run", desk.job({"name": "b", "loras": [{"lora": str(loras[0]), "ratio": 0.5}]})).ok()
-    text = desk.zit("inspect", desk.out / "merged_cat_b.safetensors").ok()
+def test_a_merged_file_points_to_its_recipe(work: Workspace, loras):
+    work.zit("run", work.job({"name": "b", "loras": [{"lora": str(loras[0]), "ratio": 0.5}]})).ok()
+    text = work.zit("inspect", work.out / "merged_cat_b.safetensors").ok()
     assert re.search(r"^made by +zit_merge \S+, by its metadata$", text, re.M)
     assert "recipe        recipe merged_cat_b.safetensors prints it\n" in text
 
@@ -618,7 +618,7 @@ def test_json_has_the_documented_keys_and_comes_back(tmp_path, name):
     assert set(facts["norms"]) == set(facts["scales"]) == set(facts["ranks"]) >= set(facts["alphas"])
 
 
-def test_the_command_prints_these_facts(desk, loras):
-    facts = json.loads(desk.zit("inspect", loras[1], "--json").ok())
+def test_the_command_prints_these_facts(work, loras):
+    facts = json.loads(work.zit("inspect", loras[1], "--json").ok())
     assert facts == json.loads(json.dumps(describe(load_lora(loras[1]))))
     assert facts["trainer"] == {"name": "musubi-tuner", "version": None, "by": "metadata"}

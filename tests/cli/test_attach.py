@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from desk import Desk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.cli import attach as module
 from extensions_built_in.zit_merge.cli.attach import Attached, attach
@@ -80,50 +80,50 @@ meta:
 
 
 @pytest.fixture
-def files(desk: Desk) -> Desk:
+def files(work: Workspace) -> Workspace:
     """A LoRA and a section file."""
-    desk.lora("me.safetensors")
-    desk.write(SECTION, "section.yaml")
-    return desk
+    work.lora("me.safetensors")
+    work.write(SECTION, "section.yaml")
+    return work
 
 
-def put(desk: Desk, text: str | bytes, name: str = "config.yaml") -> Path:
+def put(work: Workspace, text: str | bytes, name: str = "config.yaml") -> Path:
     """A config, its bytes as they are."""
-    path = desk.folder / name
+    path = work.folder / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
-def done(desk: Desk, text: str | bytes, name: str = "config.yaml", section: str = "section.yaml", **keys: Any) -> str:
+def done(work: Workspace, text: str | bytes, name: str = "config.yaml", section: str = "section.yaml", **keys: Any) -> str:
     """The config after attach, checked: a backup of the old, the same values and order, and nothing left to do."""
-    config = put(desk, text, name)
-    old, before = config.read_bytes(), set(desk.folder.iterdir())
+    config = put(work, text, name)
+    old, before = config.read_bytes(), set(work.folder.iterdir())
     was = load_job(config).processes
-    result = attach(config, desk.folder / section, **keys)
+    result = attach(config, work.folder / section, **keys)
     assert result.backup.read_bytes() == old
-    assert set(desk.folder.iterdir()) - before == {result.backup}
+    assert set(work.folder.iterdir()) - before == {result.backup}
     now = load_job(config)
     at = int(result.place[len("process[") : -1])
     kept = [p for i, p in enumerate(now.processes) if i != at]
     assert list(map(repr, kept)) == [repr(p) for i, p in enumerate(was) if not result.replaced or i != at]
     assert now.sections()[0][0] == at
     new = config.read_bytes()
-    again = attach(config, desk.folder / section, replace=True)
+    again = attach(config, work.folder / section, replace=True)
     assert (config.read_bytes(), again.backup) == (new, None)
     assert "already" in again.text()
-    for file in set(desk.folder.iterdir()) - before:
+    for file in set(work.folder.iterdir()) - before:
         file.unlink()
     codec = "utf-16" if new[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     return new.decode(codec)
 
 
-def refused(desk: Desk, config: str | Path, section: str | Path = "section.yaml", **keys: Any) -> str:
+def refused(work: Workspace, config: str | Path, section: str | Path = "section.yaml", **keys: Any) -> str:
     """The one sentence; nothing was changed or left."""
-    path = config if isinstance(config, Path) else put(desk, config)
-    before = {p: p.read_bytes() for p in desk.folder.rglob("*") if p.is_file()}
+    path = config if isinstance(config, Path) else put(work, config)
+    before = {p: p.read_bytes() for p in work.folder.rglob("*") if p.is_file()}
     with pytest.raises(ZitMergeError) as caught:
-        attach(path, desk.folder / section, **keys)
-    assert {p: p.read_bytes() for p in desk.folder.rglob("*") if p.is_file()} == before
+        attach(path, work.folder / section, **keys)
+    assert {p: p.read_bytes() for p in work.folder.rglob("*") if p.is_file()} == before
     message = str(caught.value)
     assert "\n" not in message and message.isascii() and ": " in message
     return message
@@ -609,7 +609,7 @@ def test_relative_paths_start_at_the_config(files):
     (files.folder / "sub").mkdir()
     (files.folder / "me.safetensors").rename(files.folder / "sub" / "me.safetensors")
     assert "is not there" in refused(files, CONFIG)
-    done(Desk(files.folder / "sub", lambda: ("", "")), CONFIG, section="../section.yaml")
+    done(Workspace(files.folder / "sub", lambda: ("", "")), CONFIG, section="../section.yaml")
 
 
 def test_the_training_is_looked_at(files):
@@ -822,7 +822,7 @@ class Indented(yaml.SafeDumper):
 @pytest.fixture(scope="module")
 def shared_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    return Desk(folder, lambda: ("", "")).lora("me.safetensors")
+    return Workspace(folder, lambda: ("", "")).lora("me.safetensors")
 
 
 @settings(max_examples=80, deadline=None)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from desk import Desk
 from safetensors.torch import save_file
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.formats import writer
 
@@ -21,32 +21,32 @@ STEP = {"name": "a", "loras": [ME]}
 Q = "diffusion_model.layers.0.attention.to_q"
 
 
-def refused(desk: Desk, *words: object) -> str:
+def refused(work: Workspace, *words: object) -> str:
     """The one sentence, after a look for anything that was left."""
-    message = desk.zit(*words).refused()
-    assert desk.files() == []
-    assert not [p for p in desk.folder.rglob("*") if p.name.endswith(".part")]
+    message = work.zit(*words).refused()
+    assert work.files() == []
+    assert not [p for p in work.folder.rglob("*") if p.name.endswith(".part")]
     return message
 
 
-def refused_lora(desk: Desk, lora: str = "me.safetensors", **step: object) -> str:
+def refused_lora(work: Workspace, lora: str = "me.safetensors", **step: object) -> str:
     """The sentence for a LoRA that `run`, `inspect` and a dry run all look at."""
-    return refused(desk, "run", desk.job({"name": "a", "loras": [{"lora": lora, "ratio": 1.0}]} | step))
+    return refused(work, "run", work.job({"name": "a", "loras": [{"lora": lora, "ratio": 1.0}]} | step))
 
 
-def test_an_unknown_key_with_the_nearest_right_one(desk, loras):
-    message = refused(desk, "run", desk.job({"name": "a", "loras": [ME | {"override": {"3.to_q": 1.0}}]}))
+def test_an_unknown_key_with_the_nearest_right_one(work, loras):
+    message = refused(work, "run", work.job({"name": "a", "loras": [ME | {"override": {"3.to_q": 1.0}}]}))
     assert message.startswith("process[0].steps[0].loras[0].override: unknown key (did you mean overrides?)")
 
 
-def test_a_missing_ratio(desk, loras):
-    message = refused(desk, "run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors"}]}))
+def test_a_missing_ratio(work, loras):
+    message = refused(work, "run", work.job({"name": "a", "loras": [{"lora": "me.safetensors"}]}))
     assert message.startswith("process[0].steps[0].loras[0].ratio: is missing") and "ratio: 1.0" in message
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999", "'1'"])
 @pytest.mark.parametrize("where", ["ratio: {}", "ratio: 1, blocks: {{to_q: {}}}", "ratio: 1, layers: {{0-9: [1.0, {}]}}"])
-def test_nan_infinity_and_text_in_settings(desk, loras, value, where):
+def test_nan_infinity_and_text_in_settings(work, loras, value, where):
     lora = "{lora: me.safetensors, " + where.format(value) + "}"
     text = f"""\
 job: extension
@@ -54,68 +54,68 @@ config:
   name: cat
   process: [{{type: zit_merge, shapes: free, output_dir: out, steps: [{{name: a, loras: [{lora}]}}]}}]
 """
-    message = refused(desk, "run", desk.write(text))
+    message = refused(work, "run", work.write(text))
     assert message.startswith("process[0].steps[0].loras[0].") and "number" in message
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity"])
-def test_nan_and_infinity_in_json(desk, loras, value):
-    section = json.dumps(desk.section(STEP)).replace('"ratio": 1.0', f'"ratio": {value}')
-    config = desk.write(f'{{"job": "extension", "config": {{"name": "cat", "process": [{section}]}}}}', "config.json")
-    assert refused(desk, "run", config).startswith("process[0].steps[0].loras[0].ratio: must be a finite number")
+def test_nan_and_infinity_in_json(work, loras, value):
+    section = json.dumps(work.section(STEP)).replace('"ratio": 1.0', f'"ratio": {value}')
+    config = work.write(f'{{"job": "extension", "config": {{"name": "cat", "process": [{section}]}}}}', "config.json")
+    assert refused(work, "run", config).startswith("process[0].steps[0].loras[0].ratio: must be a finite number")
 
 
 @pytest.mark.parametrize("used", ["b", "a", "B"])
-def test_a_step_that_uses_a_later_step_or_itself(desk, loras, used):
+def test_a_step_that_uses_a_later_step_or_itself(work, loras, used):
     steps = [{"name": "a", "loras": [{"lora": used, "ratio": 1.0}]}, {"name": "b", "loras": [ME]}]
-    message = refused(desk, "run", desk.job(*steps))
+    message = refused(work, "run", work.job(*steps))
     assert message.startswith("process[0].steps[0].loras[0].lora: ")
     assert ("only the steps before it" in message) == (used != "B")
 
 
-def test_a_step_that_is_none_gets_the_nearest_name(desk, loras):
+def test_a_step_that_is_none_gets_the_nearest_name(work, loras):
     steps = [{"name": "soft", "loras": [ME]}, {"name": "b", "loras": [{"lora": "sofft", "ratio": 1.0}]}]
-    assert "did you mean soft?" in refused(desk, "run", desk.job(*steps))
+    assert "did you mean soft?" in refused(work, "run", work.job(*steps))
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("a", "A")])
-def test_two_steps_of_one_name(desk, loras, names):
-    message = refused(desk, "run", desk.job(*({"name": n, "loras": [ME]} for n in names)))
+def test_two_steps_of_one_name(work, loras, names):
+    message = refused(work, "run", work.job(*({"name": n, "loras": [ME]} for n in names)))
     assert message.startswith("process[0].steps[1].name: ")
 
 
-def test_a_file_that_is_not_there(desk):
-    message = refused_lora(desk, "gone.safetensors")
+def test_a_file_that_is_not_there(work):
+    message = refused_lora(work, "gone.safetensors")
     assert message.startswith("process[0].steps[0].loras[0].lora: gone.safetensors is not there (looked in ")
 
 
-def test_a_folder(desk):
-    (desk.folder / "me.safetensors").mkdir()
-    assert "is a folder" in refused_lora(desk)
+def test_a_folder(work):
+    (work.folder / "me.safetensors").mkdir()
+    assert "is a folder" in refused_lora(work)
 
 
-def test_a_link_that_leads_nowhere(desk):
+def test_a_link_that_leads_nowhere(work):
     try:
-        (desk.folder / "me.safetensors").symlink_to(desk.folder / "gone")
+        (work.folder / "me.safetensors").symlink_to(work.folder / "gone")
     except OSError:
         pytest.skip("no right to make links")
-    assert "me.safetensors" in refused_lora(desk)
+    assert "me.safetensors" in refused_lora(work)
 
 
-def test_a_file_that_may_not_be_read(desk, loras):
+def test_a_file_that_may_not_be_read(work, loras):
     loras[0].chmod(0)
     if os.access(loras[0], os.R_OK):
         pytest.skip("this user may read everything")
-    assert "can't be read (Permission denied)" in refused_lora(desk)
+    assert "can't be read (Permission denied)" in refused_lora(work)
 
 
-def test_a_folder_that_may_not_be_entered(desk):
-    path = desk.lora("locked/me.safetensors")
+def test_a_folder_that_may_not_be_entered(work):
+    path = work.lora("locked/me.safetensors")
     path.parent.chmod(0)
     try:
         if os.access(path, os.R_OK):
             pytest.skip("this user may enter every folder")
-        assert "locked" in refused_lora(desk, "locked/me.safetensors")
+        assert "locked" in refused_lora(work, "locked/me.safetensors")
     finally:
         path.parent.chmod(0o755)
 
@@ -146,31 +146,31 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_file_that_is_not_whole(desk, loras, how):
+def test_a_file_that_is_not_whole(work, loras, how):
     loras[0].write_bytes(damaged(loras[0].read_bytes(), how))
-    message = refused_lora(desk)
+    message = refused_lora(work)
     assert "me.safetensors: is not a whole .safetensors file" in message and "again" in message
-    assert "is not a whole .safetensors file" in desk.zit("inspect", loras[0]).refused()
+    assert "is not a whole .safetensors file" in work.zit("inspect", loras[0]).refused()
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_is_found_before_the_training(desk, loras, how):
+def test_a_damaged_file_is_found_before_the_training(work, loras, how):
     loras[0].write_bytes(damaged(loras[0].read_bytes(), how))
     both = [{"lora": "trained", "ratio": 1.0}, ME]
-    message = refused(desk, "check", desk.config(desk.training(), desk.section({"name": "a", "loras": both})))
+    message = refused(work, "check", work.config(work.training(), work.section({"name": "a", "loras": both})))
     assert "me.safetensors" in message
 
 
 @pytest.mark.parametrize("name", ["me.pt", "me.ckpt", "me.pth", "me.bin", "ME.PT"])
-def test_a_pickled_file_by_its_name(desk, name):
-    torch.save({"a": torch.zeros(1)}, desk.folder / name)
-    message = refused_lora(desk, name)
+def test_a_pickled_file_by_its_name(work, name):
+    torch.save({"a": torch.zeros(1)}, work.folder / name)
+    message = refused_lora(work, name)
     assert message.startswith("process[0].steps[0].loras[0].lora: ") and "pickle" in message and "can run code" in message
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle", "plain zip"])
-def test_a_pickled_file_under_a_safetensors_name(desk, how):
-    path = desk.folder / "me.safetensors"
+def test_a_pickled_file_under_a_safetensors_name(work, how):
+    path = work.folder / "me.safetensors"
     if how == "plain pickle":
         path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
     elif how == "plain zip":
@@ -178,11 +178,11 @@ def test_a_pickled_file_under_a_safetensors_name(desk, how):
             file.writestr("x", "y")
     else:
         torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=how == "zip")
-    message = refused_lora(desk)
+    message = refused_lora(work)
     assert "pickle" in message and "can run code" in message
 
 
-def test_a_whole_file_whose_header_has_the_length_of_a_pickles_first_bytes(desk, loras):
+def test_a_whole_file_whose_header_has_the_length_of_a_pickles_first_bytes(work, loras):
     """0x280 is a fine length for a header, and its bytes are those with which a pickle begins."""
     content = loras[0].read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -190,22 +190,22 @@ def test_a_whole_file_whose_header_has_the_length_of_a_pickles_first_bytes(desk,
     header = content[8 : 8 + length].ljust(padded)
     loras[0].write_bytes(padded.to_bytes(8, "little") + header + content[8 + length :])
     assert loras[0].read_bytes()[:2] == b"\x80\x02"
-    desk.zit("inspect", loras[0]).ok()
+    work.zit("inspect", loras[0]).ok()
 
 
 @pytest.mark.parametrize("name", ["me", "me.txt", "me.safetensors.bak", "", ".", "trained@", "trained@abc", "trained@-1"])
-def test_a_source_that_is_nothing_we_know(desk, loras, name):
-    message = refused_lora(desk, name)
+def test_a_source_that_is_nothing_we_know(work, loras, name):
+    message = refused_lora(work, name)
     assert message.startswith("process[0].steps[0].loras[0].lora: ") and ".safetensors" in message
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "~nobody_of_this_name/me.safetensors", "a\0b.safetensors"])
-def test_a_path_that_the_system_refuses(desk, name):
-    assert refused_lora(desk, name).startswith("process[0].steps[0].loras[0].lora: ")
+def test_a_path_that_the_system_refuses(work, name):
+    assert refused_lora(work, name).startswith("process[0].steps[0].loras[0].lora: ")
 
 
-def write(desk: Desk, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file(tensors, desk.folder / "me.safetensors", metadata)
+def write(work: Workspace, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    save_file(tensors, work.folder / "me.safetensors", metadata)
 
 
 def pair(name: str, rank: int = 2, out: int = 8, into: int = 8) -> dict[str, torch.Tensor]:
@@ -235,35 +235,35 @@ def loha(**sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
         "diffusion_model.blocks.0.self_attn.q",  # Wan
     ],
 )
-def test_a_lora_of_another_model_by_its_names(desk, key):
-    write(desk, pair(key))
-    message = refused_lora(desk)
+def test_a_lora_of_another_model_by_its_names(work, key):
+    write(work, pair(key))
+    message = refused_lora(work)
     assert "is no Z-Image LoRA" in message and key in message and "another model" in message
 
 
 @pytest.mark.parametrize("shapes", ["strict", "free"])
-def test_a_lora_of_another_model_by_its_shapes(desk, shapes):
+def test_a_lora_of_another_model_by_its_shapes(work, shapes):
     """Lumina 2 has the same names; its width is 2304."""
     if shapes == "strict":
-        write(desk, pair(Q, out=2304, into=2304) | pair("diffusion_model.layers.0.attention.to_k", out=3840, into=3840))
+        write(work, pair(Q, out=2304, into=2304) | pair("diffusion_model.layers.0.attention.to_k", out=3840, into=3840))
     else:
-        write(desk, pair(Q, out=8, into=8) | pair("diffusion_model.layers.1.attention.to_q", out=12, into=12))
-    message = refused_lora(desk, shapes=shapes)
+        write(work, pair(Q, out=8, into=8) | pair("diffusion_model.layers.1.attention.to_q", out=12, into=12))
+    message = refused_lora(work, shapes=shapes)
     assert message.startswith("process[0].steps[0]: ")
     assert ("2304 x 2304" in message and "3840 x 3840" in message) if shapes == "strict" else ("8" in message and "12" in message)
 
 
-def test_two_loras_of_different_models(desk):
-    desk.lora("me.safetensors")
-    save_file(pair("diffusion_model.layers.3.attention.to_q", out=12, into=12), desk.folder / "other.safetensors")
-    config = desk.job({"name": "a", "loras": [ME, {"lora": "other.safetensors", "ratio": 1.0}]})
-    message = refused(desk, "run", config)
+def test_two_loras_of_different_models(work):
+    work.lora("me.safetensors")
+    save_file(pair("diffusion_model.layers.3.attention.to_q", out=12, into=12), work.folder / "other.safetensors")
+    config = work.job({"name": "a", "loras": [ME, {"lora": "other.safetensors", "ratio": 1.0}]})
+    message = refused(work, "run", config)
     assert message.startswith("process[0].steps[0]: other.safetensors") and "12 x 12" in message and "8 x 8" in message
 
 
-def test_a_key_that_no_rule_explains(desk):
-    write(desk, pair(Q) | pair("diffusion_model.layers.0.attention.to_qq"))
-    message = refused_lora(desk)
+def test_a_key_that_no_rule_explains(work):
+    write(work, pair(Q) | pair("diffusion_model.layers.0.attention.to_qq"))
+    message = refused_lora(work)
     assert "diffusion_model.layers.0.attention.to_qq.lora_A.weight" in message and "allow_unmatched: true" in message
     assert "did you mean diffusion_model.layers.0.attention.to_q.lora_A.weight?" in message
 
@@ -298,88 +298,88 @@ def test_a_key_that_no_rule_explains(desk):
     ],
     ids=[str(i) for i in range(24)],
 )
-def test_files_of_a_form_that_is_not_a_lora(desk, tensors, says):
-    write(desk, tensors)
-    assert says in refused_lora(desk)
+def test_files_of_a_form_that_is_not_a_lora(work, tensors, says):
+    write(work, tensors)
+    assert says in refused_lora(work)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("part", ["A", "B"])
-def test_nan_or_infinity_in_weights(desk, value, part):
+def test_nan_or_infinity_in_weights(work, value, part):
     key = f"diffusion_model.layers.29.feed_forward.w3.lora_{part}.weight"
-    desk.lora("me.safetensors", change=lambda tensors: tensors[key].view(-1)[-1:].fill_(value))
-    message = refused_lora(desk)
+    work.lora("me.safetensors", change=lambda tensors: tensors[key].view(-1)[-1:].fill_(value))
+    message = refused_lora(work)
     assert "me.safetensors" in message and key in message and "NaN or infinity" in message
 
 
-def test_inspect_names_the_module_with_nan(desk):
-    desk.lora("me.safetensors", change=lambda tensors: tensors[f"{Q}.lora_A.weight"].fill_(float("nan")))
-    assert "layers.0.attention.to_q holds NaN or infinity" in " ".join(desk.zit("inspect", "me.safetensors").ok().split())
+def test_inspect_names_the_module_with_nan(work):
+    work.lora("me.safetensors", change=lambda tensors: tensors[f"{Q}.lora_A.weight"].fill_(float("nan")))
+    assert "layers.0.attention.to_q holds NaN or infinity" in " ".join(work.zit("inspect", "me.safetensors").ok().split())
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("fp16", 1.0), ("bf16", 1e30)])
-def test_a_result_that_is_too_large_for_the_dtype(desk, dtype, ratio):
-    desk.lora("me.safetensors", change=lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(1e30))
-    config = desk.job({"name": "a", "loras": [ME | {"ratio": ratio}], "save": {"dtype": dtype}})
-    message = refused(desk, "run", config)
+def test_a_result_that_is_too_large_for_the_dtype(work, dtype, ratio):
+    work.lora("me.safetensors", change=lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(1e30))
+    config = work.job({"name": "a", "loras": [ME | {"ratio": ratio}], "save": {"dtype": dtype}})
+    message = refused(work, "run", config)
     assert "layers.0.attention.to_q" in message and "too large" in message
 
 
-def test_an_output_that_exists_and_is_not_ours(desk, loras):
-    desk.out.mkdir()
-    (desk.out / "merged_cat_a.safetensors").write_text("mine")
-    message = desk.zit("run", desk.job(STEP)).refused()
+def test_an_output_that_exists_and_is_not_ours(work, loras):
+    work.out.mkdir()
+    (work.out / "merged_cat_a.safetensors").write_text("mine")
+    message = work.zit("run", work.job(STEP)).refused()
     assert message.startswith("process[0].steps[0]: ") and "was not written by this step" in message
-    assert (desk.out / "merged_cat_a.safetensors").read_text() == "mine" and len(desk.files()) == 1
+    assert (work.out / "merged_cat_a.safetensors").read_text() == "mine" and len(work.files()) == 1
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-def test_a_folder_that_cannot_be_made(desk, loras, where):
-    (desk.folder / "file").write_text("mine")
-    config = desk.job(STEP, output_dir=str(desk.folder / where))
-    assert refused(desk, "run", config).startswith("process[0].output_dir: ")
+def test_a_folder_that_cannot_be_made(work, loras, where):
+    (work.folder / "file").write_text("mine")
+    config = work.job(STEP, output_dir=str(work.folder / where))
+    assert refused(work, "run", config).startswith("process[0].output_dir: ")
 
 
 @pytest.mark.parametrize("key", ["output_dir", "copy_to"])
 @pytest.mark.parametrize("folder", ["~nobody_of_this_name/x", "x" * 300])
-def test_a_folder_name_that_the_system_refuses(desk, loras, key, folder):
-    config = desk.job(STEP, output_dir=folder) if key == "output_dir" else desk.job(STEP | {"copy_to": folder})
-    assert key in refused(desk, "check", config)
+def test_a_folder_name_that_the_system_refuses(work, loras, key, folder):
+    config = work.job(STEP, output_dir=folder) if key == "output_dir" else work.job(STEP | {"copy_to": folder})
+    assert key in refused(work, "check", config)
 
 
 @pytest.mark.parametrize(("job", "step"), [("x" * 300, "a"), ("cat", "x" * 300), ("x" * 230, "a" * 10)])
-def test_a_name_that_is_too_long_for_a_file_is_found_before_the_training(desk, loras, job, step):
-    section = desk.section({"name": step, "loras": [ME]})
-    message = refused(desk, "check", desk.config(desk.training(), section, job=job))
+def test_a_name_that_is_too_long_for_a_file_is_found_before_the_training(work, loras, job, step):
+    section = work.section({"name": step, "loras": [ME]})
+    message = refused(work, "check", work.config(work.training(), section, job=job))
     assert message.startswith("process[1].")
 
 
-def test_no_space_on_the_disk(desk, loras, monkeypatch):
+def test_no_space_on_the_disk(work, loras, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer.os, "fsync", full)  # where file systems that allocate late say it
-    message = refused(desk, "run", desk.job(STEP))
+    message = refused(work, "run", work.job(STEP))
     assert "merged_cat_a.safetensors: no space left on the disk" in message and "free some" in message
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:0", "mps"])
-def test_a_device_that_is_not_there(desk, loras, device, monkeypatch):
+def test_a_device_that_is_not_there(work, loras, device, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    message = refused(desk, "run", desk.job(STEP, device=device))
+    message = refused(work, "run", work.job(STEP, device=device))
     assert message.startswith(f"device: {device}: ") and "use auto or cpu" in message
 
 
-SPOILERS: dict[str, Callable[[Desk], None]] = {
-    "NaN": lambda desk: desk.lora("bad.safetensors", change=lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan"))),
-    "truncated": lambda desk: (desk.folder / "bad.safetensors").write_bytes(b"x" * 50),
-    "missing": lambda desk: None,
+SPOILERS: dict[str, Callable[[Workspace], None]] = {
+    "NaN": lambda work: work.lora("bad.safetensors", change=lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan"))),
+    "truncated": lambda work: (work.folder / "bad.safetensors").write_bytes(b"x" * 50),
+    "missing": lambda work: None,
 }
 
 
 @pytest.mark.parametrize("kind", SPOILERS)
-def test_a_bad_second_step_leaves_the_good_first_one_or_nothing(desk, loras, kind):
-    SPOILERS[kind](desk)
-    desk.zit("run", desk.job(STEP, {"name": "b", "loras": [{"lora": "bad.safetensors", "ratio": 1.0}]})).refused()
-    assert desk.files() == (["merged_cat_a.safetensors"] if kind == "NaN" else [])
+def test_a_bad_second_step_leaves_the_good_first_one_or_nothing(work, loras, kind):
+    SPOILERS[kind](work)
+    work.zit("run", work.job(STEP, {"name": "b", "loras": [{"lora": "bad.safetensors", "ratio": 1.0}]})).refused()
+    assert work.files() == (["merged_cat_a.safetensors"] if kind == "NaN" else [])

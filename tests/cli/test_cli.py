@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from desk import Desk
 from safetensors import safe_open
 from safetensors.torch import load_file
+from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.algebra.methods import METHODS
@@ -37,9 +37,9 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((found - wanted).norm() <= 5e-3 * wanted.norm())
 
 
-def three_steps(desk: Desk, **keys) -> Path:
+def three_steps(work: Workspace, **keys) -> Path:
     """`b` uses `a`; `c` stands alone."""
-    return desk.job(
+    return work.job(
         {"name": "a", "loras": [ME]},
         {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}, STYLE]},
         {"name": "c", "loras": [STYLE]},
@@ -47,130 +47,130 @@ def three_steps(desk: Desk, **keys) -> Path:
     )
 
 
-def test_run_writes_every_step_and_says_so(desk, loras):
-    text = desk.zit("run", three_steps(desk)).ok()
-    assert desk.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors", "merged_cat_c.safetensors"]
-    for name in desk.files():
-        assert f"\n    {desk.out / name}\n" in text.split("is right: ", 1)[1]
+def test_run_writes_every_step_and_says_so(work, loras):
+    text = work.zit("run", three_steps(work)).ok()
+    assert work.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors", "merged_cat_c.safetensors"]
+    for name in work.files():
+        assert f"\n    {work.out / name}\n" in text.split("is right: ", 1)[1]
     assert text.count("\n  wrote 2") == 3 and "\n  wrote 210 modules, rank 3, bf16, 0.1 MB\n" in text
     wanted = delta(loras[0], "layers.3.attention.to_q") + 0.5 * delta(loras[1], "layers.3.attention.to_q")
-    assert close(delta(desk.out / "merged_cat_b.safetensors", "layers.3.attention.to_q"), wanted)
+    assert close(delta(work.out / "merged_cat_b.safetensors", "layers.3.attention.to_q"), wanted)
 
 
-def test_a_dry_run_prints_the_table_and_writes_nothing(desk, loras):
+def test_a_dry_run_prints_the_table_and_writes_nothing(work, loras):
     weights = {"blocks": {"to_q": 1.25}, "layers": {"0-9": 0.5}}
-    before = sorted(desk.folder.iterdir())
-    text = desk.zit("run", desk.job({"name": "a", "loras": [ME | weights, STYLE]}), "--dry-run").ok()
-    assert sorted(p for p in desk.folder.iterdir() if p.suffix != ".yaml") == before
+    before = sorted(work.folder.iterdir())
+    text = work.zit("run", work.job({"name": "a", "loras": [ME | weights, STYLE]}), "--dry-run").ok()
+    assert sorted(p for p in work.folder.iterdir() if p.suffix != ".yaml") == before
     rows = [line.split() for line in text.splitlines()]
     assert ["layer", "adaLN", "to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3"] in rows
     assert ["0-9", "0.5", "0.625", *["0.5"] * 6] in rows
     assert ["10-29", "1", "1.25", *["1"] * 6] in rows
     assert "  strength of LoRA 2 (style.safetensors): everywhere 0.5\n" in text
-    assert [str(desk.out / "merged_cat_a.safetensors")] in rows and "rank 5" in text
+    assert [str(work.out / "merged_cat_a.safetensors")] in rows and "rank 5" in text
 
 
-def test_one_step_runs_with_those_it_depends_on(desk, loras):
-    desk.zit("run", three_steps(desk), "--step", "b").ok()
-    assert desk.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors"]
+def test_one_step_runs_with_those_it_depends_on(work, loras):
+    work.zit("run", three_steps(work), "--step", "b").ok()
+    assert work.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors"]
 
 
-def test_one_step_that_depends_on_nothing_runs_alone(desk, loras):
-    desk.zit("run", three_steps(desk), "--step", "c").ok()
-    assert desk.files() == ["merged_cat_c.safetensors"]
+def test_one_step_that_depends_on_nothing_runs_alone(work, loras):
+    work.zit("run", three_steps(work), "--step", "c").ok()
+    assert work.files() == ["merged_cat_c.safetensors"]
 
 
-def test_one_step_does_not_need_the_files_of_the_others(desk, loras):
-    config = desk.job({"name": "a", "loras": [ME]}, {"name": "b", "loras": [{"lora": "gone.safetensors", "ratio": 1.0}]})
-    desk.zit("run", config, "--step", "a").ok()
-    assert desk.files() == ["merged_cat_a.safetensors"]
+def test_one_step_does_not_need_the_files_of_the_others(work, loras):
+    config = work.job({"name": "a", "loras": [ME]}, {"name": "b", "loras": [{"lora": "gone.safetensors", "ratio": 1.0}]})
+    work.zit("run", config, "--step", "a").ok()
+    assert work.files() == ["merged_cat_a.safetensors"]
 
 
-def test_a_step_that_is_not_there_is_answered_with_those_that_are(desk, loras):
-    message = desk.zit("run", three_steps(desk), "--step", "bb").refused()
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(work, loras):
+    message = work.zit("run", three_steps(work), "--step", "bb").refused()
     assert "--step bb" in message and "a, b, c" in message
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_a_step_of_the_second_section(desk, loras):
-    sections = [desk.section({"name": name, "loras": [ME]}) for name in ("a", "b")]
-    desk.zit("run", desk.config(*sections), "--step", "b").ok()
-    assert desk.files() == ["merged_cat_b.safetensors"]
+def test_a_step_of_the_second_section(work, loras):
+    sections = [work.section({"name": name, "loras": [ME]}) for name in ("a", "b")]
+    work.zit("run", work.config(*sections), "--step", "b").ok()
+    assert work.files() == ["merged_cat_b.safetensors"]
 
 
-def test_every_section_runs(desk, loras):
-    sections = [desk.section({"name": name, "loras": [ME]}) for name in ("a", "b")]
-    desk.zit("run", desk.config(*sections)).ok()
-    assert desk.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors"]
+def test_every_section_runs(work, loras):
+    sections = [work.section({"name": name, "loras": [ME]}) for name in ("a", "b")]
+    work.zit("run", work.config(*sections)).ok()
+    assert work.files() == ["merged_cat_a.safetensors", "merged_cat_b.safetensors"]
 
 
-def test_output_dir_on_the_command_line_wins(desk, loras):
-    desk.zit("run", three_steps(desk), "--step", "a", "--output-dir", desk.folder / "deep" / "else").ok()
-    assert desk.files() == []
-    assert [p.name for p in (desk.folder / "deep" / "else").glob("*.safetensors")] == ["merged_cat_a.safetensors"]
+def test_output_dir_on_the_command_line_wins(work, loras):
+    work.zit("run", three_steps(work), "--step", "a", "--output-dir", work.folder / "deep" / "else").ok()
+    assert work.files() == []
+    assert [p.name for p in (work.folder / "deep" / "else").glob("*.safetensors")] == ["merged_cat_a.safetensors"]
 
 
-def test_loras_are_looked_for_in_the_named_folders(desk):
-    desk.lora("here/style.safetensors")
-    desk.lora("there/me.safetensors")
-    config = desk.job({"name": "a", "loras": [ME, STYLE]})
-    assert "me.safetensors is not there" in desk.zit("run", config).refused()
-    desk.zit("run", config, "--loras", "here", "there").ok()
-    assert desk.files() == ["merged_cat_a.safetensors"]
+def test_loras_are_looked_for_in_the_named_folders(work):
+    work.lora("here/style.safetensors")
+    work.lora("there/me.safetensors")
+    config = work.job({"name": "a", "loras": [ME, STYLE]})
+    assert "me.safetensors is not there" in work.zit("run", config).refused()
+    work.zit("run", config, "--loras", "here", "there").ok()
+    assert work.files() == ["merged_cat_a.safetensors"]
 
 
-def test_relative_paths_start_at_the_config_and_then_at_the_working_directory(desk, monkeypatch):
-    beside = desk.lora("configs/me.safetensors", seed=1)
-    elsewhere = desk.lora("me.safetensors", seed=2)
-    config = desk.job({"name": "a", "loras": [ME]}, name="configs/config.yaml")
-    out = desk.out / "merged_cat_a.safetensors"
+def test_relative_paths_start_at_the_config_and_then_at_the_working_directory(work, monkeypatch):
+    beside = work.lora("configs/me.safetensors", seed=1)
+    elsewhere = work.lora("me.safetensors", seed=2)
+    config = work.job({"name": "a", "loras": [ME]}, name="configs/config.yaml")
+    out = work.out / "merged_cat_a.safetensors"
     for source in (beside, elsewhere):
         wanted = delta(source, "layers.0.attention.to_k")
-        desk.zit("run", config).ok()
+        work.zit("run", config).ok()
         assert close(delta(out, "layers.0.attention.to_k"), wanted)
         source.unlink()
 
 
-def test_quiet_prints_nothing(desk, loras):
-    assert desk.zit("run", three_steps(desk), "--quiet").ok() == ""
-    assert desk.zit("check", three_steps(desk), "--quiet").ok() == ""
-    assert len(desk.files()) == 3
+def test_quiet_prints_nothing(work, loras):
+    assert work.zit("run", three_steps(work), "--quiet").ok() == ""
+    assert work.zit("check", three_steps(work), "--quiet").ok() == ""
+    assert len(work.files()) == 3
 
 
 ADALN, TO_Q, TO_V = (f"layers.0.{m}" for m in ("adaLN_modulation.0", "attention.to_q", "attention.to_v"))
 
 
-def test_merge_with_one_value_for_all_and_one_for_each(desk, real_loras):
+def test_merge_with_one_value_for_all_and_one_for_each(work, real_loras):
     flags = ["--ratio", 0.5, "--to_q", 2, -1, "--attention", 0.25, "--adaLN", 0, 3, "--w2", 1.5]
-    text = desk.zit("merge", *real_loras, "-o", "out.safetensors", *flags, "--dtype", "fp32").ok()
+    text = work.zit("merge", *real_loras, "-o", "out.safetensors", *flags, "--dtype", "fp32").ok()
     assert "wrote " in text
     for module, (me, style) in {TO_Q: (1.0, -0.5), TO_V: (0.125, 0.125), ADALN: (0.0, 1.5)}.items():
         wanted = me * delta(real_loras[0], module) + style * delta(real_loras[1], module)
         assert close(delta(Path("out.safetensors"), module), wanted), module
 
 
-def test_merge_with_a_ratio_for_each_and_negative_numbers(desk, real_loras):
-    desk.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", -1, 0.5, "--rank", 4).ok()
+def test_merge_with_a_ratio_for_each_and_negative_numbers(work, real_loras):
+    work.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", -1, 0.5, "--rank", 4).ok()
     wanted = 0.5 * delta(real_loras[1], TO_Q) - delta(real_loras[0], TO_Q)
     assert close(delta(Path("out.safetensors"), TO_Q), wanted)
 
 
 @pytest.mark.parametrize("number", ["-1e-3", "-.5", "-2."])
-def test_merge_takes_negative_numbers_as_people_write_them(desk, real_loras, number):
-    desk.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", number, "--dry-run").ok()
+def test_merge_takes_negative_numbers_as_people_write_them(work, real_loras, number):
+    work.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", number, "--dry-run").ok()
 
 
 @pytest.mark.parametrize(
     ("spec", "strength"),
     [("0-9=0.5,10-29=1:0.6", 0.5), ("0=-0.25", -0.25), ("0-1=0.5:1", 0.5), ("0-9=0.5, 3=2", 0.5)],
 )
-def test_merge_with_a_layer_spec(desk, real_loras, spec, strength):
-    desk.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", 1, "--layers", spec).ok()
+def test_merge_with_a_layer_spec(work, real_loras, spec, strength):
+    work.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", 1, "--layers", spec).ok()
     assert close(delta(Path("out.safetensors"), TO_Q), strength * delta(real_loras[0], TO_Q))
 
 
-def test_merge_with_a_layer_spec_for_each(desk, real_loras):
-    desk.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 1, "--layers", "0-9=0.5", "0-9=2").ok()
+def test_merge_with_a_layer_spec_for_each(work, real_loras):
+    work.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 1, "--layers", "0-9=0.5", "0-9=2").ok()
     wanted = 0.5 * delta(real_loras[0], TO_Q) + 2 * delta(real_loras[1], TO_Q)
     assert close(delta(Path("out.safetensors"), TO_Q), wanted)
 
@@ -195,126 +195,126 @@ def test_merge_with_a_layer_spec_for_each(desk, real_loras):
         (["--ratio", 1, "--device", "gpu"], "device"),
     ],
 )
-def test_merge_refuses_in_one_sentence(desk, real_loras, flags, says):
-    assert says in desk.zit("merge", *real_loras, "-o", "out.safetensors", *flags).refused()
+def test_merge_refuses_in_one_sentence(work, real_loras, flags, says):
+    assert says in work.zit("merge", *real_loras, "-o", "out.safetensors", *flags).refused()
     assert not Path("out.safetensors").exists()
 
 
-def test_merge_makes_a_dry_run(desk, real_loras):
-    text = desk.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 1, "--dry-run").ok()
+def test_merge_makes_a_dry_run(work, real_loras):
+    text = work.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 1, "--dry-run").ok()
     assert "strength of LoRAs 1 and 2: everywhere 1\n" in text
     assert not Path("out.safetensors").exists()
 
 
-def test_merge_writes_again_what_it_wrote_and_nothing_else(desk, real_loras):
+def test_merge_writes_again_what_it_wrote_and_nothing_else(work, real_loras):
     words = ("merge", *real_loras, "-o", "out.safetensors", "--ratio")
-    desk.zit(*words, 1).ok()
+    work.zit(*words, 1).ok()
     first = Path("out.safetensors").read_bytes()
-    desk.zit(*words, 0.5).ok()
+    work.zit(*words, 0.5).ok()
     assert Path("out.safetensors").read_bytes() != first
     before = real_loras[1].read_bytes()
-    assert "style.safetensors" in desk.zit("merge", real_loras[0], "-o", real_loras[1], "--ratio", 1).refused()
+    assert "style.safetensors" in work.zit("merge", real_loras[0], "-o", real_loras[1], "--ratio", 1).refused()
     assert real_loras[1].read_bytes() == before
 
 
-def test_merge_into_a_folder_that_is_not_there_yet(desk, real_loras):
-    desk.zit("merge", real_loras[0], "-o", "new/folder/out.safetensors", "--ratio", 1).ok()
+def test_merge_into_a_folder_that_is_not_there_yet(work, real_loras):
+    work.zit("merge", real_loras[0], "-o", "new/folder/out.safetensors", "--ratio", 1).ok()
     assert load_file("new/folder/out.safetensors")
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "me and style (v2).safetensors", "über.safetensors", "-x.safetensors"])
-def test_merge_lets_people_name_the_file(desk, real_loras, name):
-    desk.zit("merge", real_loras[0], f"--out={name}", "--ratio", 1).ok()
+def test_merge_lets_people_name_the_file(work, real_loras, name):
+    work.zit("merge", real_loras[0], f"--out={name}", "--ratio", 1).ok()
     assert load_file(name)
 
 
-def test_merge_wants_a_safetensors_name(desk, real_loras):
-    assert ".safetensors" in desk.zit("merge", real_loras[0], "-o", "out.pt", "--ratio", 1).refused()
+def test_merge_wants_a_safetensors_name(work, real_loras):
+    assert ".safetensors" in work.zit("merge", real_loras[0], "-o", "out.pt", "--ratio", 1).refused()
     assert not Path("out.pt").exists()
 
 
-def trained_job(desk: Desk, lora: str = "trained", training: dict | None = None, **keys) -> Path:
-    section = desk.section({"name": "a", "loras": [{"lora": lora, "ratio": 0.9}]}, **keys)
+def trained_job(work: Workspace, lora: str = "trained", training: dict | None = None, **keys) -> Path:
+    section = work.section({"name": "a", "loras": [{"lora": lora, "ratio": 0.9}]}, **keys)
     del section["output_dir"]
-    return desk.config(desk.training(**(training or {})), section)
+    return work.config(work.training(**(training or {})), section)
 
 
-def test_check_before_the_training_needs_no_trained_file(desk):
-    text = desk.zit("check", trained_job(desk, training={"network": {"type": "lora", "linear": 16}})).ok()
+def test_check_before_the_training_needs_no_trained_file(work):
+    text = work.zit("check", trained_job(work, training={"network": {"type": "lora", "linear": 16}})).ok()
     assert "cat.safetensors" in text and "rank 16" in text and "still to be trained" in text
     assert text.endswith("no errors\n")
-    assert not (desk.folder / "output").exists()
+    assert not (work.folder / "output").exists()
 
 
-def test_run_needs_the_trained_file_and_names_what_is_there(desk):
-    config = trained_job(desk)
-    assert "cat.safetensors is not there, the folder holds no .safetensors file" in desk.zit("run", config).refused()
-    desk.lora("output/cat/cat_000000250.safetensors")
-    assert "the folder holds cat_000000250.safetensors" in desk.zit("run", config).refused()
+def test_run_needs_the_trained_file_and_names_what_is_there(work):
+    config = trained_job(work)
+    assert "cat.safetensors is not there, the folder holds no .safetensors file" in work.zit("run", config).refused()
+    work.lora("output/cat/cat_000000250.safetensors")
+    assert "the folder holds cat_000000250.safetensors" in work.zit("run", config).refused()
 
 
 @pytest.mark.parametrize(("source", "name"), [("trained", "cat"), ("trained@3000", "cat"), ("trained@2500", "cat_000002500")])
-def test_run_takes_the_file_that_the_training_saved(desk, source, name):
+def test_run_takes_the_file_that_the_training_saved(work, source, name):
     for i, stem in enumerate(("cat", "cat_000002500", "cat_000002750")):
-        desk.lora(f"output/cat/{stem}.safetensors", seed=i)
-    desk.zit("run", trained_job(desk, source)).ok()
-    wanted = 0.9 * delta(desk.folder / f"output/cat/{name}.safetensors", "layers.0.attention.to_k")
-    assert close(delta(desk.folder / "output/cat/merged_cat_a.safetensors", "layers.0.attention.to_k"), wanted)
+        work.lora(f"output/cat/{stem}.safetensors", seed=i)
+    work.zit("run", trained_job(work, source)).ok()
+    wanted = 0.9 * delta(work.folder / f"output/cat/{name}.safetensors", "layers.0.attention.to_k")
+    assert close(delta(work.folder / "output/cat/merged_cat_a.safetensors", "layers.0.attention.to_k"), wanted)
 
 
-def test_check_finds_a_typo_before_the_training(desk):
-    config = desk.config(desk.training(), desk.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1, "block": {}}]}))
+def test_check_finds_a_typo_before_the_training(work):
+    config = work.config(work.training(), work.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1, "block": {}}]}))
     assert (
-        desk.zit("check", config).refused().startswith("process[1].steps[0].loras[0].block: unknown key (did you mean blocks?)")
+        work.zit("check", config).refused().startswith("process[1].steps[0].loras[0].block: unknown key (did you mean blocks?)")
     )
 
 
-def test_check_finds_before_the_training_that_another_lora_is_not_there(desk):
+def test_check_finds_before_the_training_that_another_lora_is_not_there(work):
     both = [{"lora": "trained", "ratio": 1.0}, {"lora": "gone.safetensors", "ratio": 1.0}]
-    message = desk.zit("check", desk.config(desk.training(), desk.section({"name": "a", "loras": both}))).refused()
+    message = work.zit("check", work.config(work.training(), work.section({"name": "a", "loras": both}))).refused()
     assert message.startswith("process[1].steps[0].loras[1].lora: gone.safetensors is not there")
 
 
-def test_check_names_the_lora_that_an_earlier_section_will_write(desk, loras):
-    first = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
+def test_check_names_the_lora_that_an_earlier_section_will_write(work, loras):
+    first = work.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
     mine = {"name": "b", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]}
     theirs = {"name": "c", "loras": [{"lora": "b", "ratio": 1.0}, {"lora": "out/merged_cat_a.safetensors", "ratio": 1.0}]}
-    message = desk.zit("check", desk.config(first, desk.section(mine, theirs))).refused()
+    message = work.zit("check", work.config(first, work.section(mine, theirs))).refused()
     assert message.startswith("process[1].steps[1].loras[1].lora: process[0].steps[0] writes out/merged_cat_a.safetensors")
 
 
-def test_check_finds_before_the_training_that_another_lora_is_of_another_model(desk, loras):
+def test_check_finds_before_the_training_that_another_lora_is_of_another_model(work, loras):
     both = [{"lora": "trained", "ratio": 1.0}, ME]
-    message = desk.zit(
-        "check", desk.config(desk.training(), desk.section({"name": "a", "loras": both}, shapes="strict"))
+    message = work.zit(
+        "check", work.config(work.training(), work.section({"name": "a", "loras": both}, shapes="strict"))
     ).refused()
     assert message.startswith("process[1].steps[0]: me.safetensors changes ") and "32 x 8" in message and "15360 x 256" in message
 
 
 @pytest.mark.parametrize("step", [2000, 2250, 2500, 2750, 3000])
-def test_checkpoints_that_the_training_will_keep(desk, step):
-    desk.zit("check", trained_job(desk, f"trained@{step}")).ok()
+def test_checkpoints_that_the_training_will_keep(work, step):
+    work.zit("check", trained_job(work, f"trained@{step}")).ok()
 
 
 @pytest.mark.parametrize("step", [1, 250, 1750, 2600, 3250])
-def test_checkpoints_that_the_training_will_not_keep(desk, step):
-    message = desk.zit("check", trained_job(desk, f"trained@{step}")).refused()
+def test_checkpoints_that_the_training_will_not_keep(work, step):
+    message = work.zit("check", trained_job(work, f"trained@{step}")).refused()
     assert message.startswith("process[1].steps[0].loras[0].lora: process[0] will not keep a checkpoint")
     assert f"step {step}" in message and "2000, 2250, 2500, 2750, 3000" in message
 
 
 @pytest.mark.parametrize("source", ["trained", "trained@250"])
-def test_trained_needs_a_training_before_it(desk, source):
+def test_trained_needs_a_training_before_it(work, source):
     step = {"name": "a", "loras": [{"lora": source, "ratio": 1.0}]}
-    for config in (desk.job(step), desk.config(desk.section(step), desk.training())):
-        message = desk.zit("check", config).refused()
+    for config in (work.job(step), work.config(work.section(step), work.training())):
+        message = work.zit("check", config).refused()
         assert message.startswith("process[0].steps[0].loras[0].lora: ") and "needs a training process before" in message
 
 
-def test_the_nearest_training_counts(desk):
-    near = desk.training(training_folder=str(desk.folder / "near"), network={"type": "lora", "linear": 7})
-    section = desk.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]})
-    assert "rank 7" in desk.zit("check", desk.config(desk.training(), near, section)).ok()
+def test_the_nearest_training_counts(work):
+    near = work.training(training_folder=str(work.folder / "near"), network={"type": "lora", "linear": 7})
+    section = work.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]})
+    assert "rank 7" in work.zit("check", work.config(work.training(), near, section)).ok()
 
 
 @pytest.mark.parametrize(
@@ -335,64 +335,64 @@ def test_the_nearest_training_counts(desk):
     ],
     ids=str,
 )
-def test_trainings_that_leave_no_lora_to_merge(desk, training, place, says):
-    message = desk.zit("check", trained_job(desk, training=training)).refused()
+def test_trainings_that_leave_no_lora_to_merge(work, training, place, says):
+    message = work.zit("check", trained_job(work, training=training)).refused()
     assert message.startswith(f"process[0]{place}: " if place != ".network.type" else f"process[0]{place}: merging ")
     assert says in message
 
 
 @pytest.mark.parametrize("kwargs", [{"all_layers": True}, {"network_kwargs": {"full_if_contains": "adaLN_modulation"}}], ids=str)
-def test_norms_and_biases_of_a_training_are_dropped_by_name(desk, kwargs):
+def test_norms_and_biases_of_a_training_are_dropped_by_name(work, kwargs):
     network = {"type": "lora", "linear": 16} | kwargs
 
     def check(drop):
         step = {"name": "a", "rank": 16, "loras": [{"lora": "trained", "ratio": 0.9, "drop": drop}]}
-        return desk.zit("check", desk.config(desk.training(network=network), desk.section(step, shapes="strict")))
+        return work.zit("check", work.config(work.training(network=network), work.section(step, shapes="strict")))
 
     assert "drop: [bias]" in check(["norm"]).refused()
     assert check(["norm", "bias"]).ok().endswith("no errors\n")
 
 
-def lokr_job(desk: Desk, network: dict | None = None, shapes: str = "strict", **step) -> Path:
+def lokr_job(work: Workspace, network: dict | None = None, shapes: str = "strict", **step) -> Path:
     """A LoKr training and a step that uses it; the sizes are those of the real model where nothing else is said."""
     network = {"type": "lokr", "linear": 32} | (network or {})
     step = {"name": "a", "loras": [{"lora": "trained", "ratio": 0.9}]} | step
-    return desk.config(desk.training(network=network), desk.section(step, shapes=shapes))
+    return work.config(work.training(network=network), work.section(step, shapes=shapes))
 
 
 @pytest.mark.parametrize("shapes", ["strict", "free"])
-def test_a_trained_lokr_needs_a_rank_before_the_training(desk, shapes):
-    message = desk.zit("check", lokr_job(desk, shapes=shapes)).refused()
+def test_a_trained_lokr_needs_a_rank_before_the_training(work, shapes):
+    message = work.zit("check", lokr_job(work, shapes=shapes)).refused()
     assert message.startswith("process[1].steps[0]") and "rank: 64" in message
     assert "save: {keep_lokr: true}" in message and "confirm_size: true" in message
     assert "21.8 GB" not in message
     if shapes == "strict":  # 30 layers x (4 attention, 3 feed-forward, adaLN) x 3840 x 2 bytes: no rank is higher
         assert f"{30 * (4 * 7680 + 3 * 14080 + 15616) * 3840 * 2 / 1e9:.1f} GB" in message
-    text = desk.zit("check", lokr_job(desk, shapes=shapes, rank=64)).ok()
+    text = work.zit("check", lokr_job(work, shapes=shapes, rank=64)).ok()
     assert "LoKr of rank" in text and "240 modules, rank 64, bf16" in text and text.endswith("no errors\n")
-    text = desk.zit("check", lokr_job(desk, shapes=shapes, save={"keep_lokr": True})).ok()
+    text = work.zit("check", lokr_job(work, shapes=shapes, save={"keep_lokr": True})).ok()
     assert "a LoKr as before" in text and "ComfyUI" in text and text.endswith("no errors\n")
 
 
 @pytest.mark.parametrize("shapes", ["strict", "free"])
-def test_keep_lokr_is_not_advised_where_it_does_not_apply(desk, loras, real_loras, shapes):
+def test_keep_lokr_is_not_advised_where_it_does_not_apply(work, loras, real_loras, shapes):
     both = [{"lora": "trained", "ratio": 0.9}, ME if shapes == "strict" else {"lora": "small.safetensors", "ratio": 1.0}]
-    desk.lora("small.safetensors")
-    message = desk.zit("check", lokr_job(desk, shapes=shapes, loras=both)).refused()
+    work.lora("small.safetensors")
+    message = work.zit("check", lokr_job(work, shapes=shapes, loras=both)).refused()
     assert "rank: 64" in message and "keep_lokr" not in message
-    assert "no errors" in desk.zit("check", lokr_job(desk, shapes=shapes, loras=both, rank=64)).ok()
+    assert "no errors" in work.zit("check", lokr_job(work, shapes=shapes, loras=both, rank=64)).ok()
 
 
 @pytest.mark.parametrize("shapes", ["strict", "free"])
-def test_rank_same_of_a_lokr_needs_a_number(desk, shapes):
-    message = desk.zit("check", lokr_job(desk, shapes=shapes, rank="same")).refused()
+def test_rank_same_of_a_lokr_needs_a_number(work, shapes):
+    message = work.zit("check", lokr_job(work, shapes=shapes, rank="same")).refused()
     assert message.startswith("process[1].steps[0].rank: ") and "LoKr" in message and "rank: 64" in message
 
 
-def test_confirm_size_lets_a_huge_one_pass(desk, monkeypatch):
+def test_confirm_size_lets_a_huge_one_pass(work, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
     for shapes in ("strict", "free"):
-        assert "no errors" in desk.zit("check", lokr_job(desk, shapes=shapes, confirm_size=True)).ok()
+        assert "no errors" in work.zit("check", lokr_job(work, shapes=shapes, confirm_size=True)).ok()
 
 
 # toolkit/models/lokr.py: a side is split at the divisor nearest to its root, or as lokr_factor says; both factors are whole
@@ -409,24 +409,24 @@ def test_confirm_size_lets_a_huge_one_pass(desk, monkeypatch):
     ],
     ids=str,
 )
-def test_the_rank_of_a_trained_lokr_is_told(desk, network, span):
-    text = desk.zit("check", lokr_job(desk, network, rank=64)).ok()
+def test_the_rank_of_a_trained_lokr_is_told(work, network, span):
+    text = work.zit("check", lokr_job(work, network, rank=64)).ok()
     line = next(line for line in text.splitlines() if "cat.safetensors" in line and "LoKr" in line)
     assert f"LoKr of rank {span} at most" in line
 
 
-def test_a_full_rank_training(desk):
+def test_a_full_rank_training(work):
     network = {"type": "fullrank", "linear": 16}
-    message = desk.zit("check", trained_job(desk, training={"network": network}, shapes="strict")).refused()
+    message = work.zit("check", trained_job(work, training={"network": network}, shapes="strict")).refused()
     assert "rank: 64" in message and "keep_lokr" not in message
-    section = desk.section({"name": "a", "rank": 64, "loras": [{"lora": "trained", "ratio": 0.9}]}, shapes="strict")
-    text = desk.zit("check", desk.config(desk.training(network=network), section)).ok()
+    section = work.section({"name": "a", "rank": 64, "loras": [{"lora": "trained", "ratio": 0.9}]}, shapes="strict")
+    text = work.zit("check", work.config(work.training(network=network), section)).ok()
     assert "full difference" in text and "rank 64" in text
 
 
 @pytest.mark.parametrize("factor", ["four", 1.5, True])
-def test_a_lokr_factor_is_a_whole_number(desk, factor):
-    message = desk.zit("check", lokr_job(desk, {"lokr_factor": factor}, rank=64)).refused()
+def test_a_lokr_factor_is_a_whole_number(work, factor):
+    message = work.zit("check", lokr_job(work, {"lokr_factor": factor}, rank=64)).refused()
     assert message.startswith("process[0].network.lokr_factor: must be a whole number")
 
 
@@ -446,19 +446,19 @@ def test_a_lokr_factor_is_a_whole_number(desk, factor):
     ],
     ids=str,
 )
-def test_mistakes_in_the_training_section_get_a_sentence_too(desk, training):
-    message = desk.zit("check", trained_job(desk, "trained@2750", training=training)).refused()
+def test_mistakes_in_the_training_section_get_a_sentence_too(work, training):
+    message = work.zit("check", trained_job(work, "trained@2750", training=training)).refused()
     assert message.startswith("process[")
 
 
-def test_check_of_a_whole_folder_of_outputs_that_are_ours(desk, loras):
-    config = three_steps(desk)
-    desk.zit("run", config).ok()
-    assert desk.zit("check", config).ok().endswith("no errors\n")
+def test_check_of_a_whole_folder_of_outputs_that_are_ours(work, loras):
+    config = three_steps(work)
+    work.zit("run", config).ok()
+    assert work.zit("check", config).ok().endswith("no errors\n")
 
 
-def test_inspect_json(desk, loras):
-    facts = json.loads(desk.zit("inspect", loras[1], "--json").ok())
+def test_inspect_json(work, loras):
+    facts = json.loads(work.zit("inspect", loras[1], "--json").ok())
     assert (facts["file"], facts["modules"], facts["dtype"], facts["recipe"]) == ("style.safetensors", 210, "bf16", None)
     assert set(facts["ranks"].values()) == {3} and set(facts["alphas"].values()) == {1.0}
     wanted = float(delta(loras[1], "layers.7.attention.to_v").norm())
@@ -466,39 +466,39 @@ def test_inspect_json(desk, loras):
     assert facts["norm"] == pytest.approx(sum(n * n for n in facts["norms"].values()) ** 0.5)
 
 
-def test_inspect_for_people(desk, loras):
-    text = desk.zit("inspect", loras[0]).ok()
+def test_inspect_for_people(work, loras):
+    text = work.zit("inspect", loras[0]).ok()
     for part in ("me.safetensors", "240", "rank", "diffusion_model.* .lora_A.weight", "trg_ai_toolkit", "zimage"):
         assert part in text
     assert len([line for line in text.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]) == 30
     assert text.isascii() and max(map(len, text.splitlines())) <= 80
 
 
-def test_inspect_of_our_own_file_shows_its_recipe(desk, loras):
-    desk.zit("run", three_steps(desk)).ok()
-    out = desk.out / "merged_cat_b.safetensors"
-    assert "recipe merged_cat_b.safetensors" in desk.zit("inspect", out).ok()
-    recipe = json.loads(desk.zit("inspect", out, "--json").ok())["recipe"]
+def test_inspect_of_our_own_file_shows_its_recipe(work, loras):
+    work.zit("run", three_steps(work)).ok()
+    out = work.out / "merged_cat_b.safetensors"
+    assert "recipe merged_cat_b.safetensors" in work.zit("inspect", out).ok()
+    recipe = json.loads(work.zit("inspect", out, "--json").ok())["recipe"]
     assert (recipe["type"], recipe["job"], [s["name"] for s in recipe["steps"]]) == ("zit_merge", "cat", ["a", "b"])
 
 
-def test_inspect_lists_the_methods(desk):
-    text = desk.zit("inspect", "--methods").ok()
+def test_inspect_lists_the_methods(work):
+    text = work.zit("inspect", "--methods").ok()
     assert text.startswith("sum: ") and all(f"\n{name}: " in f"\n{text}" for name in METHODS)
     assert "density: 0.2, above 0 and at most 1." in text and max(map(len, text.splitlines())) <= 80
 
 
-def test_inspect_wants_a_file(desk, loras):
-    assert "name a LoRA file" in desk.zit("inspect").refused()
+def test_inspect_wants_a_file(work, loras):
+    assert "name a LoRA file" in work.zit("inspect").refused()
 
 
-def test_recipe_of_a_file_that_is_not_ours(desk, loras):
-    assert "has no recipe" in desk.zit("recipe", loras[0]).refused()
+def test_recipe_of_a_file_that_is_not_ours(work, loras):
+    assert "has no recipe" in work.zit("recipe", loras[0]).refused()
 
 
 @pytest.mark.parametrize("command", ["inspect", "recipe"])
-def test_files_that_are_not_there(desk, command):
-    assert "gone.safetensors: there is no such file" in desk.zit(command, "gone.safetensors").refused()
+def test_files_that_are_not_there(work, command):
+    assert "gone.safetensors: there is no such file" in work.zit(command, "gone.safetensors").refused()
 
 
 @pytest.mark.parametrize(
@@ -518,31 +518,31 @@ def test_files_that_are_not_there(desk, command):
     ],
     ids=" ".join,
 )
-def test_usage_errors_are_2(desk, loras, words):
-    ran = desk.zit(*words)
+def test_usage_errors_are_2(work, loras, words):
+    ran = work.zit(*words)
     assert ran.code == 2 and ran.out == "" and "usage: " in ran.err and "Traceback" not in ran.err
     assert not Path("out.safetensors").exists()
 
 
-def test_a_missing_ratio_is_named(desk, loras):
-    assert "--ratio" in desk.zit("merge", "me.safetensors", "-o", "out.safetensors").err.splitlines()[-1]
+def test_a_missing_ratio_is_named(work, loras):
+    assert "--ratio" in work.zit("merge", "me.safetensors", "-o", "out.safetensors").err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["merge", "--help"], ["run", "--help"]], ids=" ".join)
-def test_help_is_0(desk, words):
-    text = desk.zit(*words).ok()
+def test_help_is_0(work, words):
+    text = work.zit(*words).ok()
     assert "zit_merge" in text and text.isascii()
 
 
-def test_an_interruption_is_130(desk, loras, monkeypatch):
+def test_an_interruption_is_130(work, loras, monkeypatch):
     def interrupt(bar: progress.Bar, plan: object, done: int) -> None:
         if done == 100:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.Bar, "tick", interrupt)
-    ran = desk.zit("run", three_steps(desk), "--quiet")
+    ran = work.zit("run", three_steps(work), "--quiet")
     assert (ran.code, ran.out, ran.err) == (130, "", "zit_merge: interrupted, nothing half-written is left\n")
-    assert desk.files() == []
+    assert work.files() == []
 
 
 def program(*words: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -557,30 +557,30 @@ def program(*words: object, folder: Path, **environment: str) -> subprocess.Comp
     )
 
 
-def test_the_program_runs_a_job_and_prints_ascii(desk, loras):
-    done = program("run", three_steps(desk), folder=desk.folder, PYTHONIOENCODING="ascii")
+def test_the_program_runs_a_job_and_prints_ascii(work, loras):
+    done = program("run", three_steps(work), folder=work.folder, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(desk.files()) == 3 and done.stdout.isascii()
+    assert len(work.files()) == 3 and done.stdout.isascii()
 
 
-def test_the_program_refuses_in_one_line(desk):
-    done = program("run", "gone.yaml", folder=desk.folder)
+def test_the_program_refuses_in_one_line(work):
+    done = program("run", "gone.yaml", folder=work.folder)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("zit_merge: gone.yaml: can't be read") and done.stderr.count("\n") == 1
 
 
-def test_names_in_other_scripts_on_a_console_that_has_only_ascii(desk):
-    desk.lora("風格.safetensors", metadata={"ss_tag_frequency": '{"1_貓":{"貓":1}}'})
-    config = desk.job({"name": "a", "loras": [{"lora": "風格.safetensors", "ratio": 1.0}]}, job="貓")
-    done = program("run", config, folder=desk.folder, PYTHONIOENCODING="ascii")
+def test_names_in_other_scripts_on_a_console_that_has_only_ascii(work):
+    work.lora("風格.safetensors", metadata={"ss_tag_frequency": '{"1_貓":{"貓":1}}'})
+    config = work.job({"name": "a", "loras": [{"lora": "風格.safetensors", "ratio": 1.0}]}, job="貓")
+    done = program("run", config, folder=work.folder, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
-    assert desk.files() == ["merged_貓_a.safetensors"]
-    with safe_open(desk.out / "merged_貓_a.safetensors", framework="pt") as file:
+    assert work.files() == ["merged_貓_a.safetensors"]
+    with safe_open(work.out / "merged_貓_a.safetensors", framework="pt") as file:
         assert file.metadata()["modelspec.trigger_phrase"] == "貓"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to oneself")
-def test_ctrl_c_ends_the_program_with_130(desk, loras):
+def test_ctrl_c_ends_the_program_with_130(work, loras):
     script = (
         "import os, signal, sys\n"
         "from extensions_built_in.zit_merge import cli\n"
@@ -589,17 +589,17 @@ def test_ctrl_c_ends_the_program_with_130(desk, loras):
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "run", str(three_steps(desk)), "--quiet"],
+        [sys.executable, "-c", script, "run", str(three_steps(work)), "--quiet"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "zit_merge: interrupted, nothing half-written is left\n"
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(desk, loras):
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(work, loras):
     """inspect FILE | head -1"""
     code = "import sys; from extensions_built_in.zit_merge.cli import main; sys.exit(main(sys.argv[1:]))"
     root = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ The expectations about trainers' files were measured with ComfyUI 0.20.1 on a mo
 import pytest
 import torch
 from clients import comfyui
-from desk import SMALL, Desk
 from oracles import producers
 from oracles.dense import relative
 from safetensors.torch import load_file
+from workspace import SMALL, Workspace
 
 SHAPES = producers.small_shapes(n_layers=3)
 RANK = 3
@@ -167,25 +167,25 @@ FORMS = {
 TRAINERS = {"every module": ("ai-toolkit-all", "kohya-resized"), "layers": ("ai-toolkit", "musubi"), "fused": ("comfyui-train",)}
 
 
-def merged(desk: Desk, save: dict, *trainers: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def merged(work: Workspace, save: dict, *trainers: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The file that our command line writes, and the float64 sum of the inputs' own deltas."""
     loras, wanted = [], {}
     for seed, trainer in enumerate(trainers):
         ratio = (0.9, -0.6)[seed]
-        desk.lora(f"{trainer}.safetensors", trainer, rank=2 + seed, seed=seed)
+        work.lora(f"{trainer}.safetensors", trainer, rank=2 + seed, seed=seed)
         loras.append({"lora": f"{trainer}.safetensors", "ratio": ratio})
         made = producers.PRODUCERS[trainer].make(SMALL, 2 + seed, seed, torch.bfloat16)
         for module, delta in made.deltas.items():
             wanted[module] = wanted.get(module, 0) + ratio * delta
-    done = desk.zit("run", desk.job({"name": "one", "loras": loras}, save={"dtype": "fp32"} | save))
+    done = work.zit("run", work.job({"name": "one", "loras": loras}, save={"dtype": "fp32"} | save))
     assert done.code == 0, done.err
-    return load_file(desk.out / "merged_cat_one.safetensors"), wanted
+    return load_file(work.out / "merged_cat_one.safetensors"), wanted
 
 
 @pytest.mark.parametrize("trainers", TRAINERS)
 @pytest.mark.parametrize("form", FORMS)
-def test_our_forms_are_read_whole(desk, form, trainers):
-    tensors, wanted = merged(desk, FORMS[form], *TRAINERS[trainers])
+def test_our_forms_are_read_whole(work, form, trainers):
+    tensors, wanted = merged(work, FORMS[form], *TRAINERS[trainers])
     found = comfyui.apply(tensors, SMALL)
     for module in found.deltas.keys() - wanted.keys():
         assert not found.deltas[module].any(), f"{module} was filled up for other clients and must do nothing"
@@ -195,17 +195,17 @@ def test_our_forms_are_read_whole(desk, form, trainers):
 
 
 @pytest.mark.parametrize("trainer", ["ai-toolkit-lokr", "onetrainer-lokr", "lycoris-lokr-both", "ai-toolkit-lokr-split"])
-def test_a_lokr_that_stays_one_is_read_whole(desk, trainer):
-    tensors, wanted = merged(desk, {"keep_lokr": True}, trainer)
+def test_a_lokr_that_stays_one_is_read_whole(work, trainer):
+    tensors, wanted = merged(work, {"keep_lokr": True}, trainer)
     found = comfyui.apply(tensors, SMALL)
     agree(found, wanted, 1e-6)
     assert not found.ignored and any(".lokr_" in key for key in tensors)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_the_kohya_form_is_not_for_comfyui(desk, uniform):
+def test_the_kohya_form_is_not_for_comfyui(work, uniform):
     """It is musubi's: ComfyUI reads what has one name in both models, and warns of the rest."""
-    tensors, wanted = merged(desk, {"format": "kohya", "uniform": uniform}, *TRAINERS["every module"])
+    tensors, wanted = merged(work, {"format": "kohya", "uniform": uniform}, *TRAINERS["every module"])
     found = comfyui.apply(tensors, SMALL)
     agree(found, {module: delta for module, delta in wanted.items() if not module.endswith(FLAT)}, 1e-6)
     assert len(found.ignored) == 3 * sum(module.endswith(FLAT) for module in wanted)

@@ -484,14 +484,14 @@ def test_a_config_with_a_file(write):
     assert lora.tables(PLACE)["layers"]["20-29"] == [1.0, 0.5]
 
 
-def test_a_merge_with_a_file_keeps_its_entries_in_the_recipe(desk, loras):
-    desk.write({"mine": {"layers": {"0-9": 0.5}}}, "mine.yaml")
-    with_file = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(desk.folder / "mine.yaml")}]}
+def test_a_merge_with_a_file_keeps_its_entries_in_the_recipe(work, loras):
+    work.write({"mine": {"layers": {"0-9": 0.5}}}, "mine.yaml")
+    with_file = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(work.folder / "mine.yaml")}]}
     written_out = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "layers": {"0-9": 0.5}}]}
     made = []
     for step in (with_file, written_out):
-        desk.zit("run", desk.job(step)).ok()
-        (path,) = desk.out.glob("*.safetensors")
+        work.zit("run", work.job(step)).ok()
+        (path,) = work.out.glob("*.safetensors")
         made.append(path.read_bytes())
         path.unlink()
     assert made[0] == made[1]
@@ -556,31 +556,31 @@ def test_files_that_can_not_be_read(write, tmp_path):
     assert "nested too deeply" in refused(write("mine: " + "[" * 5000 + "]" * 5000))
 
 
-def test_the_command_line_names_place_and_file(desk, loras):
-    step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(desk.folder / "gone.yaml")}]}
-    message = desk.zit("run", desk.job(step)).refused()
-    assert message.startswith(f"process[0].steps[0].loras[0].preset: {desk.folder / 'gone.yaml'}: there is no such file")
+def test_the_command_line_names_place_and_file(work, loras):
+    step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0, "preset": str(work.folder / "gone.yaml")}]}
+    message = work.zit("run", work.job(step)).refused()
+    assert message.startswith(f"process[0].steps[0].loras[0].preset: {work.folder / 'gone.yaml'}: there is no such file")
 
 
-def test_a_file_is_found_beside_the_config_and_read_once(desk, loras):
+def test_a_file_is_found_beside_the_config_and_read_once(work, loras):
     """A training may take hours between the reading of a section and its run."""
-    desk.write({"late": {"idea": "mine", "layers": {"0-9": 0.5}, "blocks": {"to_q": 2}}}, "configs/late.yaml")
+    work.write({"late": {"idea": "mine", "layers": {"0-9": 0.5}, "blocks": {"to_q": 2}}}, "configs/late.yaml")
     lora = {"lora": str(loras[0]), "ratio": 0.5, "preset": "late.yaml", "blocks": {"w1": 3}}
-    config = desk.job({"name": "a", "loras": [lora]}, name="configs/job.yaml")
+    config = work.job({"name": "a", "loras": [lora]}, name="configs/job.yaml")
     ((_, section),) = load_job(config).sections()
-    (desk.folder / "configs" / "late.yaml").unlink()
+    (work.folder / "configs" / "late.yaml").unlink()
     weights = section.steps[0].loras[0].weights("here")
     assert (weights.blocks, weights.layers) == ({"to_q": 2, "w1": 3}, {"0-9": 0.5})
-    desk.write({"late": {"idea": "mine", "layers": {"0-9": 0.25}}}, "late.yaml")
+    work.write({"late": {"idea": "mine", "layers": {"0-9": 0.25}}}, "late.yaml")
     ((_, section),) = load_job(config).sections()
     assert section.steps[0].loras[0].weights("here").layers == {"0-9": 0.25}, "else from the working directory"
-    out = desk.zit("run", config).ok()
+    out = work.zit("run", config).ok()
     assert "preset late.yaml, your own" in out
 
 
-def test_a_long_name_of_a_file_is_cut_in_the_plan(desk, loras):
-    desk.write({"x": {"layers": {"0-9": 0.5}}}, f"{'n' * 100}\u00e9.yaml")
+def test_a_long_name_of_a_file_is_cut_in_the_plan(work, loras):
+    work.write({"x": {"layers": {"0-9": 0.5}}}, f"{'n' * 100}\u00e9.yaml")
     lora = {"lora": str(loras[0]), "ratio": 0.5, "preset": f"{'n' * 100}\u00e9.yaml"}
-    out = desk.zit("run", desk.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
+    out = work.zit("run", work.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
     (line,) = (line for line in out.splitlines() if "where it comes from" in line)
     assert line.isascii() and len(line) <= 80 and "preset nnn" in line

@@ -66,9 +66,9 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_one(raw, place, 
         ({"overrides": {"other.x_embed": 0.5}}, "overrides.other.x_embed", "x_embedder"),
     ],
 )
-def test_a_weight_that_selects_nothing_is_named_through_the_command_line(desk, loras, weights, place, meant):
-    config = desk.config({"type": "other"}, desk.section(STEP | {"loras": [LORA | weights]}))
-    message = desk.zit("check", config).refused()
+def test_a_weight_that_selects_nothing_is_named_through_the_command_line(work, loras, weights, place, meant):
+    config = work.config({"type": "other"}, work.section(STEP | {"loras": [LORA | weights]}))
+    message = work.zit("check", config).refused()
     assert message.startswith(f"process[1].steps[0].loras[0].{place}: ")
     assert not meant or any(f"did you mean {word}?" in message for word in meant.split("|"))
 
@@ -162,9 +162,9 @@ def test_ranks(value):
     assert settled(section(rank=value)).steps[0].rank == value
 
 
-def test_strengths_whose_product_is_not_finite(desk, loras):
-    config = desk.job(STEP | {"loras": [LORA | {"ratio": 1e200, "blocks": {"to_q": 1e200}}]})
-    assert desk.zit("check", config).refused().startswith("process[0].steps[0]")
+def test_strengths_whose_product_is_not_finite(work, loras):
+    config = work.job(STEP | {"loras": [LORA | {"ratio": 1e200, "blocks": {"to_q": 1e200}}]})
+    assert work.zit("check", config).refused().startswith("process[0].steps[0]")
 
 
 def test_layer_keys_may_be_integers_or_strings():
@@ -178,16 +178,16 @@ def test_an_integer_and_a_string_key_are_one_key(key):
     assert message == f"process[1].steps[0].loras[0].{key}: 3 stands there twice: keep one of them"
 
 
-def test_the_order_of_keys_has_no_meaning(desk, loras):
+def test_the_order_of_keys_has_no_meaning(work, loras):
     one = {"layers": {"0-9": 0.5, 3: 0.1, "noise_refiner": 0.2}, "blocks": {"attention": 0.5, "to_q": 2.0}}
     other = {"layers": {3: 0.1, "noise_refiner": 0.2, "0-9": 0.5}, "blocks": {"to_q": 2.0, "attention": 0.5}}
-    tables = [desk.zit("check", desk.job(STEP | {"loras": [LORA | weights]})).ok() for weights in (one, other)]
+    tables = [work.zit("check", work.job(STEP | {"loras": [LORA | weights]})).ok() for weights in (one, other)]
     assert tables[0] == tables[1] and " 2 " in tables[0]
 
 
-def test_an_alias_beside_its_component_is_a_duplicate(desk, loras):
-    config = desk.job(STEP | {"loras": [LORA | {"blocks": {"adaLN": 0.5, "adaLN_modulation": 0.5}}]})
-    message = desk.zit("check", config).refused()
+def test_an_alias_beside_its_component_is_a_duplicate(work, loras):
+    config = work.job(STEP | {"loras": [LORA | {"blocks": {"adaLN": 0.5, "adaLN_modulation": 0.5}}]})
+    message = work.zit("check", config).refused()
     assert message.startswith("process[0].steps[0].loras[0].blocks") and "adaLN and adaLN_modulation" in message
 
 
@@ -195,9 +195,9 @@ def test_an_alias_beside_its_component_is_a_duplicate(desk, loras):
     ("overrides", "named"),
     [({"3.adaLN": 1, "3.adaLN_modulation": 1}, "3.adaLN_modulation"), ({"0-9.to_q": 1, "5-14.to_q": 2}, "5-14.to_q")],
 )
-def test_overrides_that_overlap_and_are_equally_wide(desk, loras, overrides, named):
-    config = desk.job(STEP | {"loras": [LORA | {"overrides": overrides}]})
-    message = desk.zit("check", config).refused()
+def test_overrides_that_overlap_and_are_equally_wide(work, loras, overrides, named):
+    config = work.job(STEP | {"loras": [LORA | {"overrides": overrides}]})
+    message = work.zit("check", config).refused()
     assert message.startswith("process[0].steps[0].loras[0].overrides") and named in message
 
 
@@ -225,57 +225,57 @@ config:
         (TWICE.replace("to_k: 0.7, to_q: 0.6", "to_k: 0.7") + "job: extension\n", 12, "job"),
     ],
 )
-def test_a_key_that_stands_twice_in_yaml_is_named_with_its_line(desk, loras, text, line, key):
-    message = desk.zit("check", desk.write(text)).refused()
+def test_a_key_that_stands_twice_in_yaml_is_named_with_its_line(work, loras, text, line, key):
+    message = work.zit("check", work.write(text)).refused()
     assert message.endswith(f"config.yaml: line {line}: the key {key} stands there twice: keep one of them")
 
 
-def test_a_key_that_stands_twice_in_json_is_named(desk, loras):
+def test_a_key_that_stands_twice_in_json_is_named(work, loras):
     text = '{"job": "extension", "config": {"name": "cat", "process": [\n{"type": "zit_merge", "steps": [], "steps": []}]}}'
-    assert "steps stands there twice" in desk.zit("check", desk.write(text, "config.json")).refused()
+    assert "steps stands there twice" in work.zit("check", work.write(text, "config.json")).refused()
 
 
-def test_a_yaml_merge_key_may_be_overridden(desk, loras):
+def test_a_yaml_merge_key_may_be_overridden(work, loras):
     text = f"""\
 job: extension
 config:
   name: cat
   process:
-    - &shared {{type: zit_merge, device: cpu, shapes: free, output_dir: {desk.out}, steps: [{{name: a, loras: [&l {{
+    - &shared {{type: zit_merge, device: cpu, shapes: free, output_dir: {work.out}, steps: [{{name: a, loras: [&l {{
         lora: me.safetensors, ratio: 0.25}}, {{<<: *l, ratio: 0.75}}]}}]}}
 """
-    table = desk.zit("check", desk.write(text)).ok()
+    table = work.zit("check", work.write(text)).ok()
     assert "ratio 0.25" in table and "ratio 0.75" in table
 
 
-def test_1e_minus_3_is_a_number_as_in_the_toolkit(desk, loras):
-    config = desk.write(TWICE.replace("ratio: 1.0", "ratio: 1e-3").replace(", to_q: 0.6", ""))
+def test_1e_minus_3_is_a_number_as_in_the_toolkit(work, loras):
+    config = work.write(TWICE.replace("ratio: 1.0", "ratio: 1e-3").replace(", to_q: 0.6", ""))
     assert load_job(config).sections()[0][1].steps[0].loras[0].ratio == 0.001
 
 
-def test_the_job_name_is_filled_in(desk, loras):
-    config = desk.config(desk.section(STEP, output_dir=str(desk.folder / "[name]_out")), job="cat")
-    desk.zit("run", config).ok()
-    assert (desk.folder / "cat_out" / "merged_cat_a.safetensors").is_file()
+def test_the_job_name_is_filled_in(work, loras):
+    config = work.config(work.section(STEP, output_dir=str(work.folder / "[name]_out")), job="cat")
+    work.zit("run", config).ok()
+    assert (work.folder / "cat_out" / "merged_cat_a.safetensors").is_file()
 
 
-def test_environment_variables_are_filled_in(desk, loras, monkeypatch):
-    monkeypatch.setenv("ZIT_TEST_OUT", str(desk.folder / "from_env"))
-    config = desk.job(STEP, output_dir="${ZIT_TEST_OUT}")
-    desk.zit("run", config).ok()
-    assert (desk.folder / "from_env" / "merged_cat_a.safetensors").is_file()
+def test_environment_variables_are_filled_in(work, loras, monkeypatch):
+    monkeypatch.setenv("ZIT_TEST_OUT", str(work.folder / "from_env"))
+    config = work.job(STEP, output_dir="${ZIT_TEST_OUT}")
+    work.zit("run", config).ok()
+    assert (work.folder / "from_env" / "merged_cat_a.safetensors").is_file()
 
 
-def test_an_environment_variable_that_is_not_set_is_named(desk, loras, monkeypatch):
+def test_an_environment_variable_that_is_not_set_is_named(work, loras, monkeypatch):
     monkeypatch.delenv("ZIT_TEST_OUT", raising=False)
-    message = desk.zit("check", desk.job(STEP, copy_to="${ZIT_TEST_OUT}/loras")).refused()
+    message = work.zit("check", work.job(STEP, copy_to="${ZIT_TEST_OUT}/loras")).refused()
     assert "ZIT_TEST_OUT is not set" in message
 
 
-def test_json_configs_read_like_yaml(desk, loras):
+def test_json_configs_read_like_yaml(work, loras):
     keys = {"layers": {"3": 0.5, "0-9": [1.0, 0.6]}}
     tables = [
-        desk.zit("check", desk.job(STEP | {"loras": [LORA | keys]}, name=f"config.{kind}")).ok() for kind in ("yaml", "json")
+        work.zit("check", work.job(STEP | {"loras": [LORA | keys]}, name=f"config.{kind}")).ok() for kind in ("yaml", "json")
     ]
     assert tables[0] == tables[1]
 
@@ -420,7 +420,7 @@ def cells(text: str) -> list[list[str]]:
     return rows
 
 
-def test_a_preset_in_a_config_is_what_it_says_written_out(desk, loras):
+def test_a_preset_in_a_config_is_what_it_says_written_out(work, loras):
     """late_20_29: the other layers, the refiners and `other` are 0; what the user writes stands on top."""
     mine = {"layers": {"0-9": 0.25}, "blocks": {"to_q": -0.5}, "overrides": {"3.to_v": 2.0}}
     out = {"layers": {"0-9": 0.25, "10-19": 0, "noise_refiner": 0, "context_refiner": 0, "other": 0}}
@@ -429,17 +429,17 @@ def test_a_preset_in_a_config_is_what_it_says_written_out(desk, loras):
         {"name": "out", "loras": [LORA | {"ratio": 0.8} | mine | out]},
         {"name": "none", "loras": [LORA | {"ratio": 0.8} | mine]},
     ]
-    desk.zit("run", desk.job(*steps)).ok()
-    preset, written, none = (load_file(desk.out / f"merged_cat_{s['name']}.safetensors") for s in steps)
+    work.zit("run", work.job(*steps)).ok()
+    preset, written, none = (load_file(work.out / f"merged_cat_{s['name']}.safetensors") for s in steps)
     assert all(torch.equal(preset[key], written[key]) for key in written)
     assert not all(torch.equal(none[key], written[key]) for key in written)
     key = "diffusion_model.layers.{}.attention.to_k.lora_B.weight"
     assert preset[key.format(25)].any() and preset[key.format(5)].any() and not preset[key.format(15)].any()
 
 
-def test_the_dry_run_shows_where_each_cell_comes_from(desk, loras):
+def test_the_dry_run_shows_where_each_cell_comes_from(work, loras):
     lora = LORA | {"preset": "late_20_29", "layers": {"5": 0.25}, "blocks": {"to_q": -0.5}}
-    text = desk.zit("run", desk.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
+    text = work.zit("run", work.job({"name": "a", "loras": [lora]}), "--dry-run").ok()
     table = {row[0]: row[1:] for row in cells(text)}
     # to_q of every layer is the user's; 0-19 are the preset's zeros; of 5 the narrower entry wins
     assert table["0-4"] == ["preset", "both", *["preset"] * 6]
@@ -447,11 +447,11 @@ def test_the_dry_run_shows_where_each_cell_comes_from(desk, loras):
     assert table["6-19"] == table["0-4"]
     assert table["20-29"] == [".", "own", *["."] * 6]
     assert "preset late_20_29" in text
-    assert "where each cell" not in desk.zit("check", desk.job({"name": "a", "loras": [LORA]})).ok()
+    assert "where each cell" not in work.zit("check", work.job({"name": "a", "loras": [LORA]})).ok()
 
 
-def test_the_sentence_about_a_preset_names_its_place_and_the_nearest(desk, loras):
-    message = desk.zit("check", desk.job(STEP | {"loras": [LORA | {"preset": "fade_inn"}]})).refused()
+def test_the_sentence_about_a_preset_names_its_place_and_the_nearest(work, loras):
+    message = work.zit("check", work.job(STEP | {"loras": [LORA | {"preset": "fade_inn"}]})).refused()
     assert message.startswith("process[0].steps[0].loras[0].preset: no such preset: 'fade_inn' (did you mean fade_in?)")
 
 
@@ -497,14 +497,14 @@ def test_other_devices_are_kept_in_the_first_process(device):
     assert settled(section(device=device), first=True).device == device
 
 
-def test_the_first_process_of_a_job_runs_where_the_ui_wrote_cuda(desk, loras, monkeypatch):
+def test_the_first_process_of_a_job_runs_where_the_ui_wrote_cuda(work, loras, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    host = HOST | {"training_folder": str(desk.folder / "output")}
-    first = {k: v for k, v in (desk.section(STEP) | host).items() if k != "output_dir"}
-    desk.zit("run", desk.config(first)).ok()
-    assert (desk.folder / "output" / "cat" / "merged_cat_a.safetensors").is_file()
-    message = desk.zit("check", desk.config({"type": "other"}, desk.section(STEP, device="cuda"))).refused()
+    host = HOST | {"training_folder": str(work.folder / "output")}
+    first = {k: v for k, v in (work.section(STEP) | host).items() if k != "output_dir"}
+    work.zit("run", work.config(first)).ok()
+    assert (work.folder / "output" / "cat" / "merged_cat_a.safetensors").is_file()
+    message = work.zit("check", work.config({"type": "other"}, work.section(STEP, device="cuda"))).refused()
     assert message.startswith("device: cuda: ")
 
 
@@ -534,43 +534,43 @@ def test_the_first_process_of_a_job_runs_where_the_ui_wrote_cuda(desk, loras, mo
         ("job: extension\x07", "not valid YAML"),
     ],
 )
-def test_files_that_hold_no_job(desk, content, says):
-    path = desk.write(content)
-    message = desk.zit("check", path).refused()
+def test_files_that_hold_no_job(work, content, says):
+    path = work.write(content)
+    message = work.zit("check", path).refused()
     assert message.startswith((str(path), "config.process")) and says in message
 
 
-def test_broken_json(desk):
-    path = desk.write('{"job": "extension",\n', "config.json")
-    message = desk.zit("check", path).refused()
+def test_broken_json(work):
+    path = work.write('{"job": "extension",\n', "config.json")
+    message = work.zit("check", path).refused()
     assert message.startswith(f"{path}: is not valid JSON") and "line" in message
 
 
-def test_configs_that_cannot_be_read(desk):
-    assert desk.zit("check", "nowhere.yaml").refused().startswith("nowhere.yaml: can't be read")
-    assert desk.zit("check", desk.folder).refused().startswith(f"{desk.folder}: can't be read")
+def test_configs_that_cannot_be_read(work):
+    assert work.zit("check", "nowhere.yaml").refused().startswith("nowhere.yaml: can't be read")
+    assert work.zit("check", work.folder).refused().startswith(f"{work.folder}: can't be read")
     Path("binary.yaml").write_bytes(b"\x80\x81\x00\xff")
-    assert "is not a text file" in desk.zit("check", "binary.yaml").refused()
+    assert "is not a text file" in work.zit("check", "binary.yaml").refused()
 
 
-def test_keys_that_are_no_text(desk, loras):
+def test_keys_that_are_no_text(work, loras):
     for key in (True, 1.5, 7):
-        message = desk.zit("check", desk.config(desk.section(STEP) | {key: 1})).refused()
+        message = work.zit("check", work.config(work.section(STEP) | {key: 1})).refused()
         assert message.startswith("process[0]") and str(key) in message
 
 
-def test_a_missing_output_dir_is_named(desk, loras):
-    raw = {k: v for k, v in desk.section(STEP).items() if k != "output_dir"}
-    assert desk.zit("check", desk.config(raw)).refused().startswith("process[0].output_dir: is missing")
+def test_a_missing_output_dir_is_named(work, loras):
+    raw = {k: v for k, v in work.section(STEP).items() if k != "output_dir"}
+    assert work.zit("check", work.config(raw)).refused().startswith("process[0].output_dir: is missing")
 
 
-def test_the_output_dir_defaults_to_the_trainings_folder(desk, loras):
-    raw = {k: v for k, v in desk.section(STEP).items() if k != "output_dir"}
-    desk.zit("run", desk.config(desk.training(), raw)).ok()
-    assert (desk.folder / "output" / "cat" / "merged_cat_a.safetensors").is_file()
+def test_the_output_dir_defaults_to_the_trainings_folder(work, loras):
+    raw = {k: v for k, v in work.section(STEP).items() if k != "output_dir"}
+    work.zit("run", work.config(work.training(), raw)).ok()
+    assert (work.folder / "output" / "cat" / "merged_cat_a.safetensors").is_file()
 
 
-def test_a_training_process_with_a_name_of_its_own(desk, loras):
-    raw = {k: v for k, v in desk.section(STEP).items() if k != "output_dir"}
-    desk.zit("run", desk.config(desk.training(name="other"), raw)).ok()
-    assert (desk.folder / "output" / "other" / "merged_cat_a.safetensors").is_file()
+def test_a_training_process_with_a_name_of_its_own(work, loras):
+    raw = {k: v for k, v in work.section(STEP).items() if k != "output_dir"}
+    work.zit("run", work.config(work.training(name="other"), raw)).ok()
+    assert (work.folder / "output" / "other" / "merged_cat_a.safetensors").is_file()

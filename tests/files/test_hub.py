@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
 import pytest
-from desk import empty_hub_cache, put_into_hub_cache
+from workspace import empty_hub_cache, put_into_hub_cache
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.files import hub

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from desk import DTYPES, SMALL, merge_into, write_lora
 from oracles.dense import read_metadata, sizes, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file
+from workspace import DTYPES, SMALL, merge_into, write_lora
 
 from extensions_built_in.zit_merge import load_lora
 
@@ -347,11 +347,11 @@ BOTH = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("form", ENDINGS)
-def test_a_recipe_of_every_form_makes_the_same_bytes(desk, loras, form, uniform):
+def test_a_recipe_of_every_form_makes_the_same_bytes(work, loras, form, uniform):
     step = {"name": "a", "loras": BOTH, "rank": 2, "save": {"format": form, "uniform": uniform}}
-    text = desk.zit("run", desk.job(step)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
+    text = work.zit("run", work.job(step)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    assert work.again(work.recipe(made)).read_bytes() == made.read_bytes()
     assert text.count(f"{made.stat().st_size / 1e6:,.1f} MB") == 2
     (recipe,) = json.loads(read_metadata(made)["zit_merge.recipe"])["steps"]
     assert recipe["save"]["format"] == form
@@ -359,40 +359,40 @@ def test_a_recipe_of_every_form_makes_the_same_bytes(desk, loras, form, uniform)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
-def test_the_plan_says_who_reads_another_form(desk, loras, form):
-    text = desk.zit("run", desk.job({"name": "a", "loras": BOTH, "save": {"format": form}}), "--dry-run").ok()
+def test_the_plan_says_who_reads_another_form(work, loras, form):
+    text = work.zit("run", work.job({"name": "a", "loras": BOTH, "save": {"format": form}}), "--dry-run").ok()
     assert f"format {form}" in text
     assert "ai-toolkit is read by all" in " ".join(text.split())
-    assert "note: format" not in desk.zit("run", desk.job({"name": "a", "loras": BOTH}), "--dry-run").ok()
+    assert "note: format" not in work.zit("run", work.job({"name": "a", "loras": BOTH}), "--dry-run").ok()
 
 
-def test_the_plan_warns_of_ranks_that_vary(desk, loras):
-    text = desk.zit("check", desk.job({"name": "a", "loras": BOTH, "save": {"uniform": False}})).ok()
+def test_the_plan_warns_of_ranks_that_vary(work, loras):
+    text = work.zit("check", work.job({"name": "a", "loras": BOTH, "save": {"uniform": False}})).ok()
     assert "each module has its own rank" in " ".join(text.split())
     assert "rank 2-5" in text  # style has no adaLN
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
-def test_a_later_step_reads_an_earlier_one_of_any_form(desk, loras, form):
+def test_a_later_step_reads_an_earlier_one_of_any_form(work, loras, form):
     steps = [
         {"name": "a", "loras": BOTH, "save": {"format": form, "dtype": "fp32"}},
         {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}], "save": {"dtype": "fp32"}},
         {"name": "direct", "loras": BOTH, "save": {"dtype": "fp32"}},
     ]
-    desk.zit("run", desk.job(*steps)).ok()
-    one, two = (load_file(desk.out / f"merged_cat_{name}.safetensors") for name in ("b", "direct"))
+    work.zit("run", work.job(*steps)).ok()
+    one, two = (load_file(work.out / f"merged_cat_{name}.safetensors") for name in ("b", "direct"))
     assert one.keys() == two.keys()
     for module in (m for m in SMALL if m.startswith("layers.")):
         a, b = (
             t[stem("ai-toolkit", module) + AB[1]].double() @ t[stem("ai-toolkit", module) + AB[0]].double() for t in (one, two)
         )
         assert float((a - b).norm()) <= 1e-6 * float(b.norm()), module
-    made = desk.out / "merged_cat_b.safetensors"
-    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
+    made = work.out / "merged_cat_b.safetensors"
+    assert work.again(work.recipe(made)).read_bytes() == made.read_bytes()
 
 
-def test_merge_of_the_command_line_takes_a_form(desk, real_loras):
-    desk.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 0.9, 0.5, "--format", "comfyui", "--device", "cpu").ok()
+def test_merge_of_the_command_line_takes_a_form(work, real_loras):
+    work.zit("merge", *real_loras, "-o", "out.safetensors", "--ratio", 0.9, 0.5, "--format", "comfyui", "--device", "cpu").ok()
     assert "diffusion_model.layers.0.attention.qkv.lora_up.weight" in load_file("out.safetensors")
-    message = desk.zit("merge", real_loras[0], "-o", "x.safetensors", "--ratio", 1, "--format", "comfi").refused()
+    message = work.zit("merge", real_loras[0], "-o", "x.safetensors", "--ratio", 1, "--format", "comfi").refused()
     assert "format" in message and "did you mean comfyui?" in message

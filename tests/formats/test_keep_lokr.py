@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import DTYPES, Desk, merge_into, write_lora
 from oracles.dense import read_metadata
 from oracles.producers import FAKE_HASH, small_shapes
 from safetensors.torch import load_file, save_file
+from workspace import DTYPES, Workspace, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora
 
@@ -287,27 +287,27 @@ KEPT = {
 
 
 @pytest.fixture
-def lokr(desk: Desk) -> Path:
+def lokr(work: Workspace) -> Path:
     """A small LoKr in the working directory."""
-    return desk.lora("lokr.safetensors", "ai-toolkit-lokr-split")
+    return work.lora("lokr.safetensors", "ai-toolkit-lokr-split")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "same"])
-def test_the_recipe_makes_the_same_bytes(desk, lokr, dtype):
-    text = desk.zit("run", desk.job(KEPT | {"save": {"keep_lokr": True, "dtype": dtype}})).ok()
-    made = desk.out / "merged_cat_kept.safetensors"
+def test_the_recipe_makes_the_same_bytes(work, lokr, dtype):
+    text = work.zit("run", work.job(KEPT | {"save": {"keep_lokr": True, "dtype": dtype}})).ok()
+    made = work.out / "merged_cat_kept.safetensors"
     assert "a LoKr as before" in text and "ComfyUI" in text
     assert text.count(f"{made.stat().st_size / 1e6:,.1f} MB") == 2
     (step,) = json.loads(read_metadata(made)["zit_merge.recipe"])["steps"]
     assert step["save"]["keep_lokr"] is True
-    folder = desk.folder / "attic"
+    folder = work.folder / "attic"
     folder.mkdir()
     lokr.rename(folder / "other.safetensors")
-    assert desk.again(desk.recipe(made), "--loras", folder).read_bytes() == made.read_bytes()
+    assert work.again(work.recipe(made), "--loras", folder).read_bytes() == made.read_bytes()
 
 
-def test_a_later_step_uses_it(desk, lokr):
-    desk.lora("me.safetensors")
+def test_a_later_step_uses_it(work, lokr):
+    work.lora("me.safetensors")
     steps = [
         KEPT,
         {
@@ -318,30 +318,30 @@ def test_a_later_step_uses_it(desk, lokr):
         },
         {"name": "lora", "save": {"dtype": "fp32"}, "loras": [{"lora": "kept", "ratio": 1.0}]},
     ]
-    desk.zit("run", desk.job(*steps)).ok()
-    source = modules_of(desk.out / "merged_cat_kept.safetensors")
-    lora = load_lora(desk.out / "merged_cat_lora.safetensors")
+    work.zit("run", work.job(*steps)).ok()
+    source = modules_of(work.out / "merged_cat_kept.safetensors")
+    lora = load_lora(work.out / "merged_cat_lora.safetensors")
     assert lora.algorithms == {"LoRA": 240}
     for module in ("layers.0.attention.to_q", "layers.11.feed_forward.w2", "layers.29.adaLN_modulation.0"):
         wanted = delta(source[module])
         assert float((lora[module].up.double() @ lora[module].down.double() - wanted).norm()) <= 1e-6 * float(wanted.norm())
     for name in ("both", "lora"):
-        made = desk.out / f"merged_cat_{name}.safetensors"
-        assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
+        made = work.out / f"merged_cat_{name}.safetensors"
+        assert work.again(work.recipe(made)).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("keep_first", [True, False])
-def test_a_later_step_keeps_what_an_earlier_one_kept(desk, lokr, keep_first):
+def test_a_later_step_keeps_what_an_earlier_one_kept(work, lokr, keep_first):
     """It is a LoKr that is only weighed: it stays one, or is refused, but is not written as a LoRA in silence."""
     steps = [
         KEPT | {"keep": keep_first},
         {"name": "twice", "loras": [{"lora": "kept", "ratio": -2.0}], "save": {"keep_lokr": True, "dtype": "fp32"}},
     ]
-    ran = desk.zit("run", desk.job(*steps))
+    ran = work.zit("run", work.job(*steps))
     if ran.code:
         assert "process[0].steps[1].save.keep_lokr" in ran.refused()
         return
-    out = modules_of(desk.out / "merged_cat_twice.safetensors")
+    out = modules_of(work.out / "merged_cat_twice.safetensors")
     assert {frozenset(parts) for parts in out.values()} == {frozenset({"w1", "w2_a", "w2_b", ".alpha"})}
     source = load_lora(lokr)
     for module, factor in (("layers.3.attention.to_q", 0.8 * -0.5 * -2), ("layers.3.attention.to_k", 0.8 * -2)):
@@ -350,24 +350,24 @@ def test_a_later_step_keeps_what_an_earlier_one_kept(desk, lokr, keep_first):
         assert float((delta(out[module]) - wanted).norm()) <= 2**-6 * float(wanted.norm()), module  # the first file is bf16
 
 
-def test_the_refusal_names_its_place(desk, lokr):
-    message = desk.zit("check", desk.job(KEPT | {"rank": 4})).refused()
+def test_the_refusal_names_its_place(work, lokr):
+    message = work.zit("check", work.job(KEPT | {"rank": 4})).refused()
     assert message.startswith("process[0].steps[0].save.keep_lokr: only one LoKr")
 
 
-def test_merge_of_the_command_line(desk):
+def test_merge_of_the_command_line(work):
     module = "layers.0.attention.to_q"
     random = torch.Generator().manual_seed(0)
     w1, w2 = torch.randn(60, 60, generator=random), torch.randn(64, 64, generator=random)
     save_file({f"diffusion_model.{module}.lokr_w1": w1, f"diffusion_model.{module}.lokr_w2": w2}, "lokr.safetensors")
-    desk.zit(
+    work.zit(
         "merge", "lokr.safetensors", "-o", "o.safetensors", "--ratio", -0.5, "--keep-lokr", "--dtype", "fp32", "--device", "cpu"
     ).ok()
     (parts,) = modules_of(Path("o.safetensors")).values()
     assert torch.equal(parts["w1"], -0.5 * w1)
     assert torch.equal(parts["w2"], w2)
     assert (
-        "keep_lokr" in desk.zit("merge", *["lokr.safetensors"] * 2, "-o", "x.safetensors", "--ratio", 1, "--keep-lokr").refused()
+        "keep_lokr" in work.zit("merge", *["lokr.safetensors"] * 2, "-o", "x.safetensors", "--ratio", 1, "--keep-lokr").refused()
     )
 
 
@@ -388,28 +388,28 @@ def real_lokr(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_exact_of_a_whole_lokr_is_refused_before_anything_is_written(desk, command):
-    real_lokr(desk.folder / "lokr.safetensors")
+def test_exact_of_a_whole_lokr_is_refused_before_anything_is_written(work, command):
+    real_lokr(work.folder / "lokr.safetensors")
     step = {"name": "a", "loras": [{"lora": "lokr.safetensors", "ratio": 0.8}]}
-    message = desk.zit(command, desk.job(step, shapes="strict")).refused()
+    message = work.zit(command, work.job(step, shapes="strict")).refused()
     assert message.startswith("process[0].steps[0]: merged_cat_a.safetensors would take 20.4 GB at rank 3840: ")
     assert "rank: 64" in message and "save: {keep_lokr: true}" in message and "confirm_size: true" in message
-    assert desk.files() == []
+    assert work.files() == []
     two = step | {"loras": [*step["loras"], {"lora": "lokr.safetensors", "ratio": 0.1}]}
-    message = desk.zit(command, desk.job(two, shapes="strict")).refused()
+    message = work.zit(command, work.job(two, shapes="strict")).refused()
     assert "rank: 64" in message and "keep_lokr" not in message  # that is for one alone
-    message = desk.zit(command, desk.job(step | {"rank": 2000}, shapes="strict")).refused()
+    message = work.zit(command, work.job(step | {"rank": 2000}, shapes="strict")).refused()
     assert "GB at rank 2000" in message and "keep_lokr" not in message  # beside a rank it has no meaning
     for fine in ({"rank": 64}, {"save": {"keep_lokr": True}}):
-        assert desk.zit("run", desk.job(step | fine, shapes="strict"), "--dry-run").ok()
-    assert "rank: 64" in desk.zit("check", desk.job(step | {"rank": "same"}, shapes="strict")).refused()
+        assert work.zit("run", work.job(step | fine, shapes="strict"), "--dry-run").ok()
+    assert "rank: 64" in work.zit("check", work.job(step | {"rank": "same"}, shapes="strict")).refused()
 
 
-def test_a_real_sized_lokr_is_kept(desk):
-    path = real_lokr(desk.folder / "lokr.safetensors")
+def test_a_real_sized_lokr_is_kept(work):
+    path = real_lokr(work.folder / "lokr.safetensors")
     step = {"name": "a", "loras": [{"lora": "lokr.safetensors", "ratio": 0.5}], "save": {"keep_lokr": True}}
-    desk.zit("run", desk.job(step, shapes="strict")).ok()
-    made = desk.out / "merged_cat_a.safetensors"
+    work.zit("run", work.job(step, shapes="strict")).ok()
+    made = work.out / "merged_cat_a.safetensors"
     assert made.stat().st_size < path.stat().st_size + 100_000
     for parts in modules_of(made).values():
         assert (parts["w1"] == 0.5).all()

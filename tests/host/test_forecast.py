@@ -21,12 +21,12 @@ STEP = {"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]}
 LATER = {"name": "b", "loras": [{"lora": "a", "ratio": 0.5}]}
 
 
-def forecast(desk, *steps):
+def forecast(work, *steps):
     """The plans of a section in the real model's sizes, whose training is still to come."""
-    raw = desk.section(*steps, shapes="strict")
-    processes = [desk.training(network={"type": "lora", "linear": RANK, "linear_alpha": RANK}), raw]
+    raw = work.section(*steps, shapes="strict")
+    processes = [work.training(network={"type": "lora", "linear": RANK, "linear_alpha": RANK}), raw]
     section = parse_section(raw, "process[1]")
-    return plan_section(section, make_site(Job("cat", processes, desk.folder), 1, section), before_training=True)
+    return plan_section(section, make_site(Job("cat", processes, work.folder), 1, section), before_training=True)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def forecast(desk, *steps):
     ],
     ids=["one step", "two steps", "one for the other", "a copy"],
 )
-def test_the_outputs_of_a_training_to_come_have_to_fit(desk, monkeypatch, steps, files):
-    (desk.folder / "comfy").mkdir()
+def test_the_outputs_of_a_training_to_come_have_to_fit(work, monkeypatch, steps, files):
+    (work.folder / "comfy").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=files * (TENSORS + HEADER)))
-    assert len(forecast(desk, *steps)) == len(steps)
+    assert len(forecast(work, *steps)) == len(steps)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=files * TENSORS))
     with pytest.raises(ZitMergeError, match=r"process\[1\]\.output_dir: the outputs need .* free some"):
-        forecast(desk, *steps)
-    assert desk.files() == []
+        forecast(work, *steps)
+    assert work.files() == []
 
 
 NO_ROOM = """

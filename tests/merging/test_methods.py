@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from desk import Desk, write_lora
 from oracles import methods as oracle
 from oracles.dense import Deltas, read_deltas, read_metadata, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from workspace import Workspace, write_lora
 
 from extensions_built_in.zit_merge.config.schema import parse_section
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -81,14 +81,14 @@ def step(given: Sequence[Given], method: str, params: Mapping[str, Any] | None =
     return {"name": "a", "loras": [g.entry for g in given], "method": method, "params": dict(params or {})} | keys
 
 
-def run(desk: Desk, *steps: Mapping[str, Any], **keys: Any) -> Path:
+def run(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> Path:
     """Runs a section in fp32. Returns the last step's file."""
-    desk.zit("run", desk.job(*steps, **{"save": {"dtype": "fp32"}} | keys)).ok()
-    return desk.out / f"merged_cat_{steps[-1]['name']}.safetensors"
+    work.zit("run", work.job(*steps, **{"save": {"dtype": "fp32"}} | keys)).ok()
+    return work.out / f"merged_cat_{steps[-1]['name']}.safetensors"
 
 
-def merged(desk: Desk, given: Sequence[Given], method: str, params: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    return read_deltas(run(desk, step(given, method, params)))
+def merged(work: Workspace, given: Sequence[Given], method: str, params: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    return read_deltas(run(work, step(given, method, params)))
 
 
 # --- the definitions -----------------------------------------------------------------------------------------------------------
@@ -227,46 +227,46 @@ TOLERANCE = dict.fromkeys((*RANDOM, "ties", "shared_once", "karcher"), 2e-5) | d
 
 @pytest.mark.parametrize("method", [*ANY, *PAIRS])
 @pytest.mark.parametrize("ratios", [(0.8, 0.5), (1.0, 0.0), (-0.7, 1.2)], ids=str)
-def test_two_loras(desk, method, ratios):
+def test_two_loras(work, method, ratios):
     if method in SPHERICAL and min(ratios) < 0:
         pytest.skip("refused")
-    given, params = give(desk.folder, ME, STYLE, ratios=ratios), (ANY | PAIRS)[method]
-    check(merged(desk, given, method, params), wanted(given, method, params), given, TOLERANCE.get(method, 2e-6))
+    given, params = give(work.folder, ME, STYLE, ratios=ratios), (ANY | PAIRS)[method]
+    check(merged(work, given, method, params), wanted(given, method, params), given, TOLERANCE.get(method, 2e-6))
 
 
 @pytest.mark.parametrize("method", ANY)
 @pytest.mark.parametrize("ratios", [(0.8, 0.5, 0.4), (0.0, -1.2, 0.4)], ids=str)
-def test_three_loras(desk, method, ratios):
+def test_three_loras(work, method, ratios):
     if method in SPHERICAL and min(ratios) < 0:
         pytest.skip("refused")
-    given = give(desk.folder, ME, STYLE, FUSED, ratios=ratios)
-    check(merged(desk, given, method, ANY[method]), wanted(given, method, ANY[method]), given, TOLERANCE.get(method, 2e-6))
+    given = give(work.folder, ME, STYLE, FUSED, ratios=ratios)
+    check(merged(work, given, method, ANY[method]), wanted(given, method, ANY[method]), given, TOLERANCE.get(method, 2e-6))
 
 
 @pytest.mark.parametrize("method", ["ties", *RANDOM, "shared_once", "project"])
-def test_the_defaults_of_the_parameters(desk, method):
-    given = give(desk.folder, ME, STYLE)
-    check(merged(desk, given, method), wanted(given, method, {}), given, 2e-5)
+def test_the_defaults_of_the_parameters(work, method):
+    given = give(work.folder, ME, STYLE)
+    check(merged(work, given, method), wanted(given, method, {}), given, 2e-5)
 
 
 @pytest.mark.parametrize("yields", ["first", "second", "both"])
 @pytest.mark.parametrize("components", [0, 1])
-def test_project_in_each_direction(desk, yields, components):
-    given, params = give(desk.folder, ME, STYLE), {"mu": 5.0, "yields": yields, "components": components}
-    check(merged(desk, given, "project", params), wanted(given, "project", params), given, 1e-5)
+def test_project_in_each_direction(work, yields, components):
+    given, params = give(work.folder, ME, STYLE), {"mu": 5.0, "yields": yields, "components": components}
+    check(merged(work, given, "project", params), wanted(given, "project", params), given, 1e-5)
 
 
 @pytest.mark.parametrize("method", [*ANY, *PAIRS])
-def test_a_lokr_among_them(desk, method):
-    given, params = give(desk.folder, PRODUCT_LOKR if method in PAIRS else LOKR, STYLE), (ANY | PAIRS)[method]
-    check(merged(desk, given, method, params), wanted(given, method, params), given, TOLERANCE.get(method, 1e-5))
+def test_a_lokr_among_them(work, method):
+    given, params = give(work.folder, PRODUCT_LOKR if method in PAIRS else LOKR, STYLE), (ANY | PAIRS)[method]
+    check(merged(work, given, method, params), wanted(given, method, params), given, TOLERANCE.get(method, 1e-5))
 
 
 @pytest.mark.parametrize("method", ["normalize", *SPHERICAL])
 @pytest.mark.parametrize("per", ["file", "layer", "module"])
-def test_lengths_and_angles_of_the_file_the_layer_or_the_module(desk, method, per):
-    given = give(desk.folder, ME, FUSED, ratios=(0.8, 1.3))
-    found = merged(desk, given, method, {"per": per})
+def test_lengths_and_angles_of_the_file_the_layer_or_the_module(work, method, per):
+    given = give(work.folder, ME, FUSED, ratios=(0.8, 1.3))
+    found = merged(work, given, method, {"per": per})
     check(found, wanted(given, method, {"per": per}), given, 2e-5 if method == "karcher" else 2e-6)
     other = {"file": "layer", "layer": "module", "module": "file"}[per]
     with pytest.raises(AssertionError):  # the three are told apart
@@ -274,25 +274,25 @@ def test_lengths_and_angles_of_the_file_the_layer_or_the_module(desk, method, pe
 
 
 @pytest.mark.parametrize("per", ["file", "layer", "module"])
-def test_normalize_reaches_the_norm_of_the_strongest(desk, per):
-    given = give(desk.folder, ME, STYLE, FUSED)
-    found = merged(desk, given, "normalize", {"per": per})
+def test_normalize_reaches_the_norm_of_the_strongest(work, per):
+    given = give(work.folder, ME, STYLE, FUSED)
+    found = merged(work, given, "normalize", {"per": per})
     for modules in scopes(per):
         norms = [sum(float((g.ratio * g.deltas[m]).norm()) ** 2 for m in modules if m in g.deltas) ** 0.5 for g in given]
         size = sum(float(found[m].norm()) ** 2 for m in modules if m in found) ** 0.5
         assert size == pytest.approx(max(norms), rel=1e-5)
 
 
-def every(desk: Desk, given: Sequence[Given], methods: Mapping[str, Mapping[str, Any]], **keys: Any) -> dict[str, Path]:
+def every(work: Workspace, given: Sequence[Given], methods: Mapping[str, Mapping[str, Any]], **keys: Any) -> dict[str, Path]:
     """Method -> the file of a step of its own."""
-    run(desk, *(step(given, method, params, name=method, **keys) for method, params in methods.items()))
-    return {method: desk.out / f"merged_cat_{method}.safetensors" for method in methods}
+    run(work, *(step(given, method, params, name=method, **keys) for method, params in methods.items()))
+    return {method: work.out / f"merged_cat_{method}.safetensors" for method in methods}
 
 
-def test_a_module_that_only_one_lora_has(desk):
+def test_a_module_that_only_one_lora_has(work):
     """It is left as it is, but for a mean, where the LoRA without it counts as no change, and for one factor over the file."""
-    given, module = give(desk.folder, ME, STYLE), "context_refiner.0.attention.to_k"
-    for method, path in every(desk, given, ANY | PAIRS).items():
+    given, module = give(work.folder, ME, STYLE), "context_refiner.0.attention.to_k"
+    for method, path in every(work, given, ANY | PAIRS).items():
         found = read_deltas(path)[module]
         want = given[1].ratio / (sum(g.ratio for g in given) if method in MEANS else 1) * given[1].deltas[module]
         if method == "normalize":
@@ -301,24 +301,24 @@ def test_a_module_that_only_one_lora_has(desk):
 
 
 @pytest.mark.parametrize("producer", ["musubi", "diffusion-pipe-lokr"])
-def test_one_lora_alone_is_left_as_it_is(desk, producer):
-    given = give(desk.folder, (producer, 3, 1.0, {"to_q": -0.5}))
-    plain, *others = map(load_file, every(desk, given, ANY).values())
+def test_one_lora_alone_is_left_as_it_is(work, producer):
+    given = give(work.folder, (producer, 3, 1.0, {"to_q": -0.5}))
+    plain, *others = map(load_file, every(work, given, ANY).values())
     for alone in others:
         assert plain.keys() == alone.keys()
         assert all(torch.equal(alone[key], tensor) for key, tensor in plain.items())
 
 
 @pytest.mark.parametrize("method", ["average", "karcher"])
-def test_the_ratio_of_a_single_lora_in_a_mean_has_no_effect(desk, method):
-    whole, half = (merged(desk, give(desk.folder, ME, ratios=[r]), method) for r in (1.0, 0.5))
+def test_the_ratio_of_a_single_lora_in_a_mean_has_no_effect(work, method):
+    whole, half = (merged(work, give(work.folder, ME, ratios=[r]), method) for r in (1.0, 0.5))
     assert all(float((half[m] - d).norm()) <= 1e-6 * float(d.norm()) for m, d in whole.items())
 
 
 @pytest.mark.parametrize("method", MEANS)
-def test_only_the_proportions_of_the_ratios_of_a_mean_count(desk, method):
+def test_only_the_proportions_of_the_ratios_of_a_mean_count(work, method):
     def tensors(ratios: tuple[float, float]) -> dict[str, Tensor]:
-        return load_file(run(desk, step(give(desk.folder, ME, STYLE, ratios=ratios), method)))
+        return load_file(run(work, step(give(work.folder, ME, STYLE, ratios=ratios), method)))
 
     whole, half = tensors((1.0, 1.0)), tensors((0.5, 0.5))
     assert all(torch.equal(half[key], tensor) for key, tensor in whole.items())
@@ -326,9 +326,9 @@ def test_only_the_proportions_of_the_ratios_of_a_mean_count(desk, method):
     assert all(torch.allclose(seven[key], tensor, rtol=1e-5, atol=1e-9) for key, tensor in one.items())
 
 
-def test_a_mean_says_so(desk):
-    given = give(desk.folder, ME, STYLE)
-    text = desk.zit("run", desk.job(step(given, "slerp")), "--dry-run").ok()
+def test_a_mean_says_so(work):
+    given = give(work.folder, ME, STYLE)
+    text = work.zit("run", work.job(step(given, "slerp")), "--dry-run").ok()
     assert "note: slerp is a mean: only the proportions of the ratios count, 0.8 : 0.5" in " ".join(text.split())
 
 
@@ -336,46 +336,46 @@ TWENTY = [m for m in SHAPES if m.startswith("layers.0.attention.to_")]
 
 
 @pytest.mark.parametrize("method", [*ANY])
-def test_twenty_loras(desk, method):
+def test_twenty_loras(work, method):
     given = []
     for n in range(20):
         parts = {m: factors(100 * n + i, 1) for i, m in enumerate(TWENTY)}
-        path = pairs(desk.folder / f"{n}.safetensors", parts)
+        path = pairs(work.folder / f"{n}.safetensors", parts)
         deltas = {m: up.double() @ down.double() for m, (up, down) in parts.items()}
         ratio = 0.1 + 0.05 * n
         given.append(Given({"lora": path.name, "ratio": ratio}, deltas, ratio))
-    check(merged(desk, given, method, ANY[method]), wanted(given, method, ANY[method]), given, TOLERANCE.get(method, 1e-5))
+    check(merged(work, given, method, ANY[method]), wanted(given, method, ANY[method]), given, TOLERANCE.get(method, 1e-5))
 
 
-def test_where_every_strength_is_zero_zeros_are_written_and_said(desk):
-    given, methods = give(desk.folder, ME, STYLE), ANY | PAIRS
+def test_where_every_strength_is_zero_zeros_are_written_and_said(work):
+    given, methods = give(work.folder, ME, STYLE), ANY | PAIRS
     loras = [g.entry | {"overrides": {"*.to_v": 0.0}} for g in given]
     steps = [step(given, method, params, name=method, loras=loras) for method, params in methods.items()]
-    text = " ".join(desk.zit("run", desk.job(*steps, save={"dtype": "fp32"})).ok().split())
+    text = " ".join(work.zit("run", work.job(*steps, save={"dtype": "fp32"})).ok().split())
     assert text.count(f"note: 3 of {len(SHAPES)} modules have strength 0 throughout and are written as zeros") == len(methods)
     for method in methods:
-        found = read_deltas(desk.out / f"merged_cat_{method}.safetensors")
+        found = read_deltas(work.out / f"merged_cat_{method}.safetensors")
         silent = [m for m in found if m.endswith(".to_v")]
         assert len(silent) == 3 and not any(found[m].any() for m in silent)
         assert all(found[m].any() for m in found if m not in silent)
 
 
 @pytest.mark.parametrize("method", [m for m in [*ANY, *PAIRS] if m not in MEANS])
-def test_all_ratios_zero(desk, method):
-    given = give(desk.folder, ME, STYLE, ratios=(0.0, 0.0))
-    assert not any(d.any() for d in merged(desk, given, method, (ANY | PAIRS)[method]).values())
+def test_all_ratios_zero(work, method):
+    given = give(work.folder, ME, STYLE, ratios=(0.0, 0.0))
+    assert not any(d.any() for d in merged(work, given, method, (ANY | PAIRS)[method]).values())
 
 
 @pytest.mark.parametrize("blank", ["up", "both"])
-def test_a_lora_that_was_never_trained_among_them(desk, blank):
+def test_a_lora_that_was_never_trained_among_them(work, blank):
     """B is zero before the first step: a change of nothing, without direction."""
     module = "layers.0.attention.to_k"
     parts = factors(0), (torch.zeros(12, 2), torch.zeros(2, 12) if blank == "both" else factors(1)[1])
     given = []
     for n, (up, down) in enumerate(parts):
-        path = pairs(desk.folder / f"{n}.safetensors", {module: (up, down)})
+        path = pairs(work.folder / f"{n}.safetensors", {module: (up, down)})
         given.append(Given({"lora": path.name, "ratio": 0.5}, {module: up.double() @ down.double()}, 0.5))
-    for method, path in every(desk, given, ANY | PAIRS).items():
+    for method, path in every(work, given, ANY | PAIRS).items():
         found = read_deltas(path)[module]
         assert torch.isfinite(found).all()
         if method not in ("ties", *RANDOM):
@@ -386,48 +386,48 @@ def test_a_lora_that_was_never_trained_among_them(desk, blank):
 
 
 @pytest.mark.parametrize("method", RANDOM)
-def test_a_seed_makes_the_same_bytes_and_another_seed_others(desk, method):
-    given = give(desk.folder, ME, STYLE)
+def test_a_seed_makes_the_same_bytes_and_another_seed_others(work, method):
+    given = give(work.folder, ME, STYLE)
     bare, zero, again, one = (
-        run(desk, step(given, method, params), output_dir=str(desk.folder / f"out{n}")) and
-        load_file(desk.folder / f"out{n}" / "merged_cat_a.safetensors")
+        run(work, step(given, method, params), output_dir=str(work.folder / f"out{n}")) and
+        load_file(work.folder / f"out{n}" / "merged_cat_a.safetensors")
         for n, params in enumerate(({}, {"seed": 0}, {"seed": 0}, {"seed": 1}))
     )  # fmt: skip
     assert all(torch.equal(bare[key], tensor) and torch.equal(again[key], tensor) for key, tensor in zero.items())
-    assert (desk.folder / "out1/merged_cat_a.safetensors").read_bytes() == (
-        desk.folder / "out2/merged_cat_a.safetensors"
+    assert (work.folder / "out1/merged_cat_a.safetensors").read_bytes() == (
+        work.folder / "out2/merged_cat_a.safetensors"
     ).read_bytes()
     both = [key for key in zero if ".layers.0." in key and "lora_A" in key]
     assert not any(torch.equal(one[key], zero[key]) for key in both)
 
 
 @pytest.mark.parametrize("method", ANY)
-def test_the_order_of_the_loras_does_not_matter(desk, method):
-    given, orders = give(desk.folder, ME, STYLE, FUSED), ((0, 1, 2), (2, 0, 1))
-    first, *others = (merged(desk, [given[i] for i in order], method, ANY[method]) for order in orders)
+def test_the_order_of_the_loras_does_not_matter(work, method):
+    given, orders = give(work.folder, ME, STYLE, FUSED), ((0, 1, 2), (2, 0, 1))
+    first, *others = (merged(work, [given[i] for i in order], method, ANY[method]) for order in orders)
     for other in others:
         check(other, first, given, 2e-5)
 
 
 @pytest.mark.parametrize("method", RANDOM)
-def test_every_module_has_draws_of_its_own(desk, method):
+def test_every_module_has_draws_of_its_own(work, method):
     modules = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.1.attention.to_k"]
-    paths = [pairs(desk.folder / f"{n}.safetensors", {m: factors(n) for m in modules}) for n in range(2)]
+    paths = [pairs(work.folder / f"{n}.safetensors", {m: factors(n) for m in modules}) for n in range(2)]
     given = [Given({"lora": p.name, "ratio": 1.0}, {}, 1.0) for p in paths]
-    equal = merged(desk, given, "ties")
-    apart = merged(desk, given, method)
+    equal = merged(work, given, "ties")
+    apart = merged(work, given, method)
     for one, other in zip(modules, modules[1:], strict=False):
         assert torch.equal(equal[one], equal[other])
         assert float((apart[one] - apart[other]).norm()) > 0.1 * float(apart[one].norm())
 
 
 @pytest.mark.parametrize("method", RANDOM)
-def test_a_module_s_draws_do_not_depend_on_the_other_modules(desk, method):
+def test_a_module_s_draws_do_not_depend_on_the_other_modules(work, method):
     modules = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.1.attention.to_k"]
     found = []
     for chosen in (modules, modules[1:]):
-        paths = [pairs(desk.folder / f"{n}.safetensors", {m: factors(n) for m in chosen}) for n in range(2)]
-        found.append(merged(desk, [Given({"lora": p.name, "ratio": 1.0}, {}, 1.0) for p in paths], method))
+        paths = [pairs(work.folder / f"{n}.safetensors", {m: factors(n) for m in chosen}) for n in range(2)]
+        found.append(merged(work, [Given({"lora": p.name, "ratio": 1.0}, {}, 1.0) for p in paths], method))
     assert torch.equal(found[0][modules[1]], found[1][modules[1]])
 
 
@@ -435,25 +435,25 @@ def test_a_module_s_draws_do_not_depend_on_the_other_modules(desk, method):
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties", "della", "tsv", "project"])
-def test_merge_makes_what_run_makes(desk, method):
-    given, params = give(desk.folder, ME, STYLE), (ANY | PAIRS)[method]
-    ran = load_file(run(desk, step([g._replace(entry=g.entry | {"blocks": {"to_q": 0.5}}) for g in given], method, params)))
+def test_merge_makes_what_run_makes(work, method):
+    given, params = give(work.folder, ME, STYLE), (ANY | PAIRS)[method]
+    ran = load_file(run(work, step([g._replace(entry=g.entry | {"blocks": {"to_q": 0.5}}) for g in given], method, params)))
     words = ["--params", *(f"{key}={value}" for key, value in params.items())] if params else []
     weights = ["--ratio", 0.8, 0.5, "--to_q", 0.5, "--shapes", "free", "--dtype", "fp32", "--device", "cpu"]
     files = [g.entry["lora"] for g in given]
-    text = desk.zit("merge", *files, "-o", "both.safetensors", *weights, "--method", method, *words).ok()
-    merged = load_file(desk.folder / "both.safetensors")
+    text = work.zit("merge", *files, "-o", "both.safetensors", *weights, "--method", method, *words).ok()
+    merged = load_file(work.folder / "both.safetensors")
     assert merged.keys() == ran.keys() and all(torch.equal(merged[key], tensor) for key, tensor in ran.items())
     assert "wrote " in text
 
 
-def test_a_word_as_a_parameter(desk):
-    given = give(desk.folder, ME, STYLE)
+def test_a_word_as_a_parameter(work):
+    given = give(work.folder, ME, STYLE)
     files = [g.entry["lora"] for g in given]
     for name, words in {"slerp": ["per=layer"], "project": ["yields=both", "mu=1e1"]}.items():
         common = ["--ratio", 1, "--shapes", "free", "--device", "cpu", "--method", name, "--params", *words]
-        desk.zit("merge", *files, "-o", f"{name}.safetensors", *common).ok()
-        (recipe,) = json.loads(read_metadata(desk.folder / f"{name}.safetensors")["zit_merge.recipe"])["steps"]
+        work.zit("merge", *files, "-o", f"{name}.safetensors", *common).ok()
+        (recipe,) = json.loads(read_metadata(work.folder / f"{name}.safetensors")["zit_merge.recipe"])["steps"]
         assert recipe["params"] == {"slerp": {"per": "layer"}, "project": {"mu": 10.0, "yields": "both", "components": 0}}[name]
 
 
@@ -486,44 +486,44 @@ def test_every_method_is_tested_here():
     ("method", "params"),
     [*((method, {}) for method in DEFAULTS), ("della", {"epsilon": 0.3, "seed": 2**32 - 1}), ("slerp", {"per": "layer"})],
 )
-def test_the_recipe_of_a_method_makes_the_same_bytes(desk, method, params):
-    given = give(desk.folder, ME, STYLE)
-    made = run(desk, step(given, method, params), save={"dtype": "bf16"}, rank=4)
-    recipe = desk.recipe(made, "elsewhere/recipe.yaml")
+def test_the_recipe_of_a_method_makes_the_same_bytes(work, method, params):
+    given = give(work.folder, ME, STYLE)
+    made = run(work, step(given, method, params), save={"dtype": "bf16"}, rank=4)
+    recipe = work.recipe(made, "elsewhere/recipe.yaml")
     (found,) = yaml.safe_load(recipe.read_text())["steps"]
     assert found["method"] == method
     assert found.get("params") == (DEFAULTS[method] and DEFAULTS[method] | params)
     for g in given:
-        (desk.folder / "attic").mkdir(exist_ok=True)
-        (desk.folder / g.entry["lora"]).rename(desk.folder / "attic" / f"x{g.entry['lora']}")
-    again = desk.again(recipe, "--loras", desk.folder / "attic")
+        (work.folder / "attic").mkdir(exist_ok=True)
+        (work.folder / g.entry["lora"]).rename(work.folder / "attic" / f"x{g.entry['lora']}")
+    again = work.again(recipe, "--loras", work.folder / "attic")
     assert again.read_bytes() == made.read_bytes()
 
 
-def test_another_parameter_makes_the_file_again(desk):
-    given = give(desk.folder, ME, STYLE)
+def test_another_parameter_makes_the_file_again(work):
+    given = give(work.folder, ME, STYLE)
     for params, said in (({}, "wrote "), ({"density": 0.2}, "kept "), ({"density": 0.3}, "wrote ")):
-        text = desk.zit("run", desk.job(step(given, "ties", params))).ok()
+        text = work.zit("run", work.job(step(given, "ties", params))).ok()
         assert said in text and ("kept " in text) == (said == "kept ")
 
 
-def test_a_later_step_uses_what_a_method_made(desk):
-    given = give(desk.folder, ME, STYLE)
+def test_a_later_step_uses_what_a_method_made(work):
+    given = give(work.folder, ME, STYLE)
     first = step(given, "ties", {"density": 0.4}, name="first", keep=False)
     second = {"name": "b", "loras": [{"lora": "first", "ratio": -0.5}, given[0].entry], "method": "average"}
-    found = read_deltas(run(desk, first, second))
+    found = read_deltas(run(work, first, second))
     ties = wanted(given, "ties", {"density": 0.4})
     want = {m: (-0.5 * d + given[0].ratio * given[0].deltas.get(m, torch.zeros_like(d))) / 0.3 for m, d in ties.items()}
     big = [g._replace(ratio=10.0) for g in given]
     check(found, want, big, 2e-5)
-    made = desk.out / "merged_cat_b.safetensors"
-    steps = yaml.safe_load(desk.recipe(made).read_text())["steps"]
+    made = work.out / "merged_cat_b.safetensors"
+    steps = yaml.safe_load(work.recipe(made).read_text())["steps"]
     assert [s["method"] for s in steps] == ["ties", "average"]
-    assert desk.again(desk.folder / "recipe.yaml").read_bytes() == made.read_bytes()
+    assert work.again(work.folder / "recipe.yaml").read_bytes() == made.read_bytes()
 
 
-def test_steps_inherit_method_and_parameters_of_the_section(desk):
-    given = give(desk.folder, ME, STYLE)
+def test_steps_inherit_method_and_parameters_of_the_section(work):
+    given = give(work.folder, ME, STYLE)
     loras = [g.entry for g in given]
     steps = [
         {"name": "inherits", "loras": loras},
@@ -532,10 +532,10 @@ def test_steps_inherit_method_and_parameters_of_the_section(desk):
         {"name": "own", "loras": loras, "params": {"density": 0.9}},
         {"name": "both", "loras": loras, "method": "ties", "params": {"density": 0.9}},
     ]
-    run(desk, *steps, method="dare_linear", params={"density": 0.7, "seed": 6})
+    run(work, *steps, method="dare_linear", params={"density": 0.7, "seed": 6})
     found = {}
     for name in ("inherits", "other", "same", "own", "both"):
-        recipe = json.loads(read_metadata(desk.out / f"merged_cat_{name}.safetensors")["zit_merge.recipe"])["steps"][-1]
+        recipe = json.loads(read_metadata(work.out / f"merged_cat_{name}.safetensors")["zit_merge.recipe"])["steps"][-1]
         found[name] = recipe["method"], recipe["params"]
     assert found == {
         "inherits": ("dare_linear", {"density": 0.7, "seed": 6}),
@@ -595,12 +595,12 @@ def test_parameters_that_no_method_has(method, params, key, says, level):
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_a_wrong_parameter_is_one_sentence(desk, loras, command):
+def test_a_wrong_parameter_is_one_sentence(work, loras, command):
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "method": "ties", "params": {"density": 2}}
-    assert desk.zit(command, desk.job(step)).refused() == (
+    assert work.zit(command, work.job(step)).refused() == (
         "process[0].steps[0].params.density: must be above 0 and at most 1, not 2"
     )
-    assert desk.files() == []
+    assert work.files() == []
 
 
 @pytest.mark.parametrize(
@@ -614,48 +614,48 @@ def test_a_wrong_parameter_is_one_sentence(desk, loras, command):
         (["density=nan"], "params.density: must be a finite number"),
     ],
 )
-def test_a_wrong_parameter_on_the_command_line(desk, loras, words, says):
+def test_a_wrong_parameter_on_the_command_line(work, loras, words, says):
     common = ["--ratio", 1, "--shapes", "free", "--method", "ties", "--params", *words]
-    assert says in desk.zit("merge", "me.safetensors", "-o", "x.safetensors", *common).refused()
+    assert says in work.zit("merge", "me.safetensors", "-o", "x.safetensors", *common).refused()
 
 
 @pytest.mark.parametrize("params", ["density", 0.5, [0.5]])
-def test_parameters_are_a_mapping(desk, loras, params):
-    config = desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "method": "ties", "params": params})
-    assert desk.zit("check", config).refused().startswith("process[0].steps[0].params: must be a mapping")
+def test_parameters_are_a_mapping(work, loras, params):
+    config = work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "method": "ties", "params": params})
+    assert work.zit("check", config).refused().startswith("process[0].steps[0].params: must be a mapping")
 
 
-def test_an_unknown_method(desk, loras):
-    config = desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "method": "tie"})
-    message = desk.zit("check", config).refused()
+def test_an_unknown_method(work, loras):
+    config = work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "method": "tie"})
+    message = work.zit("check", config).refused()
     assert message.startswith("process[0].steps[0].method: no such method: 'tie' (did you mean ties?); there are sum, average")
 
 
 @pytest.mark.parametrize("method", PAIRS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_methods_for_two_loras(desk, loras, method, count):
-    config = desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}] * count, "method": method})
-    message = desk.zit("check", config).refused()
+def test_methods_for_two_loras(work, loras, method, count):
+    config = work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}] * count, "method": method})
+    message = work.zit("check", config).refused()
     assert message.startswith(f"process[0].steps[0].method: {method} takes exactly two LoRAs, the step has {count}")
     assert ("karcher takes any number" in message) == (method in SPHERICAL)
 
 
-def test_the_count_of_a_method_on_the_command_line(desk, loras):
-    ran = desk.zit("merge", "me.safetensors", "-o", "x.safetensors", "--ratio", 1, "--method", "slerp", "--shapes", "free")
+def test_the_count_of_a_method_on_the_command_line(work, loras):
+    ran = work.zit("merge", "me.safetensors", "-o", "x.safetensors", "--ratio", 1, "--method", "slerp", "--shapes", "free")
     assert "slerp takes exactly two LoRAs, the step has 1" in ran.refused()
 
 
 @pytest.mark.parametrize("method", SPHERICAL)
-def test_no_negative_ratios_between_directions(desk, loras, method):
+def test_no_negative_ratios_between_directions(work, loras, method):
     both = [{"lora": "me.safetensors", "ratio": 1}, {"lora": "style.safetensors", "ratio": -0.5}]
-    message = desk.zit("check", desk.job({"name": "a", "loras": both, "method": method})).refused()
+    message = work.zit("check", work.job({"name": "a", "loras": both, "method": method})).refused()
     assert message.startswith(f"process[0].steps[0].loras[1].ratio: {method} goes between directions, where -0.5 has no meaning")
 
 
 @pytest.mark.parametrize("method", SPHERICAL)
-def test_a_negative_weight_turns_a_lora_around_there(desk, method):
-    given = give(desk.folder, ME, ("onetrainer-kohya", 2, 0.5, {"attention": -0.7}))
-    check(merged(desk, given, method), wanted(given, method, {}), given, 2e-5)
+def test_a_negative_weight_turns_a_lora_around_there(work, method):
+    given = give(work.folder, ME, ("onetrainer-kohya", 2, 0.5, {"attention": -0.7}))
+    check(merged(work, given, method), wanted(given, method, {}), given, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -663,44 +663,44 @@ def test_a_negative_weight_turns_a_lora_around_there(desk, method):
     [("average", (0.5, -0.5)), ("average", (0, 0)), ("average", (0.1, -0.3)), ("slerp", (0, 0)), ("nuslerp", (0.0, 0.0)),
      ("karcher", (0, 0))],
 )  # fmt: skip
-def test_ratios_that_sum_to_zero(desk, loras, method, ratios):
+def test_ratios_that_sum_to_zero(work, loras, method, ratios):
     entries = [{"lora": "me.safetensors", "ratio": ratios[0]}, {"lora": "style.safetensors", "ratio": ratios[1]}]
     if sum(ratios):
         entries.append({"lora": "me.safetensors", "ratio": -sum(ratios)})
-    message = desk.zit("check", desk.job({"name": "a", "loras": entries, "method": method})).refused()
+    message = work.zit("check", work.job({"name": "a", "loras": entries, "method": method})).refused()
     assert message.startswith(f"process[0].steps[0]: the ratios sum to 0, {method} divides by their sum")
 
 
 @pytest.mark.parametrize("per", ["file", "layer", "module"])
-def test_loras_that_cancel_can_not_be_normalized(desk, per):
-    given = give(desk.folder, ME, ME, ratios=(0.5, -0.5))  # other seeds
+def test_loras_that_cancel_can_not_be_normalized(work, per):
+    given = give(work.folder, ME, ME, ratios=(0.5, -0.5))  # other seeds
     same = [given[0].entry, given[0].entry | {"ratio": -0.5}]
-    config = desk.job({"name": "a", "loras": same, "method": "normalize", "params": {"per": per}})
-    message = desk.zit("run", config).refused()
+    config = work.job({"name": "a", "loras": same, "method": "normalize", "params": {"per": per}})
+    message = work.zit("run", config).refused()
     where = {"file": "the whole", "layer": "layers/0", "module": "layers.0"}[per]
     assert message.startswith(f"process[0].steps[0]: normalize, {where}") and "cancel each other" in message
-    assert desk.files() == []
-    desk.zit("run", desk.job({"name": "a", "loras": [g.entry for g in given], "method": "normalize"})).ok()
+    assert work.files() == []
+    work.zit("run", work.job({"name": "a", "loras": [g.entry for g in given], "method": "normalize"})).ok()
 
 
 @pytest.mark.parametrize("method", ["karcher", "nuslerp"])
-def test_opposite_loras_have_no_mean_direction(desk, method):
+def test_opposite_loras_have_no_mean_direction(work, method):
     ok = {"layers.0.attention.to_q": factors(0), "layers.1.attention.to_k": factors(1)}
     up, down = ok["layers.1.attention.to_k"]
     turned = {"layers.0.attention.to_q": factors(2), "layers.1.attention.to_k": (-up, down)}
     for n, parts in enumerate((ok, turned)):
-        pairs(desk.folder / f"{n}.safetensors", parts)
+        pairs(work.folder / f"{n}.safetensors", parts)
     entries = [{"lora": f"{n}.safetensors", "ratio": 1.0} for n in range(2)]
-    config = desk.job({"name": "b", "loras": entries}, {"name": "a", "loras": entries, "method": method})
-    message = desk.zit("run", config).refused()
+    config = work.job({"name": "b", "loras": entries}, {"name": "a", "loras": entries, "method": method})
+    message = work.zit("run", config).refused()
     assert message.startswith(f"process[0].steps[1]: {method}, layers.1.attention.to_k: the LoRAs point in opposite directions")
-    assert desk.files() == ["merged_cat_b.safetensors"]  # of the step before; nothing half-written
+    assert work.files() == ["merged_cat_b.safetensors"]  # of the step before; nothing half-written
 
 
-def test_a_refused_method_leaves_the_old_file(desk):
-    given = give(desk.folder, ME, ME)
-    made = run(desk, step(given, "normalize"))
+def test_a_refused_method_leaves_the_old_file(work):
+    given = give(work.folder, ME, ME)
+    made = run(work, step(given, "normalize"))
     before = made.read_bytes()
     same = [given[0].entry, given[0].entry | {"ratio": -0.8}]
-    assert "cancel" in desk.zit("run", desk.job(step(given, "normalize", loras=same), save={"dtype": "fp32"})).refused()
-    assert made.read_bytes() == before and desk.files() == [made.name]
+    assert "cancel" in work.zit("run", work.job(step(given, "normalize", loras=same), save={"dtype": "fp32"})).refused()
+    assert made.read_bytes() == before and work.files() == [made.name]

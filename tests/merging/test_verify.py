@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from desk import DTYPES, merge_into, write_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles.dense import Deltas, best_error, read_deltas, read_metadata, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import save_file
 from torch import Tensor
+from workspace import DTYPES, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, merge
 from extensions_built_in.zit_merge.algebra.factors import Factors
@@ -202,26 +202,26 @@ def test_the_size_announced_is_the_size_written(tmp_path, how, ratios):
 # --- what a person reads -------------------------------------------------------------------------------------------------------
 
 
-def said(desk, *words: object) -> str:
+def said(work, *words: object) -> str:
     """The report at the end, on one line."""
-    text = desk.zit("merge", *words, "-o", "out.safetensors", "--shapes", "free", "--device", "cpu").ok()
+    text = work.zit("merge", *words, "-o", "out.safetensors", "--shapes", "free", "--device", "cpu").ok()
     return " ".join(text[text.index("out is ") :].split())
 
 
-def test_the_report_says_asked_and_got(desk):
-    (one, _), (other, _) = two(desk.folder)
-    line = said(desk, one, other, "--ratio", 0.9, 0.6)
+def test_the_report_says_asked_and_got(work):
+    (one, _), (other, _) = two(work.folder)
+    line = said(work, one, other, "--ratio", 0.9, 0.6)
     assert "1 ai-toolkit.safetensors 0.9 0.9 2 onetrainer-kohya.safetensors 0.6 0.6" in line
     assert line.startswith("out is right: as asked, rounding to bf16 changed 0.")
-    line = said(desk, one, other, "--ratio", 0.9, 0.6, "--rank", 3, "--dtype", "fp32")
-    found = verdict(desk.folder / "out.safetensors")
+    line = said(work, one, other, "--ratio", 0.9, 0.6, "--rank", 3, "--dtype", "fp32")
+    found = verdict(work.folder / "out.safetensors")
     assert f"{int(found['kept'] * 1000) / 10:.1f} % of the energy kept, least in " in line
 
 
-def test_no_share_is_rounded_up_to_all(desk):
+def test_no_share_is_rounded_up_to_all(work):
     big, small = drawn(2, 0), drawn(2, 1, up=1e-3)
-    paths = [pairs(desk.folder / f"{n}.safetensors", part)[0] for n, part in enumerate((big, small))]
-    line = said(desk, *paths, "--ratio", 1, "--rank", 2, "--dtype", "fp32")
+    paths = [pairs(work.folder / f"{n}.safetensors", part)[0] for n, part in enumerate((big, small))]
+    line = said(work, *paths, "--ratio", 1, "--rank", 2, "--dtype", "fp32")
     assert "99.9 % of the energy kept" in line and "100 %" not in line
 
 
@@ -233,23 +233,23 @@ def nearly_alike(folder: Path, apart: float) -> list[Path]:
 
 
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 1e-5])
-def test_what_nearly_cancels_in_bf16_is_said_and_no_error(desk, apart):
-    paths = nearly_alike(desk.folder, apart)
-    line = said(desk, *paths, "--ratio", 1, -1, "--dtype", "bf16")
-    found = verdict(desk.folder / "out.safetensors")
-    wanted = read_deltas(merge_into(desk.folder, list(zip(paths, (1.0, -1.0), strict=True)), "exact"))
-    got = read_deltas(desk.folder / "out.safetensors")
+def test_what_nearly_cancels_in_bf16_is_said_and_no_error(work, apart):
+    paths = nearly_alike(work.folder, apart)
+    line = said(work, *paths, "--ratio", 1, -1, "--dtype", "bf16")
+    found = verdict(work.folder / "out.safetensors")
+    wanted = read_deltas(merge_into(work.folder, list(zip(paths, (1.0, -1.0), strict=True)), "exact"))
+    got = read_deltas(work.folder / "out.safetensors")
     error = (
         sum(float((got[m] - d).norm()) ** 2 for m, d in wanted.items()) / sum(float(d.norm()) ** 2 for d in wanted.values())
     ) ** 0.5
     assert error > 0.05 and found["error"] == pytest.approx(error, rel=0.25)
     assert "the inputs nearly cancel" in line and "save it as fp32" in line
-    assert "nearly cancel" not in said(desk, *paths, "--ratio", 1, -1, "--dtype", "fp32")
+    assert "nearly cancel" not in said(work, *paths, "--ratio", 1, -1, "--dtype", "fp32")
 
 
 @pytest.mark.parametrize(("apart", "alike"), [(0.5, False), (0.1, False), (0.01, True), (1e-4, True), (0.0, True)])
-def test_inputs_too_alike_to_tell_their_strengths_apart_are_said(desk, apart, alike):
-    line = said(desk, *nearly_alike(desk.folder, apart), "--ratio", 0.9, 0.6, "--dtype", "fp32")
+def test_inputs_too_alike_to_tell_their_strengths_apart_are_said(work, apart, alike):
+    line = said(work, *nearly_alike(work.folder, apart), "--ratio", 0.9, 0.6, "--dtype", "fp32")
     assert ("too alike" in line) == alike
     assert ("0.9 0.9 2 " in line and " 0.6 0.6 " in line) == (not alike)
     assert ("0.9 ? 2 " in line and " 0.6 ? " in line) == alike
@@ -399,14 +399,14 @@ def test_one_module_is_enough(tmp_path, monkeypatch):
     assert calls
 
 
-def test_a_spoiled_step_leaves_the_steps_before_it(desk, monkeypatch):
-    (one, _), (other, _) = two(desk.folder)
+def test_a_spoiled_step_leaves_the_steps_before_it(work, monkeypatch):
+    (one, _), (other, _) = two(work.folder)
     loras = [{"lora": one.name, "ratio": 0.9}, {"lora": other.name, "ratio": 0.6}]
     steps = [{"name": "a", "loras": loras}, {"name": "b", "loras": loras[::-1], "rank": 3}]
     monkeypatch.setattr(execute, "truncate", spoiled_truncation(scaled))
-    message = desk.zit("run", desk.job(*steps)).refused()
+    message = work.zit("run", work.job(*steps)).refused()
     assert "what was written differs from what was wanted by " in message and "please report it with the recipe" in message
-    assert desk.files() == ["merged_cat_a.safetensors"]
+    assert work.files() == ["merged_cat_a.safetensors"]
 
 
 # --- rounding alone never is an error ------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from desk import Desk, write_lora
 from oracles.dense import Deltas, best_error, read_deltas, read_metadata, relative, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file
+from workspace import Workspace, write_lora
 
 from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
 from extensions_built_in.zit_merge.config.schema import parse_section
@@ -27,7 +27,7 @@ SHAPES = {
     if name.startswith(("layers.0.", "layers.1.attention"))
 }
 PLACE = "process[1].steps[0].checkpoints"
-KEPT = [2000, 2250, 2500, 2750, 3000]  # what desk.training's settings leave
+KEPT = [2000, 2250, 2500, 2750, 3000]  # what work.training's settings leave
 
 
 def exponent(sigma_rel: float) -> float:
@@ -45,9 +45,9 @@ def name_of(step: int, job: str = "cat") -> str:
     return f"{job}.safetensors" if step == 3000 else f"{job}_{step:09d}.safetensors"
 
 
-def train(desk: Desk, steps: Sequence[int] = KEPT, job: str = "cat", producer: str = "ai-toolkit") -> dict[int, Deltas]:
+def train(work: Workspace, steps: Sequence[int] = KEPT, job: str = "cat", producer: str = "ai-toolkit") -> dict[int, Deltas]:
     """Saves of a training of 3000 steps, the last one first: by the time of the files it is the oldest."""
-    folder = desk.folder / "output" / job
+    folder = work.folder / "output" / job
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for n, step in enumerate(sorted(steps, reverse=True)):
@@ -58,16 +58,18 @@ def train(desk: Desk, steps: Sequence[int] = KEPT, job: str = "cat", producer: s
     return found
 
 
-def config(desk: Desk, checkpoints: Mapping[str, Any], job: str = "cat", training: Mapping[str, Any] | None = None, **keys: Any):
+def config(
+    work: Workspace, checkpoints: Mapping[str, Any], job: str = "cat", training: Mapping[str, Any] | None = None, **keys: Any
+):
     """A job that trains and then averages."""
     step = {"name": "ema", "checkpoints": dict(checkpoints)} | keys
-    section = desk.section(step, save={"dtype": "fp32"})
-    return desk.config(desk.training(**(training or {})), section, job=job)
+    section = work.section(step, save={"dtype": "fp32"})
+    return work.config(work.training(**(training or {})), section, job=job)
 
 
-def averaged(desk: Desk, checkpoints: Mapping[str, Any], job: str = "cat", **keys: Any) -> dict[str, torch.Tensor]:
-    desk.zit("run", config(desk, checkpoints, job, **{"rank": "exact"} | keys)).ok()
-    return read_deltas(desk.out / f"merged_{job}_ema.safetensors")
+def averaged(work: Workspace, checkpoints: Mapping[str, Any], job: str = "cat", **keys: Any) -> dict[str, torch.Tensor]:
+    work.zit("run", config(work, checkpoints, job, **{"rank": "exact"} | keys)).ok()
+    return read_deltas(work.out / f"merged_{job}_ema.safetensors")
 
 
 def check(found: Deltas, saves: Mapping[int, Deltas], weights: Mapping[int, float]) -> None:
@@ -77,9 +79,9 @@ def check(found: Deltas, saves: Mapping[int, Deltas], weights: Mapping[int, floa
         assert relative(found[module], delta) < 2e-6, module
 
 
-def refused(desk: Desk, command: str, *args: Any, **keys: Any) -> str:
-    message = desk.zit(command, config(desk, *args, **keys)).refused()
-    assert desk.files() == []
+def refused(work: Workspace, command: str, *args: Any, **keys: Any) -> str:
+    message = work.zit(command, config(work, *args, **keys)).refused()
+    assert work.files() == []
     return message
 
 
@@ -87,52 +89,52 @@ def refused(desk: Desk, command: str, *args: Any, **keys: Any) -> str:
 
 
 @pytest.mark.parametrize("asked", [{}, {"sigma_rel": 0.1}, {"sigma_rel": 0.05}, {"sigma_rel": 0.25, "last": 3}], ids=str)
-def test_a_power_of_the_training_step_is_the_weight(desk, asked):
-    saves = train(desk)
+def test_a_power_of_the_training_step_is_the_weight(work, asked):
+    saves = train(work)
     steps = KEPT[-asked.get("last", 5) :]
     weights = powers(steps, exponent(asked.get("sigma_rel", 0.1)))
     assert weights == pytest.approx(profile(steps, gamma_of(asked.get("sigma_rel", 0.1))), rel=1e-6)
-    check(averaged(desk, asked), saves, dict(zip(steps, weights, strict=True)))
+    check(averaged(work, asked), saves, dict(zip(steps, weights, strict=True)))
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 2.5, 6.94])
-def test_the_exponent_itself(desk, gamma):
-    saves = train(desk)
+def test_the_exponent_itself(work, gamma):
+    saves = train(work)
     weights = dict(zip(KEPT, powers(KEPT, gamma), strict=True))
     if gamma == 0:
         assert set(weights.values()) == {0.2}
-    check(averaged(desk, {"gamma": gamma}), saves, weights)
+    check(averaged(work, {"gamma": gamma}), saves, weights)
 
 
 @pytest.mark.parametrize("weights", [[1, 2, 5], [0.2, 0.2, 0.2], [-1, 1, 2.5], [0, 0, 4]], ids=str)
-def test_weights_of_their_own_are_for_the_last_ones_oldest_first(desk, weights):
-    saves = train(desk)
+def test_weights_of_their_own_are_for_the_last_ones_oldest_first(work, weights):
+    saves = train(work)
     shares = {step: w / sum(weights) for step, w in zip(KEPT[-3:], weights, strict=True)}
     for asked in ({"weights": weights}, {"weights": weights, "last": 3}):
-        check(averaged(desk, asked), saves, shares)
+        check(averaged(work, asked), saves, shares)
 
 
 @pytest.mark.parametrize("last", [1, 2, 4])
-def test_last_counts_the_final_file(desk, last):
-    saves = train(desk)
-    check(averaged(desk, {"last": last, "gamma": 0}), saves, dict.fromkeys(KEPT[-last:], 1 / last))
+def test_last_counts_the_final_file(work, last):
+    saves = train(work)
+    check(averaged(work, {"last": last, "gamma": 0}), saves, dict.fromkeys(KEPT[-last:], 1 / last))
 
 
-def test_what_lies_there_counts_when_the_training_is_over(desk):
+def test_what_lies_there_counts_when_the_training_is_over(work):
     """The folder of a run whose settings were changed later: what is there is averaged, not what the config would leave."""
     steps = [100, 1700, 2999, 3000]
-    saves = train(desk, steps)
-    check(averaged(desk, {"gamma": 3}), saves, dict(zip(steps, powers(steps, 3), strict=True)))
+    saves = train(work, steps)
+    check(averaged(work, {"gamma": 3}), saves, dict(zip(steps, powers(steps, 3), strict=True)))
 
 
-def test_a_training_that_left_its_final_file_alone(desk):
-    saves = train(desk, [3000])
-    check(averaged(desk, {}), saves, {3000: 1.0})
+def test_a_training_that_left_its_final_file_alone(work):
+    saves = train(work, [3000])
+    check(averaged(work, {}), saves, {3000: 1.0})
 
 
-def test_files_that_are_no_checkpoints_of_this_training_are_left_alone(desk):
-    saves = train(desk)
-    folder = desk.folder / "output" / "cat"
+def test_files_that_are_no_checkpoints_of_this_training_are_left_alone(work):
+    saves = train(work)
+    folder = work.folder / "output" / "cat"
     stale = [
         *("cat_000003000", "cat_000003250", "cat_000010000"),  # of a longer run before this one
         *("cat_2500", "cat_000002600_old", "cats_000002600", "cat2_000002600", "CRITIC_cat_000002600", "other"),
@@ -143,81 +145,81 @@ def test_files_that_are_no_checkpoints_of_this_training_are_left_alone(desk):
         if name.endswith(".part"):
             (folder / f"{name}.safetensors").rename(folder / name)
     (folder / "cat_000002600").mkdir()
-    check(averaged(desk, {"gamma": 0}), saves, dict.fromkeys(KEPT, 0.2))
+    check(averaged(work, {"gamma": 0}), saves, dict.fromkeys(KEPT, 0.2))
 
 
 @pytest.mark.parametrize("job", ["cat (v1.0)+[x]", "a.b", "c*t", "cat_000000250"])
-def test_a_name_that_is_also_a_pattern(desk, job):
+def test_a_name_that_is_also_a_pattern(work, job):
     if os.name == "nt" and "*" in job:
         pytest.skip("no such name on Windows")
-    saves = train(desk, job=job)
-    folder = desk.folder / "output" / job
+    saves = train(work, job=job)
+    folder = work.folder / "output" / job
     for name in ("aXb_000002600", "caat_000002600", "cat_000002600"):
         write_lora(folder, "ai-toolkit", 2, 77, shapes=SHAPES, stem=name)
-    desk.zit("run", config(desk, {"gamma": 0}, job, rank="exact")).ok()
-    (made,) = desk.out.glob("*.safetensors")
+    work.zit("run", config(work, {"gamma": 0}, job, rank="exact")).ok()
+    (made,) = work.out.glob("*.safetensors")
     check(read_deltas(made), saves, dict.fromkeys(KEPT, 0.2))
 
 
-def test_the_rank_is_that_of_the_checkpoints_unless_another_is_asked_for(desk):
-    saves = train(desk)
+def test_the_rank_is_that_of_the_checkpoints_unless_another_is_asked_for(work):
+    saves = train(work)
     want = weighted_sum([(saves[step], w) for step, w in zip(KEPT, powers(KEPT, exponent(0.1)), strict=True)])
     for keys, rank in (({}, 2), ({"rank": 3}, 3), ({"rank": "exact"}, 10), ({"rank": {"energy": 1e-6}}, 1)):
-        desk.zit("run", config(desk, {}, **keys)).ok()
-        made = desk.out / "merged_cat_ema.safetensors"
+        work.zit("run", config(work, {}, **keys)).ok()
+        made = work.out / "merged_cat_ema.safetensors"
         assert load_file(made)["diffusion_model.layers.0.attention.to_k.lora_A.weight"].shape[0] == rank
         for module, delta in read_deltas(made).items():
             error = float((delta - want[module]).norm())
             assert error == pytest.approx(best_error(want[module], rank), rel=1e-4, abs=1e-6 * float(want[module].norm()))
 
 
-def test_a_rank_of_the_section_holds_for_checkpoints_too(desk):
-    train(desk)
-    section = desk.section({"name": "ema", "checkpoints": {}}, rank=5)
-    desk.zit("run", desk.config(desk.training(), section)).ok()
-    made = load_file(desk.out / "merged_cat_ema.safetensors")
+def test_a_rank_of_the_section_holds_for_checkpoints_too(work):
+    train(work)
+    section = work.section({"name": "ema", "checkpoints": {}}, rank=5)
+    work.zit("run", work.config(work.training(), section)).ok()
+    made = load_file(work.out / "merged_cat_ema.safetensors")
     assert made["diffusion_model.layers.0.attention.to_k.lora_A.weight"].shape[0] == 5
 
 
-def test_later_steps_use_the_average(desk):
-    saves = train(desk)
-    section = desk.section(
+def test_later_steps_use_the_average(work):
+    saves = train(work)
+    section = work.section(
         {"name": "ema", "checkpoints": {"gamma": 0}, "rank": "exact", "keep": False},
         {"name": "half", "loras": [{"lora": "ema", "ratio": 0.5}, {"lora": "trained@2250", "ratio": 0.25}]},
         save={"dtype": "fp32"},
     )
-    desk.zit("run", desk.config(desk.training(), section)).ok()
-    assert desk.files() == ["merged_cat_half.safetensors"]
-    check(read_deltas(desk.out / "merged_cat_half.safetensors"), saves, dict.fromkeys(KEPT, 0.1) | {2250: 0.35})
+    work.zit("run", work.config(work.training(), section)).ok()
+    assert work.files() == ["merged_cat_half.safetensors"]
+    check(read_deltas(work.out / "merged_cat_half.safetensors"), saves, dict.fromkeys(KEPT, 0.1) | {2250: 0.35})
 
 
-def test_the_recipe_names_every_checkpoint_and_makes_the_same_bytes(desk):
-    train(desk)
-    desk.zit("run", config(desk, {"last": 3, "sigma_rel": 0.2})).ok()
-    made = desk.out / "merged_cat_ema.safetensors"
+def test_the_recipe_names_every_checkpoint_and_makes_the_same_bytes(work):
+    train(work)
+    work.zit("run", config(work, {"last": 3, "sigma_rel": 0.2})).ok()
+    made = work.out / "merged_cat_ema.safetensors"
     (step,) = json.loads(read_metadata(made)["zit_merge.recipe"])["steps"]
     assert [lora["lora"] for lora in step["loras"]] == [name_of(s) for s in KEPT[-3:]]
     assert [lora["ratio"] for lora in step["loras"]] == pytest.approx(powers(KEPT[-3:], exponent(0.2)))
     assert "checkpoints" not in step and step["rank"] == "same"
-    recipe = desk.recipe(made, "elsewhere/recipe.yaml")
-    (desk.folder / "output").rename(desk.folder / "attic")
-    assert desk.again(recipe, "--loras", desk.folder / "attic").read_bytes() == made.read_bytes()
+    recipe = work.recipe(made, "elsewhere/recipe.yaml")
+    (work.folder / "output").rename(work.folder / "attic")
+    assert work.again(recipe, "--loras", work.folder / "attic").read_bytes() == made.read_bytes()
 
 
-def test_a_second_run_keeps_the_file_until_a_checkpoint_changes(desk):
-    train(desk)
+def test_a_second_run_keeps_the_file_until_a_checkpoint_changes(work):
+    train(work)
     for said in ("wrote ", "kept "):
-        assert said in desk.zit("run", config(desk, {})).ok()
-    write_lora(desk.folder / "output" / "cat", "ai-toolkit", 2, 99, shapes=SHAPES, stem="cat_000002500")
-    assert "wrote " in desk.zit("run", config(desk, {})).ok()
-    assert "wrote " in desk.zit("run", config(desk, {"sigma_rel": 0.11})).ok()
+        assert said in work.zit("run", config(work, {})).ok()
+    write_lora(work.folder / "output" / "cat", "ai-toolkit", 2, 99, shapes=SHAPES, stem="cat_000002500")
+    assert "wrote " in work.zit("run", config(work, {})).ok()
+    assert "wrote " in work.zit("run", config(work, {"sigma_rel": 0.11})).ok()
 
 
 # --- before and after the training ---------------------------------------------------------------------------------------------
 
 
-def test_check_forecasts_the_checkpoints_before_the_training(desk):
-    text = desk.zit("check", config(desk, {"last": 4, "gamma": 1})).ok()
+def test_check_forecasts_the_checkpoints_before_the_training(work):
+    text = work.zit("check", config(work, {"last": 4, "gamma": 1})).ok()
     flat = " ".join(text.split())
     for step, weight in zip(KEPT[-4:], powers(KEPT[-4:], 1), strict=True):
         assert f" {name_of(step)} ratio {weight:g} 240 modules, rank 2, bf16, still to be trained" in flat
@@ -227,45 +229,45 @@ def test_check_forecasts_the_checkpoints_before_the_training(desk):
     assert note in flat
 
 
-def test_check_forecasts_the_size_of_the_real_model(desk):
-    section = desk.section({"name": "ema", "checkpoints": {"last": 2}}, shapes="strict")
-    assert ", size not known" not in desk.zit("check", desk.config(desk.training(), section)).ok()
+def test_check_forecasts_the_size_of_the_real_model(work):
+    section = work.section({"name": "ema", "checkpoints": {"last": 2}}, shapes="strict")
+    assert ", size not known" not in work.zit("check", work.config(work.training(), section)).ok()
 
 
-def test_the_dry_run_shows_what_is_there(desk):
-    train(desk, [2600, 3000])
-    text = desk.zit("run", config(desk, {"gamma": 0}), "--dry-run").ok()
+def test_the_dry_run_shows_what_is_there(work):
+    train(work, [2600, 3000])
+    text = work.zit("run", config(work, {"gamma": 0}), "--dry-run").ok()
     for step in (2600, 3000):
         assert re.search(rf"  {name_of(step)} +ratio 0\.5  12 modules, rank 2, fp32\n", text)
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_the_check_of_an_average_says_how_much_is_kept(desk):
-    train(desk)
-    text = " ".join(desk.zit("run", config(desk, {})).ok().split())
+def test_the_check_of_an_average_says_how_much_is_kept(work):
+    train(work)
+    text = " ".join(work.zit("run", config(work, {})).ok().split())
     assert "of the energy kept, least in " in text and "too alike" not in text
     assert "ema is right: as asked, as far as rank 2 holds it" in text
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_it_needs_a_training_before_it(desk, command):
+def test_it_needs_a_training_before_it(work, command):
     step = {"name": "ema", "checkpoints": {"last": 2}}
-    for made in (desk.job(step), desk.config(desk.section(step), desk.training())):
-        message = desk.zit(command, made).refused()
+    for made in (work.job(step), work.config(work.section(step), work.training())):
+        message = work.zit(command, made).refused()
         assert message == (
             "process[0].steps[0].checkpoints: needs a training process before this section in the job, "
             "whose saves can be averaged"
         )
 
 
-def test_fewer_than_asked_for_before_the_training(desk):
+def test_fewer_than_asked_for_before_the_training(work):
     for asked in ({"last": 6}, {"weights": [1] * 6}):
-        message = refused(desk, "check", asked)
+        message = refused(work, "check", asked)
         assert message == (
             f"{PLACE}: 6 checkpoints are asked for, 5 will be there (steps 3000, save_every 250 and max_step_saves_to_keep 4 "
             "leave 2000, 2250, 2500, 2750, 3000; the last one is the final file): set last: 5, or let the training keep more"
         )
-    desk.zit("check", config(desk, {"last": 5})).ok()
+    work.zit("check", config(work, {"last": 5})).ok()
 
 
 @pytest.mark.parametrize(
@@ -278,17 +280,17 @@ def test_fewer_than_asked_for_before_the_training(desk):
         ({}, "1000, 2000, 3000"),
     ],
 )
-def test_what_the_settings_of_a_training_leave(desk, save, left):
+def test_what_the_settings_of_a_training_leave(work, save, left):
     count = len(left.split(", "))
-    desk.zit("check", config(desk, {"last": count}, training={"save": save})).ok()
-    message = refused(desk, "check", {"last": count + 1}, training={"save": save})
+    work.zit("check", config(work, {"last": count}, training={"save": save})).ok()
+    message = refused(work, "check", {"last": count + 1}, training={"save": save})
     assert f"leave {left}; the last one is the final file): set last: {count}" in message
 
 
-def test_fewer_than_asked_for_after_the_training(desk):
-    train(desk, [2500, 3000])
-    message = refused(desk, "run", {"last": 4})
-    folder = desk.folder / "output" / "cat"
+def test_fewer_than_asked_for_after_the_training(work):
+    train(work, [2500, 3000])
+    message = refused(work, "run", {"last": 4})
+    folder = work.folder / "output" / "cat"
     assert message == (
         f"{PLACE}: 4 checkpoints are asked for, 2 are there ({folder} holds those of 2500, 3000; the last one is the final "
         "file): set last: 2, or let the training keep more"
@@ -296,38 +298,38 @@ def test_fewer_than_asked_for_after_the_training(desk):
 
 
 @pytest.mark.parametrize("steps", [[], [2500, 2750]])
-def test_a_training_without_its_final_file_is_not_finished(desk, steps):
-    train(desk, steps)
-    folder = desk.folder / "output" / "cat"
+def test_a_training_without_its_final_file_is_not_finished(work, steps):
+    train(work, steps)
+    folder = work.folder / "output" / "cat"
     there = ", ".join(map(name_of, steps)) or "no .safetensors file"
     for asked in ({}, {"last": 1}, {"weights": [1]}):
-        assert refused(desk, "run", asked) == (
+        assert refused(work, "run", asked) == (
             f"{PLACE}: {folder / 'cat.safetensors'} is not there, the folder holds {there}: finish the training first"
         )
 
 
-def test_a_training_whose_folder_is_missing(desk):
-    assert "finish the training first" in refused(desk, "run", {})
+def test_a_training_whose_folder_is_missing(work):
+    assert "finish the training first" in refused(work, "run", {})
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_lokr_needs_a_number(desk, moment):
+def test_a_lokr_needs_a_number(work, moment):
     network = {"network": {"type": "lokr", "linear": 2, "linear_alpha": 2}}
     if moment == "after":
-        train(desk, producer="ai-toolkit-lokr")
+        train(work, producer="ai-toolkit-lokr")
     command = "check" if moment == "before" else "run"
-    message = refused(desk, command, {"last": 2}, training=network)
+    message = refused(work, command, {"last": 2}, training=network)
     assert message.startswith("process[1].steps[0].rank: same is the rank of LoRAs, ") and "is a LoKr: give a number" in message
     if moment == "after":
-        desk.zit("run", config(desk, {"last": 2}, training=network, rank=4)).ok()
+        work.zit("run", config(work, {"last": 2}, training=network, rank=4)).ok()
 
 
-def test_a_broken_checkpoint_is_named(desk):
-    train(desk)
-    (desk.folder / "output" / "cat" / "cat_000002500.safetensors").write_bytes(b"0" * 100)
-    message = refused(desk, "run", {"last": 4})
+def test_a_broken_checkpoint_is_named(work):
+    train(work)
+    (work.folder / "output" / "cat" / "cat_000002500.safetensors").write_bytes(b"0" * 100)
+    message = refused(work, "run", {"last": 4})
     assert "cat_000002500.safetensors" in message
-    desk.zit("run", config(desk, {"last": 2})).ok()  # it is not among these
+    work.zit("run", config(work, {"last": 2})).ok()  # it is not among these
 
 
 # --- the section ---------------------------------------------------------------------------------------------------------------
@@ -388,9 +390,9 @@ def test_a_method_of_the_section_is_refused_on_a_step_of_checkpoints():
     assert (step.method, step.params, step.rank) == ("sum", {}, "same")
 
 
-def test_checkpoints_with_nothing_to_say(desk):
+def test_checkpoints_with_nothing_to_say(work):
     """`checkpoints:` alone in YAML is null, which AI-Toolkit treats as absent; {} is all of them with the usual profile."""
-    train(desk)
-    text = yaml.safe_dump({"job": "extension", "config": {"name": "cat", "process": [desk.training(), desk.section()]}})
+    train(work)
+    text = yaml.safe_dump({"job": "extension", "config": {"name": "cat", "process": [work.training(), work.section()]}})
     text = text.replace("steps: []", "steps: [{name: ema, checkpoints: {}}]")
-    desk.zit("run", desk.write(text)).ok()
+    work.zit("run", work.write(text)).ok()

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from desk import Desk
 from safetensors import safe_open
 from safetensors.torch import load_file
+from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.formats import writer
@@ -34,13 +34,13 @@ STEP = {"name": "a", "loras": [ME]}
 posix = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 
 
-def broken(desk: Desk, name: str = "broken.safetensors") -> dict:
+def broken(work: Workspace, name: str = "broken.safetensors") -> dict:
     """A LoRA with NaN in its last layer: it passes every check of its header."""
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["diffusion_model.layers.29.feed_forward.w3.lora_B.weight"][0, 0] = float("nan")
 
-    desk.lora(name, change=spoil)
+    work.lora(name, change=spoil)
     return {"lora": name, "ratio": 1.0}
 
 
@@ -48,88 +48,88 @@ def everything(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_later_steps_read_the_files_of_earlier_ones(desk, loras):
+def test_later_steps_read_the_files_of_earlier_ones(work, loras):
     chain = [
         {"name": "a", "loras": [ME], "save": {"dtype": "fp32"}},
         {"name": "b", "loras": [{"lora": "a", "ratio": 0.5}], "save": {"dtype": "fp32"}},
         {"name": "c", "loras": [{"lora": "b", "ratio": -2.0}, {"lora": "a", "ratio": 3.0}], "save": {"dtype": "fp32"}},
     ]
-    desk.zit("run", desk.job(*chain)).ok()
-    source, made = (load_lora(p)["layers.5.attention.to_v"] for p in (loras[0], desk.out / "merged_cat_c.safetensors"))
+    work.zit("run", work.job(*chain)).ok()
+    source, made = (load_lora(p)["layers.5.attention.to_v"] for p in (loras[0], work.out / "merged_cat_c.safetensors"))
     wanted = 2.0 * source.up.double() @ source.down.double()
     assert torch.allclose(made.up.double() @ made.down.double(), wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_a_step_that_is_not_kept_feeds_later_ones_and_leaves_no_file(desk, loras):
+def test_a_step_that_is_not_kept_feeds_later_ones_and_leaves_no_file(work, loras):
     steps = [{"name": "a", "loras": [ME], "keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 0.5}, STYLE]}]
-    desk.zit("run", desk.job(*steps)).ok()
-    assert desk.files() == ["merged_cat_b.safetensors"]
-    without = load_file(desk.out / "merged_cat_b.safetensors")
-    desk.zit("run", desk.job(STEP, steps[1])).ok()
-    with_file = load_file(desk.out / "merged_cat_b.safetensors")
+    work.zit("run", work.job(*steps)).ok()
+    assert work.files() == ["merged_cat_b.safetensors"]
+    without = load_file(work.out / "merged_cat_b.safetensors")
+    work.zit("run", work.job(STEP, steps[1])).ok()
+    with_file = load_file(work.out / "merged_cat_b.safetensors")
     assert without.keys() == with_file.keys() and all(torch.equal(without[k], with_file[k]) for k in without)
 
 
-def test_a_step_that_is_not_kept_leaves_the_file_of_its_name_alone(desk, loras):
-    desk.out.mkdir()
-    (desk.out / OUT).write_text("mine")
-    desk.zit("run", desk.job(STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]})).ok()
-    assert desk.files() == [OUT, "merged_cat_b.safetensors"]
-    assert (desk.out / OUT).read_text() == "mine"
+def test_a_step_that_is_not_kept_leaves_the_file_of_its_name_alone(work, loras):
+    work.out.mkdir()
+    (work.out / OUT).write_text("mine")
+    work.zit("run", work.job(STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]})).ok()
+    assert work.files() == [OUT, "merged_cat_b.safetensors"]
+    assert (work.out / OUT).read_text() == "mine"
 
 
-def test_a_step_that_is_not_kept_is_gone_when_a_later_one_fails(desk, loras):
-    steps = [STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}, broken(desk)]}]
-    assert "NaN" in desk.zit("run", desk.job(*steps)).refused()
-    assert desk.files() == []
+def test_a_step_that_is_not_kept_is_gone_when_a_later_one_fails(work, loras):
+    steps = [STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}, broken(work)]}]
+    assert "NaN" in work.zit("run", work.job(*steps)).refused()
+    assert work.files() == []
 
 
-def test_copy_to(desk, loras):
-    comfy = desk.folder / "comfy"
+def test_copy_to(work, loras):
+    comfy = work.folder / "comfy"
     comfy.mkdir()
     for ratio in (1.0, 0.5):  # the second run replaces the copy of the first
-        desk.zit("run", desk.job({"name": "a", "loras": [ME | {"ratio": ratio}], "copy_to": str(comfy)})).ok()
+        work.zit("run", work.job({"name": "a", "loras": [ME | {"ratio": ratio}], "copy_to": str(comfy)})).ok()
         assert everything(comfy) == [OUT]
-        assert (comfy / OUT).read_bytes() == (desk.out / OUT).read_bytes()
+        assert (comfy / OUT).read_bytes() == (work.out / OUT).read_bytes()
 
 
-def test_copy_to_the_folder_of_the_output_itself(desk, loras):
-    desk.out.mkdir()
-    desk.zit("run", desk.job(STEP | {"copy_to": str(desk.out)})).ok()
-    assert desk.files() == [OUT] and load_lora(desk.out / OUT)
+def test_copy_to_the_folder_of_the_output_itself(work, loras):
+    work.out.mkdir()
+    work.zit("run", work.job(STEP | {"copy_to": str(work.out)})).ok()
+    assert work.files() == [OUT] and load_lora(work.out / OUT)
 
 
 @pytest.mark.parametrize("there", ["nothing", "file"])
-def test_copy_to_a_folder_that_is_none_is_found_before_the_training(desk, loras, there):
+def test_copy_to_a_folder_that_is_none_is_found_before_the_training(work, loras, there):
     if there == "file":
-        (desk.folder / "comfy").write_text("x")
-    section = desk.section(STEP | {"copy_to": str(desk.folder / "comfy")})
-    message = desk.zit("check", desk.config(desk.training(), section)).refused()
+        (work.folder / "comfy").write_text("x")
+    section = work.section(STEP | {"copy_to": str(work.folder / "comfy")})
+    message = work.zit("check", work.config(work.training(), section)).refused()
     assert message.startswith("process[1].steps[0].copy_to: ") and "is not a folder" in message
 
 
-def test_a_foreign_file_where_the_copy_would_go(desk, loras):
-    comfy = desk.folder / "comfy"
+def test_a_foreign_file_where_the_copy_would_go(work, loras):
+    comfy = work.folder / "comfy"
     comfy.mkdir()
     (comfy / OUT).write_text("mine")
-    message = desk.zit("run", desk.job(STEP | {"copy_to": str(comfy)})).refused()
+    message = work.zit("run", work.job(STEP | {"copy_to": str(comfy)})).refused()
     assert str(comfy / OUT) in message and "was not written by this step of this job" in message
-    assert (comfy / OUT).read_text() == "mine" and desk.files() == []
+    assert (comfy / OUT).read_text() == "mine" and work.files() == []
 
 
-def test_a_file_of_the_same_job_and_step_is_replaced(desk, loras):
-    desk.zit("run", desk.job(STEP)).ok()
-    first = (desk.out / OUT).read_bytes()
-    desk.zit("run", desk.job({"name": "a", "loras": [STYLE]})).ok()
-    assert desk.files() == [OUT] and (desk.out / OUT).read_bytes() != first
+def test_a_file_of_the_same_job_and_step_is_replaced(work, loras):
+    work.zit("run", work.job(STEP)).ok()
+    first = (work.out / OUT).read_bytes()
+    work.zit("run", work.job({"name": "a", "loras": [STYLE]})).ok()
+    assert work.files() == [OUT] and (work.out / OUT).read_bytes() != first
 
 
-def _foreign(desk: Desk, kind: str) -> bytes | None:
+def _foreign(work: Workspace, kind: str) -> bytes | None:
     """Something at the output's place that this step of this job did not write; its bytes, if it is a file."""
-    desk.out.mkdir()
-    path = desk.out / OUT
+    work.out.mkdir()
+    path = work.out / OUT
     if kind == "lora":
-        desk.lora(f"out/{OUT}")
+        work.lora(f"out/{OUT}")
     elif kind == "text":
         path.write_text("mine")
     elif kind == "empty":
@@ -137,11 +137,11 @@ def _foreign(desk: Desk, kind: str) -> bytes | None:
     elif kind == "folder":
         path.mkdir()
     elif kind == "dangling link":
-        path.symlink_to(desk.out / "gone")
+        path.symlink_to(work.out / "gone")
     else:
         other_job, other_step = {"other job": ("dog", "a"), "other step": ("cat", "b")}[kind]
-        desk.zit("run", desk.job({"name": other_step, "loras": [ME]}, job=other_job)).ok()
-        (desk.out / f"merged_{other_job}_{other_step}.safetensors").rename(path)
+        work.zit("run", work.job({"name": other_step, "loras": [ME]}, job=other_job)).ok()
+        (work.out / f"merged_{other_job}_{other_step}.safetensors").rename(path)
     return path.read_bytes() if path.is_file() else None
 
 
@@ -150,40 +150,40 @@ def _foreign(desk: Desk, kind: str) -> bytes | None:
     "kind",
     ["lora", "text", "empty", "folder", pytest.param("dangling link", marks=posix), "other job", "other step"],
 )
-def test_any_other_file_is_an_error_at_check_time_and_stays(desk, loras, kind, command):
-    before = _foreign(desk, kind)
-    section = desk.section(STEP)
-    config = desk.config(desk.training(), section) if command == "check" else desk.config(section)
-    message = desk.zit(command, config).refused()
-    assert f"{desk.out / OUT} exists and was not written by this step of this job" in message
-    assert desk.files() == [OUT]
-    assert before is None or (desk.out / OUT).read_bytes() == before
+def test_any_other_file_is_an_error_at_check_time_and_stays(work, loras, kind, command):
+    before = _foreign(work, kind)
+    section = work.section(STEP)
+    config = work.config(work.training(), section) if command == "check" else work.config(section)
+    message = work.zit(command, config).refused()
+    assert f"{work.out / OUT} exists and was not written by this step of this job" in message
+    assert work.files() == [OUT]
+    assert before is None or (work.out / OUT).read_bytes() == before
 
 
-def test_two_sections_do_not_write_one_file(desk, loras):
-    config = desk.config(desk.section(STEP), desk.section({"name": "a", "loras": [STYLE]}))
-    assert "process[1].steps[0]" in desk.zit("check", config).refused()
+def test_two_sections_do_not_write_one_file(work, loras):
+    config = work.config(work.section(STEP), work.section({"name": "a", "loras": [STYLE]}))
+    assert "process[1].steps[0]" in work.zit("check", config).refused()
 
 
 @pytest.mark.parametrize("source", ["me.safetensors", OUT, f"./deep/../{OUT}"])
-def test_an_output_that_is_also_an_input(desk, source):
-    (desk.folder / "deep").mkdir()
-    path = desk.lora("me.safetensors")
-    desk.zit("run", desk.job(STEP, output_dir=str(desk.folder))).ok()
+def test_an_output_that_is_also_an_input(work, source):
+    (work.folder / "deep").mkdir()
+    path = work.lora("me.safetensors")
+    work.zit("run", work.job(STEP, output_dir=str(work.folder))).ok()
     if source == "me.safetensors":
-        os.link(path, desk.folder / "other_name.safetensors")
-        (desk.folder / OUT).unlink()
-        os.link(path, desk.folder / OUT)
-    before = (desk.folder / OUT).read_bytes()
-    config = desk.job({"name": "a", "loras": [{"lora": source, "ratio": 1.0}]}, output_dir=str(desk.folder))
-    message = desk.zit("check", config).refused()
+        os.link(path, work.folder / "other_name.safetensors")
+        (work.folder / OUT).unlink()
+        os.link(path, work.folder / OUT)
+    before = (work.folder / OUT).read_bytes()
+    config = work.job({"name": "a", "loras": [{"lora": source, "ratio": 1.0}]}, output_dir=str(work.folder))
+    message = work.zit("check", config).refused()
     assert message.startswith("process[0].steps[0]: ") and "both an input and the output" in message
-    assert (desk.folder / OUT).read_bytes() == before
+    assert (work.folder / OUT).read_bytes() == before
 
 
-def test_merge_onto_its_own_input(desk, real_loras):
+def test_merge_onto_its_own_input(work, real_loras):
     before = real_loras[0].read_bytes()
-    message = desk.zit("merge", *real_loras, "-o", real_loras[0], "--ratio", 1).refused()
+    message = work.zit("merge", *real_loras, "-o", real_loras[0], "--ratio", 1).refused()
     assert "both an input and the output" in message
     assert real_loras[0].read_bytes() == before
 
@@ -199,40 +199,40 @@ def interrupt_at(module: int, error: BaseException):
 
 
 @pytest.mark.parametrize("module", [1, 100, 240])
-def test_an_interrupted_run_leaves_the_old_file_and_no_litter(desk, loras, monkeypatch, module):
-    desk.zit("run", desk.job(STEP)).ok()
-    old = (desk.out / OUT).read_bytes()
+def test_an_interrupted_run_leaves_the_old_file_and_no_litter(work, loras, monkeypatch, module):
+    work.zit("run", work.job(STEP)).ok()
+    old = (work.out / OUT).read_bytes()
     monkeypatch.setattr(progress.Bar, "tick", interrupt_at(module, KeyboardInterrupt()))
-    assert desk.zit("run", desk.job({"name": "a", "loras": [STYLE, ME]})).code == 130
-    assert desk.files() == [OUT] and (desk.out / OUT).read_bytes() == old
+    assert work.zit("run", work.job({"name": "a", "loras": [STYLE, ME]})).code == 130
+    assert work.files() == [OUT] and (work.out / OUT).read_bytes() == old
 
 
-def test_an_interruption_in_a_later_step_keeps_what_was_whole(desk, loras, monkeypatch):
+def test_an_interruption_in_a_later_step_keeps_what_was_whole(work, loras, monkeypatch):
     def tick(bar: progress.Bar, plan: execute.StepPlan, done: int) -> None:
         if (plan.name, done) == ("c", 50):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.Bar, "tick", tick)
     steps = [STEP, STEP | {"name": "b", "keep": False}, {"name": "c", "loras": [{"lora": "b", "ratio": 1.0}]}]
-    assert desk.zit("run", desk.job(*steps)).code == 130
-    assert desk.files() == [OUT] and load_lora(desk.out / OUT)
+    assert work.zit("run", work.job(*steps)).code == 130
+    assert work.files() == [OUT] and load_lora(work.out / OUT)
 
 
-def test_an_unexpected_error_leaves_no_litter_either(desk, loras, monkeypatch):
+def test_an_unexpected_error_leaves_no_litter_either(work, loras, monkeypatch):
     monkeypatch.setattr(progress.Bar, "tick", interrupt_at(100, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        desk.zit("run", desk.job(STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
-    assert desk.files() == []
+        work.zit("run", work.job(STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
+    assert work.files() == []
 
 
-def test_an_interruption_of_the_copy(desk, loras, monkeypatch):
-    comfy = desk.folder / "comfy"
+def test_an_interruption_of_the_copy(work, loras, monkeypatch):
+    comfy = work.folder / "comfy"
     comfy.mkdir()
-    config = desk.job(STEP | {"copy_to": str(comfy)})
-    desk.zit("run", config).ok()
+    config = work.job(STEP | {"copy_to": str(comfy)})
+    work.zit("run", config).ok()
     old = (comfy / OUT).read_bytes()
     monkeypatch.setattr(writer.os, "fsync", _raise_in(comfy, writer.os.fsync))
-    assert desk.zit("run", desk.job({"name": "a", "loras": [STYLE], "copy_to": str(comfy)})).code == 130
+    assert work.zit("run", work.job({"name": "a", "loras": [STYLE], "copy_to": str(comfy)})).code == 130
     assert everything(comfy) == [OUT] and (comfy / OUT).read_bytes() == old
 
 
@@ -249,12 +249,12 @@ def _raise_in(folder: Path, fsync: Callable[[int], None]) -> Callable[[int], Non
 
 @posix
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(desk, loras, keep):
+def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(work, loras, keep):
     def config(ratio: float) -> Path:
-        return desk.job(STEP | {"keep": keep}, {"name": "b", "loras": [{"lora": "a", "ratio": ratio}, STYLE]})
+        return work.job(STEP | {"keep": keep}, {"name": "b", "loras": [{"lora": "a", "ratio": ratio}, STYLE]})
 
-    desk.zit("run", config(1.0)).ok()
-    old = {name: (desk.out / name).read_bytes() for name in desk.files()}
+    work.zit("run", config(1.0)).ok()
+    old = {name: (work.out / name).read_bytes() for name in work.files()}
     changed = config(0.5)  # a file that the same recipe made would be left as it is
     script = (
         "import os, sys\n"
@@ -269,26 +269,26 @@ def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(desk, loras
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", script, "run", changed, "--quiet"], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert {name: (desk.out / name).read_bytes() for name in old} == old
-    assert f"{'merged_cat_b.safetensors'}.part" in desk.files()
-    desk.zit("run", changed).ok()
-    assert desk.files() == sorted(old)
-    assert (desk.out / "merged_cat_b.safetensors").read_bytes() != old["merged_cat_b.safetensors"]
-    desk.zit("run", config(1.0)).ok()
-    assert {name: (desk.out / name).read_bytes() for name in old} == old
+    assert {name: (work.out / name).read_bytes() for name in old} == old
+    assert f"{'merged_cat_b.safetensors'}.part" in work.files()
+    work.zit("run", changed).ok()
+    assert work.files() == sorted(old)
+    assert (work.out / "merged_cat_b.safetensors").read_bytes() != old["merged_cat_b.safetensors"]
+    work.zit("run", config(1.0)).ok()
+    assert {name: (work.out / name).read_bytes() for name in old} == old
 
 
-def test_the_second_of_two_runs_gets_a_sentence_and_disturbs_nothing(desk, loras):
-    desk.out.mkdir()
-    part = writer.part_path(desk.out / OUT)
+def test_the_second_of_two_runs_gets_a_sentence_and_disturbs_nothing(work, loras):
+    work.out.mkdir()
+    part = writer.part_path(work.out / OUT)
     with writer.open_exclusively(part) as first:
         first.write(b"what the first run has written")
         first.flush()
-        message = desk.zit("run", desk.job(STEP)).refused()
+        message = work.zit("run", work.job(STEP)).refused()
         assert "another run is writing this file now" in message and str(part) in message
         assert part.read_bytes() == b"what the first run has written"
-    desk.zit("run", desk.job(STEP)).ok()
-    assert desk.files() == [OUT]
+    work.zit("run", work.job(STEP)).ok()
+    assert work.files() == [OUT]
 
 
 @posix
@@ -310,9 +310,9 @@ def test_a_run_that_finishes_while_another_waits_for_its_lock_is_not_spoilt(tmp_
     assert path.read_bytes() == b"the whole file of the first run"
 
 
-def test_something_else_at_the_place_of_the_part_file(desk, loras):
-    writer.part_path(desk.out / OUT).mkdir(parents=True)
-    assert f"{OUT}" in desk.zit("run", desk.job(STEP)).refused()
+def test_something_else_at_the_place_of_the_part_file(work, loras):
+    writer.part_path(work.out / OUT).mkdir(parents=True)
+    assert f"{OUT}" in work.zit("run", work.job(STEP)).refused()
 
 
 HOSTILE = [
@@ -347,10 +347,10 @@ def taken_for_checkpoints(job: str, folder: Path) -> set[str]:
     return found | set(folded) | {n for n in names for p in patterns if fnmatch.fnmatchcase(n.upper(), p.upper())}
 
 
-def run_beside_the_trainer(desk: Desk, monkeypatch: pytest.MonkeyPatch, job: str, **keys: object) -> tuple[set[str], Path]:
+def run_beside_the_trainer(work: Workspace, monkeypatch: pytest.MonkeyPatch, job: str, **keys: object) -> tuple[set[str], Path]:
     """Runs a job whose output goes into the trainer's folder; every name that was ever there, and the folder."""
     seen: set[str] = set()
-    folder = desk.folder / "output" / job
+    folder = work.folder / "output" / job
 
     def look(bar: progress.Bar, plan: object, done: int) -> None:
         if done == 100:
@@ -358,142 +358,142 @@ def run_beside_the_trainer(desk: Desk, monkeypatch: pytest.MonkeyPatch, job: str
             assert any(p.name.endswith(".part") for p in folder.iterdir())
 
     monkeypatch.setattr(progress.Bar, "tick", look)
-    section = desk.section({"name": "a", "loras": [ME]}, **keys)
+    section = work.section({"name": "a", "loras": [ME]}, **keys)
     if not keys:
         del section["output_dir"]
-    desk.zit("run", desk.config(desk.training(), section, job=job)).ok()
+    work.zit("run", work.config(work.training(), section, job=job)).ok()
     assert "looked" in seen
     return seen - {"looked"} | taken_for_checkpoints(job, folder), folder
 
 
 @pytest.mark.parametrize("job", [*HOSTILE, *GLOBS])
-def test_the_toolkit_takes_no_file_of_ours_for_a_checkpoint(desk, loras, monkeypatch, job):
+def test_the_toolkit_takes_no_file_of_ours_for_a_checkpoint(work, loras, monkeypatch, job):
     if os.name == "nt" and set(job) & set('*?\\"<>|:'):
         pytest.skip("Windows has no such file names")
-    taken, folder = run_beside_the_trainer(desk, monkeypatch, job)
+    taken, folder = run_beside_the_trainer(work, monkeypatch, job)
     assert taken == set()
     (made,) = folder.glob("*.safetensors")
     assert made.name.endswith("_a.safetensors") and "/" not in made.name
 
 
 @pytest.mark.parametrize("job", ["*", "?", "**", "*merged", "?" * 30])
-def test_a_name_that_takes_every_file_for_a_checkpoint_is_refused_before_the_training(desk, loras, job):
-    section = desk.section({"name": "a", "loras": [ME]})
+def test_a_name_that_takes_every_file_for_a_checkpoint_is_refused_before_the_training(work, loras, job):
+    section = work.section({"name": "a", "loras": [ME]})
     del section["output_dir"]
-    message = desk.zit("check", desk.config(desk.training(), section, job=job)).refused()
+    message = work.zit("check", work.config(work.training(), section, job=job)).refused()
     assert message.startswith("process[1].output_dir: ") and repr(job) in message
-    section["output_dir"] = str(desk.out)
-    desk.zit("check", desk.config(desk.training(), section, job=job)).ok()
+    section["output_dir"] = str(work.out)
+    work.zit("check", work.config(work.training(), section, job=job)).ok()
 
 
 @pytest.mark.parametrize("job", ["m", "merged"])
-def test_another_prefix_is_said(desk, loras, job):
-    section = desk.section({"name": "a", "loras": [ME]})
+def test_another_prefix_is_said(work, loras, job):
+    section = work.section({"name": "a", "loras": [ME]})
     del section["output_dir"]
-    text = " ".join(desk.zit("run", desk.config(desk.training(), section, job=job)).ok().split())
-    (made,) = (desk.folder / "output" / job).glob("*.safetensors")
+    text = " ".join(work.zit("run", work.config(work.training(), section, job=job)).ok().split())
+    (made,) = (work.folder / "output" / job).glob("*.safetensors")
     assert not made.name.startswith("m") and f"the file is called {made.name.removesuffix(f'{job}_a.safetensors')}" in text
 
 
-def test_merged_is_the_prefix_where_nothing_speaks_against_it(desk, loras, monkeypatch):
-    _, folder = run_beside_the_trainer(desk, monkeypatch, "cat")
+def test_merged_is_the_prefix_where_nothing_speaks_against_it(work, loras, monkeypatch):
+    _, folder = run_beside_the_trainer(work, monkeypatch, "cat")
     assert everything(folder) == [OUT, "plugin.html"]
 
 
-def test_an_embeddings_trigger_is_a_job_name_to_the_toolkit_too(desk, loras):
-    section = desk.section({"name": "a", "loras": [ME]})
+def test_an_embeddings_trigger_is_a_job_name_to_the_toolkit_too(work, loras):
+    section = work.section({"name": "a", "loras": [ME]})
     del section["output_dir"]
-    desk.zit("run", desk.config(desk.training(embedding={"trigger": "merged"}), section)).ok()
-    (made,) = (desk.folder / "output" / "cat").glob("*.safetensors")
+    work.zit("run", work.config(work.training(embedding={"trigger": "merged"}), section)).ok()
+    (made,) = (work.folder / "output" / "cat").glob("*.safetensors")
     assert not made.name.startswith("merged_")
 
 
 @pytest.mark.parametrize("where", ["cat_merged", "CAT", "cat.out/deep"])
-def test_a_folder_in_the_trainers_folder_is_not_taken_for_a_checkpoint(desk, loras, where):
-    folder = desk.folder / "output" / "cat"
-    section = desk.section({"name": "a", "loras": [ME]}, output_dir=str(folder / where))
-    ran = desk.zit("run", desk.config(desk.training(), section))
+def test_a_folder_in_the_trainers_folder_is_not_taken_for_a_checkpoint(work, loras, where):
+    folder = work.folder / "output" / "cat"
+    section = work.section({"name": "a", "loras": [ME]}, output_dir=str(folder / where))
+    ran = work.zit("run", work.config(work.training(), section))
     assert ran.code == 1 or taken_for_checkpoints("cat", folder) == set()
 
 
-def test_a_folder_of_another_name_in_the_trainers_folder_is_fine(desk, loras):
-    folder = desk.folder / "output" / "cat"
-    section = desk.section({"name": "a", "loras": [ME]}, output_dir=str(folder / "merged"))
-    desk.zit("run", desk.config(desk.training(), section)).ok()
+def test_a_folder_of_another_name_in_the_trainers_folder_is_fine(work, loras):
+    folder = work.folder / "output" / "cat"
+    section = work.section({"name": "a", "loras": [ME]}, output_dir=str(folder / "merged"))
+    work.zit("run", work.config(work.training(), section)).ok()
     assert taken_for_checkpoints("cat", folder) == set()
 
 
-def test_a_copy_in_the_trainers_folder_is_not_taken_for_a_checkpoint(desk, loras):
-    folder = desk.folder / "output" / "m"
+def test_a_copy_in_the_trainers_folder_is_not_taken_for_a_checkpoint(work, loras):
+    folder = work.folder / "output" / "m"
     folder.mkdir(parents=True)
-    section = desk.section({"name": "a", "loras": [ME], "copy_to": str(folder)})
-    ran = desk.zit("run", desk.config(desk.training(), section, job="m"))
+    section = work.section({"name": "a", "loras": [ME], "copy_to": str(folder)})
+    ran = work.zit("run", work.config(work.training(), section, job="m"))
     assert ran.code == 1 or taken_for_checkpoints("m", folder) == set()
 
 
-def test_checkpoints_of_the_trainer_are_never_touched(desk, loras):
-    saves = [desk.lora(f"output/cat/cat{step}.safetensors") for step in ("", "_000002500", "_000002750")]
+def test_checkpoints_of_the_trainer_are_never_touched(work, loras):
+    saves = [work.lora(f"output/cat/cat{step}.safetensors") for step in ("", "_000002500", "_000002750")]
     before = [(p.stat().st_ctime_ns, p.read_bytes()) for p in saves]
-    section = desk.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}, {"lora": "trained@2500", "ratio": 0.5}]})
+    section = work.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}, {"lora": "trained@2500", "ratio": 0.5}]})
     del section["output_dir"]
-    desk.zit("run", desk.config(desk.training(), section)).ok()
+    work.zit("run", work.config(work.training(), section)).ok()
     assert [(p.stat().st_ctime_ns, p.read_bytes()) for p in saves] == before
 
 
 @pytest.mark.parametrize("below", ["", "deep/er"])
-def test_an_output_dir_that_is_a_file(desk, loras, below):
-    desk.out.write_text("mine")
-    message = desk.zit("check", desk.job(STEP, output_dir=str(desk.out / below))).refused()
-    assert message.startswith("process[0].output_dir: ") and f"{desk.out} is not a folder" in message
-    assert desk.out.read_text() == "mine"
+def test_an_output_dir_that_is_a_file(work, loras, below):
+    work.out.write_text("mine")
+    message = work.zit("check", work.job(STEP, output_dir=str(work.out / below))).refused()
+    assert message.startswith("process[0].output_dir: ") and f"{work.out} is not a folder" in message
+    assert work.out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("key", ["output_dir", "copy_to"])
-def test_a_folder_that_cannot_be_written(desk, loras, key):
-    locked = desk.folder / "locked"
+def test_a_folder_that_cannot_be_written(work, loras, key):
+    locked = work.folder / "locked"
     locked.mkdir(mode=0o555)
     if os.access(locked, os.W_OK):
         pytest.skip("this user may write everywhere")
-    config = desk.job(STEP, output_dir=str(locked)) if key == "output_dir" else desk.job(STEP | {"copy_to": str(locked)})
-    message = desk.zit("check", config).refused()
+    config = work.job(STEP, output_dir=str(locked)) if key == "output_dir" else work.job(STEP | {"copy_to": str(locked)})
+    message = work.zit("check", config).refused()
     assert key in message and "can't be written to" in message
 
 
-def test_a_folder_that_the_system_says_cannot_be_written(desk, loras, monkeypatch):
+def test_a_folder_that_the_system_says_cannot_be_written(work, loras, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    message = desk.zit("check", desk.job(STEP)).refused()
+    message = work.zit("check", work.job(STEP)).refused()
     assert message.startswith("process[0].output_dir: ") and "can't be written to" in message
 
 
-def big_job(desk: Desk, **keys: object) -> Path:
-    section = desk.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]} | keys, shapes="strict")
-    return desk.config(desk.training(network={"type": "lora", "linear": 4096}), section)
+def big_job(work: Workspace, **keys: object) -> Path:
+    section = work.section({"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]} | keys, shapes="strict")
+    return work.config(work.training(network={"type": "lora", "linear": 4096}), section)
 
 
-def test_over_2_gb_needs_confirmation_before_the_training(desk, monkeypatch):
+def test_over_2_gb_needs_confirmation_before_the_training(work, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
-    message = desk.zit("check", big_job(desk)).refused()
+    message = work.zit("check", big_job(work)).refused()
     assert message.startswith("process[1].steps[0]: ") and "rank: 64" in message and "confirm_size: true" in message
     # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x 3840 x 2 bytes: no change of a
     # matrix of 3840 rows has a rank of 4096
     size = 30 * (4 * 7680 + 3 * 14080 + 15616) * 3840 * 2 / 1e9
     assert f"{size:.1f} GB" in message
-    assert "no errors" in desk.zit("check", big_job(desk, confirm_size=True)).ok()
-    assert "no errors" in desk.zit("check", big_job(desk, rank=64)).ok()
+    assert "no errors" in work.zit("check", big_job(work, confirm_size=True)).ok()
+    assert "no errors" in work.zit("check", big_job(work, rank=64)).ok()
 
 
-def test_the_size_that_is_announced_is_the_size_that_is_written(desk, loras):
-    text = desk.zit("run", desk.job({"name": "a", "loras": [ME, STYLE]}, rank=64)).ok()
-    size = (desk.out / OUT).stat().st_size
+def test_the_size_that_is_announced_is_the_size_that_is_written(work, loras):
+    text = work.zit("run", work.job({"name": "a", "loras": [ME, STYLE]}, rank=64)).ok()
+    size = (work.out / OUT).stat().st_size
     assert text.count(f"{size / 1e6:,.1f} MB") == 2
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_no_space_is_found_before_anything_is_written(desk, loras, monkeypatch, command):
+def test_no_space_is_found_before_anything_is_written(work, loras, monkeypatch, command):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    message = desk.zit(command, desk.job(STEP)).refused()
+    message = work.zit(command, work.job(STEP)).refused()
     assert message.startswith("process[0].output_dir: the outputs need ") and "free some" in message
-    assert desk.files() == []
+    assert work.files() == []
 
 
 class FullDisk:
@@ -512,18 +512,18 @@ class FullDisk:
         return getattr(self._file, name)
 
 
-def test_a_disk_that_fills_up_while_writing(desk, loras, monkeypatch):
-    desk.zit("run", desk.job(STEP)).ok()
-    old = (desk.out / OUT).read_bytes()
+def test_a_disk_that_fills_up_while_writing(work, loras, monkeypatch):
+    work.zit("run", work.job(STEP)).ok()
+    old = (work.out / OUT).read_bytes()
     opened = writer.open_exclusively
     monkeypatch.setattr(writer, "open_exclusively", lambda path: FullDisk(opened(path)))
-    message = desk.zit("run", desk.job({"name": "a", "loras": [STYLE]})).refused()
-    assert f"{desk.out / OUT}: no space left on the disk" in message
-    assert desk.files() == [OUT] and (desk.out / OUT).read_bytes() == old
+    message = work.zit("run", work.job({"name": "a", "loras": [STYLE]})).refused()
+    assert f"{work.out / OUT}: no space left on the disk" in message
+    assert work.files() == [OUT] and (work.out / OUT).read_bytes() == old
 
 
 @posix
-def test_the_systems_own_refusal_to_write_more(desk, loras):
+def test_the_systems_own_refusal_to_write_more(work, loras):
     """A limit on the file size fails as a full disk does: first in write, then again when the buffer is flushed by close."""
     script = (
         "import resource, sys\n"
@@ -532,83 +532,83 @@ def test_the_systems_own_refusal_to_write_more(desk, loras):
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-B", "-c", script, "run", desk.job({"name": "a", "loras": [ME, STYLE]}), "--quiet"],
+        [sys.executable, "-B", "-c", script, "run", work.job({"name": "a", "loras": [ME, STYLE]}), "--quiet"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"zit_merge: {desk.out / OUT}: can't be written") and done.stderr.count("\n") == 1
-    assert desk.files() == []
+    assert done.stderr.startswith(f"zit_merge: {work.out / OUT}: can't be written") and done.stderr.count("\n") == 1
+    assert work.files() == []
 
 
 @posix
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_the_files_mode_follows_the_umask(desk, loras, umask, mode):
-    comfy = desk.folder / "comfy"
+def test_the_files_mode_follows_the_umask(work, loras, umask, mode):
+    comfy = work.folder / "comfy"
     comfy.mkdir()
-    config = desk.job(STEP | {"copy_to": str(comfy)})
+    config = work.job(STEP | {"copy_to": str(comfy)})
     before = os.umask(umask)
     try:
-        desk.zit("run", config).ok()
+        work.zit("run", config).ok()
     finally:
         os.umask(before)
-    assert [stat.S_IMODE((folder / OUT).stat().st_mode) for folder in (desk.out, comfy)] == [mode, mode]
+    assert [stat.S_IMODE((folder / OUT).stat().st_mode) for folder in (work.out, comfy)] == [mode, mode]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's maps")
 @pytest.mark.parametrize("end", ["whole", "interrupted", "NaN"])
-def test_no_input_stays_mapped_or_open(desk, loras, monkeypatch, end):
-    lora = broken(desk) if end == "NaN" else ME
+def test_no_input_stays_mapped_or_open(work, loras, monkeypatch, end):
+    lora = broken(work) if end == "NaN" else ME
     if end == "interrupted":
         monkeypatch.setattr(progress.Bar, "tick", interrupt_at(100, KeyboardInterrupt()))
-    ran = desk.zit("run", desk.job({"name": "a", "loras": [lora, STYLE]}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
+    ran = work.zit("run", work.job({"name": "a", "loras": [lora, STYLE]}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
     assert ran.code == {"whole": 0, "interrupted": 130, "NaN": 1}[end]
     maps = Path("/proc/self/maps").read_text()
     held = [str(Path(f"/proc/self/fd/{fd}").resolve()) for fd in os.listdir("/proc/self/fd")]
-    assert str(desk.folder) not in maps
-    assert not [path for path in held if path.startswith(str(desk.folder)) and path.endswith((".safetensors", ".part"))]
+    assert str(work.folder) not in maps
+    assert not [path for path in held if path.startswith(str(work.folder)) and path.endswith((".safetensors", ".part"))]
 
 
-def test_the_output_is_what_safetensors_itself_can_read(desk, loras):
-    desk.zit("run", desk.job({"name": "a", "loras": [ME, STYLE]})).ok()
-    with safe_open(desk.out / OUT, framework="pt") as file:
+def test_the_output_is_what_safetensors_itself_can_read(work, loras):
+    work.zit("run", work.job({"name": "a", "loras": [ME, STYLE]})).ok()
+    with safe_open(work.out / OUT, framework="pt") as file:
         assert len(list(file.keys())) == 3 * 240
         assert file.get_tensor("diffusion_model.layers.29.attention.to_out.0.lora_B.weight").shape == (8, 5)
         assert file.get_tensor("diffusion_model.layers.29.attention.to_out.0.alpha").item() == 5.0
 
 
-def test_a_stale_copy_is_made_again(desk, loras):
+def test_a_stale_copy_is_made_again(work, loras):
     """The step's own file is there from this recipe, the copy is from an older one."""
-    (desk.folder / "copies").mkdir()
+    (work.folder / "copies").mkdir()
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]}
-    copied = step | {"copy_to": str(desk.folder / "copies")}
-    desk.zit("run", desk.job(copied)).ok()
+    copied = step | {"copy_to": str(work.folder / "copies")}
+    work.zit("run", work.job(copied)).ok()
     half = {"loras": [{"lora": "me.safetensors", "ratio": 0.5}]}
-    desk.zit("run", desk.job(step | half)).ok()
-    assert "kept " in desk.zit("run", desk.job(copied | half)).ok()
+    work.zit("run", work.job(step | half)).ok()
+    assert "kept " in work.zit("run", work.job(copied | half)).ok()
     name = "merged_cat_a.safetensors"
-    assert (desk.folder / "copies" / name).read_bytes() == (desk.out / name).read_bytes()
+    assert (work.folder / "copies" / name).read_bytes() == (work.out / name).read_bytes()
 
 
-def test_answers_have_no_place_on_a_step(desk, loras):
+def test_answers_have_no_place_on_a_step(work, loras):
     steps = [
         {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]},
         {"name": "b", "loras": [{"lora": "a", "ratio": 1.0, "alpha": 64}]},
     ]
-    assert "steps[1].loras[0].alpha: the file of the step a leaves nothing open" in desk.zit("check", desk.job(*steps)).refused()
+    assert "steps[1].loras[0].alpha: the file of the step a leaves nothing open" in work.zit("check", work.job(*steps)).refused()
 
 
-def test_a_section_does_not_read_what_an_earlier_one_writes(desk, loras):
-    first = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
-    second = desk.section({"name": "b", "loras": [{"lora": "out/merged_cat_a.safetensors", "ratio": 1.0}]})
-    message = desk.zit("check", desk.config(first, second)).refused()
+def test_a_section_does_not_read_what_an_earlier_one_writes(work, loras):
+    first = work.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}]})
+    second = work.section({"name": "b", "loras": [{"lora": "out/merged_cat_a.safetensors", "ratio": 1.0}]})
+    message = work.zit("check", work.config(first, second)).refused()
     assert message.startswith("process[1].steps[0].loras[0].lora: process[0].steps[0] writes out/merged_cat_a.safetensors")
 
 
-def test_a_fused_file_that_feeds_a_step_has_its_true_rank(desk, loras):
+def test_a_fused_file_that_feeds_a_step_has_its_true_rank(work, loras):
     steps = [
         {"name": "a", "save": {"format": "comfyui"}, "loras": [{"lora": "me.safetensors", "ratio": 1.0}]},
         {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]},
     ]
-    assert "rank 6" in desk.zit("run", desk.job(*steps), "--dry-run").ok()
+    assert "rank 6" in work.zit("run", work.job(*steps), "--dry-run").ok()

@@ -11,7 +11,7 @@ def merging(**keys):
     return {"type": "zit_merge", "shapes": "free", **LORA, **keys}
 
 
-def training(desk, network=None, model=None, datasets=None, sample=None, **train):
+def training(work, network=None, model=None, datasets=None, sample=None, **train):
     good = {
         "steps": 3000,
         "batch_size": 1,
@@ -20,7 +20,7 @@ def training(desk, network=None, model=None, datasets=None, sample=None, **train
         "differential_guidance_scale": 3,
         "optimizer": "adamw8bit",
     }
-    return desk.training(
+    return work.training(
         train=good | train,
         model=model or {"arch": "zimage:turbo", "name_or_path": "x"},
         datasets=datasets or [{"folder_path": "images", "cache_latents_to_disk": True, "resolution": [1024]}],
@@ -29,18 +29,18 @@ def training(desk, network=None, model=None, datasets=None, sample=None, **train
     )
 
 
-def check(desk, process, **keys):
-    return desk.zit("check", desk.config(process, merging(**keys)))
+def check(work, process, **keys):
+    return work.zit("check", work.config(process, merging(**keys)))
 
 
-def advice(desk, process, **keys):
-    text = check(desk, process, **keys).ok()
+def advice(work, process, **keys):
+    text = check(work, process, **keys).ok()
     assert text.rstrip().endswith("no errors")
     return " ".join(text.partition("advice: ")[2].split()) if "advice: " in text else ""
 
 
-def test_the_blogs_settings_need_no_advice(desk):
-    assert advice(desk, training(desk)) == ""
+def test_the_blogs_settings_need_no_advice(work):
+    assert advice(work, training(work)) == ""
 
 
 SCHEDULERS = [
@@ -58,8 +58,8 @@ SCHEDULERS = [
 
 
 @pytest.mark.parametrize(("train", "says"), SCHEDULERS)
-def test_schedulers_that_crash_or_do_not_do_what_they_say(desk, train, says):
-    message = check(desk, training(desk, **train)).refused()
+def test_schedulers_that_crash_or_do_not_do_what_they_say(work, train, says):
+    message = check(work, training(work, **train)).refused()
     assert message.startswith("process[0].train.lr_scheduler: ") and says in message
 
 
@@ -74,25 +74,25 @@ def test_schedulers_that_crash_or_do_not_do_what_they_say(desk, train, says):
         {"lr_scheduler": "constant_with_warmup", "lr_scheduler_params": {"num_warmup_steps": 100}},
     ],
 )
-def test_schedulers_that_work(desk, train):
-    assert advice(desk, training(desk, **train)) == ""
+def test_schedulers_that_work(work, train):
+    assert advice(work, training(work, **train)) == ""
 
 
 @pytest.mark.parametrize(
     ("name", "params"),
     [("cosine", {"total_iters": 500}), ("cosine", {"T_max": 500}), ("linear", {"total_iters": 500, "start_factor": 1.0})],
 )
-def test_lengths_that_the_toolkit_overwrites(desk, name, params):
-    message = check(desk, training(desk, lr_scheduler=name, lr_scheduler_params=params)).refused()
+def test_lengths_that_the_toolkit_overwrites(work, name, params):
+    message = check(work, training(work, lr_scheduler=name, lr_scheduler_params=params)).refused()
     assert "replaces 500 by the number of steps, 3000" in message
     whole = {key: 3000 if value == 500 else value for key, value in params.items()}
-    assert advice(desk, training(desk, lr_scheduler=name, lr_scheduler_params=whole)) == ""
+    assert advice(work, training(work, lr_scheduler=name, lr_scheduler_params=whole)) == ""
 
 
-def test_sections_share_the_fixes_and_the_advice_of_their_training(desk):
-    process = training(desk, lr_scheduler="cosine_with_restarts", lr_scheduler_params={"T_0": 5}, cache_text_embeddings=False)
+def test_sections_share_the_fixes_and_the_advice_of_their_training(work):
+    process = training(work, lr_scheduler="cosine_with_restarts", lr_scheduler_params={"T_0": 5}, cache_text_embeddings=False)
     second = merging() | {"steps": [{"name": "b", "loras": [{"lora": "trained", "ratio": 0.5}]}]}
-    text = desk.zit("check", desk.config(process, merging(train_fixes=["cosine_with_restarts"]), second)).ok()
+    text = work.zit("check", work.config(process, merging(train_fixes=["cosine_with_restarts"]), second)).ok()
     assert text.count("advice: ") == 1
 
 
@@ -105,15 +105,15 @@ def test_sections_share_the_fixes_and_the_advice_of_their_training(desk):
         {"datasets": [{"folder_path": "x" * 400, "cache_latents": 1}]},
     ],
 )
-def test_advice_on_odd_values_stops_nothing(desk, odd):
-    process = training(desk) | odd
-    assert check(desk, process).ok().rstrip().endswith("no errors")
+def test_advice_on_odd_values_stops_nothing(work, odd):
+    process = training(work) | odd
+    assert check(work, process).ok().rstrip().endswith("no errors")
 
 
 @pytest.mark.parametrize("params", [{"total_iters": 500}, {"T_0": 500, "T_mult": 2}, {"total_iters": 500, "max_iterations": 9}])
-def test_restarts_with_the_fix(desk, params):
-    process = training(desk, lr_scheduler="cosine_with_restarts", lr_scheduler_params=params)
-    assert advice(desk, process, train_fixes=["cosine_with_restarts"]) == ""
+def test_restarts_with_the_fix(work, params):
+    process = training(work, lr_scheduler="cosine_with_restarts", lr_scheduler_params=params)
+    assert advice(work, process, train_fixes=["cosine_with_restarts"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_restarts_with_the_fix(desk, params):
         ({"lr_scheduler": "cosine"}, "lr_scheduler is cosine: set it to cosine_with_restarts"),
     ],
 )
-def test_a_fix_with_nothing_to_fix(desk, train, says):
-    assert says in check(desk, training(desk, **train), train_fixes=["cosine_with_restarts"]).refused()
+def test_a_fix_with_nothing_to_fix(work, train, says):
+    assert says in check(work, training(work, **train), train_fixes=["cosine_with_restarts"]).refused()
 
 
 @pytest.mark.parametrize(("fixing", "place"), [((0,), 1), ((1,), 2), ((0, 1), 1)])
-def test_a_fix_is_named_with_the_section_that_asks_for_it(desk, fixing, place):
-    process = training(desk, lr_scheduler="cosine")
+def test_a_fix_is_named_with_the_section_that_asks_for_it(work, fixing, place):
+    process = training(work, lr_scheduler="cosine")
     sections = [merging(), merging(steps=[{"name": "b", "loras": [{"lora": "trained", "ratio": 0.5}]}])]
     for i in fixing:
         sections[i]["train_fixes"] = ["cosine_with_restarts"]
-    message = desk.zit("check", desk.config(process, *sections)).refused()
+    message = work.zit("check", work.config(process, *sections)).refused()
     assert message.startswith(f"process[{place}].train_fixes: process[0].train.lr_scheduler is cosine")
 
 
@@ -165,15 +165,15 @@ def get_all_models():
 
 
 @pytest.fixture
-def toolkit(desk, monkeypatch):
+def toolkit(work, monkeypatch):
     """Puts a small toolkit into the working directory: toolkit(module=source, ...) replaces its modules."""
 
     def put(**changed):
         for name, source in (TOOLKIT | changed).items():
-            desk.write(source, f"toolkit/{name}.py")
+            work.write(source, f"toolkit/{name}.py")
 
-    (desk.folder / "toolkit" / "util").mkdir(parents=True)
-    monkeypatch.syspath_prepend(desk.folder)
+    (work.folder / "toolkit" / "util").mkdir(parents=True)
+    monkeypatch.syspath_prepend(work.folder)
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "toolkit"}
     yield put
     for name in [name for name in sys.modules if name.partition(".")[0] == "toolkit"]:
@@ -181,10 +181,10 @@ def toolkit(desk, monkeypatch):
     sys.modules.update(before)
 
 
-def test_a_toolkit_at_hand_is_asked(desk, toolkit):
+def test_a_toolkit_at_hand_is_asked(work, toolkit):
     toolkit()
     ours = {"optimizer": "automagic9", "model": {"arch": "zimage_next:turbo"}, "lr_scheduler": "anything"}
-    text = check(desk, training(desk, **ours)).ok()
+    text = check(work, training(work, **ours)).ok()
     assert not any(word in text for word in ("a greeting", "Trying to use it", "Using it", "Failed to import"))
     says = {
         "needs a package that is not installed (No module named 'lion')": ours | {"optimizer": "lion"},
@@ -193,45 +193,45 @@ def test_a_toolkit_at_hand_is_asked(desk, toolkit):
         "zimage_l2p is not Z-Image": ours | {"model": {"arch": "zimage_l2p"}},
     }
     for message, changes in says.items():
-        assert message in check(desk, training(desk, **changes)).refused()
+        assert message in check(work, training(work, **changes)).refused()
 
 
 @pytest.mark.parametrize("where", ["__init__", "all", "get_all_models"])
 @pytest.mark.parametrize("error", ["RuntimeError('no CUDA')", "ModuleNotFoundError('torchvision')", "NameError('x')"])
-def test_a_toolkit_that_breaks_is_done_without(desk, toolkit, where, error):
+def test_a_toolkit_that_breaks_is_done_without(work, toolkit, where, error):
     crash = f"print('half way')\nraise {error}\n"
     if where == "get_all_models":
         toolkit(**{"util/get_model": f"def get_all_models():\n    raise {error}\n", "scheduler": crash, "optimizer": crash})
     else:
         toolkit(**dict.fromkeys(TOOLKIT if where == "all" else [where], crash))
     arch = {"arch": "zimage_l2p"}
-    assert advice(desk, training(desk, optimizer="lion", model=arch)) == ""
-    assert "can't make step" in check(desk, training(desk, lr_scheduler="step", model=arch)).refused()
-    assert "knows no sgd" in check(desk, training(desk, optimizer="sgd")).refused()
+    assert advice(work, training(work, optimizer="lion", model=arch)) == ""
+    assert "can't make step" in check(work, training(work, lr_scheduler="step", model=arch)).refused()
+    assert "knows no sgd" in check(work, training(work, optimizer="sgd")).refused()
 
 
-def test_a_toolkit_is_left_alone_where_there_is_no_training(desk, toolkit, loras):
+def test_a_toolkit_is_left_alone_where_there_is_no_training(work, toolkit, loras):
     toolkit(**dict.fromkeys(TOOLKIT, "raise SystemExit('imported')"))
-    alone = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]})
-    desk.zit("check", desk.config(alone)).ok()
-    desk.zit("run", desk.config(alone)).ok()
+    alone = work.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]})
+    work.zit("check", work.config(alone)).ok()
+    work.zit("run", work.config(alone)).ok()
 
 
-def test_a_fix_without_a_training_and_one_that_is_none(desk, loras):
-    alone = desk.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]}, train_fixes=["cosine_with_restarts"])
-    assert "train_fixes: there is no training before this section" in desk.zit("check", desk.config(alone)).refused()
-    assert "no such fix: 'cosine'" in check(desk, training(desk), train_fixes=["cosine"]).refused()
+def test_a_fix_without_a_training_and_one_that_is_none(work, loras):
+    alone = work.section({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]}, train_fixes=["cosine_with_restarts"])
+    assert "train_fixes: there is no training before this section" in work.zit("check", work.config(alone)).refused()
+    assert "no such fix: 'cosine'" in check(work, training(work), train_fixes=["cosine"]).refused()
 
 
 @pytest.mark.parametrize("name", ["adamw8bits", "sgd", "AdEMAMix8"])
-def test_an_unknown_optimizer(desk, name):
-    message = check(desk, training(desk, optimizer=name)).refused()
+def test_an_unknown_optimizer(work, name):
+    message = check(work, training(work, optimizer=name)).refused()
     assert message.startswith(f"process[0].train.optimizer: AI-Toolkit knows no {name.lower()}")
 
 
 @pytest.mark.parametrize("name", ["adamw", "AdamW8bit", "prodigy", "automagic3", "lion", "adafactor"])
-def test_known_optimizers(desk, name):
-    assert advice(desk, training(desk, optimizer=name, lr=1.0)) == ""
+def test_known_optimizers(work, name):
+    assert advice(work, training(work, optimizer=name, lr=1.0)) == ""
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,13 @@ def test_known_optimizers(desk, name):
         ({"network": {"type": "dora", "linear": 4}}, "DoRA"),
     ],
 )
-def test_trainings_that_leave_no_lora_to_merge(desk, changes, says):
-    assert says in check(desk, training(desk, **changes)).refused()
+def test_trainings_that_leave_no_lora_to_merge(work, changes, says):
+    assert says in check(work, training(work, **changes)).refused()
 
 
 @pytest.mark.parametrize("arch", ["zimage", "zimage:turbo", "zimage:deturbo"])
-def test_the_archs_of_zimage(desk, arch):
-    assert advice(desk, training(desk, model={"arch": arch})) == ""
+def test_the_archs_of_zimage(work, arch):
+    assert advice(work, training(work, model={"arch": arch})) == ""
 
 
 @pytest.mark.parametrize(
@@ -267,27 +267,27 @@ def test_the_archs_of_zimage(desk, arch):
         ({"optimizer": "prodigy", "lr": 1e-4}, "write lr: 1.0"),
     ],
 )
-def test_advice_is_printed_and_stops_nothing(desk, changes, says):
-    text = advice(desk, training(desk, **changes))
+def test_advice_is_printed_and_stops_nothing(work, changes, says):
+    text = advice(work, training(work, **changes))
     assert says in text and text.startswith("process[0]: ")
 
 
-def test_few_steps_for_a_large_dataset(desk):
-    images = desk.folder / "images"
+def test_few_steps_for_a_large_dataset(work):
+    images = work.folder / "images"
     images.mkdir()
     for i in range(7):
         (images / f"{i}.jpg").touch()
     data = [{"folder_path": str(images), "cache_latents_to_disk": True, "num_repeats": 2}]
-    assert "10 steps see 10 images, the datasets hold 14" in advice(desk, training(desk, datasets=data, steps=10))
-    assert advice(desk, training(desk, datasets=data, steps=7, batch_size=2)) == ""
-    assert advice(desk, training(desk, datasets=data, steps=14)) == ""
+    assert "10 steps see 10 images, the datasets hold 14" in advice(work, training(work, datasets=data, steps=10))
+    assert advice(work, training(work, datasets=data, steps=7, batch_size=2)) == ""
+    assert advice(work, training(work, datasets=data, steps=14)) == ""
 
 
-def test_files_that_the_next_start_would_resume_from(desk):
-    folder = desk.folder / "output" / "cat"
+def test_files_that_the_next_start_would_resume_from(work):
+    folder = work.folder / "output" / "cat"
     folder.mkdir(parents=True)
     for name in ("cat_merged.safetensors", "cat.safetensors", "cat_000000250.safetensors", "cat_LoRA_x.pt", "merged_cat_a.png"):
         (folder / name).touch()
-    text = advice(desk, training(desk))
+    text = advice(work, training(work))
     assert "cat_merged.safetensors would be taken for a checkpoint" in text
     assert text.count("would be taken") == 1

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from desk import Desk, merge_into, write_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.dense import best_error, read_deltas, read_metadata, relative, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from workspace import Workspace, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.algebra import ranks
@@ -152,9 +152,9 @@ def shaped(path: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, int
 
 
 @pytest.fixture
-def given_loras(desk) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def given_loras(work) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Two LoRAs of rank 5 and 4 as a step has them, and their dense sum."""
-    (one, first), (two, second) = shaped(desk.folder / "one.safetensors", 5, 0), shaped(desk.folder / "two.safetensors", 4, 1)
+    (one, first), (two, second) = shaped(work.folder / "one.safetensors", 5, 0), shaped(work.folder / "two.safetensors", 4, 1)
     return [{"lora": one.name, "ratio": 0.9}, {"lora": two.name, "ratio": -0.6}], weighted_sum([(first, 0.9), (second, -0.6)])
 
 
@@ -165,10 +165,10 @@ def file_ranks(path: Path) -> dict[str, int]:
     }
 
 
-def run(desk: Desk, loras: Sequence[Mapping[str, Any]], rank: object, **save: Any) -> Path:
+def run(work: Workspace, loras: Sequence[Mapping[str, Any]], rank: object, **save: Any) -> Path:
     save = {"dtype": "fp32"} | save
-    desk.zit("run", desk.job({"name": "a", "loras": loras, "rank": rank, "save": save})).ok()
-    return desk.out / "merged_cat_a.safetensors"
+    work.zit("run", work.job({"name": "a", "loras": loras, "rank": rank, "save": save})).ok()
+    return work.out / "merged_cat_a.safetensors"
 
 
 def common(wanted: Mapping[str, Tensor], share: float) -> int:
@@ -186,9 +186,9 @@ def kept(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 0.9999])
-def test_the_smallest_common_rank_that_reaches_the_energy(desk, given_loras, share):
+def test_the_smallest_common_rank_that_reaches_the_energy(work, given_loras, share):
     loras, wanted = given_loras
-    made = run(desk, loras, {"energy": share})
+    made = run(work, loras, {"energy": share})
     rank, found = common(wanted, share), read_deltas(made)
     assert set(file_ranks(made).values()) == {rank}
     assert kept(found, wanted) >= share
@@ -201,49 +201,49 @@ def test_the_energies_above_ask_for_different_ranks(given_loras):
     assert len({common(given_loras[1], share) for share in (0.3, 0.9, 0.99, 0.9999)}) == 4
 
 
-def test_energy_1_keeps_everything(desk, given_loras):
+def test_energy_1_keeps_everything(work, given_loras):
     loras, wanted = given_loras
-    made = run(desk, loras, {"energy": 1})
+    made = run(work, loras, {"energy": 1})
     assert set(file_ranks(made).values()) == {9}
     assert all(relative(read_deltas(made)[m], d) < 1e-6 for m, d in wanted.items())
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("most", [1, 2, 50])
-def test_max_caps_the_rank(desk, given_loras, most, uniform):
+def test_max_caps_the_rank(work, given_loras, most, uniform):
     loras, wanted = given_loras
-    free = file_ranks(run(desk, loras, {"energy": 0.99}, uniform=uniform))
-    made = file_ranks(run(desk, loras, {"energy": 0.99, "max": most}, uniform=uniform))
+    free = file_ranks(run(work, loras, {"energy": 0.99}, uniform=uniform))
+    made = file_ranks(run(work, loras, {"energy": 0.99, "max": most}, uniform=uniform))
     assert made == (free if most == 50 else dict.fromkeys(free, most))  # 1 and 2 do not reach it: nothing else is left out
     assert common(wanted, 0.99) > 2
 
 
-def test_what_max_cuts_off_is_made_up_for_elsewhere(desk, given_loras):
+def test_what_max_cuts_off_is_made_up_for_elsewhere(work, given_loras):
     loras, wanted = given_loras
-    free = file_ranks(run(desk, loras, {"energy": 0.84}, uniform=False))
-    made = run(desk, loras, {"energy": 0.84, "max": 3}, uniform=False)
+    free = file_ranks(run(work, loras, {"energy": 0.84}, uniform=False))
+    made = run(work, loras, {"energy": 0.84, "max": 3}, uniform=False)
     capped = file_ranks(made)
     assert max(capped.values()) == 3 < max(free.values())
     assert kept(read_deltas(made), wanted) >= 0.84
     assert any(n > free[m] for m, n in capped.items())
 
 
-def test_a_method_with_a_rank_by_energy(desk):
-    one, two = (write_lora(desk.folder, "ai-toolkit", 4, n, shapes=SHAPES, stem=f"{n}")[0] for n in range(2))
+def test_a_method_with_a_rank_by_energy(work):
+    one, two = (write_lora(work.folder, "ai-toolkit", 4, n, shapes=SHAPES, stem=f"{n}")[0] for n in range(2))
     loras = [{"lora": one.name, "ratio": 1.0}, {"lora": two.name, "ratio": 0.5}]
     section = {"method": "ties", "params": {"density": 0.4}}
-    desk.zit("run", desk.job({"name": "whole", "loras": loras} | section, save={"dtype": "fp32"})).ok()
-    wanted = read_deltas(desk.out / "merged_cat_whole.safetensors")
-    desk.zit("run", desk.job({"name": "a", "loras": loras, "rank": {"energy": 0.9}} | section, save={"dtype": "fp32"})).ok()
-    found = desk.out / "merged_cat_a.safetensors"
+    work.zit("run", work.job({"name": "whole", "loras": loras} | section, save={"dtype": "fp32"})).ok()
+    wanted = read_deltas(work.out / "merged_cat_whole.safetensors")
+    work.zit("run", work.job({"name": "a", "loras": loras, "rank": {"energy": 0.9}} | section, save={"dtype": "fp32"})).ok()
+    found = work.out / "merged_cat_a.safetensors"
     assert set(file_ranks(found).values()) == {common(wanted, 0.9)}
     assert kept(read_deltas(found), wanted) >= 0.9
 
 
-def test_all_strengths_zero(desk, given_loras):
+def test_all_strengths_zero(work, given_loras):
     loras = [lora | {"ratio": 0.0} for lora in given_loras[0]]
     for rank in ({"energy": 0.9}, {"size_mb": 1}):
-        made = run(desk, loras, rank)
+        made = run(work, loras, rank)
         assert set(file_ranks(made).values()) == {1} and not any(d.any() for d in read_deltas(made).values())
 
 
@@ -265,9 +265,9 @@ def of_their_own(wanted: Mapping[str, Tensor], share: float) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-def test_components_are_chosen_over_the_whole_file(desk, given_loras, share):
+def test_components_are_chosen_over_the_whole_file(work, given_loras, share):
     loras, wanted = given_loras
-    made = run(desk, loras, {"energy": share}, uniform=False)
+    made = run(work, loras, {"energy": share}, uniform=False)
     found, want = file_ranks(made), of_their_own(wanted, share)
     assert found == want | {TO_K: max(want.values())}
     assert len(set(found.values())) > 1
@@ -275,11 +275,11 @@ def test_components_are_chosen_over_the_whole_file(desk, given_loras, share):
     for module, delta in wanted.items():
         error = float((read_deltas(made)[module] - delta).norm())
         assert error == pytest.approx(best_error(delta, found[module]), rel=1e-4, abs=1e-6 * float(delta.norm()))
-    assert made.stat().st_size < run(desk, loras, {"energy": share}).stat().st_size
+    assert made.stat().st_size < run(work, loras, {"energy": share}).stat().st_size
 
 
-def test_our_reader_and_the_metadata_know_the_ranks(desk, given_loras):
-    made = run(desk, given_loras[0], {"energy": 0.9}, uniform=False)
+def test_our_reader_and_the_metadata_know_the_ranks(work, given_loras):
+    made = run(work, given_loras[0], {"energy": 0.9}, uniform=False)
     found, lora = file_ranks(made), load_lora(made)
     assert lora.ranks == found and not lora.questions
     adapter = json.loads(read_metadata(made)["lora_adapter_metadata"])
@@ -296,10 +296,10 @@ def test_our_reader_and_the_metadata_know_the_ranks(desk, given_loras):
     assert alphas == found
 
 
-def test_the_ranks_of_every_module_are_shown(desk, given_loras):
-    job = desk.job({"name": "a", "loras": given_loras[0], "rank": {"energy": 0.9}, "save": {"uniform": False}})
-    text = desk.zit("run", job).ok()
-    ranks_found = file_ranks(desk.out / "merged_cat_a.safetensors")
+def test_the_ranks_of_every_module_are_shown(work, given_loras):
+    job = work.job({"name": "a", "loras": given_loras[0], "rank": {"energy": 0.9}, "save": {"uniform": False}})
+    text = work.zit("run", job).ok()
+    ranks_found = file_ranks(work.out / "merged_cat_a.safetensors")
     row = next(line for line in text.split("  rank\n")[1].splitlines() if line.strip().startswith("0 "))
     names = ("adaLN_modulation.0", *(f"attention.{c}" for c in ("to_q", "to_k", "to_v", "to_out.0")))
     assert row.split()[1:6] == [str(ranks_found[f"layers.0.{name}"]) for name in names]
@@ -357,47 +357,47 @@ def fits(folder: Path, loras: Sequence[tuple[Path, float]], limit: int, **how: A
 
 @pytest.mark.parametrize("limit", [0.15, 0.2, 0.3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_ranks_of_their_own_hold_more_in_the_same_size(desk, given_loras, limit, dtype):
+def test_ranks_of_their_own_hold_more_in_the_same_size(work, given_loras, limit, dtype):
     loras, wanted = given_loras
-    uniform = run(desk, loras, {"size_mb": limit}, dtype=dtype)
+    uniform = run(work, loras, {"size_mb": limit}, dtype=dtype)
     rank, held, taken = load_lora(uniform).rank, kept(read_deltas(uniform), wanted), uniform.stat().st_size
     assert taken <= limit * 1e6
-    own = run(desk, loras, {"size_mb": limit}, dtype=dtype, uniform=False)
+    own = run(work, loras, {"size_mb": limit}, dtype=dtype, uniform=False)
     assert own.stat().st_size <= limit * 1e6
     assert len(set(file_ranks(own).values())) > 1 or rank == 9
     assert kept(read_deltas(own), wanted) >= held - 1e-4
 
 
-def test_size_that_holds_everything_cuts_nothing(desk, given_loras):
+def test_size_that_holds_everything_cuts_nothing(work, given_loras):
     loras, wanted = given_loras
     for uniform in (True, False):
-        made = run(desk, loras, {"size_mb": 5}, uniform=uniform)
+        made = run(work, loras, {"size_mb": 5}, uniform=uniform)
         assert set(file_ranks(made).values()) == {9}
         assert all(relative(read_deltas(made)[m], d) < 1e-6 for m, d in wanted.items())
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_size_below_that_of_rank_1(desk, given_loras, uniform):
-    job = desk.job({"name": "a", "loras": given_loras[0], "rank": {"size_mb": 0.001}, "save": {"uniform": uniform}})
+def test_a_size_below_that_of_rank_1(work, given_loras, uniform):
+    job = work.job({"name": "a", "loras": given_loras[0], "rank": {"size_mb": 0.001}, "save": {"uniform": uniform}})
     for command in ("check", "run"):
-        message = desk.zit(command, job).refused()
+        message = work.zit(command, job).refused()
         assert re.fullmatch(
             r"process\[0\]\.steps\[0\]\.rank: a file of rank 1 takes 0\.0\d* MB: set size_mb to that or more", message
         )
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_the_size_that_is_advised_is_enough(desk, given_loras):
+def test_the_size_that_is_advised_is_enough(work, given_loras):
     step = {"name": "a", "loras": given_loras[0]}
-    message = desk.zit("check", desk.job(step | {"rank": {"size_mb": 0.001}})).refused()
+    message = work.zit("check", work.job(step | {"rank": {"size_mb": 0.001}})).refused()
     advised = float(re.search(r"takes ([\d.]+) MB", message)[1])
-    desk.zit("run", desk.job(step | {"rank": {"size_mb": advised}})).ok()
+    work.zit("run", work.job(step | {"rank": {"size_mb": advised}})).ok()
 
 
 # --- what is said, what later steps see ----------------------------------------------------------------------------------------
 
 
-def test_the_dry_run_says_at_most(desk, given_loras):
+def test_the_dry_run_says_at_most(work, given_loras):
     loras = given_loras[0]
     cases = [
         ({"energy": 0.99}, True, "note: the rank follows from the singular values, for 0.99 of the energy: 9 at most"),
@@ -406,24 +406,24 @@ def test_the_dry_run_says_at_most(desk, given_loras):
         ({"size_mb": 0.03}, False, "note: the rank follows from the singular values, for 0.03 MB: 9 at most"),
     ]
     for rank, uniform, text in cases:
-        job = desk.job({"name": "a", "loras": loras, "rank": rank, "save": {"uniform": uniform}})
+        job = work.job({"name": "a", "loras": loras, "rank": rank, "save": {"uniform": uniform}})
         for command in (("run", job, "--dry-run"), ("check", job)):
-            assert text in " ".join(desk.zit(*command).ok().split())
-    text = desk.zit("run", desk.job({"name": "a", "loras": loras, "rank": {"size_mb": 0.03}}), "--dry-run").ok()
+            assert text in " ".join(work.zit(*command).ok().split())
+    text = work.zit("run", work.job({"name": "a", "loras": loras, "rank": {"size_mb": 0.03}}), "--dry-run").ok()
     assert re.search(r"note: rank \d is what 0\.03 MB hold, rank 9 would hold\s+everything", text)
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_the_run_says_the_rank_that_was_found(desk, given_loras):
+def test_the_run_says_the_rank_that_was_found(work, given_loras):
     loras, wanted = given_loras
-    text = desk.zit("run", desk.job({"name": "a", "loras": loras, "rank": {"energy": 0.9}})).ok()
+    text = work.zit("run", work.job({"name": "a", "loras": loras, "rank": {"energy": 0.9}})).ok()
     rank = common(wanted, 0.9)
-    made = desk.out / "merged_cat_a.safetensors"
+    made = work.out / "merged_cat_a.safetensors"
     assert f"  wrote {len(SHAPES)} modules, rank {rank}, bf16, {made.stat().st_size / 1e6:,.1f} MB\n    {made}\n" in text
 
 
 @pytest.mark.parametrize(("keep", "uniform"), [(True, False), (False, True)])
-def test_a_later_step_has_the_rank_that_came_out(desk, given_loras, keep, uniform):
+def test_a_later_step_has_the_rank_that_came_out(work, given_loras, keep, uniform):
     loras, wanted = given_loras
     small = {"energy": 0.9} if uniform else {"size_mb": 0.2}
     steps = [
@@ -432,40 +432,40 @@ def test_a_later_step_has_the_rank_that_came_out(desk, given_loras, keep, unifor
         {"name": "same", "loras": [{"lora": "small", "ratio": 1.0}, loras[0]], "rank": "same"},
         {"name": "twice", "loras": [{"lora": "exact", "ratio": 1.0}, {"lora": "small", "ratio": 1.0}]},
     ]
-    config = desk.job(*steps, save={"dtype": "fp32"})
-    text = desk.zit("run", config).ok()
-    ranks_of = {name: file_ranks(desk.out / f"merged_cat_{name}.safetensors") for name in ("exact", "same", "twice")}
+    config = work.job(*steps, save={"dtype": "fp32"})
+    text = work.zit("run", config).ok()
+    ranks_of = {name: file_ranks(work.out / f"merged_cat_{name}.safetensors") for name in ("exact", "same", "twice")}
     (rank,) = set(ranks_of["exact"].values())
     if uniform:
         assert rank == common(wanted, 0.9)
-    assert keep is ((desk.out / "merged_cat_small.safetensors").exists())
+    assert keep is ((work.out / "merged_cat_small.safetensors").exists())
     if keep:
-        assert rank == max(file_ranks(desk.out / "merged_cat_small.safetensors").values())
+        assert rank == max(file_ranks(work.out / "merged_cat_small.safetensors").values())
     assert set(ranks_of["same"].values()) == {max(rank, 5)}
     assert set(ranks_of["twice"].values()) == {2 * rank}
     assert text.count("  wrote ") == 3 + keep
-    before = {name: (desk.out / name).stat().st_mtime_ns for name in desk.files()}
-    text = desk.zit("run", config).ok()
+    before = {name: (work.out / name).stat().st_mtime_ns for name in work.files()}
+    text = work.zit("run", config).ok()
     assert "  wrote " not in text and text.count("kept ") == 3 + keep
-    assert {name: (desk.out / name).stat().st_mtime_ns for name in desk.files()} == before
-    (desk.out / "merged_cat_twice.safetensors").unlink()
-    text = desk.zit("run", config).ok()
+    assert {name: (work.out / name).stat().st_mtime_ns for name in work.files()} == before
+    (work.out / "merged_cat_twice.safetensors").unlink()
+    text = work.zit("run", config).ok()
     assert text.count("kept ") == 2 + keep and text.count("  wrote ") == 1
-    assert file_ranks(desk.out / "merged_cat_twice.safetensors") == ranks_of["twice"]
+    assert file_ranks(work.out / "merged_cat_twice.safetensors") == ranks_of["twice"]
 
 
-def test_a_file_of_another_rule_is_made_again(desk, given_loras):
+def test_a_file_of_another_rule_is_made_again(work, given_loras):
     for rank, said in ((0.9, "  wrote "), (0.9, "kept "), (0.9000001, "  wrote ")):
-        assert said in desk.zit("run", desk.job({"name": "a", "loras": given_loras[0], "rank": {"energy": rank}})).ok()
+        assert said in work.zit("run", work.job({"name": "a", "loras": given_loras[0], "rank": {"energy": rank}})).ok()
 
 
 @pytest.mark.parametrize("rank", [{"energy": 0.9}, {"energy": 0.99, "max": 3}, {"size_mb": 0.2}], ids=str)
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_recipe_makes_the_same_bytes(desk, given_loras, rank, uniform):
-    made = run(desk, given_loras[0], rank, uniform=uniform, dtype="bf16")
+def test_a_recipe_makes_the_same_bytes(work, given_loras, rank, uniform):
+    made = run(work, given_loras[0], rank, uniform=uniform, dtype="bf16")
     recipe = json.loads(read_metadata(made)["zit_merge.recipe"])
     assert recipe["steps"][0]["rank"] == rank
-    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
+    assert work.again(work.recipe(made)).read_bytes() == made.read_bytes()
 
 
 def test_the_size_announced_is_the_size_written(tmp_path):
@@ -481,17 +481,17 @@ RULES = {"energy=0.9": {"energy": 0.9}, "energy=0.99,max=3": {"energy": 0.99, "m
 
 
 @pytest.mark.parametrize("words", RULES)
-def test_rules_on_the_command_line(desk, given_loras, words):
+def test_rules_on_the_command_line(work, given_loras, words):
     common = ["--ratio", 1, "--shapes", "free", "--device", "cpu", "--rank", words]
-    desk.zit("merge", "one.safetensors", "two.safetensors", "-o", "x.safetensors", *common).ok()
-    recipe = json.loads(read_metadata(desk.folder / "x.safetensors")["zit_merge.recipe"])
+    work.zit("merge", "one.safetensors", "two.safetensors", "-o", "x.safetensors", *common).ok()
+    recipe = json.loads(read_metadata(work.folder / "x.safetensors")["zit_merge.recipe"])
     assert recipe["steps"][0]["rank"] == RULES[words]
 
 
-def test_a_rule_on_the_command_line_that_means_nothing(desk, given_loras):
+def test_a_rule_on_the_command_line_that_means_nothing(work, given_loras):
     for words, says in (("energy=x", "needs a number above 0 for energy, not 'x'"), ("energy", "must be exact, same, a whole")):
         common = ["--ratio", 1, "--shapes", "free", "--rank", words]
-        assert says in desk.zit("merge", "one.safetensors", "-o", "x.safetensors", *common).refused()
+        assert says in work.zit("merge", "one.safetensors", "-o", "x.safetensors", *common).refused()
 
 
 def test_a_lokr_by_energy(tmp_path):
@@ -555,8 +555,8 @@ def test_rules_that_mean_something():
         assert step.rank == RankRule(**rank) and step.rank.record() == rank
 
 
-def test_a_rule_for_a_lokr_that_stays_one(desk):
-    desk.lora("me.safetensors", "ai-toolkit-lokr")
+def test_a_rule_for_a_lokr_that_stays_one(work):
+    work.lora("me.safetensors", "ai-toolkit-lokr")
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "save": {"keep_lokr": True}, "rank": {"energy": 0.9}}
-    message = desk.zit("check", desk.job(step)).refused()
+    message = work.zit("check", work.job(step)).refused()
     assert message.startswith("process[0].steps[0].save.keep_lokr: only one LoKr that is weighed can stay a LoKr")

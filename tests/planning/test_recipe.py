@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from desk import SMALL, Desk, empty_hub_cache, put_into_hub_cache
 from oracles import producers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from workspace import SMALL, Workspace, empty_hub_cache, put_into_hub_cache
 
 from extensions_built_in.zit_merge.config import presets
 from extensions_built_in.zit_merge.files import hub
@@ -39,10 +39,10 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def move_and_rename(desk: Desk, *paths: Path) -> Path:
+def move_and_rename(work: Workspace, *paths: Path) -> Path:
     """The folder where the inputs lie from now on, under other names and among other files."""
-    folder = desk.folder / "attic"
-    desk.lora("attic/deep/another.safetensors", seed=99)
+    folder = work.folder / "attic"
+    work.lora("attic/deep/another.safetensors", seed=99)
     for i, path in enumerate(paths):
         path.rename(folder / "deep" / f"{len(paths) - i}_renamed.safetensors")
     return folder
@@ -59,122 +59,122 @@ def move_and_rename(desk: Desk, *paths: Path) -> Path:
     ],
     ids=str,
 )
-def test_a_recipe_makes_the_same_bytes_from_inputs_renamed_and_moved(desk, loras, settings):
-    desk.zit("run", desk.job(ONE_STEP | settings)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
-    attic = move_and_rename(desk, *loras)
-    remade = desk.again(recipe, "--loras", attic)
+def test_a_recipe_makes_the_same_bytes_from_inputs_renamed_and_moved(work, loras, settings):
+    work.zit("run", work.job(ONE_STEP | settings)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
+    attic = move_and_rename(work, *loras)
+    remade = work.again(recipe, "--loras", attic)
     assert remade.name == made.name and remade.read_bytes() == made.read_bytes()
 
 
-def test_inputs_beside_the_recipe_need_no_flag(desk, loras):
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    assert desk.again(desk.recipe(made)).read_bytes() == made.read_bytes()
+def test_inputs_beside_the_recipe_need_no_flag(work, loras):
+    work.zit("run", work.job(ONE_STEP)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    assert work.again(work.recipe(made)).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_recipe_carries_the_steps_that_it_uses(desk, loras, keep):
+def test_a_recipe_carries_the_steps_that_it_uses(work, loras, keep):
     steps = [
         {"name": "a", "rank": 3, "keep": keep, "loras": [ME, STYLE]},
         {"name": "b", "loras": [{"lora": "a", "ratio": 0.5}], "save": {"dtype": "fp32"}, "keep": keep},
         {"name": "unused", "loras": [STYLE]},
         {"name": "c", "rank": "same", "loras": [{"lora": "b", "ratio": 1.0}, {"lora": "a", "ratio": -0.5}, STYLE]},
     ]
-    desk.zit("run", desk.job(*steps)).ok()
-    made = desk.out / "merged_cat_c.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+    work.zit("run", work.job(*steps)).ok()
+    made = work.out / "merged_cat_c.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     assert [s["name"] for s in yaml.safe_load(recipe.read_text())["steps"]] == ["a", "b", "c"]
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, *loras))
+    remade = work.again(recipe, "--loras", move_and_rename(work, *loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
-def test_a_recipe_remembers_what_was_left_out(desk):
+def test_a_recipe_remembers_what_was_left_out(work):
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["diffusion_model.layers.0.attention.to_x.lora_A.weight"] = torch.ones(2, 8)
 
-    source = desk.lora("me.safetensors", change=spoil)
-    config = desk.job({"name": "a", "loras": [ME], "allow_unmatched": True})
-    desk.zit("run", config).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+    source = work.lora("me.safetensors", change=spoil)
+    config = work.job({"name": "a", "loras": [ME], "allow_unmatched": True})
+    work.zit("run", config).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     (step,) = yaml.safe_load(recipe.read_text())["steps"]
     assert step["allow_unmatched"] is True
     assert step["loras"][0]["unmatched"] == ["diffusion_model.layers.0.attention.to_x.lora_A.weight"]
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, source))
+    remade = work.again(recipe, "--loras", move_and_rename(work, source))
     assert remade.read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("source", ["trained", "trained@2500"])
-def test_a_recipe_of_a_trained_file(desk, source):
-    trained = [desk.lora(f"output/cat/{name}.safetensors") for name in ("cat", "cat_000002500")]
-    section = desk.section({"name": "a", "loras": [{"lora": source, "ratio": 0.9}]})
-    desk.zit("run", desk.config(desk.training(), section)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, *trained))
+def test_a_recipe_of_a_trained_file(work, source):
+    trained = [work.lora(f"output/cat/{name}.safetensors") for name in ("cat", "cat_000002500")]
+    section = work.section({"name": "a", "loras": [{"lora": source, "ratio": 0.9}]})
+    work.zit("run", work.config(work.training(), section)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
+    remade = work.again(recipe, "--loras", move_and_rename(work, *trained))
     assert remade.read_bytes() == made.read_bytes()
 
 
-def test_a_recipe_of_a_file_that_got_another_prefix(desk, loras):
-    section = desk.section({"name": "a", "loras": [ME]}, output_dir=str(desk.folder / "output" / "m"))
-    desk.zit("run", desk.config(desk.training(), section, job="m")).ok()
-    (made,) = (desk.folder / "output" / "m").glob("*.safetensors")
-    remade = desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder)
+def test_a_recipe_of_a_file_that_got_another_prefix(work, loras):
+    section = work.section({"name": "a", "loras": [ME]}, output_dir=str(work.folder / "output" / "m"))
+    work.zit("run", work.config(work.training(), section, job="m")).ok()
+    (made,) = (work.folder / "output" / "m").glob("*.safetensors")
+    remade = work.again(work.recipe(made, ELSEWHERE), "--loras", work.folder)
     assert remade.read_bytes() == made.read_bytes()
 
 
-def test_a_recipe_of_a_merge_from_the_command_line(desk, real_loras):
-    desk.zit("merge", *real_loras, "-o", "both.safetensors", "--ratio", 1, 0.5, "--to_q", 0.5, "--device", "cpu").ok()
-    made = desk.folder / "both.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, *real_loras))
+def test_a_recipe_of_a_merge_from_the_command_line(work, real_loras):
+    work.zit("merge", *real_loras, "-o", "both.safetensors", "--ratio", 1, 0.5, "--to_q", 0.5, "--device", "cpu").ok()
+    made = work.folder / "both.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
+    remade = work.again(recipe, "--loras", move_and_rename(work, *real_loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
-def test_a_recipe_of_a_remade_file_is_the_same_recipe(desk, loras):
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    remade = desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder)
-    assert desk.zit("recipe", remade).ok() == desk.zit("recipe", made).ok()
+def test_a_recipe_of_a_remade_file_is_the_same_recipe(work, loras):
+    work.zit("run", work.job(ONE_STEP)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    remade = work.again(work.recipe(made, ELSEWHERE), "--loras", work.folder)
+    assert work.zit("recipe", remade).ok() == work.zit("recipe", made).ok()
 
 
-def test_two_runs_make_the_same_bytes(desk, loras):
+def test_two_runs_make_the_same_bytes(work, loras):
     made = []
     for _ in range(2):
-        desk.zit("run", desk.job(ONE_STEP | {"rank": 2})).ok()
-        made.append((desk.out / "merged_cat_a.safetensors").read_bytes())
+        work.zit("run", work.job(ONE_STEP | {"rank": 2})).ok()
+        made.append((work.out / "merged_cat_a.safetensors").read_bytes())
     assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("key", ["layers", "blocks", "keys"])
-def test_the_order_of_keys_has_no_influence_on_the_tensors(desk, loras, key):
+def test_the_order_of_keys_has_no_influence_on_the_tensors(work, loras, key):
     turned = dict(reversed(ME.items())) if key == "keys" else ME | {key: dict(reversed(ME[key].items()))}
     contents = []
     for lora in (ME, turned):
-        desk.zit("run", desk.job({"name": "a", "loras": [lora]})).ok()
-        with (desk.out / "merged_cat_a.safetensors").open("rb") as file:
+        work.zit("run", work.job({"name": "a", "loras": [lora]})).ok()
+        with (work.out / "merged_cat_a.safetensors").open("rb") as file:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             contents.append(file.read())
     assert contents[0] == contents[1]
 
 
-def test_no_folders_dates_or_hashes_of_inputs_stand_in_the_metadata(desk, monkeypatch):
-    desk.lora("secret_folder/me.safetensors")
-    desk.lora("secret_folder/style.safetensors", "onetrainer-legacy", seed=1)
-    desk.zit("run", desk.job(ONE_STEP), "--loras", desk.folder / "secret_folder").ok()
-    values = metadata(desk.out / "merged_cat_a.safetensors")
+def test_no_folders_dates_or_hashes_of_inputs_stand_in_the_metadata(work, monkeypatch):
+    work.lora("secret_folder/me.safetensors")
+    work.lora("secret_folder/style.safetensors", "onetrainer-legacy", seed=1)
+    work.zit("run", work.job(ONE_STEP), "--loras", work.folder / "secret_folder").ok()
+    values = metadata(work.out / "merged_cat_a.safetensors")
     text = json.dumps(values)
-    for forbidden in ("secret_folder", str(desk.folder), desk.folder.name, str(Path.home()), "2026", "ffffffff", "date", "time"):
+    for forbidden in ("secret_folder", str(work.folder), work.folder.name, str(Path.home()), "2026", "ffffffff", "date", "time"):
         assert forbidden not in text
     assert not any(k.startswith(("sshs_", "ss_network", "ss_training", "ot_")) for k in values)
     assert not {"training_info", "modelspec.hash_sha256", "modelspec.date"} & set(values)
 
 
-def test_what_stands_in_the_metadata(desk, loras):
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    values = metadata(desk.out / "merged_cat_a.safetensors")
+def test_what_stands_in_the_metadata(work, loras):
+    work.zit("run", work.job(ONE_STEP)).ok()
+    values = metadata(work.out / "merged_cat_a.safetensors")
     assert values["modelspec.architecture"] == "Z-Image/lora"
     assert values["ss_output_name"] == "merged_cat_a"
     assert values["modelspec.merged_from"] == "me, musubi"  # musubi's file has a modelspec.title
@@ -183,9 +183,9 @@ def test_what_stands_in_the_metadata(desk, loras):
     assert "ss_base_model_version" in values
 
 
-def test_the_recipe_names_files_by_name_and_hash_and_holds_the_whole_table(desk, loras):
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    (recipe,) = (json.loads(v) for k, v in metadata(desk.out / "merged_cat_a.safetensors").items() if "recipe" in k)
+def test_the_recipe_names_files_by_name_and_hash_and_holds_the_whole_table(work, loras):
+    work.zit("run", work.job(ONE_STEP)).ok()
+    (recipe,) = (json.loads(v) for k, v in metadata(work.out / "merged_cat_a.safetensors").items() if "recipe" in k)
     (step,) = recipe["steps"]
     raw = loras[0].read_bytes()
     wanted = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
@@ -197,67 +197,67 @@ def test_the_recipe_names_files_by_name_and_hash_and_holds_the_whole_table(desk,
     assert table["other"] == [0.9] * 6
 
 
-def edited(desk: Desk, change: Callable[[dict], object]) -> Path:
+def edited(work: Workspace, change: Callable[[dict], object]) -> Path:
     """The recipe of a merge of both LoRAs, after a change of its data."""
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    recipe = yaml.safe_load(desk.zit("recipe", desk.out / "merged_cat_a.safetensors").ok())
+    work.zit("run", work.job(ONE_STEP)).ok()
+    recipe = yaml.safe_load(work.zit("recipe", work.out / "merged_cat_a.safetensors").ok())
     change(recipe["steps"][0]["loras"][0])
-    return desk.write(recipe, "recipe.yaml")
+    return work.write(recipe, "recipe.yaml")
 
 
-def test_a_changed_strength_table_is_refused(desk, loras):
-    recipe = edited(desk, lambda lora: lora["strengths"]["3"].__setitem__(0, 0.5))
-    message = desk.zit("run", recipe, "--output-dir", "again").refused()
+def test_a_changed_strength_table_is_refused(work, loras):
+    recipe = edited(work, lambda lora: lora["strengths"]["3"].__setitem__(0, 0.5))
+    message = work.zit("run", recipe, "--output-dir", "again").refused()
     assert message.startswith("steps[0].loras[0].strengths: the table does not follow from ratio")
     assert not Path("again").exists()
 
 
-def test_changed_weights_without_their_table_are_fine(desk, loras):
+def test_changed_weights_without_their_table_are_fine(work, loras):
     def change(lora: dict) -> None:
         lora["ratio"] = 0.5
         del lora["strengths"]
 
-    assert desk.again(edited(desk, change)).is_file()
+    assert work.again(edited(work, change)).is_file()
 
 
-def test_a_changed_input_is_not_found(desk, loras):
-    recipe = edited(desk, lambda lora: None)
-    desk.lora("me.safetensors", seed=7)
-    message = desk.zit("run", recipe, "--output-dir", "again", "--loras", desk.folder).refused()
+def test_a_changed_input_is_not_found(work, loras):
+    recipe = edited(work, lambda lora: None)
+    work.lora("me.safetensors", seed=7)
+    message = work.zit("run", recipe, "--output-dir", "again", "--loras", work.folder).refused()
     assert message.startswith("steps[0].loras[0].lora: no file with the tensors of me.safetensors (sha256 ")
     assert "--loras" in message and not Path("again").exists()
 
 
-def test_a_broken_hash_is_refused(desk, loras):
-    recipe = edited(desk, lambda lora: lora.__setitem__("sha256", "abc"))
-    assert desk.zit("run", recipe, "--output-dir", "again").refused().startswith("steps[0].loras[0].sha256: ")
+def test_a_broken_hash_is_refused(work, loras):
+    recipe = edited(work, lambda lora: lora.__setitem__("sha256", "abc"))
+    assert work.zit("run", recipe, "--output-dir", "again").refused().startswith("steps[0].loras[0].sha256: ")
 
 
-def test_a_recipe_needs_an_output_dir(desk, loras):
-    assert "--output-dir" in desk.zit("run", edited(desk, lambda lora: None)).refused()
+def test_a_recipe_needs_an_output_dir(work, loras):
+    assert "--output-dir" in work.zit("run", edited(work, lambda lora: None)).refused()
 
 
-def test_what_else_lies_in_the_folders_does_not_disturb_the_search(desk, loras):
-    desk.zit("run", desk.job(ONE_STEP)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
-    attic = move_and_rename(desk, *loras)
+def test_what_else_lies_in_the_folders_does_not_disturb_the_search(work, loras):
+    work.zit("run", work.job(ONE_STEP)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
+    attic = move_and_rename(work, *loras)
     (attic / "00_empty.safetensors").touch()
     (attic / "00_short.safetensors").write_bytes(b"abc")
     (attic / "00_text.safetensors").write_text("a download that failed")
     (attic / "00_folder.safetensors").mkdir()
     with contextlib.suppress(OSError):  # Windows without the right to make links
         (attic / "00_dangling.safetensors").symlink_to(attic / "gone")
-    assert desk.again(recipe, "--loras", attic).read_bytes() == made.read_bytes()
+    assert work.again(recipe, "--loras", attic).read_bytes() == made.read_bytes()
 
 
-def test_odd_names_survive_the_recipe(desk, real_loras):
+def test_odd_names_survive_the_recipe(work, real_loras):
     name = "50% ${off} [name] 'x' #1: é.safetensors"
-    real_loras[0].rename(desk.folder / name)
-    desk.zit("merge", name, "-o", "out.safetensors", "--ratio", 1).ok()
-    recipe = desk.recipe(desk.folder / "out.safetensors", ELSEWHERE)
+    real_loras[0].rename(work.folder / name)
+    work.zit("merge", name, "-o", "out.safetensors", "--ratio", 1).ok()
+    recipe = work.recipe(work.folder / "out.safetensors", ELSEWHERE)
     assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"][0]["loras"][0]["lora"] == name
-    assert desk.again(recipe, "--loras", desk.folder).is_file()
+    assert work.again(recipe, "--loras", work.folder).is_file()
 
 
 # --- presets -------------------------------------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_odd_names_survive_the_recipe(desk, real_loras):
 PRESET = {"lora": "me.safetensors", "ratio": 0.9, "preset": "late_20_29", "layers": {"0-19": 0.25}, "blocks": {"to_q": 0.5}}
 
 
-def test_a_recipe_holds_the_expansion_of_a_preset(desk, loras):
-    desk.zit("run", desk.job({"name": "a", "loras": [PRESET, STYLE]})).ok()
-    entry = yaml.safe_load(desk.zit("recipe", desk.out / "merged_cat_a.safetensors").ok())["steps"][0]["loras"][0]
+def test_a_recipe_holds_the_expansion_of_a_preset(work, loras):
+    work.zit("run", work.job({"name": "a", "loras": [PRESET, STYLE]})).ok()
+    entry = yaml.safe_load(work.zit("recipe", work.out / "merged_cat_a.safetensors").ok())["steps"][0]["loras"][0]
     assert "preset" not in entry
     assert entry["layers"] == {"0-19": 0.25, "noise_refiner": 0, "context_refiner": 0, "other": 0}
     assert entry["blocks"] == {"to_q": 0.5}
@@ -284,21 +284,21 @@ def test_a_recipe_holds_the_expansion_of_a_preset(desk, loras):
     ],
     ids=str,
 )
-def test_a_recipe_of_a_preset_runs_without_it(desk, loras, monkeypatch, keys):
-    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | keys, STYLE]})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+def test_a_recipe_of_a_preset_runs_without_it(work, loras, monkeypatch, keys):
+    work.zit("run", work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | keys, STYLE]})).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     monkeypatch.setattr(presets, "presets", lambda: {})  # a later version may have dropped or changed it
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, *loras))
+    remade = work.again(recipe, "--loras", move_and_rename(work, *loras))
     assert remade.read_bytes() == made.read_bytes()
 
 
 # --- alpha beside the tensors --------------------------------------------------------------------------------------------------
 
 
-def peft_adapter(desk: Desk, name: str = "peft/adapter_model.safetensors") -> Path:
+def peft_adapter(work: Workspace, name: str = "peft/adapter_model.safetensors") -> Path:
     """PEFT's adapter, whose alpha of 3/2 r stands in adapter_config.json alone."""
-    path = desk.lora(name, "peft")
+    path = work.lora(name, "peft")
     producers.save_sidecars(producers.PRODUCERS["peft"].make(SMALL, 2, 0, torch.bfloat16), path.parent)
     return path
 
@@ -317,68 +317,68 @@ def scale_of(path: Path, source: Path, module: str = "layers.4.attention.to_v") 
 
 
 @pytest.mark.parametrize("gone", ["deleted", "changed"])
-def test_a_recipe_carries_the_adapter_config(desk, gone):
-    source = peft_adapter(desk)
-    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}], "save": {"dtype": "fp32"}})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
+def test_a_recipe_carries_the_adapter_config(work, gone):
+    source = peft_adapter(work)
+    work.zit("run", work.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}], "save": {"dtype": "fp32"}})).ok()
+    made = work.out / "merged_cat_a.safetensors"
     assert scale_of(made, source) == pytest.approx(1.5, rel=1e-6)
-    recipe = desk.recipe(made, ELSEWHERE)
+    recipe = work.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["adapter"]["lora_alpha"] == 3
     config = source.parent / "adapter_config.json"
     if gone == "deleted":
         config.unlink()
         assert (
             "adapter_config.json"
-            in desk.zit("run", desk.job({"name": "b", "loras": [{"lora": str(source), "ratio": 1}]})).refused()
+            in work.zit("run", work.job({"name": "b", "loras": [{"lora": str(source), "ratio": 1}]})).refused()
         )
     else:
         config.write_text(json.dumps({"lora_alpha": 77, "r": 2}))
-    remade = desk.again(recipe, "--loras", move_and_rename(desk, source) if gone == "deleted" else source.parent)
+    remade = work.again(recipe, "--loras", move_and_rename(work, source) if gone == "deleted" else source.parent)
     assert remade.read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["simpletuner-peft", "diffusers-alpha", "diffusers-rslora", "diffusers-patterns"])
 @pytest.mark.parametrize("how", ["stripped", "as it is"])
-def test_a_recipe_carries_what_the_metadata_said_of_alpha(desk, name, how):
+def test_a_recipe_carries_what_the_metadata_said_of_alpha(work, name, how):
     """The hash covers the tensors alone: a program that strips or rewrites metadata must not change the merge."""
-    source = desk.lora("me.safetensors", name, rank=4)
-    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+    source = work.lora("me.safetensors", name, rank=4)
+    work.zit("run", work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]})).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     if how == "stripped":
         save_file(load_file(source), source)
         assert "lora_adapter_metadata" not in (metadata(source) or {})
-        other = desk.folder / "other"
-        desk.zit("run", desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]}, output_dir=str(other))).ok()
+        other = work.folder / "other"
+        work.zit("run", work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]}, output_dir=str(other))).ok()
         assert (other / made.name).read_bytes() != made.read_bytes()  # without the recipe it is another strength
-    assert desk.again(recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert work.again(recipe, "--loras", work.folder).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("adapter", [{}, {"lora_alpha": "x"}, {"lora_alpha": 1, "alpha_pattern": {"(": 2}}], ids=str)
-def test_a_broken_adapter_of_a_recipe_is_refused(desk, adapter):
-    source = peft_adapter(desk)
-    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}]})).ok()
-    recipe = yaml.safe_load(desk.zit("recipe", desk.out / "merged_cat_a.safetensors").ok())
+def test_a_broken_adapter_of_a_recipe_is_refused(work, adapter):
+    source = peft_adapter(work)
+    work.zit("run", work.job({"name": "a", "loras": [{"lora": str(source), "ratio": 1.0}]})).ok()
+    recipe = yaml.safe_load(work.zit("recipe", work.out / "merged_cat_a.safetensors").ok())
     recipe["steps"][0]["loras"][0]["adapter"] = adapter
-    message = desk.zit("run", desk.write(recipe, "peft/r.yaml"), "--output-dir", "again").refused()
+    message = work.zit("run", work.write(recipe, "peft/r.yaml"), "--output-dir", "again").refused()
     assert message.startswith("steps[0].loras[0].adapter: ")
 
 
 @pytest.mark.parametrize("alpha", ["none", 5, "metadata"])
-def test_a_recipe_remembers_the_answer_about_alpha(desk, alpha):
-    source = peft_adapter(desk)
+def test_a_recipe_remembers_the_answer_about_alpha(work, alpha):
+    source = peft_adapter(work)
     lora = {"lora": str(source), "ratio": 1.0, "alpha": alpha}
-    desk.zit("run", desk.job({"name": "a", "loras": [lora], "save": {"dtype": "fp32"}})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
+    work.zit("run", work.job({"name": "a", "loras": [lora], "save": {"dtype": "fp32"}})).ok()
+    made = work.out / "merged_cat_a.safetensors"
     assert scale_of(made, source) == pytest.approx({"none": 1.0, 5: 2.5, "metadata": 1.5}[alpha], rel=1e-6)
-    recipe = desk.recipe(made, ELSEWHERE)
+    recipe = work.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["alpha"] == alpha
     (source.parent / "adapter_config.json").unlink()
-    assert desk.again(recipe, "--loras", source.parent).read_bytes() == made.read_bytes()
+    assert work.again(recipe, "--loras", source.parent).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("qkv", ["split", "fused", "sum"])
-def test_a_recipe_remembers_the_answer_about_qkv(desk, qkv):
+def test_a_recipe_remembers_the_answer_about_qkv(work, qkv):
     pair = {f"layers.0.attention.to_{c}": torch.eye(8)[i : i + 1] for i, c in enumerate("qkv")}
     tensors = {f"diffusion_model.{m}.lora_A.weight": row.clone() for m, row in pair.items()}
     tensors |= {f"diffusion_model.{m}.lora_B.weight": torch.ones(8, 1) for m in pair}
@@ -386,27 +386,27 @@ def test_a_recipe_remembers_the_answer_about_qkv(desk, qkv):
     tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] = torch.full((24, 1), 10.0)
     save_file(tensors, "twice.safetensors")
     lora = {"lora": "twice.safetensors", "ratio": 1.0}
-    message = desk.zit("run", desk.job({"name": "a", "loras": [lora]})).refused()
+    message = work.zit("run", work.job({"name": "a", "loras": [lora]})).refused()
     assert "set qkv: split, fused or sum" in message
-    desk.zit("run", desk.job({"name": "a", "loras": [lora | {"qkv": qkv}]})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
+    work.zit("run", work.job({"name": "a", "loras": [lora | {"qkv": qkv}]})).ok()
+    made = work.out / "merged_cat_a.safetensors"
     split, fused = torch.ones(8, 1) @ pair["layers.0.attention.to_k"], torch.full((8, 8), 10.0)
     out = load_file(made)
     found = out[f"{K}.lora_B.weight"].float() @ out[f"{K}.lora_A.weight"].float()
     assert torch.equal(found, {"split": split, "fused": fused, "sum": split + fused}[qkv])
-    assert desk.again(desk.recipe(made, ELSEWHERE), "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert work.again(work.recipe(made, ELSEWHERE), "--loras", work.folder).read_bytes() == made.read_bytes()
 
 
-def test_a_recipe_remembers_what_was_dropped(desk):
-    desk.lora("me.safetensors", "comfyui-train-all")
+def test_a_recipe_remembers_what_was_dropped(work):
+    work.lora("me.safetensors", "comfyui-train-all")
     lora = {"lora": "me.safetensors", "ratio": 1.0}
-    assert "drop: [norm]" in desk.zit("run", desk.job({"name": "a", "loras": [lora]})).refused()
-    assert "drop: [bias]" in desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm"]}]})).refused()
-    desk.zit("run", desk.job({"name": "a", "loras": [lora | {"drop": ["norm", "bias"]}]})).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+    assert "drop: [norm]" in work.zit("run", work.job({"name": "a", "loras": [lora]})).refused()
+    assert "drop: [bias]" in work.zit("run", work.job({"name": "a", "loras": [lora | {"drop": ["norm"]}]})).refused()
+    work.zit("run", work.job({"name": "a", "loras": [lora | {"drop": ["norm", "bias"]}]})).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     assert yaml.safe_load(recipe.read_text())["steps"][0]["loras"][0]["drop"] == ["norm", "bias"]
-    assert desk.again(recipe, "--loras", desk.folder).read_bytes() == made.read_bytes()
+    assert work.again(recipe, "--loras", work.folder).read_bytes() == made.read_bytes()
 
 
 # --- sources on the hub --------------------------------------------------------------------------------------------------------
@@ -438,39 +438,39 @@ FROM_HUB = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}, {"l
 
 @pytest.mark.parametrize("command", [("check",), ("run", "--dry-run")], ids=str)
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_source_that_nobody_has_fetched_is_a_note_and_no_download(desk, loras, hub_cache, monkeypatch, command, offline):
+def test_a_source_that_nobody_has_fetched_is_a_note_and_no_download(work, loras, hub_cache, monkeypatch, command, offline):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    text = " ".join(desk.zit(command[0], desk.job(FROM_HUB), *command[1:]).ok().split())
+    text = " ".join(work.zit(command[0], work.job(FROM_HUB), *command[1:]).ok().split())
     assert "style.safetensors is not in the local cache: it is fetched from the hub when the merge runs" in text
     assert "still on the hub" in text and "size not known yet" in text
-    assert list(hub_cache.iterdir()) == [] and desk.files() == []
+    assert list(hub_cache.iterdir()) == [] and work.files() == []
 
 
-def test_what_else_is_wrong_is_found_without_the_file(desk, loras, hub_cache):
+def test_what_else_is_wrong_is_found_without_the_file(work, loras, hub_cache):
     step = FROM_HUB | {"loras": [{"lora": HUB, "ratio": 0.5, "blocks": {"to_w": 1}}]}
-    assert desk.zit("check", desk.job(step)).refused().startswith("process[0].steps[0].loras[0].blocks.to_w: ")
+    assert work.zit("check", work.job(step)).refused().startswith("process[0].steps[0].loras[0].blocks.to_w: ")
     step = FROM_HUB | {"loras": [{"lora": "hf:user/style.safetensors", "ratio": 0.5}]}
     assert (
-        desk.zit("check", desk.job(step)).refused().startswith("process[0].steps[0].loras[0].lora: 'hf:user/style.safetensors'")
+        work.zit("check", work.job(step)).refused().startswith("process[0].steps[0].loras[0].lora: 'hf:user/style.safetensors'")
     )
 
 
-def test_a_run_without_the_file_and_without_the_network_is_refused(desk, loras, hub_cache):
-    message = desk.zit("run", desk.job(FROM_HUB)).refused()
+def test_a_run_without_the_file_and_without_the_network_is_refused(work, loras, hub_cache):
+    message = work.zit("run", work.job(FROM_HUB)).refused()
     assert message.startswith("process[0].steps[0].loras[1].lora: ") and "HF_HUB_OFFLINE" in message
-    assert desk.files() == []
+    assert work.files() == []
 
 
 @pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
-def test_a_file_of_the_cache_is_merged_offline_and_pinned(desk, loras, hub_cache, revision):
+def test_a_file_of_the_cache_is_merged_offline_and_pinned(work, loras, hub_cache, revision):
     cache(hub_cache, loras[1])
     step = FROM_HUB | {"loras": [FROM_HUB["loras"][0], {"lora": HUB + revision, "ratio": 0.5}]}
     local = FROM_HUB | {"name": "local", "loras": [FROM_HUB["loras"][0], {"lora": "style.safetensors", "ratio": 0.5}]}
-    desk.zit("run", desk.job(step, local)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    one, two = load_file(made), load_file(desk.out / "merged_cat_local.safetensors")
+    work.zit("run", work.job(step, local)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    one, two = load_file(made), load_file(work.out / "merged_cat_local.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    entry = yaml.safe_load(desk.zit("recipe", made).ok())["steps"][0]["loras"][1]
+    entry = yaml.safe_load(work.zit("recipe", made).ok())["steps"][0]["loras"][1]
     raw = loras[1].read_bytes()
     assert entry["lora"] == f"{HUB}@{COMMIT}"
     assert entry["sha256"] == hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
@@ -479,49 +479,49 @@ def test_a_file_of_the_cache_is_merged_offline_and_pinned(desk, loras, hub_cache
 
 
 @pytest.mark.parametrize("where", ["cache", "--loras", "moved branch"])
-def test_a_recipe_of_a_hub_source_runs_offline(desk, loras, hub_cache, where):
+def test_a_recipe_of_a_hub_source_runs_offline(work, loras, hub_cache, where):
     path = cache(hub_cache, loras[1])
-    desk.zit("run", desk.job(FROM_HUB)).ok()
-    made = desk.out / "merged_cat_a.safetensors"
-    recipe = desk.recipe(made, ELSEWHERE)
+    work.zit("run", work.job(FROM_HUB)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    recipe = work.recipe(made, ELSEWHERE)
     loras[1].unlink()
     hub._pins.clear()
-    folder = desk.folder / "attic"
+    folder = work.folder / "attic"
     folder.mkdir()
     loras[0].rename(folder / "renamed.safetensors")
     if where == "--loras":
         (folder / "another name.safetensors").write_bytes(path.read_bytes())
         shutil.rmtree(hub_cache / "models--user--repo")
     if where == "moved branch":
-        desk.lora("newer.safetensors", seed=7)
-        cache(hub_cache, desk.folder / "newer.safetensors", NEWER)
-    remade = desk.again(recipe, "--loras", folder)
+        work.lora("newer.safetensors", seed=7)
+        cache(hub_cache, work.folder / "newer.safetensors", NEWER)
+    remade = work.again(recipe, "--loras", folder)
     assert remade.read_bytes() == made.read_bytes()
-    assert desk.zit("recipe", remade).ok() == desk.zit("recipe", made).ok()
+    assert work.zit("recipe", remade).ok() == work.zit("recipe", made).ok()
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
-def test_other_bytes_than_the_recipes_are_refused(desk, loras, hub_cache, command):
+def test_other_bytes_than_the_recipes_are_refused(work, loras, hub_cache, command):
     path = cache(hub_cache, loras[1])
-    desk.zit("run", desk.job(FROM_HUB)).ok()
-    recipe = desk.recipe(desk.out / "merged_cat_a.safetensors")
-    path.resolve().write_bytes(desk.lora("other.safetensors", "musubi", rank=3, seed=9).read_bytes())
-    message = desk.zit(command, recipe, "--output-dir", "again").refused()
+    work.zit("run", work.job(FROM_HUB)).ok()
+    recipe = work.recipe(work.out / "merged_cat_a.safetensors")
+    path.resolve().write_bytes(work.lora("other.safetensors", "musubi", rank=3, seed=9).read_bytes())
+    message = work.zit(command, recipe, "--output-dir", "again").refused()
     assert message.startswith("steps[0].loras[1].lora: ") and "does not hold the tensors of the recipe" in message
     assert not Path("again").exists()
 
 
-def test_a_name_on_the_hub_is_no_name_of_a_step_or_file(desk, loras, hub_cache):
+def test_a_name_on_the_hub_is_no_name_of_a_step_or_file(work, loras, hub_cache):
     """The file name alone is no source: what lies in the working directory by that name is another file."""
-    cache(hub_cache, desk.lora("elsewhere.safetensors", "musubi", rank=3, seed=5))
-    desk.zit("run", desk.job({"name": "a", "loras": [{"lora": HUB, "ratio": 1.0}], "save": {"dtype": "same"}})).ok()
-    found = load_file(desk.out / "merged_cat_a.safetensors")
+    cache(hub_cache, work.lora("elsewhere.safetensors", "musubi", rank=3, seed=5))
+    work.zit("run", work.job({"name": "a", "loras": [{"lora": HUB, "ratio": 1.0}], "save": {"dtype": "same"}})).ok()
+    found = load_file(work.out / "merged_cat_a.safetensors")
     stored = load_file("elsewhere.safetensors")
     assert torch.equal(found[f"{K}.lora_A.weight"], stored["lora_unet_layers_0_attention_to_k.lora_down.weight"])
 
 
-def test_merge_of_the_command_line_takes_a_hub_source(desk, real_loras, hub_cache):
+def test_merge_of_the_command_line_takes_a_hub_source(work, real_loras, hub_cache):
     cache(hub_cache, real_loras[1])
-    desk.zit("merge", real_loras[0], HUB, "-o", "o.safetensors", "--ratio", 1, 0.5, "--device", "cpu").ok()
-    entry = yaml.safe_load(desk.zit("recipe", "o.safetensors").ok())["steps"][0]["loras"][1]
+    work.zit("merge", real_loras[0], HUB, "-o", "o.safetensors", "--ratio", 1, 0.5, "--device", "cpu").ok()
+    entry = yaml.safe_load(work.zit("recipe", "o.safetensors").ok())["steps"][0]["loras"][1]
     assert entry["lora"] == f"{HUB}@{COMMIT}"

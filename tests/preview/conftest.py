@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from desk import Desk, lora_bytes
 from preview.staging import FEW
+from workspace import Workspace, lora_bytes
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,6 @@ def _few_bytes() -> tuple[bytes, bytes]:
 
 
 @pytest.fixture
-def pair(desk: Desk, _few_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
+def pair(work: Workspace, _few_bytes: tuple[bytes, bytes]) -> tuple[Path, Path]:
     """me.safetensors and style.safetensors as in `loras`, with the layers 0, 3 and 29 only."""
-    return desk.put_pair(_few_bytes)
+    return work.put_pair(_few_bytes)

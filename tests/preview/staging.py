@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from desk import SMALL, Desk
 from PIL import Image
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.config.job import load_job
@@ -22,8 +22,8 @@ from extensions_built_in.zit_merge.planning.plan import StepPlan
 from extensions_built_in.zit_merge.planning.sources import Site, make_site
 from extensions_built_in.zit_merge.preview.grids import Exhibition, exhibition_of
 from extensions_built_in.zit_merge.preview.settings import Scene, Shot
-from extensions_built_in.zit_merge.preview.variants import Desk as Reading
 from extensions_built_in.zit_merge.preview.variants import Look, digest
+from extensions_built_in.zit_merge.preview.variants import ReadContext as Reading
 
 CPU = torch.device("cpu")
 FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}
@@ -37,23 +37,23 @@ def step(*loras: Mapping[str, Any], name: str = "soft", **keys: Any) -> dict[str
     return {"name": name, "loras": [dict(lora) for lora in loras or (ME,)], "save": {"dtype": "fp32"}} | keys
 
 
-def settled(desk: Desk, *processes: Mapping[str, Any], job: str = "cat", **how: Any) -> tuple[Section, Site]:
+def settled(work: Workspace, *processes: Mapping[str, Any], job: str = "cat", **how: Any) -> tuple[Section, Site]:
     """The last section of a job, and where it runs."""
-    whole = load_job(desk.config(*processes, job=job))
+    whole = load_job(work.config(*processes, job=job))
     index, section = whole.sections()[-1]
     return section, make_site(whole, index, section, **how)
 
 
-def planned(desk: Desk, *steps: Mapping[str, Any], job: str = "cat", **keys: Any) -> Planned:
+def planned(work: Workspace, *steps: Mapping[str, Any], job: str = "cat", **keys: Any) -> Planned:
     """A job of one section, planned with its files at hand."""
-    config = desk.job(*steps, job=job, name="config.json", **{"model": MODEL} | keys)  # JSON keeps the order of keys
+    config = work.job(*steps, job=job, name="config.json", **{"model": MODEL} | keys)  # JSON keeps the order of keys
     (found,) = plan_job(load_job(config))
     return found
 
 
-def exhibited(desk: Desk, *steps: Mapping[str, Any], **keys: Any) -> Exhibition:
+def exhibited(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> Exhibition:
     """Which pictures a job of one section asks for."""
-    found = planned(desk, *steps, **keys)
+    found = planned(work, *steps, **keys)
     return exhibition_of(found.section, found.site, found.plans)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from desk import Desk
 from PIL import Image
+from workspace import Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config.presets import expand
@@ -365,11 +365,11 @@ def test_a_preset_comes_back_from_its_file(tmp_path, by, count):
     assert strengths(lora) == pytest.approx({m: 0.5 * s for m, s in strengths(Weights(1.0, **found.preset("pixels"))).items()})
 
 
-def test_a_job_with_a_measured_preset_merges_what_it_says(desk: Desk, loras):
+def test_a_job_with_a_measured_preset_merges_what_it_says(work: Workspace, loras):
     found = many("layers", 3)
-    desk.write(found.preset_yaml("measured", "pixels"), "measured.yaml")
-    step = {"name": "s", "loras": [{"lora": "me.safetensors", "ratio": 0.5, "preset": str(desk.folder / "measured.yaml")}]}
-    said = desk.zit("run", desk.job(step), "--dry-run").ok()
+    work.write(found.preset_yaml("measured", "pixels"), "measured.yaml")
+    step = {"name": "s", "loras": [{"lora": "me.safetensors", "ratio": 0.5, "preset": str(work.folder / "measured.yaml")}]}
+    said = work.zit("run", work.job(step), "--dry-run").ok()
     first, last = (0.5 * found.preset("pixels")["layers"][key] for key in ("0-9", "other"))
     assert math.isclose(last, 0.5) and re.search(rf"^ +0-9 +{first:g} ", said, re.MULTILINE)
 

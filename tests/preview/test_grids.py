@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from desk import Desk
 from preview.staging import ME, MODEL, STYLE, exhibited, planned, step
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview.grids import Exhibition, _distinct, asks_for_pictures, exhibition_of, shots_text
@@ -19,9 +19,9 @@ def looks(exhibition: Exhibition) -> list[tuple[str, list[str]]]:
     return [(e.kind, e.labels) for e in exhibition.exhibits]
 
 
-def refused(desk: Desk, *steps: dict, **keys: Any) -> str:
+def refused(work: Workspace, *steps: dict, **keys: Any) -> str:
     with pytest.raises(ZitMergeError) as caught:
-        exhibited(desk, *steps, **keys)
+        exhibited(work, *steps, **keys)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -41,35 +41,35 @@ def refused(desk: Desk, *steps: dict, **keys: Any) -> str:
     ],
     ids=str,
 )
-def test_what_is_compared(desk, pair, compare, labels):
+def test_what_is_compared(work, pair, compare, labels):
     asked = ONE | ({"compare": compare} if compare else {})
-    assert looks(exhibited(desk, step(*BOTH, preview=asked))) == [("preview", labels)]
+    assert looks(exhibited(work, step(*BOTH, preview=asked))) == [("preview", labels)]
 
 
-def test_an_input_that_stands_there_twice_is_shown_once(desk, pair):
-    assert looks(exhibited(desk, step(ME, ME | {"ratio": 0.1}, STYLE, preview=ONE)))[0][1] == [
+def test_an_input_that_stands_there_twice_is_shown_once(work, pair):
+    assert looks(exhibited(work, step(ME, ME | {"ratio": 0.1}, STYLE, preview=ONE)))[0][1] == [
         *("base", "me.safetensors", "style.safetensors", "soft")
     ]
-    twice = exhibited(desk, step(STYLE, STYLE | {"alpha": 2}, preview=ONE))
+    twice = exhibited(work, step(STYLE, STYLE | {"alpha": 2}, preview=ONE))
     assert looks(twice)[0][1] == ["base", "style.safetensors", "style.safetensors (2)", "soft"], "read in another way"
 
 
-def test_inputs_that_are_steps(desk, pair):
-    found = exhibited(desk, step(*BOTH, name="a"), step({"lora": "a", "ratio": 1.0}, ME, name="b", preview=ONE))
+def test_inputs_that_are_steps(work, pair):
+    found = exhibited(work, step(*BOTH, name="a"), step({"lora": "a", "ratio": 1.0}, ME, name="b", preview=ONE))
     assert looks(found) == [("preview", ["base", "a", "me.safetensors", "b"])]
 
 
-def test_equal_pictures_of_several_steps_are_counted_once(desk, pair):
-    found = exhibited(desk, step(*BOTH, name="a"), step(STYLE, ME, name="b"), preview=ONE)
+def test_equal_pictures_of_several_steps_are_counted_once(work, pair):
+    found = exhibited(work, step(*BOTH, name="a"), step(STYLE, ME, name="b"), preview=ONE)
     assert len(found.pictures()) == 3 + 2 and [len(list(e.pictures())) for e in found.exhibits] == [4, 4]
 
 
-def test_exhibits_in_the_order_of_steps(desk, pair):
+def test_exhibits_in_the_order_of_steps(work, pair):
     steps = (
         step(ME, name="a", sweep={"ratio": [0.1, 0.2]}, ablate={"by": "components"}, preview=ONE),
         step(STYLE, name="b", preview=ONE),
     )
-    found = exhibited(desk, *steps)
+    found = exhibited(work, *steps)
     assert [(e.plan.name, e.kind) for e in found.exhibits] == [
         ("a", "preview"),
         ("a", "sweep"),
@@ -81,9 +81,9 @@ def test_exhibits_in_the_order_of_steps(desk, pair):
     assert [e.title for e in found.exhibits] == titles
 
 
-def test_an_ablation_begins_with_the_base_and_the_whole(desk, pair):
+def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
     (found,) = exhibited(
-        desk, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE
+        work, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE
     ).exhibits
     assert found.labels == ["base", "soft", "only layers 0-14", "only layers 15-29"]
     assert [g.name for g in found.groups] == ["layers 0-14", "layers 15-29"] and found.asked.by == "layers"
@@ -96,55 +96,55 @@ def test_an_ablation_begins_with_the_base_and_the_whole(desk, pair):
         ({"by": "layers", "metrics": ["pixels", "pixelz"]}, "ablate.metrics[1]"),
     ],
 )
-def test_an_ablation_that_cant_be(desk, pair, asked, says):
-    assert refused(desk, step(ME, ablate=asked), preview=ONE).startswith(f"process[0].steps[0].{says}")
+def test_an_ablation_that_cant_be(work, pair, asked, says):
+    assert refused(work, step(ME, ablate=asked), preview=ONE).startswith(f"process[0].steps[0].{says}")
 
 
 @pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 3), (8, 8), (9, 5), (10, 5), (17, 6), (30, 8)])
-def test_looks_stand_in_rows_of_about_one_length(desk, pair, count, across):
-    found = exhibited(desk, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
+def test_looks_stand_in_rows_of_about_one_length(work, pair, count, across):
+    found = exhibited(work, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
     assert found.exhibits[0].across == across
 
 
-def test_an_ablation_of_nothing(desk, pair):
-    message = refused(desk, step(ME | {"ratio": 0}, ablate={"by": "layers"}), preview=ONE)
+def test_an_ablation_of_nothing(work, pair):
+    message = refused(work, step(ME | {"ratio": 0}, ablate={"by": "layers"}), preview=ONE)
     assert (
         message
         == "process[0].steps[0].ablate: every strength of the step is 0, so it has no part that does anything: drop ablate"
     )
 
 
-def test_two_ablations_of_one_preset(desk, pair):
+def test_two_ablations_of_one_preset(work, pair):
     one, two = {"by": "layers", "groups": 2, "preset": "mine"}, {"by": "layers", "groups": 3, "preset": "Mine"}
-    message = refused(desk, step(ME, name="a", ablate=one), step(ME, name="b", ablate=two), preview=ONE)
+    message = refused(work, step(ME, name="a", ablate=one), step(ME, name="b", ablate=two), preview=ONE)
     assert message.startswith("process[0].steps[1].ablate.preset: Mine is also the name at process[0].steps[0].ablate.preset")
 
 
 # --- what the section says -----------------------------------------------------------------------------------------------------
 
 
-def test_a_section_shows_every_step_that_is_kept(desk, pair):
+def test_a_section_shows_every_step_that_is_kept(work, pair):
     steps = (step(ME, name="a", keep=False), step({"lora": "a", "ratio": 1.0}, name="b"), step(STYLE, name="c", preview=False))
-    assert [e.plan.name for e in exhibited(desk, *steps, preview=ONE).exhibits] == ["b"]
+    assert [e.plan.name for e in exhibited(work, *steps, preview=ONE).exhibits] == ["b"]
     steps[0]["preview"] = True
-    assert [e.plan.name for e in exhibited(desk, *steps, preview=ONE).exhibits] == ["a", "b"]
+    assert [e.plan.name for e in exhibited(work, *steps, preview=ONE).exhibits] == ["a", "b"]
 
 
 @pytest.mark.parametrize("own", [{"preview": False}, {"keep": False}, {}], ids=str)
-def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(desk, pair, own):
+def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, pair, own):
     """Also on a step that is not to be compared."""
     asked = {"prompts": ["x"], "seed": [3, 4], "size": 64}
     sample = {"samples": [{"prompt": "of the training"}]}
     keys = {"sweep": {"ratio": [0.1, 0.2]}, "ablate": {"by": "layers", "groups": 1}}
-    found = exhibited(desk, step(ME, **keys, **own), preview=asked, sample=sample)
+    found = exhibited(work, step(ME, **keys, **own), preview=asked, sample=sample)
     assert {e.kind for e in found.exhibits} == {"sweep", "ablate"} | ({"preview"} if not own else set())
     for exhibit in found.exhibits:
         assert exhibit.shots == (Shot("x", 3, 64, 64), Shot("x", 4, 64, 64))
 
 
-def test_an_ablation_may_have_prompts_of_its_own(desk, pair):
+def test_an_ablation_may_have_prompts_of_its_own(work, pair):
     own = {"by": "layers", "groups": 1, "prompts": ["y"]}
-    preview, ablation = exhibited(desk, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).exhibits
+    preview, ablation = exhibited(work, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).exhibits
     assert preview.shots == (Shot("x", 5, 64, 64),) and ablation.shots == (Shot("y", 5, 64, 64),)
 
 
@@ -166,16 +166,16 @@ def test_an_ablation_may_have_prompts_of_its_own(desk, pair):
     ],
     ids=str,
 )
-def test_trouble_is_told_where_it_was_written(desk, pair, section, own, place):
-    assert refused(desk, step(ME, **own), **section).startswith(place)
+def test_trouble_is_told_where_it_was_written(work, pair, section, own, place):
+    assert refused(work, step(ME, **own), **section).startswith(place)
 
 
 # --- how many ------------------------------------------------------------------------------------------------------------------
 
 
-def test_200_pictures_are_not_too_many(desk, pair):
+def test_200_pictures_are_not_too_many(work, pair):
     prompts = [f"prompt {n}" for n in range(100)]
-    assert len(exhibited(desk, step(ME, preview={"prompts": prompts, "compare": ["base", "result"]})).pictures()) == 200
+    assert len(exhibited(work, step(ME, preview={"prompts": prompts, "compare": ["base", "result"]})).pictures()) == 200
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_200_pictures_are_not_too_many(desk, pair):
         ),
     ],
 )
-def test_more_are_asked_about(desk, loras, steps, place):
-    message = refused(desk, *steps)
+def test_more_are_asked_about(work, loras, steps, place):
+    message = refused(work, *steps)
     assert message.startswith(place) and "set confirm: true in preview if you want them all, or take fewer prompts" in message
 
 
@@ -204,16 +204,16 @@ def test_more_are_asked_about(desk, loras, steps, place):
     [({"confirm": True}, {}), ({}, {"preview": {"confirm": True}}), ({"confirm": True}, {"preview": False})],
     ids=str,
 )
-def test_whoever_confirms_gets_them_all(desk, loras, section, own):
+def test_whoever_confirms_gets_them_all(work, loras, section, own):
     prompts = {"prompts": [f"prompt {n}" for n in range(101)]}
-    found = exhibited(desk, step(ME, sweep={"ratio": [0.1, 0.2]}, **own), preview=prompts | {"compare": ["base"]} | section)
+    found = exhibited(work, step(ME, sweep={"ratio": [0.1, 0.2]}, **own), preview=prompts | {"compare": ["base"]} | section)
     assert len(found.pictures()) >= 202
-    found = exhibited(desk, step(ME, ablate={"by": "cells", "groups": 30, "confirm": True}), preview=ONE)
+    found = exhibited(work, step(ME, ablate={"by": "cells", "groups": 30, "confirm": True}), preview=ONE)
     assert len(found.pictures()) == 243
 
 
-def test_steps_that_ask_for_none(desk, pair):
-    found = planned(desk, step(ME))
+def test_steps_that_ask_for_none(work, pair):
+    found = planned(work, step(ME))
     assert not asks_for_pictures(found.section)
     with pytest.raises(
         ZitMergeError, match=r"^process\[0\]\.steps\[0\]: asks for no pictures: write preview: true, sweep or abl"
@@ -224,16 +224,16 @@ def test_steps_that_ask_for_none(desk, pair):
 @pytest.mark.parametrize(
     "own", [{"preview": ONE}, {"sweep": {"ratio": [1]}}, {"ablate": {"by": "layers"}}], ids=lambda own: next(iter(own))
 )
-def test_steps_that_ask_for_some(desk, pair, own):
-    assert asks_for_pictures(planned(desk, step(ME, name="a"), step(ME, **own)).section)
+def test_steps_that_ask_for_some(work, pair, own):
+    assert asks_for_pictures(planned(work, step(ME, name="a"), step(ME, **own)).section)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_that_is_printed(desk, pair):
+def test_the_plan_that_is_printed(work, pair):
     asked = {"prompts": ["a", "b"], "seed": [1, 2], "size": [64, 128], "steps": 3}
-    found = exhibited(desk, step(*BOTH, preview=asked), step(ME, name="one", preview=ONE | {"compare": ["base"]}))
+    found = exhibited(work, step(*BOTH, preview=asked), step(ME, name="one", preview=ONE | {"compare": ["base"]}))
     assert found.text().splitlines() == [
         "pictures      17 with Tongyi-MAI/Z-Image-Turbo",
         "  soft: previews: 4 looks x 4 shots, 64 x 128 pixels, 3 steps, guidance 1,",
@@ -243,12 +243,12 @@ def test_the_plan_that_is_printed(desk, pair):
     ]
 
 
-def test_the_plan_fits_into_80_columns_whatever_names_there_are(desk, pair, tmp_path):
+def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, pair, tmp_path):
     folder = tmp_path / ("猫" * 60)
     folder.mkdir()
     seeds = {"prompts": ["a"], "seed": list(range(150))}
     found = exhibited(
-        desk, step(ME, name="n" * 150, preview=seeds | {"compare": ["base"]}), model=MODEL | {"name_or_path": str(folder)}
+        work, step(ME, name="n" * 150, preview=seeds | {"compare": ["base"]}), model=MODEL | {"name_or_path": str(folder)}
     )
     lines = found.text().splitlines()
     assert max(map(len, lines)) < 80 and found.text().isascii() and len(lines) < 20
@@ -277,15 +277,15 @@ def test_settings_in_words():
     ],
     ids=str,
 )
-def test_headings_tell_shots_apart(desk, pair, prompts, headings):
-    assert exhibited(desk, step(ME, preview={"prompts": prompts})).exhibits[0].headings == headings
+def test_headings_tell_shots_apart(work, pair, prompts, headings):
+    assert exhibited(work, step(ME, preview={"prompts": prompts})).exhibits[0].headings == headings
 
 
 def test_numbers_behind_names_are_no_names_of_others():
     assert _distinct(["a", "a", "a (2)", "b", "a"]) == ["a", "a (3)", "a (2)", "b", "a (4)"]
 
 
-def test_before_a_training_the_pictures_are_counted(desk, pair):
+def test_before_a_training_the_pictures_are_counted(work, pair):
     """Of a LoRA that is not there yet, and of checkpoints to come."""
     trained = {"lora": "trained", "ratio": 0.9}
     steps = (
@@ -293,8 +293,8 @@ def test_before_a_training_the_pictures_are_counted(desk, pair):
         {"name": "ema", "checkpoints": {"last": 2}, "preview": True},
     )
     sample = {"samples": [{"prompt": "a"}, {"prompt": "b"}]}
-    config = desk.config(desk.training(model=MODEL, sample=sample), desk.section(*steps))
-    told = " ".join(desk.zit("check", config).ok().split())
+    config = work.config(work.training(model=MODEL, sample=sample), work.section(*steps))
+    told = " ".join(work.zit("check", config).ok().split())
     assert "soft: previews: 4 looks x 2 shots" in told and "ema: previews: 4 looks x 2 shots" in told
     assert "soft: ablation by components, each part left out in turn: 10 looks x 2 shots" in told
     assert "soft: loras[0].blocks.to_q: 2 looks x 2 shots" in told

@@ -299,28 +299,28 @@ def test_samples_that_cant_be_written(tmp_path):
 # --- where they lie ------------------------------------------------------------------------------------------------------------
 
 
-def of_job(desk, job: str = "cat", *, trained: bool = True, section: dict | None = None, **how: Any) -> Gallery:
-    processes = [desk.training()] if trained else []
-    _, site = settled(desk, *processes, desk.section(step(), **section or {}), job=job, **how)
+def of_job(work, job: str = "cat", *, trained: bool = True, section: dict | None = None, **how: Any) -> Gallery:
+    processes = [work.training()] if trained else []
+    _, site = settled(work, *processes, work.section(step(), **section or {}), job=job, **how)
     return gallery_of(site, 4)
 
 
-def test_in_the_folder_of_the_job(desk):
-    found = of_job(desk)
-    home = desk.folder / "output" / "cat"
+def test_in_the_folder_of_the_job(work):
+    found = of_job(work)
+    home = work.folder / "output" / "cat"
     assert found == Gallery(home / "merged_cat_previews", home / "samples", 3000, 4, "cat")
 
 
-def test_of_a_job_without_a_training(desk):
-    own = {"training_folder": str(desk.folder / "output")}
-    home = desk.folder / "output" / "cat"
-    assert of_job(desk, trained=False, section=own) == Gallery(home / "merged_cat_previews", home / "samples", 0, 4, "cat")
-    assert of_job(desk, trained=False) == Gallery(desk.out / "merged_cat_previews", None, 0, 4, "cat")
+def test_of_a_job_without_a_training(work):
+    own = {"training_folder": str(work.folder / "output")}
+    home = work.folder / "output" / "cat"
+    assert of_job(work, trained=False, section=own) == Gallery(home / "merged_cat_previews", home / "samples", 0, 4, "cat")
+    assert of_job(work, trained=False) == Gallery(work.out / "merged_cat_previews", None, 0, 4, "cat")
 
 
-def test_in_a_folder_that_the_command_line_names(desk):
-    other = desk.folder / "other"
-    assert of_job(desk, output_dir=str(other)) == Gallery(other / "merged_cat_previews", None, 3000, 4, "cat")
+def test_in_a_folder_that_the_command_line_names(work):
+    other = work.folder / "other"
+    assert of_job(work, output_dir=str(other)) == Gallery(other / "merged_cat_previews", None, 3000, 4, "cat")
 
 
 NAMES = [
@@ -342,10 +342,10 @@ NAMES = [
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("job", NAMES)
-def test_whatever_a_job_is_called_the_toolkit_takes_nothing_of_ours_for_a_checkpoint(desk, job, own):
+def test_whatever_a_job_is_called_the_toolkit_takes_nothing_of_ours_for_a_checkpoint(work, job, own):
     """Its globs are tried on the real files, whether the LoRAs lie beside the pictures or elsewhere."""
     section = {} if own else {"output_dir": None}
-    found = of_job(desk, job, section=section)
+    found = of_job(work, job, section=section)
     hang(found, "red")
     home = found.samples.parent
     for pattern in (f"{job}*.safetensors", f"{job}*.pt", f"{job}*", f"{job}_*", f"CRITIC_{job}_*"):
@@ -355,20 +355,20 @@ def test_whatever_a_job_is_called_the_toolkit_takes_nothing_of_ours_for_a_checkp
 
 
 @pytest.mark.parametrize("job", ["?", "*", "*.previews"])
-def test_a_job_whose_name_claims_whatever_there_is(desk, job):
+def test_a_job_whose_name_claims_whatever_there_is(work, job):
     with pytest.raises(
         ZitMergeError, match=r"^process\[1\]\.preview: AI-Toolkit would take the folder merged_.*without wildcards"
     ):
-        of_job(desk, job)
+        of_job(work, job)
 
 
-def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(desk, pair):
+def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(work, pair):
     """The outputs' names escape the glob of this job, the folder's does not."""
-    config = desk.config(desk.training(model=MODEL), desk.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
-    message = desk.zit("check", config).refused()
+    config = work.config(work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
+    message = work.zit("check", config).refused()
     assert message.startswith(
         "process[1].preview: AI-Toolkit would take the folder merged_*[e]ws_previews for a checkpoint of *[e]ws"
     )
-    section, site = settled(desk, desk.training(model=MODEL), desk.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
+    section, site = settled(work, work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
     with pytest.raises(ZitMergeError, match="without wildcards"):
-        exhibition_of(section, site, planned(desk, step()).plans)
+        exhibition_of(section, site, planned(work, step()).plans)

@@ -8,31 +8,31 @@ from typing import Any
 
 import pytest
 import yaml
-from desk import Desk
 from preview.staging import ME, MODEL, STYLE, names, step
+from workspace import Workspace
 
 ONE = {"prompts": ["a cat"], "size": 64}
 SWEPT = step(ME, sweep={"ratio": [0.1, 0.2], "blocks.to_q": [1, 2]}, preview=ONE)
 WITHOUT_TOOLKIT = pytest.mark.skipif(importlib.util.find_spec("toolkit") is not None, reason="there is an AI-Toolkit")
 
 
-def job(desk: Desk, *steps: dict, **keys: Any) -> Path:
-    return desk.job(*steps, name="config.json", **{"model": MODEL} | keys)
+def job(work: Workspace, *steps: dict, **keys: Any) -> Path:
+    return work.job(*steps, name="config.json", **{"model": MODEL} | keys)
 
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_check_tells_which_pictures_there_will_be(desk, pair):
-    told = desk.zit("check", job(desk, SWEPT)).ok()
+def test_check_tells_which_pictures_there_will_be(work, pair):
+    told = work.zit("check", job(work, SWEPT)).ok()
     assert "\npictures      7 with Tongyi-MAI/Z-Image-Turbo\n" in told and told.endswith("no errors\n")
     assert "soft: ratio and blocks.to_q: 4 looks x 1 shot, 64 x 64 pixels" in one_line(told)
     assert all(len(line) < 80 for line in told.split("pictures  ")[1].splitlines())
 
 
-def test_check_says_nothing_of_pictures_where_there_are_none(desk, pair):
-    assert "picture" not in desk.zit("check", job(desk, step(ME))).ok()
+def test_check_says_nothing_of_pictures_where_there_are_none(work, pair):
+    assert "picture" not in work.zit("check", job(work, step(ME))).ok()
 
 
 @pytest.mark.parametrize(
@@ -48,96 +48,96 @@ def test_check_says_nothing_of_pictures_where_there_are_none(desk, pair):
     ],
     ids=str,
 )
-def test_what_stands_in_the_way_of_pictures_is_told_by_check_and_preview_and_the_merge_is_done(desk, pair, step_keys, keys, says):
+def test_what_stands_in_the_way_of_pictures_is_told_by_check_and_preview_and_the_merge_is_done(work, pair, step_keys, keys, says):
     if "210" in says:
         step_keys["preview"]["prompts"] = ["a"]
         says = says.replace("210", "210")
-    config = job(desk, step(ME, **step_keys), **keys)
-    assert desk.zit("check", config).refused().startswith(says)
-    assert desk.zit("preview", config).refused().startswith(says)
-    told = desk.zit("run", config).ok()
-    assert desk.files() == ["merged_cat_soft.safetensors"] and "pictures are rendered by AI-Toolkit" in told
+    config = job(work, step(ME, **step_keys), **keys)
+    assert work.zit("check", config).refused().startswith(says)
+    assert work.zit("preview", config).refused().startswith(says)
+    told = work.zit("run", config).ok()
+    assert work.files() == ["merged_cat_soft.safetensors"] and "pictures are rendered by AI-Toolkit" in told
 
 
-def test_run_says_who_renders_the_pictures(desk, pair):
-    told = desk.zit("run", job(desk, SWEPT)).ok()
+def test_run_says_who_renders_the_pictures(work, pair):
+    told = work.zit("run", job(work, SWEPT)).ok()
     assert "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder" in told
-    assert desk.files() == ["merged_cat_soft.safetensors"], "no file of a cell, no picture"
-    assert "picture" not in desk.zit("run", job(desk, step(ME))).ok()
+    assert work.files() == ["merged_cat_soft.safetensors"], "no file of a cell, no picture"
+    assert "picture" not in work.zit("run", job(work, step(ME))).ok()
 
 
 @WITHOUT_TOOLKIT
-def test_preview_needs_the_toolkit(desk, pair):
-    message = desk.zit("preview", job(desk, SWEPT)).refused()
+def test_preview_needs_the_toolkit(work, pair):
+    message = work.zit("preview", job(work, SWEPT)).refused()
     assert message.startswith("there is no AI-Toolkit here") and "run this in AI-Toolkit's folder" in message
-    assert desk.files() == [] and not list(desk.folder.rglob("*.png"))
+    assert work.files() == [] and not list(work.folder.rglob("*.png"))
 
 
-def test_a_dry_run_tells_and_writes_nothing(desk, pair):
-    before = names(desk.folder)
-    config = job(desk, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
-    told = desk.zit("preview", config, "--dry-run").ok()
+def test_a_dry_run_tells_and_writes_nothing(work, pair):
+    before = names(work.folder)
+    config = job(work, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
+    told = work.zit("preview", config, "--dry-run").ok()
     assert told.startswith("pictures      9 with Tongyi-MAI/Z-Image-Turbo\n")
     assert "soft: ratio and blocks.to_q" in told and "b: previews" in told
-    assert sorted({*before, "config.json"}) == names(desk.folder) and desk.files() == []
-    assert desk.zit("preview", config, "--dry-run", "--quiet").ok() == ""
+    assert sorted({*before, "config.json"}) == names(work.folder) and work.files() == []
+    assert work.zit("preview", config, "--dry-run", "--quiet").ok() == ""
 
 
-def test_a_dry_run_of_one_step(desk, pair):
-    config = job(desk, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
-    told = desk.zit("preview", config, "--dry-run", "--step", "b").ok()
+def test_a_dry_run_of_one_step(work, pair):
+    config = job(work, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
+    told = work.zit("preview", config, "--dry-run", "--step", "b").ok()
     assert told.startswith("pictures      3 with") and "soft" not in told
-    message = desk.zit("preview", config, "--dry-run", "--step", "c").refused()
+    message = work.zit("preview", config, "--dry-run", "--step", "c").refused()
     assert message.startswith("process[0].steps[2]: asks for no pictures: write preview: true, sweep or ablate there")
-    assert "has no such step" in desk.zit("preview", config, "--dry-run", "--step", "d").refused()
+    assert "has no such step" in work.zit("preview", config, "--dry-run", "--step", "d").refused()
 
 
-def test_a_config_without_pictures(desk, pair):
-    message = desk.zit("preview", job(desk, step(ME))).refused()
+def test_a_config_without_pictures(work, pair):
+    message = work.zit("preview", job(work, step(ME))).refused()
     assert "no step asks for pictures: write preview: true, sweep or ablate on one" in message
 
 
 @pytest.mark.parametrize(("number", "ratio", "q"), [(1, 0.1, 1), (2, 0.2, 1), (3, 0.1, 2), (4, 0.2, 2)])
-def test_the_section_of_a_cell_is_printed_by_its_number(desk, pair, number, ratio, q):
-    printed = yaml.safe_load(desk.zit("preview", job(desk, SWEPT), "--yaml", f"soft:{number}").ok())
+def test_the_section_of_a_cell_is_printed_by_its_number(work, pair, number, ratio, q):
+    printed = yaml.safe_load(work.zit("preview", job(work, SWEPT), "--yaml", f"soft:{number}").ok())
     (made,) = printed["steps"]
     assert made["loras"] == [ME | {"ratio": ratio, "blocks": {"to_q": q}}] and not {"sweep", "preview", "ablate"} & set(made)
-    assert desk.files() == []
+    assert work.files() == []
 
 
-def test_what_is_printed_runs(desk, pair):
-    text = desk.zit("preview", job(desk, SWEPT), "--yaml", "soft:4").ok()
-    desk.zit("run", desk.write(text, "cell.yaml")).ok()
-    assert desk.files() == ["merged_cell_soft.safetensors"]
+def test_what_is_printed_runs(work, pair):
+    text = work.zit("preview", job(work, SWEPT), "--yaml", "soft:4").ok()
+    work.zit("run", work.write(text, "cell.yaml")).ok()
+    assert work.files() == ["merged_cell_soft.safetensors"]
 
 
-def test_what_is_printed_may_stand_in_the_job(desk, pair):
-    printed = yaml.safe_load(desk.zit("preview", job(desk, SWEPT), "--yaml", "soft:4").ok())
-    desk.zit("run", desk.config(printed, name="again.yaml")).ok()
-    assert desk.files() == ["merged_cat_soft.safetensors"]
+def test_what_is_printed_may_stand_in_the_job(work, pair):
+    printed = yaml.safe_load(work.zit("preview", job(work, SWEPT), "--yaml", "soft:4").ok())
+    work.zit("run", work.config(printed, name="again.yaml")).ok()
+    assert work.files() == ["merged_cat_soft.safetensors"]
 
 
 @pytest.mark.parametrize("number", ["0", "5", "x", "-1", "01"])
-def test_a_number_that_no_cell_has(desk, pair, number):
-    message = desk.zit("preview", job(desk, SWEPT), "--yaml", f"soft:{number}").refused()
+def test_a_number_that_no_cell_has(work, pair, number):
+    message = work.zit("preview", job(work, SWEPT), "--yaml", f"soft:{number}").refused()
     assert message == "--yaml: the pictures of this sweep are numbered 1 to 4: write --yaml soft:1"
 
 
-def test_a_picture_that_is_not_named(desk, pair):
-    config = job(desk, SWEPT, step(ME, name="other", preview=ONE))
-    assert desk.zit("preview", config, "--yaml", ":1").refused().startswith("--yaml: which picture?")
-    assert "the step other has no sweep" in desk.zit("preview", config, "--yaml", "other:1").refused()
+def test_a_picture_that_is_not_named(work, pair):
+    config = job(work, SWEPT, step(ME, name="other", preview=ONE))
+    assert work.zit("preview", config, "--yaml", ":1").refused().startswith("--yaml: which picture?")
+    assert "the step other has no sweep" in work.zit("preview", config, "--yaml", "other:1").refused()
 
 
-def test_no_warnings_of_libraries_are_printed(desk, pair, recwarn):
-    config = job(desk, step(ME, STYLE, rank={"energy": 0.9}, sweep={"loras[0].ratio": [1]}, preview=ONE))
-    desk.zit("preview", config, "--yaml", "soft:1").ok()
+def test_no_warnings_of_libraries_are_printed(work, pair, recwarn):
+    config = job(work, step(ME, STYLE, rank={"energy": 0.9}, sweep={"loras[0].ratio": [1]}, preview=ONE))
+    work.zit("preview", config, "--yaml", "soft:1").ok()
     assert [str(w.message) for w in recwarn] == []
 
 
-def test_a_trained_lora_that_is_not_there_yet(desk, pair):
+def test_a_trained_lora_that_is_not_there_yet(work, pair):
     sample = {"samples": [{"prompt": "a"}]}
     steps = [step({"lora": "trained", "ratio": 1.0}, preview=True)]
-    config = desk.config(desk.training(model=MODEL, sample=sample), desk.section(*steps))
-    assert "finish the training" in desk.zit("preview", config, "--dry-run").refused()
-    assert "pictures      3 with" in desk.zit("check", config).ok()
+    config = work.config(work.training(model=MODEL, sample=sample), work.section(*steps))
+    assert "finish the training" in work.zit("preview", config, "--dry-run").refused()
+    assert "pictures      3 with" in work.zit("check", config).ok()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk
 from PIL import Image
 from preview.staging import CPU, ME, MODEL, STYLE, Easel, Painter, names, plain, planned, run, step
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview.grids import Exhibition, Picture, exhibition_of
@@ -27,10 +27,10 @@ BOTH = (ME, STYLE)
 SMALL = {"prompts": ["a cat", "a dog"], "size": 64}
 
 
-def of(desk: Desk, *steps: dict, job: str = "cat", home: bool = True, **keys: Any) -> Exhibition:
+def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **keys: Any) -> Exhibition:
     """What a job of one section shows; in a job's own folder unless `home` says otherwise."""
-    own = {"training_folder": str(desk.folder / "output"), "output_dir": None} if home else {}
-    found = planned(desk, *steps, job=job, **{"sample": SAMPLES} | own | keys)
+    own = {"training_folder": str(work.folder / "output"), "output_dir": None} if home else {}
+    found = planned(work, *steps, job=job, **{"sample": SAMPLES} | own | keys)
     return exhibition_of(found.section, found.site, found.plans)
 
 
@@ -66,14 +66,14 @@ def samples(exhibition: Exhibition) -> list[Path]:
 # --- what is rendered ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_the_base_the_inputs_and_the_result(desk, pair):
-    exhibition, easel = of(desk, step(*BOTH, preview=True)), Easel()
+def test_pictures_are_those_of_the_base_the_inputs_and_the_result(work, pair):
+    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
     rendered(exhibition, easel)
     shots = exhibition.exhibits[0].shots
     found = facts(exhibition, "soft_preview")
     assert [look["label"] for look in found["looks"]] == ["base", "me.safetensors", "style.safetensors", "soft"]
-    done = run(planned(desk, step(*BOTH)))
-    files = [None, desk.folder / "me.safetensors", desk.folder / "style.safetensors", done[0].path]
+    done = run(planned(work, step(*BOTH)))
+    files = [None, work.folder / "me.safetensors", work.folder / "style.safetensors", done[0].path]
     for look, file in zip(found["looks"], files, strict=True):
         painter = Painter(exhibition.scene)
         painter.wear(_file(file) if file else ())
@@ -92,21 +92,21 @@ def _file(path: Path):
             yield module, delta.times(scale)
 
 
-def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(desk, pair):
+def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(work, pair):
     easel = Easel()
-    rendered(of(desk, step(*BOTH, preview=True)), easel)
+    rendered(of(work, step(*BOTH, preview=True)), easel)
     (painter,) = easel.loaded
     assert painter.worn == 4 and len(painter.painted) == 8 and painter.closed
     worn = [look for look, _ in painter.painted]
     assert [worn.index(look) for look in worn] == [0, 0, 2, 2, 4, 4, 6, 6], "pictures of one LoRA follow each other"
 
 
-def test_several_exhibits_load_one_model_and_render_no_picture_twice(desk, pair):
+def test_several_exhibits_load_one_model_and_render_no_picture_twice(work, pair):
     steps = (
         step(ME, preview=True, sweep={"ratio": [0.3, 0.8]}, ablate={"by": "layers", "groups": 2}),
         step(*BOTH, name="both", preview=True),
     )
-    exhibition, easel = of(desk, *steps), Easel()
+    exhibition, easel = of(work, *steps), Easel()
     rendered(exhibition, easel)
     (painter,) = easel.loaded
     assert len(set(painter.painted)) == len(painter.painted) == len(pictures(exhibition))
@@ -114,17 +114,17 @@ def test_several_exhibits_load_one_model_and_render_no_picture_twice(desk, pair)
     assert len(pictures(exhibition)) == 2 * (3 + 1 + 2 + 2)
 
 
-def test_a_model_is_not_loaded_where_all_pictures_are_there(desk, pair):
-    exhibition, easel = of(desk, step(*BOTH, preview=True)), Easel()
+def test_a_model_is_not_loaded_where_all_pictures_are_there(work, pair):
+    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
     first = rendered(exhibition, easel)
-    again = rendered(of(desk, step(*BOTH, preview=True)), easel)
+    again = rendered(of(work, step(*BOTH, preview=True)), easel)
     assert len(easel.loaded) == 1
     assert first[0] == "8 pictures rendered, 0 of 8 were there" and again[0] == "0 pictures rendered, 8 of 8 were there"
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut", "emptied", "replaced"])
-def test_a_picture_that_is_harmed_is_rendered_again(desk, pair, harm):
-    exhibition, easel = of(desk, step(*BOTH, preview=True)), Easel()
+def test_a_picture_that_is_harmed_is_rendered_again(work, pair, harm):
+    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
     rendered(exhibition)
     before = everything(exhibition)
     path = gallery(exhibition).folder / "pictures" / pictures(exhibition)[3]
@@ -134,34 +134,34 @@ def test_a_picture_that_is_harmed_is_rendered_again(desk, pair, harm):
     assert len(easel.painted) == 1 and everything(exhibition) == before
 
 
-def test_other_numbers_are_other_pictures_and_the_base_stays(desk, pair):
-    rendered(of(desk, step(*BOTH, preview=True)))
-    assert rendered(of(desk, step(ME | {"ratio": 0.3}, STYLE, preview=True)))[0].startswith("2 pictures rendered, 6 of 8")
-    assert rendered(of(desk, step(*BOTH, preview={"seed": 1})))[0].startswith("8 pictures rendered, 0 of 8")
-    assert rendered(of(desk, step(*BOTH, preview={"prompts": ["a cat", "a fox"]})))[0].startswith("4 pictures rendered, 4 of 8")
+def test_other_numbers_are_other_pictures_and_the_base_stays(work, pair):
+    rendered(of(work, step(*BOTH, preview=True)))
+    assert rendered(of(work, step(ME | {"ratio": 0.3}, STYLE, preview=True)))[0].startswith("2 pictures rendered, 6 of 8")
+    assert rendered(of(work, step(*BOTH, preview={"seed": 1})))[0].startswith("8 pictures rendered, 0 of 8")
+    assert rendered(of(work, step(*BOTH, preview={"prompts": ["a cat", "a fox"]})))[0].startswith("4 pictures rendered, 4 of 8")
     changed = MODEL | {"quantize": True}
-    assert rendered(of(desk, step(*BOTH, preview=True), model=changed))[0].startswith("8 pictures rendered, 0 of 8")
+    assert rendered(of(work, step(*BOTH, preview=True), model=changed))[0].startswith("8 pictures rendered, 0 of 8")
 
 
-def test_other_names_are_the_same_pictures(desk, pair):
-    exhibition = of(desk, step(*BOTH, preview=True), step({"lora": "soft", "ratio": 0.5}, name="b", preview=True))
+def test_other_names_are_the_same_pictures(work, pair):
+    exhibition = of(work, step(*BOTH, preview=True), step({"lora": "soft", "ratio": 0.5}, name="b", preview=True))
     rendered(exhibition)
-    (desk.folder / "me.safetensors").rename(desk.folder / "you.safetensors")
+    (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
     you = ME | {"lora": "you.safetensors"}
-    renamed = of(desk, step(you, STYLE, name="c", preview=True), step({"lora": "c", "ratio": 0.5}, name="d", preview=True))
+    renamed = of(work, step(you, STYLE, name="c", preview=True), step({"lora": "c", "ratio": 0.5}, name="d", preview=True))
     assert rendered(renamed)[0] == "0 pictures rendered, 8 of 8 were there"
 
 
-def test_whether_a_file_is_there_makes_no_difference(desk, pair):
+def test_whether_a_file_is_there_makes_no_difference(work, pair):
     steps = (step(*BOTH, rank=2, keep=False), step({"lora": "soft", "ratio": 0.5}, STYLE, name="b", preview=True, rank=3))
-    exhibition = of(desk, *steps)
+    exhibition = of(work, *steps)
     rendered(exhibition)
     before = everything(exhibition)
     for path in (gallery(exhibition).folder / "pictures").iterdir():
         path.unlink()
-    config = desk.folder / "config.json"
-    desk.zit("run", config).ok()
-    rendered(of(desk, *steps))
+    config = work.folder / "config.json"
+    work.zit("run", config).ok()
+    rendered(of(work, *steps))
     assert everything(exhibition) == before
 
 
@@ -170,8 +170,8 @@ def test_whether_a_file_is_there_makes_no_difference(desk, pair):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZitMergeError])
 @pytest.mark.parametrize("after", [1, 3, 8])
-def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(desk, pair, after, stop):
-    exhibition, easel, told = of(desk, step(*BOTH, preview=True)), Easel(), []
+def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, after, stop):
+    exhibition, easel, told = of(work, step(*BOTH, preview=True)), Easel(), []
 
     def tick(what: str, done: int, total: int) -> None:
         told.append((what, done, total))
@@ -196,54 +196,54 @@ class Clumsy(Painter):
         return super().render(shot)
 
 
-def test_trouble_with_one_picture_is_told_and_the_others_stay(desk, pair):
-    exhibition, easel = of(desk, step(*BOTH, preview=True)), Easel(Clumsy)
+def test_trouble_with_one_picture_is_told_and_the_others_stay(work, pair):
+    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel(Clumsy)
     with pytest.raises(ZitMergeError, match=r"^out of memory for 64 x 64 pixels: set low_vram: true$"):
         rendered(exhibition, easel)
     assert len(pictures(exhibition)) == 1 and easel.loaded[0].closed
     assert rendered(exhibition)[0] == "7 pictures rendered, 1 of 8 were there"
 
 
-def test_exhibits_are_hung_one_after_the_other(desk, pair):
+def test_exhibits_are_hung_one_after_the_other(work, pair):
     """What is done can be looked at while the next one is rendered."""
     steps = (step(ME, preview=True), step(STYLE, name="b", preview=SMALL | {"prompts": ["a dog"]}))
     steps[0]["preview"] = SMALL | {"prompts": ["a cat"]}
-    exhibition = of(desk, *steps)
+    exhibition = of(work, *steps)
     with pytest.raises(ZitMergeError, match="out of memory"):
         rendered(exhibition, Easel(Clumsy))
     assert (gallery(exhibition).folder / "soft_preview.png").is_file()
     assert not (gallery(exhibition).folder / "b_preview.png").exists()
 
 
-def test_a_reader_that_stops_stops_the_rendering(desk, pair):
+def test_a_reader_that_stops_stops_the_rendering(work, pair):
     easel = Easel()
-    told = show(of(desk, step(*BOTH, preview=True), step(ME, name="b", preview=True)), CPU, easel, None, lambda *told: None)
+    told = show(of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True)), CPU, easel, None, lambda *told: None)
     next(told)
     told.close()
     assert easel.loaded[0].closed and len(easel.painted) == 8
 
 
-def test_a_file_that_goes_while_the_pictures_are_rendered(desk, pair):
+def test_a_file_that_goes_while_the_pictures_are_rendered(work, pair):
     """Its hash is known, its numbers are not: a sentence."""
-    exhibition = of(desk, step(*BOTH, preview=True))
+    exhibition = of(work, step(*BOTH, preview=True))
 
     def tick(what: str, done: int, total: int) -> None:
-        (desk.folder / "style.safetensors").unlink(missing_ok=True)
+        (work.folder / "style.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(ZitMergeError, match=r"style\.safetensors: there is no such file"):
         rendered(exhibition, tick=tick)
 
 
-def test_passes_over_modules_can_be_stopped(desk, pair):
+def test_passes_over_modules_can_be_stopped(work, pair):
     def watched(modules):
         for module in modules:
             yield module
             raise KeyboardInterrupt
 
-    exhibition = of(desk, step(*BOTH, preview={"compare": ["result"]}, rank={"energy": 0.9}))
+    exhibition = of(work, step(*BOTH, preview={"compare": ["result"]}, rank={"energy": 0.9}))
     with pytest.raises(KeyboardInterrupt):
         rendered(exhibition, watched=watched)
-    exhibition = of(desk, step(ME, ablate={"by": "components"}, preview=False))
+    exhibition = of(work, step(ME, ablate={"by": "components"}, preview=False))
     with pytest.raises(KeyboardInterrupt):
         rendered(exhibition, watched=watched)
     assert pictures(exhibition) and not (gallery(exhibition).folder / "soft_ablate.json").exists(), "stopped while it measured"
@@ -312,10 +312,10 @@ STEPS = (
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_results_dont_depend_on_the_number_of_processes(desk, pair, count, tmp_path):
-    alone = of(desk, *STEPS)
+def test_results_dont_depend_on_the_number_of_processes(work, pair, count, tmp_path):
+    alone = of(work, *STEPS)
     rendered(alone)
-    shared = of(desk, *STEPS, training_folder=str(desk.folder / "other"))
+    shared = of(work, *STEPS, training_folder=str(work.folder / "other"))
     easels = [Easel() for _ in range(count)]
     told = together(lambda: shared, easels)
     assert everything(shared) == everything(alone)
@@ -326,9 +326,9 @@ def test_results_dont_depend_on_the_number_of_processes(desk, pair, count, tmp_p
     assert [p.read_bytes() for p in samples(shared)] == [p.read_bytes() for p in samples(alone)]
 
 
-def test_more_processes_than_pictures(desk, pair):
+def test_more_processes_than_pictures(work, pair):
     exhibition, easels = (
-        of(desk, step(ME, preview=SMALL | {"prompts": ["a"], "compare": ["result"]})),
+        of(work, step(ME, preview=SMALL | {"prompts": ["a"], "compare": ["result"]})),
         [Easel() for _ in range(3)],
     )
     told = together(lambda: exhibition, easels)
@@ -336,15 +336,15 @@ def test_more_processes_than_pictures(desk, pair):
     assert together(lambda: exhibition, easels)[0][0] == "0 pictures rendered, 1 of 1 were there"
 
 
-def test_every_process_tells_how_far_it_is_with_its_own_part(desk, pair):
+def test_every_process_tells_how_far_it_is_with_its_own_part(work, pair):
     told: list[tuple[int, int]] = []
-    exhibition = of(desk, step(*BOTH, preview=True))
+    exhibition = of(work, step(*BOTH, preview=True))
     together(lambda: exhibition, [Easel(), Easel()], tick=lambda what, done, total: told.append((done, total)))
     assert sorted(told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
 
-def test_trouble_in_one_process_reaches_all(desk, pair):
-    exhibition = of(desk, step(*BOTH, preview=True))
+def test_trouble_in_one_process_reaches_all(work, pair):
+    exhibition = of(work, step(*BOTH, preview=True))
     easels = [Easel(), Easel(Clumsy)]
     told = together(lambda: exhibition, easels)
     assert [str(e) for e in told] == ["out of memory for 64 x 64 pixels: set low_vram: true"] * 2
@@ -357,8 +357,8 @@ def test_trouble_in_one_process_reaches_all(desk, pair):
 # --- where it is shown ---------------------------------------------------------------------------------------------------------
 
 
-def test_samples_in_full_rows_look_by_look(desk, pair):
-    exhibition = of(desk, step(*BOTH, preview=True))
+def test_samples_in_full_rows_look_by_look(work, pair):
+    exhibition = of(work, step(*BOTH, preview=True))
     rendered(exhibition)
     shown = samples(exhibition)
     found = facts(exhibition, "soft_preview")
@@ -369,19 +369,19 @@ def test_samples_in_full_rows_look_by_look(desk, pair):
     assert samples(exhibition) == shown
 
 
-def test_other_shots_than_the_samples_fill_rows_with_a_legend(desk, pair, monkeypatch):
+def test_other_shots_than_the_samples_fill_rows_with_a_legend(work, pair, monkeypatch):
     from extensions_built_in.zit_merge.preview import image_store as module
 
     lines: list[str] = []
     monkeypatch.setattr(module, "legend", lambda title, rows, size: lines.extend([title, *rows]) or plain("black", size))
-    exhibition = of(desk, step(ME, preview={"prompts": ["a"], "seed": [1, 2, 3], "size": 64, "compare": ["base"]}))
+    exhibition = of(work, step(ME, preview={"prompts": ["a"], "seed": [1, 2, 3], "size": 64, "compare": ["base"]}))
     rendered(exhibition)
     assert len(samples(exhibition)) == 4
     assert lines == ["zit_merge: cat", "1. base: a (seed 1)", "2. base: a (seed 2)", "3. base: a (seed 3)"]
 
 
-def test_pictures_that_are_measured_are_not_in_the_samples(desk, pair):
-    exhibition = of(desk, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
+def test_pictures_that_are_measured_are_not_in_the_samples(work, pair):
+    exhibition = of(work, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
     (text,) = [text for text in rendered(exhibition) if text.startswith("soft: ablation")]
     assert samples(exhibition) == []
     folder = gallery(exhibition).folder
@@ -392,8 +392,8 @@ def test_pictures_that_are_measured_are_not_in_the_samples(desk, pair):
     assert [group["name"] for group in measured["groups"]] == ["layers 0-29"]
 
 
-def test_every_part_is_measured_on_its_own_pictures(desk, pair):
-    exhibition = of(desk, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
+def test_every_part_is_measured_on_its_own_pictures(work, pair):
+    exhibition = of(work, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
     rendered(exhibition)
     found, folder = facts(exhibition, "soft_ablate"), gallery(exhibition).folder
     drawn = {look["label"]: [tensor_of(Image.open(folder / name)) for name in look["pictures"]] for look in found["looks"]}
@@ -404,8 +404,8 @@ def test_every_part_is_measured_on_its_own_pictures(desk, pair):
         assert group["metrics"]["pixels"]["share"] == pytest.approx(sum(without) / sum(whole))
 
 
-def test_what_is_told_of_an_exhibit_says_where_it_lies(desk, pair):
-    exhibition = of(desk, step(*BOTH, preview=True))
+def test_what_is_told_of_an_exhibit_says_where_it_lies(work, pair):
+    exhibition = of(work, step(*BOTH, preview=True))
     told = rendered(exhibition)
     folder = gallery(exhibition).folder
     assert told[1] == "\n".join(
@@ -413,8 +413,8 @@ def test_what_is_told_of_an_exhibit_says_where_it_lies(desk, pair):
     )
 
 
-def test_a_table_for_programs(desk, pair):
-    exhibition = of(desk, step(ME, preview=True, sweep={"ratio": [0.2, 0.4], "blocks.to_q": [0, 1]}))
+def test_a_table_for_programs(work, pair):
+    exhibition = of(work, step(ME, preview=True, sweep={"ratio": [0.2, 0.4], "blocks.to_q": [0, 1]}))
     rendered(exhibition)
     found = facts(exhibition, "soft_sweep")
     assert {key: found[key] for key in ("job", "step", "kind", "title")} == {
@@ -429,21 +429,21 @@ def test_a_table_for_programs(desk, pair):
         assert all((gallery(exhibition).folder / name).is_file() for name in look["pictures"])
         assert "type: zit_merge" in look["section"] and look["follows_from"]["steps"][0]["loras"][0]["strengths"]
     told = json.dumps([found["scene"], [look["follows_from"] for look in found["looks"]]])
-    assert str(desk.folder) not in told and "me.safetensors" not in told
+    assert str(work.folder) not in told and "me.safetensors" not in told
 
 
-def test_a_picture_knows_all_that_it_follows_from(desk, pair):
-    exhibition = of(desk, step(ME, preview=True))
+def test_a_picture_knows_all_that_it_follows_from(work, pair):
+    exhibition = of(work, step(ME, preview=True))
     rendered(exhibition)
     for name in pictures(exhibition):
         record = json.loads(Image.open(gallery(exhibition).folder / "pictures" / name).text["zit_merge"])
-        assert set(record) == {"zit_merge", "scene", "look", "shot"} and str(desk.folder) not in json.dumps(record)
+        assert set(record) == {"zit_merge", "scene", "look", "shot"} and str(work.folder) not in json.dumps(record)
 
 
-def test_two_shots_that_differ_in_one_thing_only(desk, pair):
+def test_two_shots_that_differ_in_one_thing_only(work, pair):
     """They have headings of their own, on sheets and on the page."""
     prompts = ["a", "a --n dark", "a --n grey", "a --steps 3", "a --seed 5", "a --w 128"]
-    exhibition = of(desk, step(ME, preview={"prompts": prompts, "size": 64, "compare": ["base"]}))
+    exhibition = of(work, step(ME, preview={"prompts": prompts, "size": 64, "compare": ["base"]}))
     headings = exhibition.exhibits[0].headings
     assert len(set(headings)) == 6 == len(exhibition.exhibits[0].shots)
     page = begun(exhibition)
@@ -451,10 +451,10 @@ def test_two_shots_that_differ_in_one_thing_only(desk, pair):
     assert len(shown_on(page)["soft"][0]["pictures"]) == 6
 
 
-def test_inputs_of_one_name(desk, loras):
-    (desk.folder / "deep").mkdir()
-    desk.lora("deep/me.safetensors", seed=5)
-    exhibition = of(desk, step(ME, ME | {"lora": "deep/me.safetensors"}, name="base", preview=True))
+def test_inputs_of_one_name(work, loras):
+    (work.folder / "deep").mkdir()
+    work.lora("deep/me.safetensors", seed=5)
+    exhibition = of(work, step(ME, ME | {"lora": "deep/me.safetensors"}, name="base", preview=True))
     rendered(exhibition)
     assert [look["label"] for look in facts(exhibition, "base_preview")["looks"]] == [
         *("base", "me.safetensors", "me.safetensors (2)", "base (2)")
@@ -477,12 +477,12 @@ def shown_on(page: RunPage) -> dict[str, list[dict[str, Any]]]:
     return {s["name"]: s["galleries"] for s in json.loads(block)["sections"][0]["steps"]}
 
 
-def test_the_page_gets_every_exhibit(desk, pair):
+def test_the_page_gets_every_exhibit(work, pair):
     steps = (
         step(*BOTH, preview=True, ablate={"by": "layers", "groups": 1, "preset": "mine"}),
         step(ME, name="b", sweep={"ratio": [0.2, 0.4, 0.6]}),
     )
-    exhibition = of(desk, *steps)
+    exhibition = of(work, *steps)
     page = begun(exhibition)
     rendered(exhibition, page=page)
     galleries = shown_on(page)
@@ -498,15 +498,15 @@ def test_the_page_gets_every_exhibit(desk, pair):
     assert "64 x 64 pixels, 2 steps" in previews["note"]
 
 
-def test_the_page_of_two_processes_is_that_of_one(desk, pair):
-    alone, shared = of(desk, *STEPS), of(desk, *STEPS, training_folder=str(desk.folder / "other"))
+def test_the_page_of_two_processes_is_that_of_one(work, pair):
+    alone, shared = of(work, *STEPS), of(work, *STEPS, training_folder=str(work.folder / "other"))
     one, two = begun(alone), begun(shared)
     rendered(alone, page=one)
     together(lambda: shared, [Easel(), Easel()], two)
 
     def plain_text(page: RunPage) -> str:
         told = json.dumps(shown_on(page))
-        return told.replace(str(desk.folder / "other"), str(desk.folder / "output"))
+        return told.replace(str(work.folder / "other"), str(work.folder / "output"))
 
     assert plain_text(one) == plain_text(two)
 
@@ -514,8 +514,8 @@ def test_the_page_of_two_processes_is_that_of_one(desk, pair):
 # --- the studio ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_studio_asks_the_gallery_before_it_renders(desk, pair):
-    exhibition, easel = of(desk, step(*BOTH, preview=True)), Easel()
+def test_a_studio_asks_the_gallery_before_it_renders(work, pair):
+    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
     with Studio(exhibition, gallery(exhibition), CPU, easel, lambda *told: None) as studio:
         every = exhibition.pictures()
         assert studio.missing([*every, *every]) == every
@@ -525,14 +525,14 @@ def test_a_studio_asks_the_gallery_before_it_renders(desk, pair):
     assert easel.loaded[0].closed
 
 
-def test_equal_looks_of_a_sweep_are_rendered_once(desk, pair):
-    exhibition, easel = of(desk, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Easel()
+def test_equal_looks_of_a_sweep_are_rendered_once(work, pair):
+    exhibition, easel = of(work, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Easel()
     told = rendered(exhibition, easel)
     assert told[0] == "4 pictures rendered, 0 of 4 were there" and len(easel.painted) == 4
     looks = facts(exhibition, "soft_sweep")["looks"]
     assert looks[0]["pictures"] == looks[2]["pictures"] != looks[1]["pictures"]
 
 
-def test_a_picture_is_one_look_on_one_shot(desk, pair):
-    exhibit = of(desk, step(*BOTH, preview=True)).exhibits[0]
+def test_a_picture_is_one_look_on_one_shot(work, pair):
+    exhibit = of(work, step(*BOTH, preview=True)).exhibits[0]
     assert list(exhibit.pictures()) == [Picture(look, shot) for look in exhibit.looks for shot in exhibit.shots]

@@ -25,23 +25,23 @@ from extensions_built_in.zit_merge.preview.settings import SEED, Scene, Shot, sc
 PLACE = "process[1].steps[0].preview"
 
 
-def scene(desk, *, section: dict | None = None, **training: Any) -> tuple[Scene, Any]:
+def scene(work, *, section: dict | None = None, **training: Any) -> tuple[Scene, Any]:
     """The scene of a section behind a training, and where it runs."""
-    trained = desk.training(**{"model": MODEL} | training)
-    found, site = settled(desk, trained, desk.section(step(), **section or {}))
+    trained = work.training(**{"model": MODEL} | training)
+    found, site = settled(work, trained, work.section(step(), **section or {}))
     return scene_of(found, site), site
 
 
-def shots(desk, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[Shot]:
+def shots(work, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[Shot]:
     """The shots of a preview behind a training with these samples."""
-    found, site = scene(desk, section=section, sample=sample, trigger_word=trigger)
+    found, site = scene(work, section=section, sample=sample, trigger_word=trigger)
     return list(shots_of(Preview(**asked), found, site, PLACE))
 
 
-def refused(desk, *what: Any, **how: Any) -> str:
+def refused(work, *what: Any, **how: Any) -> str:
     """The sentence with which a preview is refused."""
     with pytest.raises(ZitMergeError) as caught:
-        shots(desk, *what, **how)
+        shots(work, *what, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -78,12 +78,12 @@ SAMPLES = {
 TRIGGERS = [None, "ohwx", "", r"\1 [x"]
 
 
-def ours(desk, sample: dict, trigger: str | None) -> list[tuple]:
+def ours(work, sample: dict, trigger: str | None) -> list[tuple]:
     """The shots of a training's samples, read from a config, as tuples; what occurs twice is there once."""
     if not sample.get("samples") and not sample.get("prompts"):
-        assert "the job has no samples" in refused(desk, sample, trigger)
+        assert "the job has no samples" in refused(work, sample, trigger)
         return []
-    return [astuple(shot) for shot in shots(desk, sample, trigger)]
+    return [astuple(shot) for shot in shots(work, sample, trigger)]
 
 
 def theirs(sample: dict, trigger: str | None, job: str = "cat") -> list[tuple]:
@@ -94,8 +94,8 @@ def theirs(sample: dict, trigger: str | None, job: str = "cat") -> list[tuple]:
 
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_shots_are_those_of_the_trainings_samples(desk, name, trigger):
-    assert ours(desk, SAMPLES[name], trigger) == theirs(SAMPLES[name], trigger)
+def test_shots_are_those_of_the_trainings_samples(work, name, trigger):
+    assert ours(work, SAMPLES[name], trigger) == theirs(SAMPLES[name], trigger)
 
 
 def random_sample(seed: int) -> dict[str, Any]:
@@ -117,10 +117,10 @@ def random_sample(seed: int) -> dict[str, Any]:
     return whole | {"samples": [{"prompt": prompt()} | some(entry_keys) for _ in range(draw.randint(1, 4))]}
 
 
-def test_shots_of_any_samples_are_the_trainings(desk):
+def test_shots_of_any_samples_are_the_trainings(work):
     for seed in range(150):
         sample, trigger = random_sample(seed), TRIGGERS[seed % len(TRIGGERS)]
-        assert ours(desk, sample, trigger) == theirs(sample, trigger), (seed, sample)
+        assert ours(work, sample, trigger) == theirs(sample, trigger), (seed, sample)
 
 
 def toolkit_source() -> Path:
@@ -197,38 +197,38 @@ def test_every_option_of_the_toolkit_is_known():
     assert set(re.findall(r"flag == '(\w+)'", source)) == {*scenes._OPTIONS, *scenes._UNUSED}
 
 
-def test_what_a_sample_leaves_open_is_as_turbo_wants_it(desk):
-    assert shots(desk, {"samples": [{"prompt": "a cat"}]}) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
-    assert shots(desk, prompts=["a cat"]) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
+def test_what_a_sample_leaves_open_is_as_turbo_wants_it(work):
+    assert shots(work, {"samples": [{"prompt": "a cat"}]}) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
+    assert shots(work, prompts=["a cat"]) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
 
 
 @pytest.mark.parametrize("sample", [{"seed": -1, "samples": [CAT, CAT | {"seed": -1}]}, {"samples": [{**CAT, "seed": -1}]}])
-def test_a_random_seed_is_one_that_can_be_named(desk, sample):
-    assert {shot.seed for shot in shots(desk, sample)} == {SEED}
+def test_a_random_seed_is_one_that_can_be_named(work, sample):
+    assert {shot.seed for shot in shots(work, sample)} == {SEED}
 
 
 @pytest.mark.parametrize(
     "sample", [{"samples": 5}, {"prompts": "a cat"}, {"samples": ["a cat", {"prompt": 5}, None]}, 5, "x", [CAT]]
 )
-def test_samples_of_another_form_are_none(desk, sample):
-    assert refused(desk, sample).startswith(f"{PLACE}.prompts: is missing, and the job has no samples")
+def test_samples_of_another_form_are_none(work, sample):
+    assert refused(work, sample).startswith(f"{PLACE}.prompts: is missing, and the job has no samples")
 
 
 @pytest.mark.parametrize("value", ["wide", True, None, float("nan"), float("inf"), 10**400, [512]], ids=lambda v: repr(v)[:9])
 @pytest.mark.parametrize("key", ["width", "height", "seed", "sample_steps", "guidance_scale"])
-def test_what_is_no_number_in_samples_is_as_if_it_were_not_there(desk, key, value):
-    assert shots(desk, {key: value, "samples": [CAT | {key: value}]}, "x") == shots(desk, {"samples": [CAT]}, "x")
+def test_what_is_no_number_in_samples_is_as_if_it_were_not_there(work, key, value):
+    assert shots(work, {key: value, "samples": [CAT | {key: value}]}, "x") == shots(work, {"samples": [CAT]}, "x")
 
 
-def test_equal_shots_are_one(desk):
-    assert len(shots(desk, {"samples": [CAT, CAT, CAT | {"seed": 42}, CAT | {"guidance_scale": 1}, CAT | {"seed": 4}]})) == 2
+def test_equal_shots_are_one(work):
+    assert len(shots(work, {"samples": [CAT, CAT, CAT | {"seed": 42}, CAT | {"guidance_scale": 1}, CAT | {"seed": 4}]})) == 2
 
 
-def test_a_number_with_a_dot_is_the_same_number(desk):
-    one, other = (shots(desk, dict.fromkeys(("seed", "width", "sample_steps"), n) | {"samples": [CAT]}) for n in (64, 64.0))
+def test_a_number_with_a_dot_is_the_same_number(work):
+    one, other = (shots(work, dict.fromkeys(("seed", "width", "sample_steps"), n) | {"samples": [CAT]}) for n in (64, 64.0))
     assert json.dumps(one[0].record()) == json.dumps(other[0].record())
-    assert json.dumps(shots(desk, {"guidance_scale": 1, "samples": [CAT]})[0].record()) == json.dumps(
-        shots(desk, {"samples": [CAT]})[0].record()
+    assert json.dumps(shots(work, {"guidance_scale": 1, "samples": [CAT]})[0].record()) == json.dumps(
+        shots(work, {"samples": [CAT]})[0].record()
     )
 
 
@@ -250,29 +250,29 @@ SAMPLE = {"seed": 7, "width": 512, "neg": "dark", "samples": [CAT | {"height": 2
     ],
     ids=str,
 )
-def test_a_setting_takes_the_place_of_the_samples_own(desk, asked, differs):
-    before, after = shots(desk, SAMPLE), shots(desk, SAMPLE, **asked)
+def test_a_setting_takes_the_place_of_the_samples_own(work, asked, differs):
+    before, after = shots(work, SAMPLE), shots(work, SAMPLE, **asked)
     assert [shot.record() for shot in after] == [shot.record() | differs for shot in before]
 
 
-def test_every_prompt_with_every_seed(desk):
-    found = shots(desk, SAMPLE, seed=[1, 2])
+def test_every_prompt_with_every_seed(work):
+    found = shots(work, SAMPLE, seed=[1, 2])
     assert [(shot.prompt, shot.seed) for shot in found] == [(p, s) for p in ("a [trigger] cat", "a dog") for s in (1, 2)]
-    found = shots(desk, prompts=["a", "b"], seed=[1, 2, 1])
+    found = shots(work, prompts=["a", "b"], seed=[1, 2, 1])
     assert [(shot.prompt, shot.seed) for shot in found] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
-def test_own_prompts_have_the_settings_of_the_first_sample(desk):
-    assert shots(desk, SAMPLE, "ohwx", prompts=["a [trigger] fox", "a [name]"]) == [
+def test_own_prompts_have_the_settings_of_the_first_sample(work):
+    assert shots(work, SAMPLE, "ohwx", prompts=["a [trigger] fox", "a [name]"]) == [
         Shot("a ohwx fox", 7, 512, 256, 9, 1.0, "dark"),
         Shot("a ohwx", 7, 512, 256, 9, 1.0, "dark"),
     ]
-    found = shots(desk, {"width": 1000, "seed": 3, "guidance_scale": 2}, prompts=["a fox"])
+    found = shots(work, {"width": 1000, "seed": 3, "guidance_scale": 2}, prompts=["a fox"])
     assert found == [Shot("a fox", 3, 992, 1024, 9, 2.0)]
 
 
-def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(desk):
-    found = shots(desk, prompts=["a cat --seed 5 --w 320 --steps 2", "a dog"], seed=[1, 2], size=640, steps=4)
+def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(work):
+    found = shots(work, prompts=["a cat --seed 5 --w 320 --steps 2", "a dog"], seed=[1, 2], size=640, steps=4)
     assert [(s.prompt, s.seed, s.width, s.height, s.steps) for s in found] == [
         ("a cat", 5, 320, 640, 2),
         *(("a dog", seed, 640, 640, 4) for seed in (1, 2)),
@@ -290,20 +290,20 @@ def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(desk):
         ("a cat --W 5", "a cat --W 5"),
     ],
 )
-def test_words_of_own_prompts_that_are_no_option_stay(desk, prompt, text):
-    assert [shot.prompt for shot in shots(desk, prompts=[prompt])] == [text]
+def test_words_of_own_prompts_that_are_no_option_stay(work, prompt, text):
+    assert [shot.prompt for shot in shots(work, prompts=[prompt])] == [text]
 
 
 @pytest.mark.parametrize(
     ("option", "named"),
     [("--seed x", "--seed"), ("--seed", "--seed"), ("--w 1.5", "--w"), ("--cfg high", "--cfg"), ("--steps 1e3", "--steps")],
 )
-def test_an_option_without_its_number(desk, option, named):
-    message = refused(desk, prompts=["a cat", f"a dog {option}"])
+def test_an_option_without_its_number(work, option, named):
+    message = refused(work, prompts=["a cat", f"a dog {option}"])
     assert message.startswith(f"{PLACE}.prompts: {named} in the prompt 'a dog {option}' needs a number, not ")
-    message = refused(desk, {"samples": [{"prompt": f"a dog {option}"}]})
+    message = refused(work, {"samples": [{"prompt": f"a dog {option}"}]})
     assert message.startswith(f"process[0].sample: {named} in the prompt")
-    message = refused(desk, section={"sample": {"samples": [{"prompt": f"a dog {option}"}]}})
+    message = refused(work, section={"sample": {"samples": [{"prompt": f"a dog {option}"}]}})
     assert message.startswith(f"process[1].sample: {named} in the prompt")
 
 
@@ -329,19 +329,19 @@ def test_an_option_without_its_number(desk, option, named):
     ],
     ids=str,
 )
-def test_shots_that_z_image_cant_have(desk, asked, advice):
-    message = refused(desk, SAMPLE, **asked)
+def test_shots_that_z_image_cant_have(work, asked, advice):
+    message = refused(work, SAMPLE, **asked)
     assert message.startswith(f"{PLACE}.") and advice in message
 
 
-def test_sizes_at_the_edge(desk):
-    assert [(s.width, s.height) for s in shots(desk, prompts=["a"], size=[64, 4096])] == [(64, 4096)]
+def test_sizes_at_the_edge(work):
+    assert [(s.width, s.height) for s in shots(work, prompts=["a"], size=[64, 4096])] == [(64, 4096)]
 
 
-def test_samples_that_no_picture_can_be_made_of(desk):
-    assert "write 4096 for 4992" in refused(desk, {"width": 5000, "samples": [CAT]})
-    assert refused(desk, {"sample_steps": 0, "samples": [CAT]}).startswith(f"{PLACE}.steps: 0 steps")
-    assert shots(desk, {"sample_steps": 0, "samples": [CAT]}, steps=4)[0].steps == 4
+def test_samples_that_no_picture_can_be_made_of(work):
+    assert "write 4096 for 4992" in refused(work, {"width": 5000, "samples": [CAT]})
+    assert refused(work, {"sample_steps": 0, "samples": [CAT]}).startswith(f"{PLACE}.steps: 0 steps")
+    assert shots(work, {"sample_steps": 0, "samples": [CAT]}, steps=4)[0].steps == 4
 
 
 # --- files of prompts ----------------------------------------------------------------------------------------------------------
@@ -357,23 +357,23 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_file_has_a_prompt_on_each_line(desk, name):
-    (desk.folder / "prompts.txt").write_bytes(CONTENTS[name])
-    found = shots(desk, trigger="ohwx", prompts="prompts.txt")
+def test_a_file_has_a_prompt_on_each_line(work, name):
+    (work.folder / "prompts.txt").write_bytes(CONTENTS[name])
+    found = shots(work, trigger="ohwx", prompts="prompts.txt")
     assert [(s.prompt, s.seed) for s in found] == [("a cat", 42), ("a ohwx dog", 4), ("a köttbullar 猫", 42)]
 
 
-def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(desk, monkeypatch):
-    work = desk.folder / "work"
+def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(work, monkeypatch):
+    work = work.folder / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("HOME", str(work))
     (work / "p.txt").write_text("there")
-    assert [s.prompt for s in shots(desk, prompts="p.txt")] == ["there"]
-    (desk.folder / "p.txt").write_text("beside")
-    assert [s.prompt for s in shots(desk, prompts="p.txt")] == ["beside"]
+    assert [s.prompt for s in shots(work, prompts="p.txt")] == ["there"]
+    (work.folder / "p.txt").write_text("beside")
+    assert [s.prompt for s in shots(work, prompts="p.txt")] == ["beside"]
     for named in (str(work / "p.txt"), "~/p.txt", "./work/p.txt"):
-        assert [s.prompt for s in shots(desk, prompts=named)] == ["there"]
+        assert [s.prompt for s in shots(work, prompts=named)] == ["there"]
 
 
 @pytest.mark.parametrize(
@@ -387,19 +387,19 @@ def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(de
         (b"\x81\x8d", "is no text that can be read"),
     ],
 )
-def test_a_file_without_prompts(desk, content, says):
+def test_a_file_without_prompts(work, content, says):
     if content is not None:
-        (desk.folder / "p.txt").write_bytes(content)
-    message = refused(desk, prompts="p.txt")
+        (work.folder / "p.txt").write_bytes(content)
+    message = refused(work, prompts="p.txt")
     assert message.startswith(f"{PLACE}.prompts: ") and says in message and "YAML" not in message
 
 
 @pytest.mark.parametrize(
     "name", ["folder", "a photo of a cat", "~nobody-of-this-name/p.txt", "a\0b", "x" * 300, "/nowhere/p.txt"]
 )
-def test_paths_that_are_no_file(desk, name):
-    (desk.folder / "folder").mkdir()
-    assert refused(desk, prompts=name).startswith(f"{PLACE}.prompts: ")
+def test_paths_that_are_no_file(work, name):
+    (work.folder / "folder").mkdir()
+    assert refused(work, prompts=name).startswith(f"{PLACE}.prompts: ")
 
 
 # --- the model -----------------------------------------------------------------------------------------------------------------
@@ -412,9 +412,9 @@ def model_folder(folder: Path, **files: object) -> str:
     return str(folder)
 
 
-def model_refused(desk, *, section: dict | None = None, **training: Any) -> str:
+def model_refused(work, *, section: dict | None = None, **training: Any) -> str:
     with pytest.raises(ZitMergeError) as caught:
-        scene(desk, section=section, **training)
+        scene(work, section=section, **training)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -422,21 +422,21 @@ def model_refused(desk, *, section: dict | None = None, **training: Any) -> str:
 @pytest.mark.parametrize(
     "model", [None, {}, {"arch": "zimage:turbo"}, {"name_or_path": "", "arch": "zimage"}, {"name_or_path": 5}, "x"]
 )
-def test_a_model_that_is_not_named(desk, model):
-    message = model_refused(desk, model=model)
+def test_a_model_that_is_not_named(work, model):
+    message = model_refused(work, model=model)
     assert message.startswith("process[0].model.name_or_path: is missing") and "Tongyi-MAI/Z-Image-Turbo" in message
     with pytest.raises(ZitMergeError, match=r"^process\[0\]\.model\.name_or_path: is missing"):
-        scene_of(*settled(desk, desk.section(step(), model=model)))
+        scene_of(*settled(work, work.section(step(), model=model)))
 
 
 @pytest.mark.parametrize("arch", ["flux", "qwen_image", "", None, 5, "sdxl:zimage"])
-def test_another_arch(desk, arch):
-    assert model_refused(desk, model=MODEL | {"arch": arch}).startswith("process[0].model.arch: ")
+def test_another_arch(work, arch):
+    assert model_refused(work, model=MODEL | {"arch": arch}).startswith("process[0].model.arch: ")
 
 
 @pytest.mark.parametrize("arch", ["zimage", "zimage:turbo", "zimage:deturbo"])
-def test_archs_of_z_image(desk, arch):
-    assert scene(desk, model=MODEL | {"arch": arch})[0].model["arch"] == arch
+def test_archs_of_z_image(work, arch):
+    assert scene(work, model=MODEL | {"arch": arch})[0].model["arch"] == arch
 
 
 @pytest.mark.parametrize(
@@ -453,8 +453,8 @@ def test_archs_of_z_image(desk, arch):
         "x/" * 2,
     ],
 )
-def test_a_model_that_is_not_there(desk, name):
-    assert model_refused(desk, model=MODEL | {"name_or_path": name}).startswith("process[0].model.name_or_path: ")
+def test_a_model_that_is_not_there(work, name):
+    assert model_refused(work, model=MODEL | {"name_or_path": name}).startswith("process[0].model.name_or_path: ")
 
 
 @pytest.mark.parametrize(
@@ -468,52 +468,52 @@ def test_a_model_that_is_not_there(desk, name):
     ],
     ids=str,
 )
-def test_a_folder_that_says_it_is_another_model(desk, files):
-    name = model_folder(desk.folder / "flux", **files)
-    message = model_refused(desk, model=MODEL | {"name_or_path": name})
+def test_a_folder_that_says_it_is_another_model(work, files):
+    name = model_folder(work.folder / "flux", **files)
+    message = model_refused(work, model=MODEL | {"name_or_path": name})
     assert message == f"process[0].model.name_or_path: {name} is a FluxPipeline, not Z-Image: give the folder of a Z-Image model"
 
 
-def test_extras_that_no_system_can_have(desk):
+def test_extras_that_no_system_can_have(work):
     for extras in ("~nobody-of-this-name/x", "x" * 300):
-        message = model_refused(desk, model=MODEL | {"extras_name_or_path": extras})
+        message = model_refused(work, model=MODEL | {"extras_name_or_path": extras})
         assert message.startswith("process[0].model.extras_name_or_path: ")
 
 
-def test_a_model_index_that_nobody_can_read(desk):
-    name = model_folder(desk.folder / "zit", model_index__json="[" * 100_000)
-    assert scene(desk, model=MODEL | {"name_or_path": name})[0].name == "zit"
+def test_a_model_index_that_nobody_can_read(work):
+    name = model_folder(work.folder / "zit", model_index__json="[" * 100_000)
+    assert scene(work, model=MODEL | {"name_or_path": name})[0].name == "zit"
 
 
-def test_a_transformer_that_says_it_is_another_model(desk):
-    model_folder(desk.folder / "flux" / "transformer", config__json={"_class_name": "AnotherZImageTransformer2DModel"})
-    assert "AnotherZImageTransformer2DModel" in model_refused(desk, model=MODEL | {"name_or_path": str(desk.folder / "flux")})
+def test_a_transformer_that_says_it_is_another_model(work):
+    model_folder(work.folder / "flux" / "transformer", config__json={"_class_name": "AnotherZImageTransformer2DModel"})
+    assert "AnotherZImageTransformer2DModel" in model_refused(work, model=MODEL | {"name_or_path": str(work.folder / "flux")})
 
 
-def test_models_that_are_taken(desk):
-    (desk.folder / "one.safetensors").write_bytes(b"x")
-    folder = model_folder(desk.folder / "zit", model_index__json={"_class_name": "ZImagePipeline"})
-    bare = model_folder(desk.folder / "bare", config__json={"hidden_size": 3840})
-    for name in ("Tongyi-MAI/Z-Image-Turbo", str(desk.folder / "one.safetensors"), folder, bare, "zit", "./zit/"):
-        assert scene(desk, model=MODEL | {"name_or_path": name})[0].model["name_or_path"] == name
+def test_models_that_are_taken(work):
+    (work.folder / "one.safetensors").write_bytes(b"x")
+    folder = model_folder(work.folder / "zit", model_index__json={"_class_name": "ZImagePipeline"})
+    bare = model_folder(work.folder / "bare", config__json={"hidden_size": 3840})
+    for name in ("Tongyi-MAI/Z-Image-Turbo", str(work.folder / "one.safetensors"), folder, bare, "zit", "./zit/"):
+        assert scene(work, model=MODEL | {"name_or_path": name})[0].model["name_or_path"] == name
 
 
-def test_models_have_names_without_the_folders_they_lie_in(desk, monkeypatch):
-    model_folder(desk.folder / "zit")
-    monkeypatch.setenv("HOME", str(desk.folder))
+def test_models_have_names_without_the_folders_they_lie_in(work, monkeypatch):
+    model_folder(work.folder / "zit")
+    monkeypatch.setenv("HOME", str(work.folder))
     named = dict.fromkeys(("zit", "./zit/", "~/zit"), "zit") | {"Tongyi-MAI/Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo"}
     for name, told in named.items():
-        assert scene(desk, model=MODEL | {"name_or_path": name})[0].name == told
-    monkeypatch.chdir(desk.folder / "zit")
-    found, site = scene(desk, model=MODEL | {"name_or_path": "."})
+        assert scene(work, model=MODEL | {"name_or_path": name})[0].name == told
+    monkeypatch.chdir(work.folder / "zit")
+    found, site = scene(work, model=MODEL | {"name_or_path": "."})
     assert found.name == "zit"
 
 
-def test_settings_of_the_section_are_on_top_of_the_trainings(desk):
+def test_settings_of_the_section_are_on_top_of_the_trainings(work):
     trained = MODEL | {"quantize": True, "low_vram": False}
-    found, _ = scene(desk, model=trained, train={"dtype": "bf16"}, section={"model": {"low_vram": True}})
+    found, _ = scene(work, model=trained, train={"dtype": "bf16"}, section={"model": {"low_vram": True}})
     assert found.model == trained | {"low_vram": True} and found.place == "process[0].model" and found.dtype == "bf16"
-    found, _ = scene(desk, model=trained, section={"model": {"name_or_path": "a/b", "arch": "zimage"}})
+    found, _ = scene(work, model=trained, section={"model": {"name_or_path": "a/b", "arch": "zimage"}})
     assert found.model == {"name_or_path": "a/b", "arch": "zimage"} and found.place == "process[1].model"
 
 
@@ -529,11 +529,11 @@ def test_settings_of_the_section_are_on_top_of_the_trainings(desk):
     ],
     ids=str,
 )
-def test_the_dtype_is_that_of_the_training(desk, training, section, dtype):
-    assert scene(desk, section=section, **training)[0].dtype == dtype
+def test_the_dtype_is_that_of_the_training(work, training, section, dtype):
+    assert scene(work, section=section, **training)[0].dtype == dtype
 
 
-def test_a_section_alone_has_all_of_its_own(desk):
+def test_a_section_alone_has_all_of_its_own(work):
     own = {
         "model": MODEL,
         "sample": {"samples": [CAT], "seed": 3},
@@ -541,7 +541,7 @@ def test_a_section_alone_has_all_of_its_own(desk):
         "device": "cpu",
         "train": {"dtype": "fp32"},
     }
-    section, site = settled(desk, desk.section(step(), **own))
+    section, site = settled(work, work.section(step(), **own))
     found = scene_of(section, site)
     assert (found.dtype, found.trigger, found.place, found.sampled, found.device) == (
         *("fp32", "ohwx", "process[0].model", "process[0].sample", "cpu"),
@@ -549,19 +549,19 @@ def test_a_section_alone_has_all_of_its_own(desk):
     assert shots_of(Preview(), found, site, PLACE) == (Shot("a ohwx cat", 3),)
 
 
-def test_samples_and_trigger_of_the_section_come_first(desk):
+def test_samples_and_trigger_of_the_section_come_first(work):
     section = {"sample": {"samples": [DOG]}, "trigger_word": "own"}
-    found = shots(desk, {"samples": [CAT]}, "trained", section=section)
+    found = shots(work, {"samples": [CAT]}, "trained", section=section)
     assert [shot.prompt for shot in found] == ["cat and a dog own"]
-    found = shots(desk, {"samples": [CAT]}, "trained", section={"sample": {"samples": []}, "trigger_word": ""})
+    found = shots(work, {"samples": [CAT]}, "trained", section={"sample": {"samples": []}, "trigger_word": ""})
     assert [shot.prompt for shot in found] == ["a trained cat"]
 
 
 @pytest.mark.parametrize(
     ("trigger", "prompt"), [("ohwx", "a ohwx cat"), ("", "a  cat"), (None, "a [trigger] cat"), (5, "a 5 cat")]
 )
-def test_the_trigger_of_a_section_alone(desk, trigger, prompt):
-    section, site = settled(desk, desk.section(step(), model=MODEL, trigger_word=trigger))
+def test_the_trigger_of_a_section_alone(work, trigger, prompt):
+    section, site = settled(work, work.section(step(), model=MODEL, trigger_word=trigger))
     assert shots_of(Preview(prompts=["a [trigger] cat"]), scene_of(section, site), site, PLACE)[0].prompt == prompt
 
 
@@ -577,53 +577,53 @@ def test_the_trigger_of_a_section_alone(desk, trigger, prompt):
     ],
     ids=str,
 )
-def test_a_row_of_the_gallery_is_as_the_ui_counts_it(desk, sample, row):
+def test_a_row_of_the_gallery_is_as_the_ui_counts_it(work, sample, row):
     own = {"sample": {"samples": [CAT] * 7}}
-    assert scene(desk, sample=sample, section=own)[0].row == row
-    section, site = settled(desk, desk.section(step(), model=MODEL, sample=sample))
+    assert scene(work, sample=sample, section=own)[0].row == row
+    section, site = settled(work, work.section(step(), model=MODEL, sample=sample))
     assert scene_of(section, site).row == row
 
 
 # --- what a picture follows from -----------------------------------------------------------------------------------------------
 
 
-def model_record(desk, *, dtype: str = "bf16", **settings: Any) -> str:
-    return json.dumps(scene(desk, train={"dtype": dtype}, model=MODEL | settings)[0].record(), sort_keys=True)
+def model_record(work, *, dtype: str = "bf16", **settings: Any) -> str:
+    return json.dumps(scene(work, train={"dtype": dtype}, model=MODEL | settings)[0].record(), sort_keys=True)
 
 
-def test_what_of_a_model_changes_pictures(desk):
-    before = model_record(desk)
-    assert model_record(desk, low_vram=True, assistant_lora_path="x", compile=True, dtype="bf16") == before
+def test_what_of_a_model_changes_pictures(work):
+    before = model_record(work)
+    assert model_record(work, low_vram=True, assistant_lora_path="x", compile=True, dtype="bf16") == before
     for changed in ({"quantize": True}, {"qtype": "uint4"}, {"dtype": "fp32"}, {"arch": "zimage"}, {"name_or_path": "a/b"}):
-        assert model_record(desk, **changed) != before
-    assert model_record(desk, layer_offloading=True) != before, "offloaded layers are quantized in another way"
+        assert model_record(work, **changed) != before
+    assert model_record(work, layer_offloading=True) != before, "offloaded layers are quantized in another way"
 
 
-def test_a_model_is_its_files_wherever_they_lie(desk):
-    folder = desk.folder / "a" / "zit"
+def test_a_model_is_its_files_wherever_they_lie(work):
+    folder = work.folder / "a" / "zit"
     (folder / "transformer").mkdir(parents=True)
     weights = folder / "transformer" / "model.safetensors"
     weights.write_bytes(b"one")
-    before = model_record(desk, name_or_path=str(folder))
-    assert "model.safetensors" in before and str(desk.folder) not in before
-    (desk.folder / "b").mkdir()
-    folder.rename(desk.folder / "b" / "zit")
-    moved = desk.folder / "b" / "zit" / "transformer" / "model.safetensors"
-    assert model_record(desk, name_or_path="b/zit") == before
+    before = model_record(work, name_or_path=str(folder))
+    assert "model.safetensors" in before and str(work.folder) not in before
+    (work.folder / "b").mkdir()
+    folder.rename(work.folder / "b" / "zit")
+    moved = work.folder / "b" / "zit" / "transformer" / "model.safetensors"
+    assert model_record(work, name_or_path="b/zit") == before
     stat = moved.stat()
     moved.write_bytes(b"two")
-    assert model_record(desk, name_or_path="b/zit") != before
+    assert model_record(work, name_or_path="b/zit") != before
     os.utime(moved, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert model_record(desk, name_or_path="b/zit") == before
+    assert model_record(work, name_or_path="b/zit") == before
     moved.write_bytes(b"longer")
     os.utime(moved, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert model_record(desk, name_or_path="b/zit") != before
+    assert model_record(work, name_or_path="b/zit") != before
 
 
-def test_a_model_of_one_file(desk):
-    (desk.folder / "zit.safetensors").write_bytes(b"one")
-    (desk.folder / "other.safetensors").write_bytes(b"x")
-    record = json.loads(model_record(desk, name_or_path="zit.safetensors"))
+def test_a_model_of_one_file(work):
+    (work.folder / "zit.safetensors").write_bytes(b"one")
+    (work.folder / "other.safetensors").write_bytes(b"x")
+    record = json.loads(model_record(work, name_or_path="zit.safetensors"))
     assert [file[0] for file in record["files"]] == ["zit.safetensors"]
     assert re.fullmatch(r"zit\.safetensors", record["model"]["name_or_path"])
 

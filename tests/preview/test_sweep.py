@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from desk import Desk
 from preview.staging import ME, STYLE, exhibited, planned, reading, same, step
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -25,19 +25,21 @@ ONE = {"prompts": ["a cat"]}
 BOTH = (ME, STYLE)
 
 
-def exhibition(desk: Desk, *loras: dict, sweep: dict, before: tuple = (), section: dict | None = None, **keys: Any) -> Exhibition:
-    return exhibited(desk, *before, step(*loras, sweep=sweep, **keys), **{"preview": ONE} | (section or {}))
+def exhibition(
+    work: Workspace, *loras: dict, sweep: dict, before: tuple = (), section: dict | None = None, **keys: Any
+) -> Exhibition:
+    return exhibited(work, *before, step(*loras, sweep=sweep, **keys), **{"preview": ONE} | (section or {}))
 
 
-def swept(desk: Desk, *loras: dict, **keys: Any) -> Exhibit:
+def swept(work: Workspace, *loras: dict, **keys: Any) -> Exhibit:
     """The exhibit of a sweep."""
-    (found,) = [e for e in exhibition(desk, *loras, **keys).exhibits if e.kind == "sweep"]
+    (found,) = [e for e in exhibition(work, *loras, **keys).exhibits if e.kind == "sweep"]
     return found
 
 
-def refused(desk: Desk, *loras: dict, **keys: Any) -> str:
+def refused(work: Workspace, *loras: dict, **keys: Any) -> str:
     with pytest.raises(ZitMergeError) as caught:
-        swept(desk, *loras, **keys)
+        swept(work, *loras, **keys)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -75,11 +77,11 @@ KEYS = [  # key, value, the same as it stands in a step
 
 
 @pytest.mark.parametrize(("key", "value", "written"), KEYS, ids=str)
-def test_every_strength_key_can_be_gone_through(desk, pair, key, value, written):
-    (cell,) = swept(desk, ME, sweep={key: [value]}).cells
-    assert settled(cell.plan) == settled(planned(desk, step(ME | written)).plans[0])
-    (cell,) = swept(desk, STYLE, ME, sweep={f"loras[1].{key}": [value]}).cells
-    assert settled(cell.plan) == settled(planned(desk, step(STYLE, ME | written)).plans[0])
+def test_every_strength_key_can_be_gone_through(work, pair, key, value, written):
+    (cell,) = swept(work, ME, sweep={key: [value]}).cells
+    assert settled(cell.plan) == settled(planned(work, step(ME | written)).plans[0])
+    (cell,) = swept(work, STYLE, ME, sweep={f"loras[1].{key}": [value]}).cells
+    assert settled(cell.plan) == settled(planned(work, step(STYLE, ME | written)).plans[0])
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,9 @@ def test_every_strength_key_can_be_gone_through(desk, pair, key, value, written)
     ],
     ids=str,
 )
-def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(desk, pair, own, key, value, written):
-    (cell,) = swept(desk, ME | own, sweep={key: [value]}).cells
-    assert settled(cell.plan) == settled(planned(desk, step(ME | written)).plans[0])
+def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, pair, own, key, value, written):
+    (cell,) = swept(work, ME | own, sweep={key: [value]}).cells
+    assert settled(cell.plan) == settled(planned(work, step(ME | written)).plans[0])
 
 
 @pytest.mark.parametrize(
@@ -130,14 +132,14 @@ def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(desk, pai
         ("loras[0].blocks.to_w", "Z-Image has no such component (did you mean to_v?)"),
     ],
 )
-def test_a_key_that_selects_no_strength(desk, pair, key, says):
-    assert refused(desk, ME, sweep={key: [0.5, 1.0]}).startswith(f"{PLACE}.{key}: {says}")
+def test_a_key_that_selects_no_strength(work, pair, key, says):
+    assert refused(work, ME, sweep={key: [0.5, 1.0]}).startswith(f"{PLACE}.{key}: {says}")
 
 
-def test_with_several_loras_the_key_says_which(desk, pair):
-    message = refused(desk, *BOTH, sweep={"ratio": [1]})
+def test_with_several_loras_the_key_says_which(work, pair):
+    message = refused(work, *BOTH, sweep={"ratio": [1]})
     assert message == f"{PLACE}.ratio: the step has 2 LoRAs: say which one, such as loras[0].ratio"
-    assert refused(desk, *BOTH, sweep={"loras[2].ratio": [1]}).startswith(f"{PLACE}.loras[2].ratio: the step has 2 LoRAs")
+    assert refused(work, *BOTH, sweep={"loras[2].ratio": [1]}).startswith(f"{PLACE}.loras[2].ratio: the step has 2 LoRAs")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +155,8 @@ def test_with_several_loras_the_key_says_which(desk, pair):
     ],
     ids=str,
 )
-def test_values_of_the_wrong_form(desk, pair, key, values, says):
-    assert refused(desk, ME, sweep={key: values}).startswith(f"{PLACE}.{key}: {says}")
+def test_values_of_the_wrong_form(work, pair, key, values, says):
+    assert refused(work, ME, sweep={key: values}).startswith(f"{PLACE}.{key}: {says}")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +169,8 @@ def test_values_of_the_wrong_form(desk, pair, key, values, says):
         {"overrides.3.adaLN": [1], "loras[0].overrides.3-3.adaLN_modulation": [2]},
     ],
 )
-def test_two_keys_of_one_strength(desk, pair, sweep):
-    assert refused(desk, ME, sweep=sweep) == f"{PLACE}: {' and '.join(sweep)} are one strength: keep one of them"
+def test_two_keys_of_one_strength(work, pair, sweep):
+    assert refused(work, ME, sweep=sweep) == f"{PLACE}: {' and '.join(sweep)} are one strength: keep one of them"
 
 
 @pytest.mark.parametrize(
@@ -181,8 +183,8 @@ def test_two_keys_of_one_strength(desk, pair, sweep):
     ],
     ids=str,
 )
-def test_values_that_the_other_keys_dont_allow(desk, pair, lora, sweep, says):
-    assert refused(desk, lora, sweep=sweep).startswith(says)
+def test_values_that_the_other_keys_dont_allow(work, pair, lora, sweep, says):
+    assert refused(work, lora, sweep=sweep).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +197,10 @@ def test_values_that_the_other_keys_dont_allow(desk, pair, lora, sweep, says):
     ],
     ids=str,
 )
-def test_a_strength_that_makes_no_difference(desk, pair, lora, key):
-    message = refused(desk, lora, sweep={key: [0.5, 1.0]})
+def test_a_strength_that_makes_no_difference(work, pair, lora, key):
+    message = refused(work, lora, sweep={key: [0.5, 1.0]})
     assert message.startswith(f"{PLACE}.{key}: makes no difference, other keys of loras[0] decide")
-    assert len(swept(desk, lora, sweep={key: [0.5]}).cells) == 1, "one value is nothing to go through"
+    assert len(swept(work, lora, sweep={key: [0.5]}).cells) == 1, "one value is nothing to go through"
 
 
 @pytest.mark.parametrize(
@@ -209,19 +211,19 @@ def test_a_strength_that_makes_no_difference(desk, pair, lora, key):
         ("average", {"loras[0].ratio": [1, -0.5]}, f"{PLACE}: the ratios sum to 0"),
     ],
 )
-def test_values_that_the_method_cant_have(desk, pair, method, sweep, says):
-    assert refused(desk, *BOTH, method=method, sweep=sweep).startswith(says)
+def test_values_that_the_method_cant_have(work, pair, method, sweep, says):
+    assert refused(work, *BOTH, method=method, sweep=sweep).startswith(says)
 
 
-def test_an_average_over_checkpoints_has_no_strengths(desk, pair):
-    training = desk.training(train={"steps": 3}, save={"save_every": 1})
-    folder = desk.folder / "output" / "cat"
+def test_an_average_over_checkpoints_has_no_strengths(work, pair):
+    training = work.training(train={"steps": 3}, save={"save_every": 1})
+    folder = work.folder / "output" / "cat"
     for name in ("cat", "cat_000000001", "cat_000000002"):
-        desk.lora(f"output/cat/{name}.safetensors")
+        work.lora(f"output/cat/{name}.safetensors")
     assert len(list(folder.iterdir())) == 3
     ema = {"name": "ema", "checkpoints": {"last": 2}, "sweep": {"ratio": [1]}}
-    config = desk.config(training, desk.section(ema, preview=ONE, model={"name_or_path": "a/b", "arch": "zimage"}))
-    message = desk.zit("check", config).refused()
+    config = work.config(training, work.section(ema, preview=ONE, model={"name_or_path": "a/b", "arch": "zimage"}))
+    message = work.zit("check", config).refused()
     assert message.startswith("process[1].steps[0].sweep: an average over checkpoints has no strengths to go through")
 
 
@@ -234,18 +236,18 @@ def ratios(exhibit: Exhibit) -> list[tuple[float, float]]:
     return [(table["layers.3.attention.to_v"], table[Q] / table["layers.3.attention.to_v"]) for table in found]
 
 
-def test_the_first_axis_varies_fastest_and_is_a_row(desk, pair):
-    exhibit = swept(desk, ME, sweep={"ratio": [0.25, 0.5, 1.0], "blocks.to_q": [2.0, 4.0]})
+def test_the_first_axis_varies_fastest_and_is_a_row(work, pair):
+    exhibit = swept(work, ME, sweep={"ratio": [0.25, 0.5, 1.0], "blocks.to_q": [2.0, 4.0]})
     assert ratios(exhibit) == [(r, q) for q in (2.0, 4.0) for r in (0.25, 0.5, 1.0)] and exhibit.across == 3
     assert exhibit.labels == [
         f"{n}: ratio {r}, blocks.to_q {q}" for n, (q, r) in enumerate([(q, r) for q in (2, 4) for r in ("0.25", "0.5", "1")], 1)
     ]
-    exhibit = swept(desk, ME, sweep={"blocks.to_q": [2.0, 4.0], "ratio": [0.25, 0.5, 1.0]})
+    exhibit = swept(work, ME, sweep={"blocks.to_q": [2.0, 4.0], "ratio": [0.25, 0.5, 1.0]})
     assert ratios(exhibit) == [(r, q) for r in (0.25, 0.5, 1.0) for q in (2.0, 4.0)] and exhibit.across == 2
 
 
-def test_two_axes_over_two_loras(desk, pair):
-    exhibit = swept(desk, *BOTH, sweep={"loras[1].ratio": [0.1, 0.2], "loras[0].ratio": [1, 2]})
+def test_two_axes_over_two_loras(work, pair):
+    exhibit = swept(work, *BOTH, sweep={"loras[1].ratio": [0.1, 0.2], "loras[0].ratio": [1, 2]})
     assert [tuple(i.spec.ratio for i in cell.plan.inputs) for cell in exhibit.cells] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
     assert exhibit.title == "soft: loras[1].ratio and loras[0].ratio"
 
@@ -259,32 +261,32 @@ def test_two_axes_over_two_loras(desk, pair):
         ([1, 2, 3, 4, 5, 6.5], "1: layers.0-9 1, 2, 3, 4, ..., 6.5"),
     ],
 )
-def test_labels(desk, pair, value, label):
-    assert swept(desk, ME, sweep={"layers.0-9": [value]}).labels == [label]
+def test_labels(work, pair, value, label):
+    assert swept(work, ME, sweep={"layers.0-9": [value]}).labels == [label]
 
 
-def test_every_cell_is_another_picture_but_for_equal_ones(desk, pair):
+def test_every_cell_is_another_picture_but_for_equal_ones(work, pair):
     from preview.staging import name_of
 
-    names = [name_of(look) for look in swept(desk, ME, sweep={"ratio": [0.1, 0.2, 0.8, 0.2]}).looks]
+    names = [name_of(look) for look in swept(work, ME, sweep={"ratio": [0.1, 0.2, 0.8, 0.2]}).looks]
     assert len(set(names)) == 3 and names[1] == names[3]
-    found = exhibition(desk, ME, sweep={"ratio": [0.1, 0.8]}, section={"preview": ONE | {"compare": ["result"]}})
+    found = exhibition(work, ME, sweep={"ratio": [0.1, 0.8]}, section={"preview": ONE | {"compare": ["result"]}})
     preview, sweep = found.exhibits
     assert [e.kind for e in found.exhibits] == ["preview", "sweep"]
     assert name_of(preview.looks[0]) == name_of(sweep.looks[1]), "0.8 is what the step has"
 
 
-def test_many_cells_are_refused_before_they_are_planned(desk, pair, monkeypatch):
+def test_many_cells_are_refused_before_they_are_planned(work, pair, monkeypatch):
     monkeypatch.setattr(exhibits, "cells_of", lambda *rest: pytest.fail("planning millions of them takes hours"))
     many = [n / 7 for n in range(3000)]
-    message = refused(desk, ME, sweep={"ratio": many, "blocks.to_q": many})
+    message = refused(work, ME, sweep={"ratio": many, "blocks.to_q": many})
     assert message.startswith(f"{PLACE}: these are 9000000 pictures, 9000000 x 1 of them here: set confirm: true in preview")
-    assert refused(desk, ME, sweep={"ratio": many[:201]}).startswith(f"{PLACE}: these are 201 pictures")
+    assert refused(work, ME, sweep={"ratio": many[:201]}).startswith(f"{PLACE}: these are 201 pictures")
 
 
-def test_many_cells_may_be_asked_for(desk, pair):
+def test_many_cells_may_be_asked_for(work, pair):
     section = {"preview": {"prompts": ["a", "b"], "confirm": True}}
-    assert len(swept(desk, ME, sweep={"ratio": [n / 7 for n in range(101)]}, section=section).cells) == 101
+    assert len(swept(work, ME, sweep={"ratio": [n / 7 for n in range(101)]}, section=section).cells) == 101
 
 
 # --- the section of a cell -----------------------------------------------------------------------------------------------------
@@ -303,16 +305,16 @@ def cell_sections(found: Exhibition) -> list[tuple[Any, str]]:
     return [(look, section_yaml(found.section, plain_step(look.plan.spec))) for look in exhibit.looks]
 
 
-def check_cells(desk: Desk, *loras: dict, **keys: Any) -> list[dict]:
+def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
     """Every cell's section gives, through the command line, its strengths and its factors. Returns the sections."""
-    found, sections = exhibition(desk, *loras, **keys), []
+    found, sections = exhibition(work, *loras, **keys), []
     for look, text in cell_sections(found):
-        config = desk.write(text, "cell.yaml")
+        config = work.write(text, "cell.yaml")
         (plan,) = [p for p in next(iter(plan_job(load_job(config)))).plans if p.name == look.plan.name]
         assert [dict(i.strengths) for i in plan.inputs] == [dict(i.strengths) for i in look.plan.inputs]
         computed = dict(look.deltas(reading([look.plan])))
-        out = desk.folder / "cell"
-        desk.zit("run", config, "--output-dir", out).ok()
+        out = work.folder / "cell"
+        work.zit("run", config, "--output-dir", out).ok()
         (path,) = [p for p in out.glob("*.safetensors") if p.stem.endswith(f"_{look.plan.name}")]
         theirs = written(path)
         assert list(theirs) == list(computed) and all(same(computed[m], theirs[m]) for m in theirs)
@@ -332,8 +334,8 @@ def check_cells(desk: Desk, *loras: dict, **keys: Any) -> list[dict]:
     ],
     ids=str,
 )
-def test_the_section_of_a_cell_makes_what_its_picture_shows(desk, pair, sweep):
-    for section in check_cells(desk, ME | {"blocks": {"adaLN_modulation": 0.9, "to_q": 0.4}}, sweep=sweep):
+def test_the_section_of_a_cell_makes_what_its_picture_shows(work, pair, sweep):
+    for section in check_cells(work, ME | {"blocks": {"adaLN_modulation": 0.9, "to_q": 0.4}}, sweep=sweep):
         assert set(section) <= {"type", "device", "output_dir", "steps"} and "sweep" not in section["steps"][0]
 
 
@@ -352,60 +354,60 @@ def test_the_section_of_a_cell_makes_what_its_picture_shows(desk, pair, sweep):
     ],
     ids=str,
 )
-def test_the_section_of_a_cell_has_all_that_the_step_has(desk, pair, keys):
+def test_the_section_of_a_cell_has_all_that_the_step_has(work, pair, keys):
     """What the step inherits too."""
-    check_cells(desk, *BOTH, sweep={"loras[1].ratio": [0.3]}, **keys)
+    check_cells(work, *BOTH, sweep={"loras[1].ratio": [0.3]}, **keys)
     inherited = {key: value for key, value in keys.items() if key not in ("keep", "preview")}
-    check_cells(desk, *BOTH, sweep={"loras[1].ratio": [0.3]}, section=inherited)
+    check_cells(work, *BOTH, sweep={"loras[1].ratio": [0.3]}, section=inherited)
 
 
-def test_the_section_of_a_cell_brings_the_steps_that_it_uses(desk, pair):
+def test_the_section_of_a_cell_brings_the_steps_that_it_uses(work, pair):
     steps = (
         step(ME, name="a", keep=False, rank=2),
         step(STYLE, name="unused"),
         step({"lora": "a", "ratio": 1.0}, STYLE, name="b"),
     )
-    sections = check_cells(desk, {"lora": "b", "ratio": 0.5}, ME, sweep={"loras[0].ratio": [0.3, 1.0]}, before=steps)
+    sections = check_cells(work, {"lora": "b", "ratio": 0.5}, ME, sweep={"loras[0].ratio": [0.3, 1.0]}, before=steps)
     for section, ratio in zip(sections, (0.3, 1.0), strict=True):
         assert [s["name"] for s in section["steps"]] == ["a", "b", "soft"]
         assert section["steps"][0]["keep"] is False and section["steps"][2]["loras"][0]["ratio"] == ratio
 
 
-def test_the_section_of_a_cell_with_a_preset(desk, pair):
-    (section,) = check_cells(desk, ME | {"preset": "fade_in", "drop": ["norm"]}, sweep={"blocks.to_q": [0.5]})
+def test_the_section_of_a_cell_with_a_preset(work, pair):
+    (section,) = check_cells(work, ME | {"preset": "fade_in", "drop": ["norm"]}, sweep={"blocks.to_q": [0.5]})
     lora = section["steps"][0]["loras"][0]
     assert lora == ME | {"preset": "fade_in", "drop": ["norm"], "blocks": {"to_q": 0.5}}
 
 
-def test_a_kept_lokr(desk):
-    desk.lora("lokr.safetensors", "ai-toolkit-lokr")
+def test_a_kept_lokr(work):
+    work.lora("lokr.safetensors", "ai-toolkit-lokr")
     lora = {"lora": "lokr.safetensors", "ratio": 0.7}
-    check_cells(desk, lora, sweep={"ratio": [0.3, 1.0], "blocks.to_q": [0.0, 2.0]}, save={"keep_lokr": True})
+    check_cells(work, lora, sweep={"ratio": [0.3, 1.0], "blocks.to_q": [0.0, 2.0]}, save={"keep_lokr": True})
 
 
-def test_names_that_yaml_and_the_toolkit_could_mistake(desk, pair):
-    (desk.folder / "me.safetensors").rename(desk.folder / "1e3: #[x] 'é 猫'.safetensors")
-    check_cells(desk, ME | {"lora": "1e3: #[x] 'é 猫'.safetensors"}, sweep={"ratio": [0.5]}, name="1e5")
+def test_names_that_yaml_and_the_toolkit_could_mistake(work, pair):
+    (work.folder / "me.safetensors").rename(work.folder / "1e3: #[x] 'é 猫'.safetensors")
+    check_cells(work, ME | {"lora": "1e3: #[x] 'é 猫'.safetensors"}, sweep={"ratio": [0.5]}, name="1e5")
 
 
-def test_a_sweep_over_a_recipe(desk, pair):
+def test_a_sweep_over_a_recipe(work, pair):
     """A recipe's own table of strengths gives way."""
-    made = desk.folder / "made"
-    desk.zit("run", desk.job(step(*BOTH), output_dir=str(made))).ok()
+    made = work.folder / "made"
+    work.zit("run", work.job(step(*BOTH), output_dir=str(made))).ok()
     (path,) = made.glob("*.safetensors")
-    recipe = yaml.safe_load(desk.zit("recipe", path).ok())
+    recipe = yaml.safe_load(work.zit("recipe", path).ok())
     recipe["steps"][0] |= {"sweep": {"loras[0].ratio": [0.3]}, "preview": ONE}
-    recipe |= {"model": {"name_or_path": "a/b", "arch": "zimage"}, "output_dir": str(desk.out)}
-    config = desk.write(recipe, "recipe.yaml")
-    text = desk.zit("preview", config, "--yaml", "soft:1").ok()
-    out = desk.folder / "out2"
-    desk.zit("run", desk.write(text, "cell.yaml"), "--output-dir", out).ok()
-    direct = desk.folder / "direct"
-    desk.zit("run", desk.job(step(ME | {"ratio": 0.3}, STYLE), output_dir=str(direct))).ok()
+    recipe |= {"model": {"name_or_path": "a/b", "arch": "zimage"}, "output_dir": str(work.out)}
+    config = work.write(recipe, "recipe.yaml")
+    text = work.zit("preview", config, "--yaml", "soft:1").ok()
+    out = work.folder / "out2"
+    work.zit("run", work.write(text, "cell.yaml"), "--output-dir", out).ok()
+    direct = work.folder / "direct"
+    work.zit("run", work.job(step(ME | {"ratio": 0.3}, STYLE), output_dir=str(direct))).ok()
     (one,), (two,) = out.glob("*.safetensors"), direct.glob("*.safetensors")
     assert all(same(a, b) for a, b in zip(written(one).values(), written(two).values(), strict=True))
 
 
-def test_what_is_said_of_a_cell_is_json(desk, pair):
-    found = swept(desk, ME, sweep={"ratio": [0.3], "layers.0-9": [[1, 0.5]]})
+def test_what_is_said_of_a_cell_is_json(work, pair):
+    found = swept(work, ME, sweep={"ratio": [0.3], "layers.0-9": [[1, 0.5]]})
     assert json.loads(json.dumps(plain_step(found.cells[0].plan.spec)))["loras"][0]["layers"] == {"0-9": [1.0, 0.5]}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import SMALL, Desk
 from oracles import producers
 from preview.staging import CPU, ME, STYLE, Planned, name_of, planned, reading, run, same, step
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
@@ -53,32 +53,32 @@ def check(found: Planned, name: str = "soft") -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_its_file_with_every_method(desk, pair, method):
-    check(planned(desk, step(*PAIR, method=method, rank=3)))
+def test_a_step_is_its_file_with_every_method(work, pair, method):
+    check(planned(work, step(*PAIR, method=method, rank=3)))
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 2, 4, "same", ENERGY, {"energy": 0.9, "max": 2}, SIZE], ids=str)
-def test_a_step_is_its_file_at_every_rank(desk, pair, rank, uniform):
-    check(planned(desk, step(*PAIR, rank=rank, save={"dtype": "bf16", "uniform": uniform})))
+def test_a_step_is_its_file_at_every_rank(work, pair, rank, uniform):
+    check(planned(work, step(*PAIR, rank=rank, save={"dtype": "bf16", "uniform": uniform})))
 
 
 @pytest.mark.parametrize("kind", ["ai-toolkit", "diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "same"])
-def test_a_step_is_its_file_in_every_form(desk, pair, dtype, kind):
-    check(planned(desk, step(*PAIR, save={"dtype": dtype, "format": kind})))
+def test_a_step_is_its_file_in_every_form(work, pair, dtype, kind):
+    check(planned(work, step(*PAIR, save={"dtype": dtype, "format": kind})))
 
 
 @pytest.mark.parametrize("keep_lokr", [True, False])
 @pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "lycoris-lokr-both"])
-def test_a_lokr_is_its_file(desk, producer, keep_lokr):
-    desk.lora("lokr.safetensors", producer)
+def test_a_lokr_is_its_file(work, producer, keep_lokr):
+    work.lora("lokr.safetensors", producer)
     lora = {"lora": "lokr.safetensors", "ratio": 0.7, "blocks": {"to_q": -1.5, "w2": 0.0}}
-    check(planned(desk, step(lora, save={"dtype": "bf16", "keep_lokr": keep_lokr})))
+    check(planned(work, step(lora, save={"dtype": "bf16", "keep_lokr": keep_lokr})))
 
 
-def test_inputs_that_change_nothing(desk, pair):
-    found = planned(desk, step(ME | {"ratio": 0.0}))
+def test_inputs_that_change_nothing(work, pair):
+    found = planned(work, step(ME | {"ratio": 0.0}))
     computed = changes(OfStep("soft", found.plans[0]), *found.plans)
     (done,) = run(found)
     assert list(computed) == list(written(done.path))
@@ -91,9 +91,9 @@ SOFT = {"lora": "soft", "ratio": 0.6}
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 3, ENERGY], ids=str)
-def test_a_step_of_a_step_is_its_file(desk, pair, rank, there, keep):
+def test_a_step_of_a_step_is_its_file(work, pair, rank, there, keep):
     """Whether the earlier one was kept or not, and whether its file is there or not."""
-    found = planned(desk, step(*PAIR, rank=rank, keep=keep), step(SOFT, STYLE, name="both", rank=2))
+    found = planned(work, step(*PAIR, rank=rank, keep=keep), step(SOFT, STYLE, name="both", rank=2))
     done = run(found)
     assert [d.path.exists() for d in done] == [keep, True]
     theirs = written(done[-1].path)
@@ -107,9 +107,9 @@ def test_a_step_of_a_step_is_its_file(desk, pair, rank, there, keep):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("rank", ["same", "exact", 4, ENERGY], ids=str)
 @pytest.mark.parametrize("rule", [ENERGY, SIZE], ids=str)
-def test_a_step_over_one_whose_rank_followed_from_numbers(desk, pair, rule, rank, keep):
+def test_a_step_over_one_whose_rank_followed_from_numbers(work, pair, rule, rank, keep):
     """Its ranks are those of the run, in which the earlier one's were known."""
-    found = planned(desk, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
+    found = planned(work, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
     check(found, "both")
     plan = found.plans[1]
     theirs = written(plan.path)
@@ -118,17 +118,17 @@ def test_a_step_over_one_whose_rank_followed_from_numbers(desk, pair, rule, rank
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_of_another_recipe_is_not_read(desk, pair):
-    run(planned(desk, step(*PAIR)))
-    plan = planned(desk, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
+def test_a_file_of_another_recipe_is_not_read(work, pair):
+    run(planned(work, step(*PAIR)))
+    plan = planned(work, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
     assert plan.path.is_file()
     ours = changes(OfStep("soft", plan), plan)
-    theirs = written(run(planned(desk, step(ME | {"ratio": 0.3}, STYLE)))[0].path)
+    theirs = written(run(planned(work, step(ME | {"ratio": 0.3}, STYLE)))[0].path)
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_broken_is_not_read(desk, pair):
-    found = planned(desk, step(*PAIR))
+def test_a_file_that_is_broken_is_not_read(work, pair):
+    found = planned(work, step(*PAIR))
     (done,) = run(found)
     theirs = written(done.path)
     done.path.write_bytes(done.path.read_bytes()[:-100])
@@ -136,8 +136,8 @@ def test_a_file_that_is_broken_is_not_read(desk, pair):
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_there_is_read_and_not_computed(desk, pair):
-    found = planned(desk, step(*PAIR, rank=2))
+def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
+    found = planned(work, step(*PAIR, rank=2))
     plan, (done,) = found.plans[0], run(found)
     looked = []
     desk_of = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
@@ -149,7 +149,7 @@ def test_a_file_that_is_there_is_read_and_not_computed(desk, pair):
         assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), Computed)
 
 
-def test_passes_over_all_modules_may_be_watched_and_stopped(desk, pair):
+def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
     class Stop(Exception):
         pass
 
@@ -160,7 +160,7 @@ def test_passes_over_all_modules_may_be_watched_and_stopped(desk, pair):
             yield module
 
     for keys in ({"rank": ENERGY}, {"method": "normalize"}):
-        plan = planned(desk, step(*PAIR, **keys)).plans[0]
+        plan = planned(work, step(*PAIR, **keys)).plans[0]
         with pytest.raises(Stop):
             dict(OfStep("soft", plan).deltas(reading([plan])._replace(watched=watched)))
 
@@ -169,11 +169,11 @@ def test_passes_over_all_modules_may_be_watched_and_stopped(desk, pair):
 
 
 @pytest.mark.parametrize("producer", ["ai-toolkit", "musubi", "onetrainer-kohya", "ai-toolkit-lokr", "lycoris-loha", "peft"])
-def test_an_input_is_its_file_at_strength_1(desk, producer):
+def test_an_input_is_its_file_at_strength_1(work, producer):
     made = producers.PRODUCERS[producer].make(SMALL, 3, 5, torch.float32)
-    producers.save(made, desk.folder / "x.safetensors")
-    producers.save_sidecars(made, desk.folder)
-    plan = planned(desk, step({"lora": "x.safetensors", "ratio": 0.3, "blocks": {"to_q": 0.0}})).plans[0]
+    producers.save(made, work.folder / "x.safetensors")
+    producers.save_sidecars(made, work.folder)
+    plan = planned(work, step({"lora": "x.safetensors", "ratio": 0.3, "blocks": {"to_q": 0.0}})).plans[0]
     found = changes(OfInput("x", plan.inputs[0]), plan)
     assert set(found) == set(made.deltas)
     for module, delta in made.deltas.items():
@@ -181,16 +181,16 @@ def test_an_input_is_its_file_at_strength_1(desk, producer):
         assert torch.allclose(factors.up.double() @ factors.down.double(), delta.double(), rtol=1e-4, atol=1e-6), module
 
 
-def test_what_a_file_leaves_open_is_read_as_it_was_answered(desk, pair):
-    one, two = (planned(desk, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
+def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
+    one, two = (planned(work, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
     by_key, by_none = (changes(OfInput("x", plan.inputs[0]), plan) for plan in (one, two))
     module = "layers.0.attention.to_q"
     assert same(by_none[module].times(1 / 3), by_key[module]), "its alpha is 1, its rank 3"
     assert name_of(OfInput("x", one.inputs[0])) != name_of(OfInput("x", two.inputs[0]))
 
 
-def test_an_input_that_is_a_step_is_what_that_makes(desk, pair):
-    plans = planned(desk, step(*PAIR, keep=False), step(SOFT, name="both")).plans
+def test_an_input_that_is_a_step_is_what_that_makes(work, pair):
+    plans = planned(work, step(*PAIR, keep=False), step(SOFT, name="both")).plans
     look = OfInput("soft", plans[1].inputs[0])
     ours, theirs = changes(look, *plans), changes(OfStep("soft", plans[0]), *plans)
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
@@ -205,8 +205,8 @@ def test_the_base_changes_nothing():
 
 
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
-def test_without_and_only_are_the_two_halves(desk, pair, by):
-    plan = planned(desk, step(*PAIR)).plans[0]
+def test_without_and_only_are_the_two_halves(work, pair, by):
+    plan = planned(work, step(*PAIR)).plans[0]
     whole = OfStep("soft", plan)
     everything, seen = changes(whole, plan), []
     for group in groups(by, 3, list(everything)):
@@ -218,8 +218,8 @@ def test_without_and_only_are_the_two_halves(desk, pair, by):
     assert sorted(seen) == sorted(everything)
 
 
-def test_parts_have_names_of_their_own(desk, pair):
-    plan = planned(desk, step(*PAIR)).plans[0]
+def test_parts_have_names_of_their_own(work, pair):
+    plan = planned(work, step(*PAIR)).plans[0]
     whole, base = OfStep("soft", plan), Look("base")
     parts = groups("layers", 3, plan.ranks)
     looks = [whole, base, *(Without("x", whole, part, only) for part in parts for only in (True, False))]
@@ -230,31 +230,31 @@ def test_parts_have_names_of_their_own(desk, pair):
 # --- records -------------------------------------------------------------------------------------------------------------------
 
 
-def names(desk: Desk, *steps, **keys) -> list[str]:
+def names(work: Workspace, *steps, **keys) -> list[str]:
     """The digests of the last step, and of its inputs."""
-    plan = planned(desk, *steps, **keys).plans[-1]
+    plan = planned(work, *steps, **keys).plans[-1]
     return [name_of(OfStep("x", plan)), *(name_of(OfInput("x", i)) for i in plan.inputs)]
 
 
-def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(desk, pair):
-    before = names(desk, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
-    (desk.folder / "me.safetensors").rename(desk.folder / "you.safetensors")
-    (desk.folder / "deep").mkdir()
-    (desk.folder / "style.safetensors").rename(desk.folder / "deep" / "other.safetensors")
-    you, other = ME | {"lora": "you.safetensors"}, STYLE | {"lora": str(desk.folder / "deep" / "other.safetensors")}
+def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, pair):
+    before = names(work, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
+    (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
+    (work.folder / "deep").mkdir()
+    (work.folder / "style.safetensors").rename(work.folder / "deep" / "other.safetensors")
+    you, other = ME | {"lora": "you.safetensors"}, STYLE | {"lora": str(work.folder / "deep" / "other.safetensors")}
     after = names(
-        desk,
+        work,
         step(you, other, name="b", keep=False),
         step(you, name="unused"),
-        step({"lora": "b", "ratio": 1.0}, other, name="c", copy_to=str(desk.folder), confirm_size=True, allow_unmatched=True),
+        step({"lora": "b", "ratio": 1.0}, other, name="c", copy_to=str(work.folder), confirm_size=True, allow_unmatched=True),
         job="another",
-        output_dir=str(desk.folder / "elsewhere"),
+        output_dir=str(work.folder / "elsewhere"),
     )
     assert after == before
 
 
-def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, pair):
-    plain = names(desk, step(ME))
+def test_a_look_has_the_same_name_however_its_strengths_are_spelled(work, pair):
+    plain = names(work, step(ME))
     everything = {"noise_refiner": 1.0, "context_refiner": 1.0, "0-29": 1}
     for spelled in (
         {"blocks": {"to_v": 1}},
@@ -263,8 +263,8 @@ def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, pair):
         {"effects": {"detail": 1.0}},
         {"overrides": {"*.to_q": 1.0}},
     ):
-        assert names(desk, step(ME | spelled)) == plain
-    assert names(desk, step(ME | {"blocks": {"adaLN": 0.5}})) == names(desk, step(ME | {"blocks": {"adaLN_modulation": 0.5}}))
+        assert names(work, step(ME | spelled)) == plain
+    assert names(work, step(ME | {"blocks": {"adaLN": 0.5}})) == names(work, step(ME | {"blocks": {"adaLN_modulation": 0.5}}))
 
 
 @pytest.mark.parametrize(
@@ -287,15 +287,15 @@ def test_a_look_has_the_same_name_however_its_strengths_are_spelled(desk, pair):
     ],
     ids=str,
 )
-def test_whatever_changes_a_look_changes_its_name(desk, pair, changed):
-    assert names(desk, changed)[0] != names(desk, step(*PAIR))[0]
+def test_whatever_changes_a_look_changes_its_name(work, pair, changed):
+    assert names(work, changed)[0] != names(work, step(*PAIR))[0]
 
 
-def test_ratios_count_beside_the_strengths_that_they_lead_to(desk, pair):
+def test_ratios_count_beside_the_strengths_that_they_lead_to(work, pair):
     """An average divides by them."""
     everywhere = dict.fromkeys(("0-29", "noise_refiner", "context_refiner", "other"), 0.5)
     one, other = ME | {"ratio": 0.5}, ME | {"ratio": 1.0, "layers": everywhere}
-    plans = [planned(desk, step(lora, STYLE, method="average")).plans[0] for lora in (one, other)]
+    plans = [planned(work, step(lora, STYLE, method="average")).plans[0] for lora in (one, other)]
     assert plans[0].inputs[0].strengths == plans[1].inputs[0].strengths
     assert name_of(OfStep("x", plans[0])) != name_of(OfStep("x", plans[1]))
 
@@ -304,39 +304,39 @@ def test_a_name_does_not_depend_on_the_order_of_a_record():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1, "b": {"c": 2}})
 
 
-def test_seeds_and_parameters_change_names(desk, pair):
+def test_seeds_and_parameters_change_names(work, pair):
     found = {
-        names(desk, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
+        names(work, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
     }
     assert len(found) == 3, "a default that is written out is the same"
 
 
-def test_other_numbers_in_a_file_change_names(desk, loras):
-    before = names(desk, step(*PAIR))
-    desk.lora("me.safetensors", seed=9)
-    after = names(desk, step(*PAIR))
+def test_other_numbers_in_a_file_change_names(work, loras):
+    before = names(work, step(*PAIR))
+    work.lora("me.safetensors", seed=9)
+    after = names(work, step(*PAIR))
     assert after[0] != before[0] and after[1] != before[1] and after[2] == before[2]
-    desk.lora("me.safetensors", metadata={"a": "word"})
-    assert names(desk, step(*PAIR)) == before, "what is said of a file is none of its numbers"
+    work.lora("me.safetensors", metadata={"a": "word"})
+    assert names(work, step(*PAIR)) == before, "what is said of a file is none of its numbers"
 
 
-def test_a_step_in_between_changes_names(desk, pair):
+def test_a_step_in_between_changes_names(work, pair):
     one, half = {"lora": "a", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}
     found = [
-        names(desk, step(*PAIR, name="a", **keys), step(lora, STYLE))[0]
+        names(work, step(*PAIR, name="a", **keys), step(lora, STYLE))[0]
         for keys, lora in (({}, one), ({}, half), ({"rank": 2}, one), ({"method": "average"}, one))
     ]
     assert len(set(found)) == 4
 
 
-def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(desk, pair):
+def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(work, pair):
     """a and b swap their names: the result over both stays the same where their places do."""
 
     def over(first: str, second: str) -> str:
         made = [step(ME, name=first), step(STYLE, name=second)]
-        return names(desk, *made, step({"lora": first, "ratio": 1.0}, {"lora": second, "ratio": 0.5}))[0]
+        return names(work, *made, step({"lora": first, "ratio": 1.0}, {"lora": second, "ratio": 0.5}))[0]
 
     assert over("a", "b") == over("b", "a")
     made = [step(ME, name="a"), step(STYLE, name="b")]
-    swapped = names(desk, *made, step({"lora": "b", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}))[0]
+    swapped = names(work, *made, step({"lora": "b", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}))[0]
     assert swapped != over("a", "b")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import SMALL, Desk
 from merging.test_known_mistakes import MODULES, Lora, Pair, deltas, lora, write
 from oracles.producers import PRODUCERS
 from safetensors.torch import save_file
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.formats import writer
@@ -115,9 +115,9 @@ def test_cosines_of_files_and_of_modules_against_dense_changes(tmp_path):
 
 
 @pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "musubi-loha", "lycoris-full", "onetrainer-lokr", "musubi-comfy"])
-def test_other_algorithms_against_the_changes_they_were_made_of(desk: Desk, producer):
+def test_other_algorithms_against_the_changes_they_were_made_of(work: Workspace, producer):
     made = PRODUCERS[producer].make(SMALL, 2, 0, torch.bfloat16).deltas
-    (found,) = plot.survey([load_lora(desk.lora("a.safetensors", producer))]).files
+    (found,) = plot.survey([load_lora(work.lora("a.safetensors", producer))]).files
     check_portrait(found, {m: d.double() for m, d in sorted(made.items(), key=lambda item: list(MODEL).index(item[0]))})
 
 
@@ -366,78 +366,78 @@ STARTS = {"png": b"\x89PNG", "PNG": b"\x89PNG", "pdf": b"%PDF-", "svg": b"<?xml"
 
 
 @pytest.mark.parametrize("ending", STARTS)
-def test_each_ending_is_its_format(desk, loras, ending):
-    out = desk.folder / f"a picture.{ending}"
-    said = desk.zit("inspect", loras[0], "--plot", out).ok()
-    assert said == desk.zit("inspect", loras[0]).ok() + f"wrote {out}\n"
+def test_each_ending_is_its_format(work, loras, ending):
+    out = work.folder / f"a picture.{ending}"
+    said = work.zit("inspect", loras[0], "--plot", out).ok()
+    assert said == work.zit("inspect", loras[0]).ok() + f"wrote {out}\n"
     assert out.read_bytes().startswith(STARTS[ending])
-    assert not [p for p in desk.folder.iterdir() if p.suffix == ".part"]
+    assert not [p for p in work.folder.iterdir() if p.suffix == ".part"]
 
 
-def test_a_png_is_a4_wide_and_has_something_on_it(desk, loras):
-    desk.zit("inspect", *loras, "--plot", "two.png", "--quiet").ok()
+def test_a_png_is_a4_wide_and_has_something_on_it(work, loras):
+    work.zit("inspect", *loras, "--plot", "two.png", "--quiet").ok()
     picture = imread("two.png")
     assert picture.shape[1] == round(8.27 * 200) - (picture.shape[1] < 8.27 * 200 - 0.5)
     assert len({tuple(c) for c in picture[::7, ::7].reshape(-1, picture.shape[2]).round(1).tolist()}) > 20
 
 
-def test_a_picture_is_replaced(desk, loras):
+def test_a_picture_is_replaced(work, loras):
     Path("a.svg").write_text("an older one")
-    desk.zit("inspect", loras[0], "--plot", "a.svg").ok()
+    work.zit("inspect", loras[0], "--plot", "a.svg").ok()
     assert "an older one" not in Path("a.svg").read_text()
 
 
-def test_beside_json_stdout_is_one_object(desk, loras):
-    said = desk.zit("inspect", *loras, "--json", "--plot", "a.png").ok()
+def test_beside_json_stdout_is_one_object(work, loras):
+    said = work.zit("inspect", *loras, "--json", "--plot", "a.png").ok()
     assert len(json.loads(said)["files"]) == 2 and Path("a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("out", ["a.jpg", "a", "me.safetensors", "config.yaml", ".png"])
-def test_other_endings_are_refused_and_nothing_is_touched(desk, loras, out):
+def test_other_endings_are_refused_and_nothing_is_touched(work, loras, out):
     before = loras[0].read_bytes()
-    message = desk.zit("inspect", loras[0], "--plot", out).refused()
+    message = work.zit("inspect", loras[0], "--plot", out).refused()
     assert "pictures are written as .png, .pdf or .svg" in message
-    assert loras[0].read_bytes() == before and len(list(desk.folder.iterdir())) == 2
+    assert loras[0].read_bytes() == before and len(list(work.folder.iterdir())) == 2
 
 
-def test_missing_folders_folders_and_inputs_are_refused(desk, loras):
-    assert "gone is not a folder" in desk.zit("inspect", loras[0], "--plot", "gone/a.png").refused()
+def test_missing_folders_folders_and_inputs_are_refused(work, loras):
+    assert "gone is not a folder" in work.zit("inspect", loras[0], "--plot", "gone/a.png").refused()
     Path("b.png").mkdir()
-    assert "is a folder: name a file in it" in desk.zit("inspect", loras[0], "--plot", "b.png").refused()
+    assert "is a folder: name a file in it" in work.zit("inspect", loras[0], "--plot", "b.png").refused()
     renamed = loras[0].rename("c.png")
     before = renamed.read_bytes()
-    assert "is one of the LoRAs" in desk.zit("inspect", renamed, "--plot", "./c.png").refused()
+    assert "is one of the LoRAs" in work.zit("inspect", renamed, "--plot", "./c.png").refused()
     assert renamed.read_bytes() == before
     for letters in (249, 253):  # with and without room for the ending of a part file
-        assert "File name too long" in desk.zit("inspect", loras[1], "--plot", "n" * letters + ".png").refused()
+        assert "File name too long" in work.zit("inspect", loras[1], "--plot", "n" * letters + ".png").refused()
 
 
 @pytest.mark.parametrize("words", [["--methods"], ["--presets"], ["me.safetensors", "--sources", "style.safetensors"]], ids=str)
-def test_what_is_no_plot_of_files(desk, loras, words):
-    message = desk.zit("inspect", *words, "--plot", "a.png").refused()
+def test_what_is_no_plot_of_files(work, loras, words):
+    message = work.zit("inspect", *words, "--plot", "a.png").refused()
     assert "leave one of the two out" in message and not Path("a.png").exists()
 
 
-def test_without_files(desk):
-    assert "name a LoRA file" in desk.zit("inspect", "--plot", "a.png").refused()
+def test_without_files(work):
+    assert "name a LoRA file" in work.zit("inspect", "--plot", "a.png").refused()
 
 
-def test_without_matplotlib(desk, loras, monkeypatch):
+def test_without_matplotlib(work, loras, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for module in (figure, paper):
         monkeypatch.delitem(sys.modules, module.__name__)
         monkeypatch.delattr(sys.modules[module.__name__.rpartition(".")[0]], module.__name__.rpartition(".")[2])
-    message = desk.zit("inspect", loras[0], "--plot", "a.png").refused()
+    message = work.zit("inspect", loras[0], "--plot", "a.png").refused()
     assert "needs matplotlib" in message and "pip install matplotlib" in message
-    desk.zit("inspect", loras[0]).ok()
+    work.zit("inspect", loras[0]).ok()
 
 
-def test_an_interruption_leaves_the_old_picture_and_no_litter(desk, loras, monkeypatch):
+def test_an_interruption_leaves_the_old_picture_and_no_litter(work, loras, monkeypatch):
     Path("a.png").write_bytes(b"old")
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(writer, "publish_file", interrupt)
-    assert desk.zit("inspect", loras[0], "--plot", "a.png").code == 130
-    assert Path("a.png").read_bytes() == b"old" and not list(desk.folder.glob("*.part"))
+    assert work.zit("inspect", loras[0], "--plot", "a.png").code == 130
+    assert Path("a.png").read_bytes() == b"old" and not list(work.folder.glob("*.part"))

@@ -272,10 +272,10 @@ ENERGY, KARCHER = {"rank": {"energy": 0.9}}, {"method": "karcher"}
 
 
 @pytest.mark.parametrize("how", [ENERGY, KARCHER, KARCHER | ENERGY])
-def test_a_merge_tells_its_passes(desk, loras, how):
+def test_a_merge_tells_its_passes(work, loras, how):
     """What is looked at before a merge goes by under its own name, module by module, before the first module is merged."""
     both = [{"lora": "me.safetensors", "ratio": 1}, {"lora": "style.safetensors", "ratio": 0.5}]
-    (planned,), seen = plan_job(load_job(desk.job({"name": "a", "loras": both} | how))), []
+    (planned,), seen = plan_job(load_job(work.job({"name": "a", "loras": both} | how))), []
 
     def look(plan, what, modules):
         for module in modules:

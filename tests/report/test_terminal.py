@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from desk import Desk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from merging.test_known_mistakes import lora, write
+from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
 from extensions_built_in.zit_merge.analysis.attribution import trace, trace_text
@@ -212,48 +212,48 @@ def cell(rows: Mapping[str, list[str]], layer: int, component: str) -> str:
     raise AssertionError(f"layer {layer} has no row")
 
 
-def test_the_strengths_shown_are_those_of_the_plan(desk: Desk, loras):
+def test_the_strengths_shown_are_those_of_the_plan(work: Workspace, loras):
     weights = {"blocks": {"to_q": -1.25, "w2": 0.8}, "layers": {"0-9": [0.1, 1.0], "12": 0}, "overrides": {"3.to_v": 2}}
-    (plan,) = planned(desk.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | weights]}))
+    (plan,) = planned(work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9} | weights]}))
     rows = table_after(screen(plan_text(plan), plan.path).split("\n"), "  strength")
     for module in (m for m in MODULES.values() if m.section == "layers"):
         assert float(cell(rows, module.index, module.component)) == pytest.approx(plan.inputs[0].strengths[module.name], rel=6e-3)
 
 
-def test_loras_of_one_table_share_it_and_equal_strengths_need_none(desk: Desk):
+def test_loras_of_one_table_share_it_and_equal_strengths_need_none(work: Workspace):
     faded = {"ratio": 0.5, "layers": {"0-9": 0.5}}
     weights = [{"ratio": 0.9}, faded, {"ratio": 0.4}, faded, {"ratio": 0.9, "layers": {"0-29": 0.5}}, {"ratio": 0.9}, faded]
-    entries = [{"lora": desk.lora(f"{n}.safetensors", seed=n).name} | w for n, w in enumerate(weights)]
-    (plan,) = planned(desk.job({"name": "a", "loras": entries}))
+    entries = [{"lora": work.lora(f"{n}.safetensors", seed=n).name} | w for n, w in enumerate(weights)]
+    (plan,) = planned(work.job({"name": "a", "loras": entries}))
     text = plan_text(plan)
     assert "  strength of LoRAs 1, 3 and 6: everywhere its ratio\n" in text
     assert "  strength of LoRAs 2, 4 and 7\n    layer " in text
     assert "  strength of LoRA 5 (4.safetensors): everywhere 0.45\n" in text
     assert text.count("layer ") == 1
-    (plan,) = planned(desk.job({"name": "a", "loras": [entries[0], entries[5]]}))
+    (plan,) = planned(work.job({"name": "a", "loras": [entries[0], entries[5]]}))
     assert "  strength of LoRAs 1 and 2: everywhere 0.9\n" in plan_text(plan)
-    (plan,) = planned(desk.job({"name": "a", "loras": entries[:1]}))
+    (plan,) = planned(work.job({"name": "a", "loras": entries[:1]}))
     assert plan_text(plan).startswith("step a: 1 LoRA\n  0.safetensors  ratio 0.9  240 modules, rank 2, bf16\n\n")
     assert "\n  strength: everywhere 0.9\n" in plan_text(plan)
 
 
-def test_a_step_of_forty_loras_is_short(desk: Desk):
-    content = desk.lora("0.safetensors").read_bytes()
+def test_a_step_of_forty_loras_is_short(work: Workspace):
+    content = work.lora("0.safetensors").read_bytes()
     for n in range(40):
-        (desk.folder / f"{n}.safetensors").write_bytes(content)
+        (work.folder / f"{n}.safetensors").write_bytes(content)
     entries = [{"lora": f"{n}.safetensors", "ratio": 0.01 * n} for n in range(40)]
-    (plan,) = planned(desk.job({"name": "a", "loras": entries}))
+    (plan,) = planned(work.job({"name": "a", "loras": entries}))
     lines = screen(plan_text(plan), plan.path).split("\n")
     assert len(lines) <= 40 + 12 and "  strength of LoRAs 1-40: everywhere its ratio" in lines
     assert len({line.index("ratio") for line in lines[1:41]}) == 1, "the ratios are below each other"
     assert len({line.index(".") for line in (row.split("ratio ")[1] for row in lines[2:41])}) == 1, "and so are their points"
 
 
-def test_what_went_in_and_what_came_out_are_the_verdict_and_the_file(desk: Desk, loras):
-    (desk.folder / "copies").mkdir()
+def test_what_went_in_and_what_came_out_are_the_verdict_and_the_file(work: Workspace, loras):
+    (work.folder / "copies").mkdir()
     entries = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.6}]
     step = {"name": "both", "rank": {"energy": 0.9}, "save": {"uniform": False}, "copy_to": "copies", "loras": entries}
-    (done,) = run_all(desk.job(step))
+    (done,) = run_all(work.job(step))
     text, verdict = screen(done_text(done), done.path), done.verdict
     for n, name in enumerate(("me", "style")):
         asked, got = re.search(rf"(?m)^  {n + 1}  {name}\.safetensors +(\S+) +(\S+)$", text).groups()
@@ -275,9 +275,9 @@ def test_what_went_in_and_what_came_out_are_the_verdict_and_the_file(desk: Desk,
         assert int(cell(rank_rows, module.index, module.component)) == written.ranks[module.name]
 
 
-def test_of_many_the_strongest_are_shown(desk: Desk):
-    entries = [{"lora": desk.lora(f"{n}.safetensors", seed=n).name, "ratio": (-1) ** n * (n + 1) / 10} for n in range(13)]
-    (done,) = run_all(desk.job({"name": "a", "loras": entries}))
+def test_of_many_the_strongest_are_shown(work: Workspace):
+    entries = [{"lora": work.lora(f"{n}.safetensors", seed=n).name, "ratio": (-1) ** n * (n + 1) / 10} for n in range(13)]
+    (done,) = run_all(work.job({"name": "a", "loras": entries}))
     rows = re.findall(r"(?m)^ +\d+  (\d+)\.safetensors +(\S+) +(\S+)$", done_text(done))
     assert [int(name) for name, *_ in rows] == list(range(12, 2, -1))
     for name, asked, got in rows:
@@ -286,36 +286,36 @@ def test_of_many_the_strongest_are_shown(desk: Desk):
     assert "\n  and 3 more, none with a larger ratio\n" in done_text(done)
 
 
-def judged(desk: Desk, *entries: Mapping[str, Any], **keys: Any) -> str:
+def judged(work: Workspace, *entries: Mapping[str, Any], **keys: Any) -> str:
     """The report of a step, in one line."""
-    (done,) = run_all(desk.job({"name": "a", "loras": list(entries)} | keys))
+    (done,) = run_all(work.job({"name": "a", "loras": list(entries)} | keys))
     return flat(screen(done_text(done), done.path))
 
 
-def test_the_first_word_is_the_verdict(desk: Desk, loras):
+def test_the_first_word_is_the_verdict(work: Workspace, loras):
     me, style = ({"lora": f"{name}.safetensors", "ratio": ratio} for name, ratio in (("me", 1.0), ("style", 0.05)))
-    assert judged(desk, me, style).startswith("a is right: as asked, rounding to bf16 changed ")
-    in_fp32 = judged(desk, me, style, save={"dtype": "fp32"})
+    assert judged(work, me, style).startswith("a is right: as asked, rounding to bf16 changed ")
+    in_fp32 = judged(work, me, style, save={"dtype": "fp32"})
     assert in_fp32.startswith("a is right: as asked, rounding to fp32 changed under 0.1 %")
-    assert judged(desk, me, style, rank=4).startswith("a is right: as asked, as far as rank 4 holds it")
-    assert judged(desk, me, style, rank=1).startswith("a is off: style is mostly cut away, a larger rank keeps it")
-    assert judged(desk, me | {"ratio": 0}).startswith("a is empty: nothing was asked for, zeros were written")
+    assert judged(work, me, style, rank=4).startswith("a is right: as asked, as far as rank 4 holds it")
+    assert judged(work, me, style, rank=1).startswith("a is off: style is mostly cut away, a larger rank keeps it")
+    assert judged(work, me | {"ratio": 0}).startswith("a is empty: nothing was asked for, zeros were written")
 
 
-def test_inputs_that_cancel_or_are_alike(desk: Desk, loras):
+def test_inputs_that_cancel_or_are_alike(work: Workspace, loras):
     def nearly(tensors: dict[str, torch.Tensor]) -> None:
         noise = torch.Generator().manual_seed(0)
         tensors.update({k: v.float() * (1 + 1e-4 * torch.randn(v.shape, generator=noise)) for k, v in tensors.items()})
 
-    desk.lora("near.safetensors", change=nearly)
-    text = judged(desk, {"lora": "me.safetensors", "ratio": 1.0}, {"lora": "near.safetensors", "ratio": -1.0})
+    work.lora("near.safetensors", change=nearly)
+    text = judged(work, {"lora": "me.safetensors", "ratio": 1.0}, {"lora": "near.safetensors", "ratio": -1.0})
     assert re.match(r"a is off by \S+ %: the inputs nearly cancel, bf16 can't hold what is left; save it as fp32 went in", text)
     assert " asked got 1 me.safetensors 1 ? 2 near.safetensors -1 ? ?: me and near are too alike to be told apart wrote " in text
 
 
-def test_a_method_whose_strengths_are_not_asked_for(desk: Desk, loras):
+def test_a_method_whose_strengths_are_not_asked_for(work: Workspace, loras):
     entries = [{"lora": path.name, "ratio": 1.0} for path in loras]
-    (done,) = run_all(desk.job({"name": "a", "method": "ties", "params": {"density": 0.5}, "loras": entries}))
+    (done,) = run_all(work.job({"name": "a", "method": "ties", "params": {"density": 0.5}, "loras": entries}))
     text = done_text(done)
     assert "step a: 2 LoRAs, method ties (density 0.5)\n" in plan_text(done.plan)
     assert "holds about\n" in text and " asked " not in text and " got" not in text
@@ -324,16 +324,16 @@ def test_a_method_whose_strengths_are_not_asked_for(desk: Desk, loras):
         assert float(held) == pytest.approx(done.verdict.got[n], rel=6e-3)
 
 
-def test_a_kept_step_takes_one_sentence_and_a_step_in_between_is_no_file(desk: Desk, loras):
+def test_a_kept_step_takes_one_sentence_and_a_step_in_between_is_no_file(work: Workspace, loras):
     steps = [
         {"name": "pre", "keep": False, "loras": [{"lora": "me.safetensors", "ratio": 0.5}]},
         {"name": "n" * 150, "loras": [{"lora": "pre", "ratio": 1.0}]},
     ]
-    job = desk.job(*steps)
+    job = work.job(*steps)
     first, second = run_all(job)
     assert "\n  makes 240 modules, rank 2, bf16, " in plan_text(first.plan) and str(first.path) not in plan_text(first.plan)
     assert "for later steps only (keep: false)" in flat(plan_text(first.plan))
-    assert "\n  made for later steps 240 modules, rank 2, bf16, " in done_text(first) and str(desk.out) not in done_text(first)
+    assert "\n  made for later steps 240 modules, rank 2, bf16, " in done_text(first) and str(work.out) not in done_text(first)
     (again,) = run_all(job)
     kept = r"kept merged_cat_n+\.\.\.n+ \(made before by the same recipe\), right: as asked, rounding to bf16 changed 0 %"
     assert re.fullmatch(kept, flat(screen(done_text(again)))) and done_text(second).startswith("nnn")
@@ -359,9 +359,9 @@ NAMES = ["me.safetensors", "\u05e9\u05dc\u05d5\u05dd\u202egpj.safetensors", "\U0
 
 
 @pytest.mark.parametrize("count", [2, 5, 12])
-def test_files_of_any_name_compared_and_traced(desk: Desk, count):
+def test_files_of_any_name_compared_and_traced(work: Workspace, count):
     names = [NAMES[n] if n < len(NAMES) else f"{'word ' * 40}{n}.safetensors" for n in range(count)]
-    loras = [load_lora(desk.lora(name, seed=n % 7, change=one_layer)) for n, name in enumerate(names)]
+    loras = [load_lora(work.lora(name, seed=n % 7, change=one_layer)) for n, name in enumerate(names)]
     facts = compare(loras)
     screen(compare_text(facts))
     facts["files"] = [f | {"file": HOSTILE[n % len(HOSTILE)] * 3} for n, f in enumerate(facts["files"])]
@@ -370,14 +370,14 @@ def test_files_of_any_name_compared_and_traced(desk: Desk, count):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_one_file_of_any_name(desk: Desk, loras, name):
+def test_one_file_of_any_name(work: Workspace, loras, name):
     facts = describe(load_lora(loras[0])) | {"file": name * 2}
     assert in_order(screen(inspect_text(facts)), "file ", "made by ", "modules ", "rank ", "norm ", "norm of the change")
 
 
-def test_a_merged_file_says_first_what_went_in_and_whether_it_is_right(desk: Desk, loras):
+def test_a_merged_file_says_first_what_went_in_and_whether_it_is_right(work: Workspace, loras):
     entries = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": -0.6}]
-    out = run_all(desk.job({"name": "a", "loras": entries}))[0].path
+    out = run_all(work.job({"name": "a", "loras": entries}))[0].path
     facts = describe(load_lora(out))
     got = facts["check"]["got"]
     assert got == pytest.approx([0.9, -0.6], rel=1e-3)
@@ -461,11 +461,11 @@ def test_numbers_in_a_row_and_paths():
     assert copyable("/a b  c/C:\\x") == "/a b  c/C:\\x" and copyable("/\u4e2d\n\x1b") == "/\\u4e2d\\x0a\\x1b"
 
 
-def test_a_report_of_a_step_with_a_long_path(desk: Desk, loras):
-    deep = desk.folder / "/".join(["a folder"] * 20) / "\u4e2d\u6587"
+def test_a_report_of_a_step_with_a_long_path(work: Workspace, loras):
+    deep = work.folder / "/".join(["a folder"] * 20) / "\u4e2d\u6587"
     deep.mkdir(parents=True)
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}], "copy_to": str(deep)}
-    (done,) = run_all(desk.job(step, output_dir=str(deep / "out")))
+    (done,) = run_all(work.job(step, output_dir=str(deep / "out")))
     for text in (plan_text(done.plan), done_text(done)):
         lines = screen(text, done.path, deep).split("\n")
         assert f"    {copyable(done.path)}" in lines and f"    {copyable(deep)}" in lines

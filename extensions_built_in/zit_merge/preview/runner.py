@@ -18,7 +18,7 @@ from ..merging.merger import Watched
 from .grids import Exhibition, Picture
 from .image_store import Gallery
 from .settings import Scene, Shot
-from .variants import Desk, Look, digest
+from .variants import ReadContext, Look, digest
 
 Tick = Callable[[str, int, int], None]  # (what is shown, pictures done, of how many); called after each, may raise to stop
 
@@ -92,8 +92,8 @@ class Studio:
         looks = list(dict.fromkeys(p.look for p in self._pictures))
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict.fromkeys(path for look in looks for path in look.files())
-            self._desk = Desk({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
-        hashes = {path: future.result() for path, future in self._desk.hashes.items()}
+            self._ctx = ReadContext({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
+        hashes = {path: future.result() for path, future in self._ctx.hashes.items()}
         self.records = {look: look.record(hashes) for look in looks}
         shared = {"zit_merge": __version__, "scene": self._scene.record()}
         self._whole = {p: {**shared, "look": self.records[p.look], "shot": p.shot.record()} for p in self._pictures}
@@ -141,7 +141,7 @@ class Studio:
             if self._painter is None:
                 self._painter = self._stack.enter_context(self._load(self._scene))
             if picture.look is not worn:
-                self._painter.wear(picture.look.deltas(self._desk))
+                self._painter.wear(picture.look.deltas(self._ctx))
                 worn = picture.look
             self._gallery.save(self.digests[picture], self._painter.render(picture.shot), self._whole[picture])
             self._done += 1

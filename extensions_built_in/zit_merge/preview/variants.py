@@ -21,7 +21,7 @@ from ..planning.recipe import recipe_of
 from .ablation import Group
 
 
-class Desk(NamedTuple):
+class ReadContext(NamedTuple):
     """What it takes to read a look.
 
     Attributes:
@@ -53,7 +53,7 @@ class Look:
         """Everything that its change follows from, for JSON; equal for looks that are equal."""
         return {}
 
-    def deltas(self, desk: Desk) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
         """(module, change) for every module that it changes."""
         yield from ()
 
@@ -79,9 +79,9 @@ class OfInput(Look):
         adapter = {"adapter": i.lora.adapter.record()} if i.lora.adapter else {}
         return {"lora": hashes[i.lora.path], **answers, **adapter}
 
-    def deltas(self, desk: Desk) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
         with ExitStack() as files:
-            yield from _read(input_reader(self.input, desk.hashes, desk.device, files, desk.watched), self.input.outline.ranks)
+            yield from _read(input_reader(self.input, ctx.hashes, ctx.device, files, ctx.watched), self.input.outline.ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +100,9 @@ class OfStep(Look):
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         return _steps(self.plan, hashes)
 
-    def deltas(self, desk: Desk) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
         with ExitStack() as files:
-            yield from _read(reader_of(self.plan, desk.hashes, desk.device, files, desk.watched), self.plan.shapes)
+            yield from _read(reader_of(self.plan, ctx.hashes, ctx.device, files, ctx.watched), self.plan.shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +125,9 @@ class Without(Look):
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         return {"only" if self.only else "without": sorted(self.group.modules), "of": self.whole.record(hashes)}
 
-    def deltas(self, desk: Desk) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
         chosen = set(self.group.modules)
-        yield from ((module, delta) for module, delta in self.whole.deltas(desk) if (module in chosen) == self.only)
+        yield from ((module, delta) for module, delta in self.whole.deltas(ctx) if (module in chosen) == self.only)
 
 
 _NUMBERS = ("method", "params", "rank", "save")  # of a step

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from desk import Desk
 from page_pictures import noisy, plain, png
 from PIL import Image
+from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -49,7 +49,7 @@ ABLATION = Gallery(
 PARTS = replace(ABLATION, title="parts by layer", previews=[Preview(CAT, f"layer {n}", plain("red")) for n in range(8)])
 
 
-def page_of(desk: Desk, loras, *galleries: Gallery, step: str = "merged") -> Page:
+def page_of(work: Workspace, loras, *galleries: Gallery, step: str = "merged") -> Page:
     """A page of one section with one step."""
     found = [load_lora(p) for p in loras]
     page = Page("files")
@@ -60,8 +60,8 @@ def page_of(desk: Desk, loras, *galleries: Gallery, step: str = "merged") -> Pag
     return page
 
 
-def write(desk: Desk, page: Page) -> Path:
-    path = desk.folder / "page.html"
+def write(work: Workspace, page: Page) -> Path:
+    path = work.folder / "page.html"
     page.write(path)
     assert path.stat().st_size < LIMIT
     return path
@@ -92,8 +92,8 @@ def large(frame) -> str:
     return frame.find("dialog img").get_attribute("alt")
 
 
-def test_pictures_stand_side_by_side_and_open_large(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, COMPARED)), 800)
+def test_pictures_stand_side_by_side_and_open_large(work, loras, show):
+    frame = show(write(work, page_of(work, loras, COMPARED)), 800)
     assert frame.find(".previews tbody tr").count() == 2 and frame.find(".previews tbody img").count() == 6
     assert frame.find(".previews tbody img").first.evaluate("image => image.naturalWidth") == 64
     assert frame.overflow() == 0
@@ -104,8 +104,8 @@ def test_pictures_stand_side_by_side_and_open_large(desk, loras, show):
     assert frame.find("dialog").count() == 0
 
 
-def test_keys_go_to_every_picture_and_back_to_the_last(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, COMPARED)))
+def test_keys_go_to_every_picture_and_back_to_the_last(work, loras, show):
+    frame = show(write(work, page_of(work, loras, COMPARED)))
     frame.find(".thumb").nth(1).click()
     for key, shown in (
         ("ArrowRight", f"blue: {CAT}"),
@@ -126,8 +126,8 @@ def test_keys_go_to_every_picture_and_back_to_the_last(desk, loras, show):
     assert focused == f"red: {DOG}"
 
 
-def test_the_first_of_the_row_is_a_key_away(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, COMPARED)))
+def test_the_first_of_the_row_is_a_key_away(work, loras, show):
+    frame = show(write(work, page_of(work, loras, COMPARED)))
     frame.find(".thumb").nth(5).click()
     compare = frame.inner.get_by_role("button", name="Compare with red")
     frame.page.keyboard.down("b")
@@ -149,8 +149,8 @@ def test_the_first_of_the_row_is_a_key_away(desk, loras, show):
     assert large(frame) == f"red: {DOG}"
 
 
-def test_a_picture_can_be_zoomed_and_scrolled_with_the_keys(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, COMPARED)))
+def test_a_picture_can_be_zoomed_and_scrolled_with_the_keys(work, loras, show):
+    frame = show(write(work, page_of(work, loras, COMPARED)))
     frame.find(".thumb").first.click()
     stage, width = frame.find(".stage"), "stage => stage.scrollWidth > stage.clientWidth"
     assert not stage.evaluate(width)
@@ -164,8 +164,8 @@ def test_a_picture_can_be_zoomed_and_scrolled_with_the_keys(desk, loras, show):
     assert not stage.evaluate(width)
 
 
-def test_a_sweep_shows_and_copies_the_section_of_a_picture(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, SWEEP)))
+def test_a_sweep_shows_and_copies_the_section_of_a_picture(work, loras, show):
+    frame = show(write(work, page_of(work, loras, SWEEP)))
     frame.find(".thumb").first.click()
     area = frame.find("dialog textarea")
     assert not area.is_visible(), "the base has none"
@@ -183,8 +183,8 @@ def test_a_sweep_shows_and_copies_the_section_of_a_picture(desk, loras, show):
     assert frame.find(".yaml textarea").input_value() != YAML % 1, "the composer's own stays"
 
 
-def test_many_columns_wrap_and_are_walked_with_the_arrow_keys(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, ABLATION)), 800)
+def test_many_columns_wrap_and_are_walked_with_the_arrow_keys(work, loras, show):
+    frame = show(write(work, page_of(work, loras, ABLATION)), 800)
     assert frame.overflow() == 0 and frame.find(".wrapped img").count() == 93
     assert frame.find(".gallery details[open]").count() == 1
     first = frame.find(".thumb").first
@@ -211,8 +211,8 @@ def test_many_columns_wrap_and_are_walked_with_the_arrow_keys(desk, loras, show)
     assert frame.find(".gallery details[open]").count() == 2
 
 
-def test_measures_are_sorted_by_any_of_them(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, ABLATION)))
+def test_measures_are_sorted_by_any_of_them(work, loras, show):
+    frame = show(write(work, page_of(work, loras, ABLATION)))
 
     def column(n: int) -> list[str]:
         return [text.strip() for text in frame.find(f".measures tbody tr > :nth-child({n})").all_inner_texts()]
@@ -233,8 +233,8 @@ def test_measures_are_sorted_by_any_of_them(desk, loras, show):
     assert column(1) == [name for name, _ in SHARES]
 
 
-def test_the_preset_of_the_measures_can_be_copied(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, ABLATION)))
+def test_the_preset_of_the_measures_can_be_copied(work, loras, show):
+    frame = show(write(work, page_of(work, loras, ABLATION)))
     area = frame.number("The preset that these shares suggest")
     assert area.input_value() == "blocks: {to_q: 0.5}\nlayers: {0-9: 1}\n"
     frame.find(".gallery").get_by_role("button", name="Copy").click()
@@ -244,8 +244,8 @@ def test_the_preset_of_the_measures_can_be_copied(desk, loras, show):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [800, 1200, 1920])
-def test_quiet_accessible_and_wide_enough(desk, loras, show, width, scheme):
-    frame = show(write(desk, page_of(desk, loras, COMPARED, SWEEP, ABLATION, PARTS)), width, scheme)
+def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
+    frame = show(write(work, page_of(work, loras, COMPARED, SWEEP, ABLATION, PARTS)), width, scheme)
     assert frame.find(".gallery h3").all_inner_texts() == ["what each does", "ratio of me", "parts", "parts by layer"]
     assert frame.violations() == [] and frame.overflow() == 0
     frame.find(".gallery").nth(1).locator(".thumb").nth(2).click()
@@ -254,11 +254,11 @@ def test_quiet_accessible_and_wide_enough(desk, loras, show, width, scheme):
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
-def test_hostile_words_are_text(desk, loras, show):
+def test_hostile_words_are_text(work, loras, show):
     names = [HOSTILE, "\u202etxet", "<b onclick=alert(3)> & \"'", "x" * 10_000]
     previews = [Preview(r, c, plain("red"), f"{HOSTILE}\n${{HOME}}\u2028\ud800") for r in names for c in names]
     measures = Measures(names, [(name, [0.5, float("nan"), float("inf"), -1.0]) for name in names], HOSTILE)
-    path = write(desk, page_of(desk, loras, Gallery(HOSTILE, HOSTILE * 20, previews, measures)))
+    path = write(work, page_of(work, loras, Gallery(HOSTILE, HOSTILE * 20, previews, measures)))
     html = path.read_text(encoding="utf-8")
     assert html.count("<script") == 2 and html.count("</script>") == 2 and "<img" not in html
     frame = show(path, 800)
@@ -282,17 +282,17 @@ def test_prompts_that_differ_only_in_their_seed_are_rows_of_their_own():
     ]
 
 
-def test_rows_may_have_holes_and_pictures_may_come_in_any_order(desk, show):
+def test_rows_may_have_holes_and_pictures_may_come_in_any_order(work, show):
     previews = [Preview(r, c, plain(c)) for r, c in ((DOG, "red"), (CAT, "green"), (CAT, "red"))]
-    frame = show(write(desk, alone(*previews)))
+    frame = show(write(work, alone(*previews)))
     assert [cell.count() for cell in (frame.find("tbody td"), frame.find("tbody td .thumb"))] == [4, 3]
     frame.find(".thumb").first.click()
     frame.page.keyboard.press("ArrowRight")
     assert large(frame) == f"red: {CAT}"
 
 
-def test_a_step_that_was_not_merged_has_only_its_pictures(desk, show):
-    path = write(desk, alone(Preview(CAT, "base", plain("red")), Preview(CAT, "soft", plain("green"))))
+def test_a_step_that_was_not_merged_has_only_its_pictures(work, show):
+    path = write(work, alone(Preview(CAT, "base", plain("red")), Preview(CAT, "soft", plain("green"))))
     (section,) = sections(path.read_text(encoding="utf-8"))
     assert [step["name"] for step in section["steps"]] == ["soft"]
     frame = show(path)
@@ -301,16 +301,16 @@ def test_a_step_that_was_not_merged_has_only_its_pictures(desk, show):
     assert frame.find(".thumb").count() == 2 and frame.violations() == []
 
 
-def test_sections_with_steps_of_one_name_keep_their_pictures_apart(desk, loras):
-    site = Site("cat", "process[0]", desk.folder)
+def test_sections_with_steps_of_one_name_keep_their_pictures_apart(work, loras):
+    site = Site("cat", "process[0]", work.folder)
     page, found = RunPage(site), files_facts([load_lora(p) for p in loras])
     places = ["process[0]", "process[1]"]
     for index, place in enumerate(places):
-        page.begin(Site("cat", place, desk.folder), {"steps": []}, index)
+        page.begin(Site("cat", place, work.folder), {"steps": []}, index)
         page._page.add({**found, "name": "soft"})
     page.write()
     for place in places:
-        page.show(Site("cat", place, desk.folder), "soft", Gallery(place, "", [Preview(CAT, "base", plain("red"))]))
+        page.show(Site("cat", place, work.folder), "soft", Gallery(place, "", [Preview(CAT, "base", plain("red"))]))
     page.show(site, "other", COMPARED)
     assert "page to look at" in page.write()
     shown = [
@@ -320,9 +320,9 @@ def test_sections_with_steps_of_one_name_keep_their_pictures_apart(desk, loras):
     assert shown == [{"soft": [places[0]], "other": ["what each does"]}, {"soft": [places[1]]}]
 
 
-def test_where_there_is_no_page_pictures_stop_nothing(desk):
-    (desk.folder / "merged_cat.html").write_text("somebody else's")
-    site = Site("cat", "process[0]", desk.folder)
+def test_where_there_is_no_page_pictures_stop_nothing(work):
+    (work.folder / "merged_cat.html").write_text("somebody else's")
+    site = Site("cat", "process[0]", work.folder)
     page = RunPage(site)
     page.show(site, "soft", COMPARED)
     assert "so it stays" in page.write()
@@ -342,8 +342,8 @@ def test_pictures_of_any_kind(mode):
     assert image.mode == "RGB"
 
 
-def test_a_picture_may_be_a_file(desk):
-    path = desk.folder / "a.png"
+def test_a_picture_may_be_a_file(work):
+    path = work.folder / "a.png"
     path.write_bytes(noisy(0, 700, 350))
     ((image,),) = map(images, galleries(alone(Preview(CAT, "base", path))))
     assert image.size == (512, 256)
@@ -355,11 +355,11 @@ def test_what_is_no_picture_is_named(broken):
         alone(Preview(CAT, "base", broken))
 
 
-def test_three_hundred_pictures_fit_and_a_few_beside_them_stay_larger(desk, loras):
+def test_three_hundred_pictures_fit_and_a_few_beside_them_stay_larger(work, loras):
     noise = [noisy(seed, 512, 256) for seed in range(3)]
     many = Gallery("many", "", [Preview(str(n), "base", noise[n % 3]) for n in range(300)])
     few = Gallery("few", "", [Preview(str(n), "base", noise[n]) for n in range(3)])
-    page = page_of(desk, loras, many, few)
+    page = page_of(work, loras, many, few)
     html = page.html()
     first, second = sections(html)[0]["steps"][0]["galleries"]
     assert len(html.encode()) < LIMIT and not first["left_out"] and len(first["pictures"]) == 300
@@ -368,10 +368,10 @@ def test_three_hundred_pictures_fit_and_a_few_beside_them_stay_larger(desk, lora
     assert 96 < first["edge"] < 200 and second["edge"] > 400
 
 
-def test_what_does_not_fit_however_small_is_left_out_and_said(desk, loras, show):
+def test_what_does_not_fit_however_small_is_left_out_and_said(work, loras, show):
     noise = noisy(0, 96)
     many = Gallery("many", "", [Preview(str(n), "base", noise, YAML % n) for n in range(1200)], ABLATION.measures)
-    path = write(desk, page_of(desk, loras, many, COMPARED))
+    path = write(work, page_of(work, loras, many, COMPARED))
     frame = show(path)
     assert "The pictures are left out" in frame.find(".gallery").first.inner_text()
     assert frame.find(".gallery").first.locator(".measures tbody tr").count() == 4
@@ -380,19 +380,19 @@ def test_what_does_not_fit_however_small_is_left_out_and_said(desk, loras, show)
     assert frame.map("strength and energy of LoRA 1")
 
 
-def test_a_page_that_is_written_again_has_all_of_it(desk, loras, show):
-    page = page_of(desk, loras)
-    write(desk, page)
+def test_a_page_that_is_written_again_has_all_of_it(work, loras, show):
+    page = page_of(work, loras)
+    write(work, page)
     page.show("", "merged", COMPARED)
     first = page.html()
     assert first == page.html()
     page.show("", "merged", SWEEP)
-    frame = show(write(desk, page))
+    frame = show(write(work, page))
     assert frame.find(".thumb").count() == 9
 
 
-def test_printed_pictures_and_measures_are_there(desk, loras, show):
-    frame = show(write(desk, page_of(desk, loras, COMPARED, PARTS, ABLATION)), 700)
+def test_printed_pictures_and_measures_are_there(work, loras, show):
+    frame = show(write(work, page_of(work, loras, COMPARED, PARTS, ABLATION)), 700)
     frame.page.emulate_media(media="print")
     assert frame.find(".previews").nth(1).evaluate("table => table.offsetWidth <= table.parentNode.clientWidth")
     assert frame.find(".previews .thumb").first.is_visible() and frame.find(".sort").first.is_visible()

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from desk import SMALL, Desk
 from oracles import producers
 from oracles.dense import read_deltas
 from safetensors.torch import save_file
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.config.schema import parse_section
@@ -31,17 +31,17 @@ STYLE = {"lora": "style.safetensors", "ratio": 0.6, "effects": {"composition": 0
 HOSTILE = "</script><script>document.title='pwned';alert(1)</script><img src=x onerror=alert(2)>"
 
 
-def run(desk: Desk, *steps, **keys) -> Path:
+def run(work: Workspace, *steps, **keys) -> Path:
     """Runs a job of one section; its page."""
-    desk.zit("run", desk.job(*steps, **keys)).ok()
-    (page,) = desk.out.glob("*.html")
+    work.zit("run", work.job(*steps, **keys)).ok()
+    (page,) = work.out.glob("*.html")
     return page
 
 
-def two(desk: Desk) -> Path:
+def two(work: Workspace) -> Path:
     """A page of two steps, the second of which is cut and uses the first."""
     return run(
-        desk,
+        work,
         {"name": "soft", "loras": [FACE, STYLE]},
         {"name": "small", "rank": 2, "loras": [{"lora": "soft", "ratio": 1}, {**STYLE, "ratio": -0.5}]},
         save={"dtype": "fp32"},
@@ -85,10 +85,10 @@ def shares(values: dict[str, float]) -> dict[str, float]:
     return {m: v / total for m, v in values.items()}
 
 
-def test_every_step_at_a_glance(desk, loras, show):
-    frame = show(two(desk))
+def test_every_step_at_a_glance(work, loras, show):
+    frame = show(two(work))
     soft, small = (frame.find("article").nth(n).inner_text() for n in (0, 1))
-    size = (desk.out / "merged_cat_soft.safetensors").stat().st_size / 1e6
+    size = (work.out / "merged_cat_soft.safetensors").stat().st_size / 1e6
     for words in (
         "Right: as asked",
         "240 modules",
@@ -105,8 +105,8 @@ def test_every_step_at_a_glance(desk, loras, show):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [800, 1200, 1920])
-def test_quiet_accessible_and_wide_enough(desk, loras, show, width, scheme):
-    frame = show(two(desk), width, scheme)
+def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
+    frame = show(two(work), width, scheme)
     assert frame.violations() == []
     assert frame.overflow() == 0
     frame.choose("Step in detail:", "1")
@@ -114,8 +114,8 @@ def test_quiet_accessible_and_wide_enough(desk, loras, show, width, scheme):
     assert frame.violations() == []
 
 
-def test_the_theme_can_be_changed(desk, loras, show):
-    frame = show(two(desk), scheme="light")
+def test_the_theme_can_be_changed(work, loras, show):
+    frame = show(two(work), scheme="light")
     before = frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor")
     frame.press("Dark colours")
     assert frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor") != before
@@ -124,17 +124,17 @@ def test_the_theme_can_be_changed(desk, loras, show):
     assert frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor") == before
 
 
-def test_maps_show_the_strengths_of_the_plan(desk, loras, show):
-    frame = show(two(desk))
+def test_maps_show_the_strengths_of_the_plan(work, loras, show):
+    frame = show(two(work))
     for label, lora in (("strength and energy of LoRA 1", FACE), ("strength and energy of LoRA 2", STYLE)):
         assert shown(frame.map(label)) == on_map(wanted(lora, lora["lora"]))
     frame.choose("Step in detail:", "1")
     assert set(shown(frame.map("strength and energy of LoRA 1")).values()) == {1.0}
 
 
-def test_maps_show_energies_and_the_result(desk, loras, show):
-    frame = show(two(desk))
-    files = {"soft": desk.out / "merged_cat_soft.safetensors", "small": desk.out / "merged_cat_small.safetensors"}
+def test_maps_show_energies_and_the_result(work, loras, show):
+    frame = show(two(work))
+    files = {"soft": work.out / "merged_cat_soft.safetensors", "small": work.out / "merged_cat_small.safetensors"}
     deltas = {name: read_deltas(path) for name, path in files.items()}
     face, style = (producers.PRODUCERS[p].make(SMALL, r, s, torch.bfloat16).deltas for p, r, s in MADE)
     raw = {m: sum(float(d[m].square().sum()) for d in (face, style) if m in d) for m in deltas["soft"]}
@@ -152,8 +152,8 @@ def test_maps_show_energies_and_the_result(desk, loras, show):
 MADE = (("ai-toolkit", 2, 0), ("musubi", 3, 1))  # what the fixture `loras` writes
 
 
-def test_a_cell_tells_its_numbers_on_hover_and_focus(desk, loras, show):
-    frame = show(two(desk))
+def test_a_cell_tells_its_numbers_on_hover_and_focus(work, loras, show):
+    frame = show(two(work))
     cell = frame.cell("strength and energy of LoRA 1", "layers.3.attention.to_q")
     strength = wanted(FACE, "me.safetensors")["layers.3.attention.to_q"]
     cell.hover()
@@ -170,10 +170,10 @@ def test_a_cell_tells_its_numbers_on_hover_and_focus(desk, loras, show):
     assert frame.inner.evaluate("document.activeElement.dataset.module") == "layers.29.adaLN_modulation.0"
 
 
-def test_untouched_weights_keep_their_own_keys(desk, loras, show):
-    frame = show(two(desk))
+def test_untouched_weights_keep_their_own_keys(work, loras, show):
+    frame = show(two(work))
     section = frame.section()
-    original = yaml.safe_load((desk.folder / "config.yaml").read_text())["config"]["process"][0]
+    original = yaml.safe_load((work.folder / "config.yaml").read_text())["config"]["process"][0]
     assert section == original
     frame.type("1. me.safetensors", 0.7)
     assert frame.section()["steps"][0]["loras"] == [{**section["steps"][0]["loras"][0], "ratio": 0.7} | COMPOSED, STYLE]
@@ -183,10 +183,10 @@ def test_untouched_weights_keep_their_own_keys(desk, loras, show):
 COMPOSED = {"blocks": {"to_q": 1.1, "to_k": 0.9, "to_v": 0.9, "to_out": 0.9}}
 
 
-def check_composed(desk: Desk, frame) -> None:
+def check_composed(work: Workspace, frame) -> None:
     """The YAML passes `check`, and means what the page shows, for every LoRA of the step."""
-    name = desk.write("job: extension\nconfig:\n  name: next\n  process:\n" + frame.text(), "next.yaml")
-    desk.zit("check", name).ok()
+    name = work.write("job: extension\nconfig:\n  name: next\n  process:\n" + frame.text(), "next.yaml")
+    work.zit("check", name).ok()
     section = parse_section(frame.section())
     for i, lora in enumerate(section.steps[0].loras):
         if len(section.steps[0].loras) > 1:
@@ -196,8 +196,8 @@ def check_composed(desk: Desk, frame) -> None:
         assert shown(frame.map(f"strengths of LoRA {i + 1}, paintable")) == pytest.approx(on_map(there), rel=1e-12, abs=1e-15)
 
 
-def test_every_tool_changes_the_yaml_and_it_means_what_is_shown(desk, loras, show):
-    frame = show(two(desk))
+def test_every_tool_changes_the_yaml_and_it_means_what_is_shown(work, loras, show):
+    frame = show(two(work))
     frame.type("2. style.safetensors", -0.35)
     frame.type("adaLN", 0.25)
     frame.find("input[aria-label='to_v, slider']").focus()
@@ -221,11 +221,11 @@ def test_every_tool_changes_the_yaml_and_it_means_what_is_shown(desk, loras, sho
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"7-8.w2": 0.4}
     frame.page.keyboard.press("Delete")
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"7.w2": 0.4}
-    check_composed(desk, frame)
+    check_composed(work, frame)
 
 
-def test_the_curve_and_the_map_are_drawn_with_the_pointer(desk, loras, show):
-    frame = show(two(desk))
+def test_the_curve_and_the_map_are_drawn_with_the_pointer(work, loras, show):
+    frame = show(two(work))
     svg = frame.find("svg.curve")
     svg.scroll_into_view_if_needed()
     box = svg.bounding_box()
@@ -244,7 +244,7 @@ def test_the_curve_and_the_map_are_drawn_with_the_pointer(desk, loras, show):
     frame.page.mouse.move(b["x"] + 3, b["y"] + 3, steps=2)  # fast
     frame.page.mouse.up()
     assert frame.section()["steps"][0]["loras"][0]["overrides"] == {"4-9.to_v": 1.75}
-    check_composed(desk, frame)
+    check_composed(work, frame)
     frame.choose("Weigh the blocks of", "0")
     frame.press("Undo")  # the whole stroke
     assert "overrides" not in frame.section()["steps"][0]["loras"][0]
@@ -280,8 +280,8 @@ def of(frame, layer: int, path: str = "attention.to_v"):
     return frame.cell("strengths of LoRA 1", f"layers.{layer}.{path}")
 
 
-def test_a_stroke_is_one_edit_wherever_it_begins(desk, loras, show):
-    frame = show(two(desk))
+def test_a_stroke_is_one_edit_wherever_it_begins(work, loras, show):
+    frame = show(two(work))
     frame.type("with the factor", 0.4)
     of(frame, 4).click()
     drag(frame, of(frame, 4), of(frame, 9))  # its first cell has the factor already
@@ -303,14 +303,14 @@ def test_a_stroke_is_one_edit_wherever_it_begins(desk, loras, show):
     assert overrides(frame) == {"4-5.to_v": 0.4}
 
 
-def test_a_drag_that_begins_elsewhere_paints_nothing(desk, loras, show):
-    frame = show(two(desk))
+def test_a_drag_that_begins_elsewhere_paints_nothing(work, loras, show):
+    frame = show(two(work))
     drag(frame, frame.find("h4:text-is('Single cells')"), of(frame, 6), steps=20)
     assert overrides(frame) == {}
 
 
-def test_the_readout_follows_what_is_painted(desk, loras, show):
-    frame = show(two(desk))
+def test_the_readout_follows_what_is_painted(work, loras, show):
+    frame = show(two(work))
     of(frame, 3).focus()
     frame.page.keyboard.press("Enter")
     readout = of(frame, 3).evaluate("cell => cell.closest('.map-box').querySelector('.readout').textContent")
@@ -318,16 +318,16 @@ def test_the_readout_follows_what_is_painted(desk, loras, show):
 
 
 @pytest.mark.parametrize("typed, meant", [("0,5", 0.5), ("-0.25", -0.25), ("1e-3", 1e-3), ("−1", -1), (" .5 ", 0.5), ("2.", 2)])
-def test_numbers_as_people_type_them(desk, loras, show, typed, meant):
-    frame = show(two(desk))
+def test_numbers_as_people_type_them(work, loras, show, typed, meant):
+    frame = show(two(work))
     frame.number("1. me.safetensors").fill(typed)
     frame.number("1. me.safetensors").press("Enter")
     assert frame.section()["steps"][0]["loras"][0]["ratio"] == meant
 
 
 @pytest.mark.parametrize("typed", ["", "abc", "0x10", "1 000", "1,000.5", "1e400", "--1", "Infinity", "1,2,3"])
-def test_what_is_no_number_is_refused_and_said(desk, loras, show, typed):
-    frame = show(two(desk))
+def test_what_is_no_number_is_refused_and_said(work, loras, show, typed):
+    frame = show(two(work))
     field = frame.number("1. me.safetensors")
     field.fill(typed)
     field.press("Tab")
@@ -350,9 +350,9 @@ def test_what_is_no_number_is_refused_and_said(desk, loras, show, typed):
         ((0.5, 9, 0, 1), None),
     ],
 )
-def test_a_range_of_layers(desk, loras, show, values, layers):
+def test_a_range_of_layers(work, loras, show, values, layers):
     step = {"name": "soft", "loras": [{"lora": "me.safetensors", "ratio": 1}]}
-    frame = show(run(desk, step))
+    frame = show(run(work, step))
     for label, value in zip(("Layers", "to layer", "factor", "to factor"), values, strict=True):
         frame.number(label).fill(str(value))
     frame.press("Set layers")
@@ -361,8 +361,8 @@ def test_a_range_of_layers(desk, loras, show, values, layers):
     assert bool(frame.find(".notice").inner_text()) == (layers is None)
 
 
-def test_undo_shows_the_step_that_it_takes_back(desk, loras, show):
-    frame = show(two(desk))
+def test_undo_shows_the_step_that_it_takes_back(work, loras, show):
+    frame = show(two(work))
     frame.type("1. me.safetensors", 0.1)
     frame.choose("Step in detail:", "1")
     frame.type("1. soft", 0.2)
@@ -378,9 +378,9 @@ def test_undo_shows_the_step_that_it_takes_back(desk, loras, show):
     assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.9, 1]
 
 
-def test_a_second_finger_and_a_cancelled_one_draw_nothing_more(desk, loras, show):
+def test_a_second_finger_and_a_cancelled_one_draw_nothing_more(work, loras, show):
     """Pointer events as a touch screen sends them."""
-    frame = show(run(desk, {"name": "soft", "loras": [{"lora": "me.safetensors", "ratio": 1}]}))
+    frame = show(run(work, {"name": "soft", "loras": [{"lora": "me.safetensors", "ratio": 1}]}))
     send = """(svg, [kind, id, x, y]) => { const box = svg.getBoundingClientRect(); svg.setPointerCapture = () => {};
         svg.dispatchEvent(new PointerEvent(kind, {bubbles: true, cancelable: true, pointerId: id, buttons: 1,
             clientX: box.left + x * box.width, clientY: box.top + y * box.height})); }"""
@@ -406,33 +406,33 @@ def test_a_second_finger_and_a_cancelled_one_draw_nothing_more(desk, loras, show
         ("sum", (1e300, 1), "too large"),
     ],
 )
-def test_what_check_would_refuse_is_said_beside_the_yaml(desk, loras, show, method, ratios, words):
-    frame = show(run(desk, {"name": "soft", "method": method, "loras": [{**FACE, "ratio": 1}, {**STYLE, "ratio": 1}]}))
+def test_what_check_would_refuse_is_said_beside_the_yaml(work, loras, show, method, ratios, words):
+    frame = show(run(work, {"name": "soft", "method": method, "loras": [{**FACE, "ratio": 1}, {**STYLE, "ratio": 1}]}))
     assert frame.find(".notes.warn li").count() == 0
     for name, ratio in zip(("1. me.safetensors", "2. style.safetensors"), ratios, strict=True):
         frame.type(name, ratio)
     if method == "sum":
         frame.type("to_q", 1e200)
     assert words in frame.find(".notes.warn").inner_text()
-    name = desk.write("job: extension\nconfig:\n  name: next\n  process:\n" + frame.text(), "next.yaml")
-    desk.zit("check", name).refused()
+    name = work.write("job: extension\nconfig:\n  name: next\n  process:\n" + frame.text(), "next.yaml")
+    work.zit("check", name).refused()
 
 
-def test_twenty_copies_of_two_and_a_difference_that_nearly_cancels(desk, loras, show):
+def test_twenty_copies_of_two_and_a_difference_that_nearly_cancels(work, loras, show):
     """The prediction is right where LoRAs overlap much, and silent where it can't be."""
     names = ["me.safetensors", "style.safetensors"] * 10
-    frame = show(run(desk, {"name": "many", "rank": 4, "loras": [{"lora": n, "ratio": 0.1} for n in names]}))
+    frame = show(run(work, {"name": "many", "rank": 4, "loras": [{"lora": n, "ratio": 0.1} for n in names]}))
     assert re.search(r"gains 9\d\d %", frame.find(".energy").inner_text())
-    desk.lora("near.safetensors", change=lambda t: [v.mul_(1.001) for k, v in t.items() if "lora_B" in k])
+    work.lora("near.safetensors", change=lambda t: [v.mul_(1.001) for k, v in t.items() if "lora_B" in k])
     frame = show(
-        run(desk, {"name": "less", "loras": [{"lora": "me.safetensors", "ratio": 1}, {"lora": "near.safetensors", "ratio": 1}]})
+        run(work, {"name": "less", "loras": [{"lora": "me.safetensors", "ratio": 1}, {"lora": "near.safetensors", "ratio": 1}]})
     )
     frame.type("2. near.safetensors", -1)
     assert "too little to be predicted" in frame.find(".energy").inner_text()
 
 
-def test_printing_and_forced_colours_keep_the_maps(desk, loras, show):
-    frame = show(two(desk))
+def test_printing_and_forced_colours_keep_the_maps(work, loras, show):
+    frame = show(two(work))
     colour = "cell => getComputedStyle(cell).backgroundColor"
     strong = frame.cell("strength and energy of LoRA 1", "layers.20.attention.to_q")
     before = strong.evaluate(colour)
@@ -444,8 +444,8 @@ def test_printing_and_forced_colours_keep_the_maps(desk, loras, show):
 
 
 @pytest.mark.parametrize("preset", ["early_0_9", "all"])
-def test_presets_mean_what_the_config_makes_of_them(desk, loras, show, preset):
-    frame = show(two(desk))
+def test_presets_mean_what_the_config_makes_of_them(work, loras, show, preset):
+    frame = show(two(work))
     names = frame.find("label:text-is('Preset') + select").evaluate("node => [...node.options].map((o) => o.value)")
     for name in names if preset == "all" else [preset]:
         frame.choose("Preset", name)
@@ -459,10 +459,10 @@ def test_presets_mean_what_the_config_makes_of_them(desk, loras, show, preset):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_edits_mean_what_is_shown_and_predict_the_merge(desk, loras, show, seed):
+def test_random_edits_mean_what_is_shown_and_predict_the_merge(work, loras, show, seed):
     """Wherever hands go, the YAML, the page and a real merge agree."""
-    whole(desk.folder / "style.safetensors")
-    frame, rng = show(two(desk)), random.Random(seed)
+    whole(work.folder / "style.safetensors")
+    frame, rng = show(two(work)), random.Random(seed)
     for _ in range(12):
         frame.choose("Weigh the blocks of", str(rng.randrange(2)))
         value = rng.choice([0, 1, -0.75, 0.333, 1e-7, 2.5, round(rng.uniform(-1, 2), 3)])
@@ -487,22 +487,22 @@ def test_random_edits_mean_what_is_shown_and_predict_the_merge(desk, loras, show
             frame.press(rng.choice(["Undo", "Redo"])) if not frame.inner.get_by_role(
                 "button", name="Redo"
             ).is_disabled() else None
-    check_composed(desk, frame)
+    check_composed(work, frame)
     section = frame.section()
     section["steps"] = [{**section["steps"][0], "name": "again"}]
     section["save"] = {"dtype": "fp32"}
-    made = desk.zit("run", desk.config(section, job="next", name="made.yaml"))
+    made = work.zit("run", work.config(section, job="next", name="made.yaml"))
     if made.code == 0:  # everything may have been set to 0
-        found = energies(read_deltas(desk.out / "merged_next_again.safetensors"))
+        found = energies(read_deltas(work.out / "merged_next_again.safetensors"))
         if sum(found.values()) > 0:
             assert shown(frame.map("predicted energy")) == pytest.approx(on_map(shares(found)), rel=2e-2, abs=1e-6)
 
 
-def test_what_files_say_is_text_and_nothing_else(desk, show):
-    desk.lora("a.safetensors", metadata={"modelspec.trigger_phrase": HOSTILE, "ss_base_model_version": HOSTILE})
-    desk.lora("<b onclick=alert(3)> & \"'.safetensors", seed=1, metadata={"modelspec.trigger_phrase": "\u202egnorw \u0000\u2028"})
+def test_what_files_say_is_text_and_nothing_else(work, show):
+    work.lora("a.safetensors", metadata={"modelspec.trigger_phrase": HOSTILE, "ss_base_model_version": HOSTILE})
+    work.lora("<b onclick=alert(3)> & \"'.safetensors", seed=1, metadata={"modelspec.trigger_phrase": "\u202egnorw \u0000\u2028"})
     loras = [{"lora": "a.safetensors", "ratio": 1}, {"lora": "<b onclick=alert(3)> & \"'.safetensors", "ratio": 1}]
-    path = run(desk, {"name": "soft", "loras": loras}, job="job </title><script>alert(4)</script>")
+    path = run(work, {"name": "soft", "loras": loras}, job="job </title><script>alert(4)</script>")
     html = path.read_text(encoding="utf-8")
     assert html.count("<script") == 2 and html.count("</script>") == 2 and "<img" not in html
     frame = show(path)
@@ -531,10 +531,10 @@ def heard() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def test_a_script_that_gets_in_does_not_run(desk, loras, show, heard):
+def test_a_script_that_gets_in_does_not_run(work, loras, show, heard):
     """The second wall: the page's policy knows its own script only, and lets nothing out."""
     address, asked = heard
-    path = two(desk)
+    path = two(work)
     html = path.read_text(encoding="utf-8")
     bad = f"<script>document.title='pwned';fetch('{address}/a')</script><img src='{address}/b'><noscript>"
     path.write_text(html.replace("<noscript>", bad))
@@ -545,11 +545,11 @@ def test_a_script_that_gets_in_does_not_run(desk, loras, show, heard):
     frame.troubles.clear()
 
 
-def test_hundreds_of_loras_with_long_names_and_a_megabyte_of_words(desk, show):
+def test_hundreds_of_loras_with_long_names_and_a_megabyte_of_words(work, show):
     names = [f"{'ありがとう_' * 7}{'x' * 100}_{n}.safetensors" if n % 2 else f"שלום_עולם_{n}.safetensors" for n in range(200)]
     for n, name in enumerate(names):
-        desk.lora(name, seed=n % 3, metadata={"modelspec.trigger_phrase": f"{n} " + "word " * 200_000} if n < 3 else None)
-    path = run(desk, {"name": "many", "rank": 4, "loras": [{"lora": name, "ratio": 0.1} for name in names]})
+        work.lora(name, seed=n % 3, metadata={"modelspec.trigger_phrase": f"{n} " + "word " * 200_000} if n < 3 else None)
+    path = run(work, {"name": "many", "rank": 4, "loras": [{"lora": name, "ratio": 0.1} for name in names]})
     assert path.stat().st_size < 5_000_000
     frame = show(path, 800)
     assert frame.overflow() == 0
@@ -560,40 +560,40 @@ def test_hundreds_of_loras_with_long_names_and_a_megabyte_of_words(desk, show):
     assert shown(frame.map("strength and energy of LoRA 151"))
 
 
-def test_no_metadata_one_module_and_zeros(desk, show):
-    desk.lora("one.safetensors", change=lambda t: [t.pop(k) for k in list(t) if ".layers.7.attention.to_q." not in k])
-    desk.lora("zero.safetensors", change=lambda t: [v.zero_() for v in t.values()])
-    loras = [load_lora(desk.folder / name) for name in ("one.safetensors", "zero.safetensors")]
+def test_no_metadata_one_module_and_zeros(work, show):
+    work.lora("one.safetensors", change=lambda t: [t.pop(k) for k in list(t) if ".layers.7.attention.to_q." not in k])
+    work.lora("zero.safetensors", change=lambda t: [v.zero_() for v in t.values()])
+    loras = [load_lora(work.folder / name) for name in ("one.safetensors", "zero.safetensors")]
     page = Page("files")
     page.begin("", section_of(loras))
     page.add(files_facts(loras))
-    page.write(desk.folder / "page.html")
-    frame = show(desk.folder / "page.html")
+    page.write(work.folder / "page.html")
+    frame = show(work.folder / "page.html")
     assert len(shown(frame.map("strength and energy of LoRA 1"))) == 1
     assert frame.violations() == []
 
 
-def test_overlap_of_a_pair(desk, loras, show):
-    frame = show(two(desk))
+def test_overlap_of_a_pair(work, loras, show):
+    frame = show(two(work))
     face, style = (producers.PRODUCERS[p].make(SMALL, r, s, torch.bfloat16).deltas for p, r, s in MADE)
     cosines = {m: float((face[m] * style[m]).sum() / face[m].norm() / style[m].norm()) for m in face if m in style}
     assert shown(frame.map("cosines of LoRA 1 and LoRA 2")) == pytest.approx(on_map(cosines), abs=1e-3)
 
 
-def test_the_copy_button_leaves_the_yaml_copied_or_selected(desk, loras, show):
-    frame = show(two(desk))
+def test_the_copy_button_leaves_the_yaml_copied_or_selected(work, loras, show):
+    frame = show(two(work))
     frame.press("Copy")
     frame.find("text=/Copied|Selected/").wait_for()
     area = frame.find(".yaml textarea")
     assert area.evaluate("area => area.value.slice(area.selectionStart, area.selectionEnd)") == frame.text()
 
 
-def test_inspect_writes_a_page_whose_yaml_runs(desk, loras, show):
-    assert desk.zit("inspect", *loras, "--html", "page.html").ok().endswith("\nwrote page.html\n")
-    frame = show(desk.folder / "page.html")
+def test_inspect_writes_a_page_whose_yaml_runs(work, loras, show):
+    assert work.zit("inspect", *loras, "--html", "page.html").ok().endswith("\nwrote page.html\n")
+    frame = show(work.folder / "page.html")
     frame.type("1. me.safetensors", 0.25)
-    desk.write(frame.text(), "merge.yaml")
-    desk.zit("run", "merge.yaml", "--output-dir", desk.out).ok()
-    (made,) = desk.out.glob("*.safetensors")
-    found = json.loads(desk.zit("inspect", made, "--sources", *loras, "--json").ok())
+    work.write(frame.text(), "merge.yaml")
+    work.zit("run", "merge.yaml", "--output-dir", work.out).ok()
+    (made,) = work.out.glob("*.safetensors")
+    found = json.loads(work.zit("inspect", made, "--sources", *loras, "--json").ok())
     assert re.search(r"0\.25", json.dumps(found))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from desk import SMALL, Desk
 from oracles import producers
 from oracles.dense import read_deltas
 from page_pictures import noisy
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.formats import writer
@@ -39,56 +39,56 @@ def steps(path: Path) -> list[dict]:
     return [step for section in facts(path)["sections"] for step in section["steps"]]
 
 
-def trained(desk: Desk, **keys) -> Path:
+def trained(work: Workspace, **keys) -> Path:
     """The folder of a training that is done."""
-    folder = desk.folder / "output" / "cat"
+    folder = work.folder / "output" / "cat"
     folder.mkdir(parents=True)
-    desk.lora("output/cat/cat.safetensors")
+    work.lora("output/cat/cat.safetensors")
     return folder
 
 
-def test_beside_the_output_of_a_job_without_training(desk, loras):
-    text = desk.zit("run", desk.job(BOTH)).ok()
-    assert text.splitlines()[-2:] == ["page to look at:", f"    {desk.out / 'merged_cat.html'}"]
-    assert [s["name"] for s in steps(desk.out / "merged_cat.html")] == ["soft"]
-    assert not list(desk.out.glob("*.part"))
+def test_beside_the_output_of_a_job_without_training(work, loras):
+    text = work.zit("run", work.job(BOTH)).ok()
+    assert text.splitlines()[-2:] == ["page to look at:", f"    {work.out / 'merged_cat.html'}"]
+    assert [s["name"] for s in steps(work.out / "merged_cat.html")] == ["soft"]
+    assert not list(work.out.glob("*.part"))
 
 
-def test_in_the_folder_of_the_training_where_the_ui_looks(desk, loras):
-    folder = trained(desk)
-    section = desk.section({"name": "soft", "loras": [{"lora": "trained", "ratio": 0.9}, STYLE]})
+def test_in_the_folder_of_the_training_where_the_ui_looks(work, loras):
+    folder = trained(work)
+    section = work.section({"name": "soft", "loras": [{"lora": "trained", "ratio": 0.9}, STYLE]})
     section.pop("output_dir")
-    desk.zit("run", desk.config(desk.training(), section)).ok()
+    work.zit("run", work.config(work.training(), section)).ok()
     assert sorted(p.name for p in folder.iterdir()) == ["cat.safetensors", "merged_cat_soft.safetensors", "plugin.html"]
     assert facts(folder / "plugin.html")["sections"][0]["place"] == "process[1]"
 
 
-def test_with_an_output_dir_of_its_own_it_still_lies_where_the_ui_looks(desk, loras):
-    folder = trained(desk)
-    desk.zit("run", desk.config(desk.training(), desk.section(BOTH))).ok()
-    assert (folder / "plugin.html").is_file() and not list(desk.out.glob("*.html"))
+def test_with_an_output_dir_of_its_own_it_still_lies_where_the_ui_looks(work, loras):
+    folder = trained(work)
+    work.zit("run", work.config(work.training(), work.section(BOTH))).ok()
+    assert (folder / "plugin.html").is_file() and not list(work.out.glob("*.html"))
 
 
-def test_with_another_output_dir_on_the_command_line_it_goes_there(desk, loras):
-    folder = trained(desk)
-    desk.zit("run", desk.config(desk.training(), desk.section(BOTH)), "--output-dir", desk.folder / "else").ok()
-    assert (desk.folder / "else" / "merged_cat.html").is_file() and not (folder / "plugin.html").exists()
+def test_with_another_output_dir_on_the_command_line_it_goes_there(work, loras):
+    folder = trained(work)
+    work.zit("run", work.config(work.training(), work.section(BOTH)), "--output-dir", work.folder / "else").ok()
+    assert (work.folder / "else" / "merged_cat.html").is_file() and not (folder / "plugin.html").exists()
 
 
-def test_a_merge_only_job_of_the_ui_has_it_in_its_own_folder(desk, loras):
-    folder = desk.folder / "output" / "cat"
-    section = desk.section(BOTH, training_folder=str(desk.folder / "output"), sqlite_db_path="./aitk_db.db", device="cuda")
+def test_a_merge_only_job_of_the_ui_has_it_in_its_own_folder(work, loras):
+    folder = work.folder / "output" / "cat"
+    section = work.section(BOTH, training_folder=str(work.folder / "output"), sqlite_db_path="./aitk_db.db", device="cuda")
     section.pop("output_dir")
-    desk.zit("run", desk.config(section)).ok()
+    work.zit("run", work.config(section)).ok()
     raw = facts(folder / "plugin.html")["sections"][0]["raw"]
     assert "sqlite_db_path" not in raw and "device" not in raw
-    assert raw["training_folder"] == str(desk.folder / "output")
+    assert raw["training_folder"] == str(work.folder / "output")
 
 
-def test_sections_of_one_job_share_a_page(desk, loras):
-    other = desk.section({"name": "hard", "loras": [{**ME, "ratio": 2}]})
-    desk.zit("run", desk.config(desk.section(BOTH), other)).ok()
-    sections = facts(desk.out / "merged_cat.html")["sections"]
+def test_sections_of_one_job_share_a_page(work, loras):
+    other = work.section({"name": "hard", "loras": [{**ME, "ratio": 2}]})
+    work.zit("run", work.config(work.section(BOTH), other)).ok()
+    sections = facts(work.out / "merged_cat.html")["sections"]
     assert [(s["place"], [step["name"] for step in s["steps"]]) for s in sections] == [
         ("process[0]", ["soft"]),
         ("process[1]", ["hard"]),
@@ -96,44 +96,44 @@ def test_sections_of_one_job_share_a_page(desk, loras):
 
 
 @pytest.mark.parametrize("job", ["plugin", "p*", "[p]lugin", "PLUGIN.html"])
-def test_no_page_where_the_toolkit_would_take_it_for_a_checkpoint(desk, loras, job):
-    folder = desk.folder / "output" / job
+def test_no_page_where_the_toolkit_would_take_it_for_a_checkpoint(work, loras, job):
+    folder = work.folder / "output" / job
     folder.mkdir(parents=True)
-    text = desk.zit("run", desk.config(desk.training(), desk.section(BOTH), job=job)).ok()
+    text = work.zit("run", work.config(work.training(), work.section(BOTH), job=job)).ok()
     assert f"no page: AI-Toolkit would take plugin.html for a checkpoint of {job}" in text
-    assert list(folder.iterdir()) == [] and len(list(desk.out.glob("*.safetensors"))) == 1
+    assert list(folder.iterdir()) == [] and len(list(work.out.glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("content", ["", "<html>somebody else's, about zit_merge</html>", "zit_merge"])
-def test_a_file_that_is_not_ours_stays(desk, loras, content):
-    folder = trained(desk)
+def test_a_file_that_is_not_ours_stays(work, loras, content):
+    folder = trained(work)
     (folder / "plugin.html").write_text(content)
-    text = desk.zit("run", desk.config(desk.training(), desk.section(BOTH))).ok()
+    text = work.zit("run", work.config(work.training(), work.section(BOTH))).ok()
     assert "is not a page of zit_merge, so it stays" in text
     assert (folder / "plugin.html").read_text() == content
 
 
-def test_an_older_page_is_replaced(desk, loras):
-    desk.zit("run", desk.job(BOTH)).ok()
-    before = (desk.out / "merged_cat.html").read_text()
-    desk.zit("run", desk.job({**BOTH, "loras": [{**ME, "ratio": 0.2}]})).ok()
-    assert (desk.out / "merged_cat.html").read_text() != before
-    assert steps(desk.out / "merged_cat.html")[0]["inputs"][0]["ratio"] == 0.2
+def test_an_older_page_is_replaced(work, loras):
+    work.zit("run", work.job(BOTH)).ok()
+    before = (work.out / "merged_cat.html").read_text()
+    work.zit("run", work.job({**BOTH, "loras": [{**ME, "ratio": 0.2}]})).ok()
+    assert (work.out / "merged_cat.html").read_text() != before
+    assert steps(work.out / "merged_cat.html")[0]["inputs"][0]["ratio"] == 0.2
 
 
-def test_trouble_with_the_page_stops_no_merge(desk, loras, monkeypatch):
+def test_trouble_with_the_page_stops_no_merge(work, loras, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(render.Page, "html", full)
-    text = desk.zit("run", desk.job(BOTH)).ok()
+    text = work.zit("run", work.job(BOTH)).ok()
     assert "no page: " in text and "no space left on the disk" in text
-    assert desk.files() == ["merged_cat_soft.safetensors"]
+    assert work.files() == ["merged_cat_soft.safetensors"]
 
 
-def test_a_page_that_fails_leaves_the_old_one_and_no_part(desk, loras, monkeypatch):
-    desk.zit("run", desk.job(BOTH)).ok()
-    before = (desk.out / "merged_cat.html").read_bytes()
+def test_a_page_that_fails_leaves_the_old_one_and_no_part(work, loras, monkeypatch):
+    work.zit("run", work.job(BOTH)).ok()
+    before = (work.out / "merged_cat.html").read_bytes()
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -141,23 +141,23 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_part(desk, loras, monkeypat
     monkeypatch.setattr(writer, "publish_file", stop)
     page = Page("cat")
     with pytest.raises(KeyboardInterrupt):
-        page.write(desk.out / "merged_cat.html")
-    assert (desk.out / "merged_cat.html").read_bytes() == before and not list(desk.out.glob("*.part"))
+        page.write(work.out / "merged_cat.html")
+    assert (work.out / "merged_cat.html").read_bytes() == before and not list(work.out.glob("*.part"))
 
 
-def test_a_dry_run_and_merge_write_none(desk, loras):
-    desk.zit("run", desk.job(BOTH), "--dry-run").ok()
-    desk.zit("merge", *loras, "-o", "out.safetensors", "--ratio", 1, "--shapes", "free").ok()
-    assert not list(desk.folder.rglob("*.html"))
+def test_a_dry_run_and_merge_write_none(work, loras):
+    work.zit("run", work.job(BOTH), "--dry-run").ok()
+    work.zit("merge", *loras, "-o", "out.safetensors", "--ratio", 1, "--shapes", "free").ok()
+    assert not list(work.folder.rglob("*.html"))
 
 
-def test_what_a_kept_step_shows_is_what_a_made_one_showed(desk, loras):
+def test_what_a_kept_step_shows_is_what_a_made_one_showed(work, loras):
     """The second run reads again what the first had measured."""
     many = [BOTH, {"name": "cut", "rank": 1, "loras": [{"lora": "soft", "ratio": 0.5}, {**STYLE, "layers": {"0-4": 0}}]}]
-    desk.zit("run", desk.job(*many)).ok()
-    first = steps(desk.out / "merged_cat.html")
-    desk.zit("run", desk.job(*many)).ok()
-    second = steps(desk.out / "merged_cat.html")
+    work.zit("run", work.job(*many)).ok()
+    first = steps(work.out / "merged_cat.html")
+    work.zit("run", work.job(*many)).ok()
+    second = steps(work.out / "merged_cat.html")
     assert [s["made"] for s in first + second] == [True, True, False, False]
     for a, b in zip(first, second, strict=True):
         assert close(a["kept"], b["kept"]) and a["judgement"] == b["judgement"]
@@ -173,44 +173,44 @@ def close(a, b) -> bool:
     return a == b if a is None or b is None else a == pytest.approx(b, rel=5e-3, abs=1e-12)
 
 
-def test_inputs_that_are_weighed_to_nothing_still_have_their_energy(desk, loras):
+def test_inputs_that_are_weighed_to_nothing_still_have_their_energy(work, loras):
     """The composer can bring back what the run left out."""
-    desk.zit("run", desk.job({"name": "soft", "loras": [ME, {**STYLE, "blocks": {"to_q": 0}}]})).ok()
+    work.zit("run", work.job({"name": "soft", "loras": [ME, {**STYLE, "blocks": {"to_q": 0}}]})).ok()
     deltas = producers.PRODUCERS["musubi"].make(SMALL, 3, 1, torch.bfloat16).deltas
-    energies = dict(zip(MODULES, steps(desk.out / "merged_cat.html")[0]["details"]["energies"][1], strict=True))
+    energies = dict(zip(MODULES, steps(work.out / "merged_cat.html")[0]["details"]["energies"][1], strict=True))
     wanted = {m: float(d.square().sum()) for m, d in deltas.items()}
     assert {m: e for m, e in energies.items() if e is not None} == pytest.approx(wanted, rel=1e-3)
 
 
-def test_steps_that_are_not_kept_are_shown_while_they_are_there(desk, loras):
+def test_steps_that_are_not_kept_are_shown_while_they_are_there(work, loras):
     hidden = {"name": "base", "keep": False, "loras": [ME]}
-    desk.zit("run", desk.job(hidden, {"name": "top", "loras": [{"lora": "base", "ratio": 1, "blocks": {"w1": 0}}, STYLE]})).ok()
-    first, second = steps(desk.out / "merged_cat.html")
+    work.zit("run", work.job(hidden, {"name": "top", "loras": [{"lora": "base", "ratio": 1, "blocks": {"w1": 0}}, STYLE]})).ok()
+    first, second = steps(work.out / "merged_cat.html")
     assert first["file"] is None and first["details"]["result"]
     assert second["details"]["energies"][0].count(None) == len(MODULES) - 240
 
 
-def test_an_average_of_checkpoints_has_maps_but_no_weights_to_compose(desk):
-    folder = trained(desk)
+def test_an_average_of_checkpoints_has_maps_but_no_weights_to_compose(work):
+    folder = trained(work)
     for step in (1000, 2000):
-        desk.lora(f"output/cat/cat_{step:09d}.safetensors", seed=step)
-    section = desk.section({"name": "ema", "checkpoints": {"last": 3}})
-    desk.zit("run", desk.config(desk.training(), section)).ok()
+        work.lora(f"output/cat/cat_{step:09d}.safetensors", seed=step)
+    section = work.section({"name": "ema", "checkpoints": {"last": 3}})
+    work.zit("run", work.config(work.training(), section)).ok()
     (step,) = steps(folder / "plugin.html")
     assert not step["composable"] and len(step["details"]["energies"]) == 3
 
 
-def test_the_page_of_a_recipe_offers_a_section_that_is_none(desk, loras):
-    desk.zit("run", desk.job(BOTH)).ok()
-    recipe = desk.recipe(desk.out / "merged_cat_soft.safetensors")
-    desk.zit("run", recipe, "--output-dir", desk.folder / "again").ok()
-    (page,) = (desk.folder / "again").glob("*.html")
+def test_the_page_of_a_recipe_offers_a_section_that_is_none(work, loras):
+    work.zit("run", work.job(BOTH)).ok()
+    recipe = work.recipe(work.out / "merged_cat_soft.safetensors")
+    work.zit("run", recipe, "--output-dir", work.folder / "again").ok()
+    (page,) = (work.folder / "again").glob("*.html")
     raw = facts(page)["sections"][0]["raw"]
     assert not {"made_by", "job"} & set(raw) and "file" not in raw["steps"][0]
     assert not {"strengths", "unmatched"} & set(raw["steps"][0]["loras"][0])
 
 
-def test_the_energies_of_files_at_hand(desk, loras):
+def test_the_energies_of_files_at_hand(work, loras):
     found = files_facts([load_lora(p) for p in loras])
     for made, energies in zip((("ai-toolkit", 2, 0), ("musubi", 3, 1)), found["details"]["energies"], strict=True):
         deltas = producers.PRODUCERS[made[0]].make(SMALL, *made[1:], torch.bfloat16).deltas
@@ -221,23 +221,23 @@ def test_the_energies_of_files_at_hand(desk, loras):
 @pytest.mark.parametrize(
     ("out", "words"), [("page.txt", "give it that ending"), ("mine.html", "is no page of zit_merge"), ("no/page.html", "")]
 )
-def test_where_inspect_writes_its_page(desk, loras, out, words):
-    (desk.folder / "mine.html").write_text("mine")
-    ran = desk.zit("inspect", *loras, "--html", out)
+def test_where_inspect_writes_its_page(work, loras, out, words):
+    (work.folder / "mine.html").write_text("mine")
+    ran = work.zit("inspect", *loras, "--html", out)
     if words:
         assert words in ran.refused()
     else:
-        assert ran.code == 0 and (desk.folder / out).is_file()
-    assert (desk.folder / "mine.html").read_text() == "mine"
+        assert ran.code == 0 and (work.folder / out).is_file()
+    assert (work.folder / "mine.html").read_text() == "mine"
 
 
-def test_inspect_html_and_sources_do_not_go_together(desk, loras):
-    assert "leave one of the two out" in desk.zit("inspect", loras[0], "--sources", loras[1], "--html", "x.html").refused()
+def test_inspect_html_and_sources_do_not_go_together(work, loras):
+    assert "leave one of the two out" in work.zit("inspect", loras[0], "--sources", loras[1], "--html", "x.html").refused()
 
 
-def test_the_policy_names_the_script_and_the_style_that_are_there(desk, loras):
-    desk.zit("run", desk.job(BOTH)).ok()
-    html = (desk.out / "merged_cat.html").read_text(encoding="utf-8")
+def test_the_policy_names_the_script_and_the_style_that_are_there(work, loras):
+    work.zit("run", work.job(BOTH)).ok()
+    html = (work.out / "merged_cat.html").read_text(encoding="utf-8")
     script, style = (re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL) for tag in ("script", "style"))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1].replace("&#x27;", "'")
     for inline in script + style:
@@ -245,13 +245,13 @@ def test_the_policy_names_the_script_and_the_style_that_are_there(desk, loras):
     assert len(script) == len(style) == 1 and "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def many(desk: Desk, count: int) -> list[LoraFile]:
-    desk.lora("one.safetensors")
-    return [load_lora(desk.folder / "one.safetensors")] * count
+def many(work: Workspace, count: int) -> list[LoraFile]:
+    work.lora("one.safetensors")
+    return [load_lora(work.folder / "one.safetensors")] * count
 
 
-def test_a_page_stays_under_its_size_whatever_it_is_given(desk):
-    loras = many(desk, 3)
+def test_a_page_stays_under_its_size_whatever_it_is_given(work):
+    loras = many(work, 3)
     step = files_facts(loras)
     noise = noisy(1, 96)
     page = Page("x" * 10_000)
@@ -271,8 +271,8 @@ def test_a_page_stays_under_its_size_whatever_it_is_given(desk):
         assert all(gallery["left_out"] == (gallery["pictures"] == []) for gallery in step["galleries"])
 
 
-def test_large_steps_sections_and_words_stay_under_the_size_too(desk):
-    loras = many(desk, 49)
+def test_large_steps_sections_and_words_stay_under_the_size_too(work):
+    loras = many(work, 49)
     step = files_facts(loras)
     wordy = [
         {**i, "triggers": ["\U0001f600" * 500] * 12, "weights": {**i["weights"], "overrides": [[m, 0.5] for m in range(276)]}}
@@ -293,24 +293,24 @@ def test_large_steps_sections_and_words_stay_under_the_size_too(desk):
         assert json.loads(block)["sections"][0]["steps"]
 
 
-def test_host_keys_that_are_no_json_stop_nothing(desk, loras):
-    text = desk.zit(
-        "run", desk.job(BOTH, train={"lr": float("inf"), "wd": float("nan"), "seed": 10**30}, model={"day": "2026-01-01"})
+def test_host_keys_that_are_no_json_stop_nothing(work, loras):
+    text = work.zit(
+        "run", work.job(BOTH, train={"lr": float("inf"), "wd": float("nan"), "seed": 10**30}, model={"day": "2026-01-01"})
     ).ok()
     assert "page to look at:" in text
-    raw = facts(desk.out / "merged_cat.html")["sections"][0]["raw"]
+    raw = facts(work.out / "merged_cat.html")["sections"][0]["raw"]
     assert raw["train"] == {"lr": "inf", "wd": "nan", "seed": str(10**30)}
 
 
-def test_a_folder_that_only_the_command_line_named_is_in_the_section(desk, loras):
-    section = desk.section(BOTH)
+def test_a_folder_that_only_the_command_line_named_is_in_the_section(work, loras):
+    section = work.section(BOTH)
     del section["output_dir"]
-    desk.zit("run", desk.config(section), "--output-dir", desk.folder / "here").ok()
-    assert facts(desk.folder / "here" / "merged_cat.html")["sections"][0]["raw"]["output_dir"] == str(desk.folder / "here")
+    work.zit("run", work.config(section), "--output-dir", work.folder / "here").ok()
+    assert facts(work.folder / "here" / "merged_cat.html")["sections"][0]["raw"]["output_dir"] == str(work.folder / "here")
 
 
-def test_thousands_of_inputs_are_listed_as_far_as_there_is_room(desk):
-    loras = many(desk, 70)
+def test_thousands_of_inputs_are_listed_as_far_as_there_is_room(work):
+    loras = many(work, 70)
     step = files_facts(loras)
     assert step["details"]["cosines"] is None and step["details"]["pairs"] == []
     page = Page("x")
@@ -319,10 +319,10 @@ def test_thousands_of_inputs_are_listed_as_far_as_there_is_room(desk):
     assert len(page.html().encode()) < LIMIT
 
 
-def test_the_result_of_a_run_is_the_file(desk, loras):
-    desk.zit("run", desk.job(BOTH, save={"dtype": "fp32"})).ok()
-    (step,) = steps(desk.out / "merged_cat.html")
-    deltas = read_deltas(desk.out / "merged_cat_soft.safetensors")
+def test_the_result_of_a_run_is_the_file(work, loras):
+    work.zit("run", work.job(BOTH, save={"dtype": "fp32"})).ok()
+    (step,) = steps(work.out / "merged_cat.html")
+    deltas = read_deltas(work.out / "merged_cat_soft.safetensors")
     found = {m: e for m, e in zip(MODULES, step["details"]["result"], strict=True) if e is not None}
     assert found == pytest.approx({m: float(d.square().sum()) for m, d in deltas.items()}, rel=1e-4)
     assert step["judgement"].startswith("right: ") and [i["got"] for i in step["inputs"]] == pytest.approx([0.9, 0.6], rel=1e-4)

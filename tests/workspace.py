@@ -109,7 +109,7 @@ class Ran:
         return self.err.removeprefix("zit_merge: ").strip()
 
 
-class Desk:
+class Workspace:
     """A folder to work in, with makers of its files. Attributes: `folder`, the working directory; `out`, where jobs write."""
 
     def __init__(self, folder: Path, read: Callable[[], tuple[str, str]]):
