@@ -13,7 +13,7 @@ from .files.hub import HUB_PREFIX
 from .formats.reader import LoraFile
 from .merging.runner import pick_device, run_plans
 from .planning.plan import StepPlan, plan_section
-from .planning.sources import Site, user_path
+from .planning.sources import RunContext, user_path
 
 Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
 
@@ -38,7 +38,7 @@ class Merge:
         if path.suffix != ".safetensors":
             raise ZitMergeError(f"{path}: the output is a .safetensors file: give it that ending")
         section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
-        site = Site(job="merge", place="", output_dir=path.parent, file=path, may_download=may_download)
+        site = RunContext(job="merge", place="", output_dir=path.parent, file=path, may_download=may_download)
         return plan_section(section, site)[0]
 
     def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:

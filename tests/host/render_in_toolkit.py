@@ -17,11 +17,11 @@ from extensions_built_in.zit_merge.algebra.delta import Kron
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.host.render import Renderer
-from extensions_built_in.zit_merge.preview.settings import Scene, Shot
+from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 model, out, *loras, _ = [*sys.argv[1:5], ""]
 settings = {"name_or_path": model, "arch": "zimage:turbo", "quantize": "quantize" in sys.argv, "qtype": "float8"}
-shot = Shot("a photo of a cat", seed=3, width=64, height=64, steps=2)
+shot = ImageSpec("a photo of a cat", seed=3, width=64, height=64, steps=2)
 
 
 def deltas(path, strength=1.0):
@@ -45,12 +45,12 @@ def plain(weight):
 
 
 pictures = {}
-with Renderer(Scene(settings, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
+with Renderer(RenderSettings(settings, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
     transformer = renderer._model.unet
     before = {name: plain(p) for name, p in transformer.named_parameters()}
 
     def look(name, changes, shot=shot):
-        renderer.wear(changes)
+        renderer.set_adapter(changes)
         pictures[name] = numpy.asarray(renderer.render(shot))
 
     look("base", ())
@@ -59,9 +59,9 @@ with Renderer(Scene(settings, "bf16", {}, None, "process[0].model", "cpu")) as r
     look("A again", deltas(loras[0]))
     look("A at 0", deltas(loras[0], 0.0))
     look("A at 0.5", deltas(loras[0], 0.5))
-    look("another seed", (), Shot("a photo of a cat", seed=4, width=64, height=64, steps=2))
-    look("wide", (), Shot("a photo of a cat", seed=3, width=96, height=64, steps=2))
-    look("options are text", (), Shot("a photo of a cat --w 512", seed=3, width=64, height=64, steps=2))
+    look("another seed", (), ImageSpec("a photo of a cat", seed=4, width=64, height=64, steps=2))
+    look("wide", (), ImageSpec("a photo of a cat", seed=3, width=96, height=64, steps=2))
+    look("options are text", (), ImageSpec("a photo of a cat --w 512", seed=3, width=64, height=64, steps=2))
     shapes = {m: d.shape for m, d in deltas(loras[0])}
     krons = {m: kron(shape) for m, shape in shapes.items() if not (shape[0] % 4 or shape[1] % 4)}
     look("LoKr", krons.items())

@@ -15,7 +15,7 @@ from extensions_built_in.zit_merge.cli import main as cli
 from extensions_built_in.zit_merge.config.job import Job
 from extensions_built_in.zit_merge.config.schema import parse_section
 from extensions_built_in.zit_merge.formats.writer import part_path
-from extensions_built_in.zit_merge.planning.sources import make_site
+from extensions_built_in.zit_merge.planning.sources import make_context
 
 REPO = Path(__file__).parents[2]
 
@@ -114,7 +114,7 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     own.touch()
     section = parse_section({"type": "zit_merge", "steps": [{"name": "soft", "loras": [{"lora": "trained", "ratio": 1}]}]})
     processes = [{"type": "diffusion_trainer", "training_folder": str(tmp_path), "network": {"type": "lora"}}, {}]
-    site = make_site(Job(name, processes, tmp_path), 1, section)
+    site = make_context(Job(name, processes, tmp_path), 1, section)
     ours = site.output(section.steps[0]), part_path(site.output(section.steps[0]))
     for path in ours:
         path.touch()

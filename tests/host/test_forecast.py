@@ -11,7 +11,7 @@ from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config.job import Job
 from extensions_built_in.zit_merge.config.schema import parse_section
 from extensions_built_in.zit_merge.planning.plan import plan_section
-from extensions_built_in.zit_merge.planning.sources import make_site
+from extensions_built_in.zit_merge.planning.sources import make_context
 
 RANK = 16
 # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x rank x 2 bytes
@@ -26,7 +26,7 @@ def forecast(work, *steps):
     raw = work.section(*steps, shapes="strict")
     processes = [work.training(network={"type": "lora", "linear": RANK, "linear_alpha": RANK}), raw]
     section = parse_section(raw, "process[1]")
-    return plan_section(section, make_site(Job("cat", processes, work.folder), 1, section), before_training=True)
+    return plan_section(section, make_context(Job("cat", processes, work.folder), 1, section), before_training=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge.host.render import _cure
 from extensions_built_in.zit_merge.host.status import PictureWatch, Status
-from extensions_built_in.zit_merge.preview.settings import Scene, Shot
+from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 pytestmark = pytest.mark.toolkit
 
@@ -262,15 +262,15 @@ OUT_OF_MEMORY = """
 import gc, resource, sys, torch
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.host.render import Renderer
-from extensions_built_in.zit_merge.preview.scene import Scene, Shot
+from extensions_built_in.zit_merge.preview.scene import RenderSettings, ImageSpec
 model = {"name_or_path": "~/model", "arch": "zimage:turbo"}
-with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
-    small = Shot("a cat", width=64, height=64, steps=1)
+with Renderer(RenderSettings(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
+    small = ImageSpec("a cat", width=64, height=64, steps=1)
     renderer.render(small)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
     try:
-        renderer.render(Shot("a cat", width=1024, height=1024, steps=1))
+        renderer.render(ImageSpec("a cat", width=1024, height=1024, steps=1))
     except ZitMergeError as e:
         print("TOLD", e)
     renderer.render(small)
@@ -278,13 +278,13 @@ with Renderer(Scene(model, "bf16", {}, None, "process[0].model", "cpu")) as rend
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 for path in sys.argv[1:]:
     try:
-        Renderer(Scene(model | {"name_or_path": path}, "bf16", {}, None, "process[0].model", "cpu"))
+        Renderer(RenderSettings(model | {"name_or_path": path}, "bf16", {}, None, "process[0].model", "cpu"))
     except ZitMergeError as e:
         print("BROKEN", e, torch.get_default_dtype())
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), -1))
 try:
-    Renderer(Scene(model, "fp32", {}, None, "process[0].model", "cpu"))
+    Renderer(RenderSettings(model, "fp32", {}, None, "process[0].model", "cpu"))
 except ZitMergeError as e:
     print("NO ROOM", e)
 kinds = ("ZImageTransformer2DModel", "Qwen3ForCausalLM", "AutoencoderKL", "ZImageModel")
@@ -326,8 +326,8 @@ def test_trouble_with_the_model_is_a_sentence_and_memory_is_given_back(toolkit, 
 
 
 def test_a_smaller_size_is_one_that_can_be_rendered():
-    scene = Scene({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
-    assert _cure(scene, Shot("a", width=1040, height=112)) == "set size: [512, 64] in preview"
+    scene = RenderSettings({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
+    assert _cure(scene, ImageSpec("a", width=1040, height=112)) == "set size: [512, 64] in preview"
 
 
 class Told(Status):
@@ -370,8 +370,8 @@ def test_a_stop_while_the_model_is_loaded(loses):
 LAUNCHED = """
 import os, torch
 from torch.distributed import distributed_c10d
-from extensions_built_in.zit_merge.host.team import Launch
-team = Launch()
+from extensions_built_in.zit_merge.host.team import AccelerateWorkers
+team = AccelerateWorkers()
 mine = team.mine(["a", "b"])
 found = team.gather(mine)
 patience = distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout

@@ -19,10 +19,10 @@ from extensions_built_in.zit_merge.formats.reader import tensor_hash
 from extensions_built_in.zit_merge.merging.runner import Done, run_plans
 from extensions_built_in.zit_merge.planning.job import Planned, plan_job
 from extensions_built_in.zit_merge.planning.plan import StepPlan
-from extensions_built_in.zit_merge.planning.sources import Site, make_site
-from extensions_built_in.zit_merge.preview.grids import Exhibition, exhibition_of
-from extensions_built_in.zit_merge.preview.settings import Scene, Shot
-from extensions_built_in.zit_merge.preview.variants import Look, digest
+from extensions_built_in.zit_merge.planning.sources import RunContext, make_context
+from extensions_built_in.zit_merge.preview.grids import PreviewPlan, preview_plan
+from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
+from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest
 from extensions_built_in.zit_merge.preview.variants import ReadContext as Reading
 
 CPU = torch.device("cpu")
@@ -37,11 +37,11 @@ def step(*loras: Mapping[str, Any], name: str = "soft", **keys: Any) -> dict[str
     return {"name": name, "loras": [dict(lora) for lora in loras or (ME,)], "save": {"dtype": "fp32"}} | keys
 
 
-def settled(work: Workspace, *processes: Mapping[str, Any], job: str = "cat", **how: Any) -> tuple[Section, Site]:
+def settled(work: Workspace, *processes: Mapping[str, Any], job: str = "cat", **how: Any) -> tuple[Section, RunContext]:
     """The last section of a job, and where it runs."""
     whole = load_job(work.config(*processes, job=job))
     index, section = whole.sections()[-1]
-    return section, make_site(whole, index, section, **how)
+    return section, make_context(whole, index, section, **how)
 
 
 def planned(work: Workspace, *steps: Mapping[str, Any], job: str = "cat", **keys: Any) -> Planned:
@@ -51,10 +51,10 @@ def planned(work: Workspace, *steps: Mapping[str, Any], job: str = "cat", **keys
     return found
 
 
-def exhibited(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> Exhibition:
+def exhibited(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> PreviewPlan:
     """Which pictures a job of one section asks for."""
     found = planned(work, *steps, **keys)
-    return exhibition_of(found.section, found.site, found.plans)
+    return preview_plan(found.section, found.site, found.plans)
 
 
 def run(found: Planned) -> list[Done]:
@@ -69,7 +69,7 @@ def reading(plans: Iterable[StepPlan]) -> Reading:
         return Reading({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
 
 
-def name_of(look: Look) -> str:
+def name_of(look: AdapterVariant) -> str:
     """The digest of a look's record."""
     return digest(look.record({path: tensor_hash(path) for path in look.files()}))
 
@@ -95,9 +95,9 @@ class Painter:
         closed: Whether it was let go.
     """
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: RenderSettings):
         self.scene, self.worn, self.closed = scene, 0, False
-        self.painted: list[tuple[str, Shot]] = []
+        self.painted: list[tuple[str, ImageSpec]] = []
         self._look = ""
 
     def __enter__(self) -> Painter:
@@ -106,7 +106,7 @@ class Painter:
     def __exit__(self, *exc: object) -> None:
         self.closed = True
 
-    def wear(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+    def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Remembers the LoRA by its bits."""
         self.worn += 1
         found = hashlib.sha256()
@@ -116,7 +116,7 @@ class Painter:
                 found.update(module.encode() + factors.up.float().numpy().tobytes() + factors.down.float().numpy().tobytes())
         self._look = found.hexdigest()
 
-    def render(self, shot: Shot) -> Image.Image:
+    def render(self, shot: ImageSpec) -> Image.Image:
         """Four quarters in colours of their own, so that a picture upside down is another one."""
         self.painted.append((self._look, shot))
         colours = hashlib.sha256(f"{self._look} {shot}".encode()).digest()
@@ -131,12 +131,12 @@ class Easel:
         self._painter = painter
         self.loaded: list[Painter] = []
 
-    def __call__(self, scene: Scene) -> Painter:
+    def __call__(self, scene: RenderSettings) -> Painter:
         self.loaded.append(self._painter(scene))
         return self.loaded[-1]
 
     @property
-    def painted(self) -> Sequence[tuple[str, Shot]]:
+    def painted(self) -> Sequence[tuple[str, ImageSpec]]:
         """What all of them painted."""
         return [picture for painter in self.loaded for picture in painter.painted]
 

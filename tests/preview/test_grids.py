@@ -9,13 +9,13 @@ from preview.staging import ME, MODEL, STYLE, exhibited, planned, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.grids import Exhibition, _distinct, asks_for_pictures, exhibition_of, shots_text
-from extensions_built_in.zit_merge.preview.settings import Shot
+from extensions_built_in.zit_merge.preview.grids import PreviewPlan, _distinct, asks_for_pictures, preview_plan, specs_text
+from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
 ONE, BOTH = {"prompts": ["a cat"]}, (ME, STYLE)
 
 
-def looks(exhibition: Exhibition) -> list[tuple[str, list[str]]]:
+def looks(exhibition: PreviewPlan) -> list[tuple[str, list[str]]]:
     return [(e.kind, e.labels) for e in exhibition.exhibits]
 
 
@@ -139,13 +139,13 @@ def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, 
     found = exhibited(work, step(ME, **keys, **own), preview=asked, sample=sample)
     assert {e.kind for e in found.exhibits} == {"sweep", "ablate"} | ({"preview"} if not own else set())
     for exhibit in found.exhibits:
-        assert exhibit.shots == (Shot("x", 3, 64, 64), Shot("x", 4, 64, 64))
+        assert exhibit.shots == (ImageSpec("x", 3, 64, 64), ImageSpec("x", 4, 64, 64))
 
 
 def test_an_ablation_may_have_prompts_of_its_own(work, pair):
     own = {"by": "layers", "groups": 1, "prompts": ["y"]}
     preview, ablation = exhibited(work, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).exhibits
-    assert preview.shots == (Shot("x", 5, 64, 64),) and ablation.shots == (Shot("y", 5, 64, 64),)
+    assert preview.shots == (ImageSpec("x", 5, 64, 64),) and ablation.shots == (ImageSpec("y", 5, 64, 64),)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_steps_that_ask_for_none(work, pair):
     with pytest.raises(
         ZitMergeError, match=r"^process\[0\]\.steps\[0\]: asks for no pictures: write preview: true, sweep or abl"
     ):
-        exhibition_of(found.section, found.site, found.plans)
+        preview_plan(found.section, found.site, found.plans)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, pair, tmp_
 
 
 def test_settings_in_words():
-    assert shots_text([Shot("a")]) == "1024 x 1024 pixels, 9 steps, guidance 1, seed 42"
-    shots = [Shot("a", 1, 64, 128, 4, 2.5), Shot("b", 2, 64, 64, 4, 1.0), Shot("c", 1, 64, 64, 8, 1.0)]
-    assert shots_text(shots) == "64 x 128, 64 x 64 pixels, 4, 8 steps, guidance 2.5, 1, seed 1, 2"
+    assert specs_text([ImageSpec("a")]) == "1024 x 1024 pixels, 9 steps, guidance 1, seed 42"
+    shots = [ImageSpec("a", 1, 64, 128, 4, 2.5), ImageSpec("b", 2, 64, 64, 4, 1.0), ImageSpec("c", 1, 64, 64, 8, 1.0)]
+    assert specs_text(shots) == "64 x 128, 64 x 64 pixels, 4, 8 steps, guidance 2.5, 1, seed 1, 2"
 
 
 @pytest.mark.parametrize(
@@ -301,4 +301,4 @@ def test_before_a_training_the_pictures_are_counted(work, pair):
 
 
 def test_one_step_is_one():
-    assert shots_text([Shot("x", 3, 64, 64, 1)]) == "64 x 64 pixels, 1 step, guidance 1, seed 3"
+    assert specs_text([ImageSpec("x", 3, 64, 64, 1)]) == "64 x 64 pixels, 1 step, guidance 1, seed 3"

@@ -18,8 +18,8 @@ from preview.staging import MODEL, names, plain, planned, settled, step
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.writer import open_exclusively, part_path
-from extensions_built_in.zit_merge.preview.grids import exhibition_of
-from extensions_built_in.zit_merge.preview.image_store import Gallery, gallery_of
+from extensions_built_in.zit_merge.preview.grids import preview_plan
+from extensions_built_in.zit_merge.preview.image_store import ImageStore, image_store
 
 COLOURS = ["red", "green", "blue", "yellow", "white", "gray", "black"]
 
@@ -39,11 +39,11 @@ def put(path: Path) -> None:
     plain("gray").save(path)
 
 
-def gallery(home: Path, row: int = 3, step_number: int = 3000) -> Gallery:
-    return Gallery(home / "merged_cat_previews", home / "samples", step_number, row, "cat")
+def gallery(home: Path, row: int = 3, step_number: int = 3000) -> ImageStore:
+    return ImageStore(home / "merged_cat_previews", home / "samples", step_number, row, "cat")
 
 
-def hang(found: Gallery, *colours: str, size: tuple[int, int] = (64, 64)) -> list[str]:
+def write_grid(found: ImageStore, *colours: str, size: tuple[int, int] = (64, 64)) -> list[str]:
     """Keeps pictures of these colours and shows them. Returns the names of the new samples, by name."""
     for colour in colours:
         found.save(colour, plain(colour, size), {"colour": colour})
@@ -124,7 +124,7 @@ def test_a_picture_that_is_gone_when_it_is_looked_at(home):
 
 def test_samples_have_names_that_the_viewer_splits_in_the_order_in_which_they_are_shown(home):
     before = names(home / "samples")
-    shown = hang(gallery(home), *COLOURS[:6])
+    shown = write_grid(gallery(home), *COLOURS[:6])
     assert [viewer(name) for name in shown] == [(3000, n % 3) for n in range(6)]
     after = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
     assert after == before + shown, "ours come last"
@@ -148,7 +148,7 @@ def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(h
 @pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
-    shown = hang(gallery(home, row), *COLOURS[:count], size=(96, 64))
+    shown = write_grid(gallery(home, row), *COLOURS[:count], size=(96, 64))
     assert len(shown) % row == 0 and len(shown) - count < row
     assert [viewer(name)[1] for name in shown] == [n % row for n in range(len(shown))]
     assert colours(home / "samples", shown[:count]) == COLOURS[:count]
@@ -161,47 +161,47 @@ def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
 
 def test_what_is_there_is_not_shown_again(home):
     found = gallery(home)
-    first = hang(found, "red", "green")
-    assert hang(found, "red", "green") == [] and hang(gallery(home), "green") == []
-    more = hang(found, "red", "blue", "green")
+    first = write_grid(found, "red", "green")
+    assert write_grid(found, "red", "green") == [] and write_grid(gallery(home), "green") == []
+    more = write_grid(found, "red", "blue", "green")
     assert len(more) == 3 and colours(home / "samples", more[:1]) == ["blue"]
     assert max(first) < min(more)
 
 
 def test_another_training_step_is_another_row_but_no_other_picture(home):
-    hang(gallery(home), "red")
-    assert hang(gallery(home, step_number=6000), "red") == []
-    assert {viewer(name)[0] for name in hang(gallery(home, step_number=6000), "green")} == {6000}
+    write_grid(gallery(home), "red")
+    assert write_grid(gallery(home, step_number=6000), "red") == []
+    assert {viewer(name)[0] for name in write_grid(gallery(home, step_number=6000), "green")} == {6000}
 
 
 def test_a_sample_that_was_deleted_comes_back_to_its_place(home):
     found = gallery(home)
-    shown = hang(found, *COLOURS[:6])
+    shown = write_grid(found, *COLOURS[:6])
     before = names(home / "samples")
     for name in (shown[1], shown[2], shown[5]):
         (home / "samples" / name).unlink()
-    assert hang(found, *COLOURS[:6]) == [shown[1], shown[2], shown[5]]
+    assert write_grid(found, *COLOURS[:6]) == [shown[1], shown[2], shown[5]]
     assert names(home / "samples") == before and colours(home / "samples", shown) == COLOURS[:6]
 
 
 def test_samples_that_were_deleted_in_whole_rows_come_last_again(home):
     found = gallery(home)
-    shown = hang(found, *COLOURS[:6])
+    shown = write_grid(found, *COLOURS[:6])
     for name in shown[:3]:
         (home / "samples" / name).unlink()
     put(home / "samples" / f"{int(time.time() * 1000) + 5000}__000006000_0.jpg")
-    again = hang(found, *COLOURS[:6])
+    again = write_grid(found, *COLOURS[:6])
     assert colours(home / "samples", again) == COLOURS[:3] and min(again) > max(set(names(home / "samples")) - set(again))
     for name in names(home / "samples")[1:]:
         (home / "samples" / name).unlink()
-    assert len(hang(found, *COLOURS[:6])) == 6
+    assert len(write_grid(found, *COLOURS[:6])) == 6
 
 
 def test_an_interrupted_hanging_is_made_good(home, monkeypatch):
     found = gallery(home)
     for colour in COLOURS[:5]:
         found.save(colour, plain(colour), {})
-    write, count = Gallery._sample, [0]
+    write, count = ImageStore._sample, [0]
 
     def killed(self, name, content):
         count[0] += 1
@@ -209,7 +209,7 @@ def test_an_interrupted_hanging_is_made_good(home, monkeypatch):
             raise KeyboardInterrupt
         return write(self, name, content)
 
-    monkeypatch.setattr(Gallery, "_sample", killed)
+    monkeypatch.setattr(ImageStore, "_sample", killed)
     with pytest.raises(KeyboardInterrupt):
         found.show(COLOURS[:5], COLOURS[:5])
     monkeypatch.undo()
@@ -222,8 +222,8 @@ def test_an_interrupted_hanging_is_made_good(home, monkeypatch):
 def test_names_never_collide_nor_go_back_in_time(home, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1763563000.0)  # a clock that stands still, and was put back
     found = gallery(home)
-    first = hang(found, *COLOURS[:3])
-    second = hang(found, *COLOURS[3:6])
+    first = write_grid(found, *COLOURS[:3])
+    second = write_grid(found, *COLOURS[3:6])
     every = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
     assert every[-6:] == first + second and len(set(every)) == 12
 
@@ -234,7 +234,7 @@ def test_other_files_among_the_samples_mean_nothing(home, name):
         (home / "samples" / "9999999999999__").mkdir(parents=True)
     else:
         (home / "samples" / name).write_text("x")
-    (first, *_) = hang(gallery(home), "red")
+    (first, *_) = write_grid(gallery(home), "red")
     assert re.match(r"\d{13}__000003000_0\.png$", first)
 
 
@@ -243,12 +243,12 @@ def test_a_broken_record_of_samples_is_as_none(home, content):
     found = gallery(home)
     found.folder.mkdir(parents=True)
     (found.folder / "samples.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    assert len(hang(found, "red")) == 3
+    assert len(write_grid(found, "red")) == 3
 
 
 def test_a_run_that_is_no_jobs_shows_nothing(tmp_path):
-    found = Gallery(tmp_path / "merged_x_previews", None, 0, 3, "x")
-    assert hang(found, "red") == [] and names(tmp_path) == ["merged_x_previews"]
+    found = ImageStore(tmp_path / "merged_x_previews", None, 0, 3, "x")
+    assert write_grid(found, "red") == [] and names(tmp_path) == ["merged_x_previews"]
 
 
 def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
@@ -257,7 +257,7 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     def one():
         try:
             for _ in range(3):
-                hang(gallery(home), *COLOURS[:4])
+                write_grid(gallery(home), *COLOURS[:4])
         except ZitMergeError as e:  # the other one is writing this very file
             troubles.append(e)
 
@@ -267,7 +267,7 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     for thread in threads:
         thread.join()
     assert all("another" in str(e) for e in troubles) and len(troubles) < 3
-    hang(gallery(home), *COLOURS[:4])
+    write_grid(gallery(home), *COLOURS[:4])
     found = gallery(home)
     assert all(found.has(colour) for colour in COLOURS[:4]) and not list(home.rglob("*.part"))
     for path in (home / "samples").glob("*.png"):
@@ -293,34 +293,34 @@ def test_a_folder_that_cant_be_written(home, blocked):
 def test_samples_that_cant_be_written(tmp_path):
     (tmp_path / "samples").write_text("a file")
     with pytest.raises(ZitMergeError, match="can't be written"):
-        hang(gallery(tmp_path), "red")
+        write_grid(gallery(tmp_path), "red")
 
 
 # --- where they lie ------------------------------------------------------------------------------------------------------------
 
 
-def of_job(work, job: str = "cat", *, trained: bool = True, section: dict | None = None, **how: Any) -> Gallery:
+def of_job(work, job: str = "cat", *, trained: bool = True, section: dict | None = None, **how: Any) -> ImageStore:
     processes = [work.training()] if trained else []
     _, site = settled(work, *processes, work.section(step(), **section or {}), job=job, **how)
-    return gallery_of(site, 4)
+    return image_store(site, 4)
 
 
 def test_in_the_folder_of_the_job(work):
     found = of_job(work)
     home = work.folder / "output" / "cat"
-    assert found == Gallery(home / "merged_cat_previews", home / "samples", 3000, 4, "cat")
+    assert found == ImageStore(home / "merged_cat_previews", home / "samples", 3000, 4, "cat")
 
 
 def test_of_a_job_without_a_training(work):
     own = {"training_folder": str(work.folder / "output")}
     home = work.folder / "output" / "cat"
-    assert of_job(work, trained=False, section=own) == Gallery(home / "merged_cat_previews", home / "samples", 0, 4, "cat")
-    assert of_job(work, trained=False) == Gallery(work.out / "merged_cat_previews", None, 0, 4, "cat")
+    assert of_job(work, trained=False, section=own) == ImageStore(home / "merged_cat_previews", home / "samples", 0, 4, "cat")
+    assert of_job(work, trained=False) == ImageStore(work.out / "merged_cat_previews", None, 0, 4, "cat")
 
 
 def test_in_a_folder_that_the_command_line_names(work):
     other = work.folder / "other"
-    assert of_job(work, output_dir=str(other)) == Gallery(other / "merged_cat_previews", None, 3000, 4, "cat")
+    assert of_job(work, output_dir=str(other)) == ImageStore(other / "merged_cat_previews", None, 3000, 4, "cat")
 
 
 NAMES = [
@@ -346,7 +346,7 @@ def test_whatever_a_job_is_called_the_toolkit_takes_nothing_of_ours_for_a_checkp
     """Its globs are tried on the real files, whether the LoRAs lie beside the pictures or elsewhere."""
     section = {} if own else {"output_dir": None}
     found = of_job(work, job, section=section)
-    hang(found, "red")
+    write_grid(found, "red")
     home = found.samples.parent
     for pattern in (f"{job}*.safetensors", f"{job}*.pt", f"{job}*", f"{job}_*", f"CRITIC_{job}_*"):
         claimed = glob.glob(str(glob.escape(str(home))) + f"/{pattern}")  # the name unescaped, as the toolkit does it
@@ -371,4 +371,4 @@ def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(work
     )
     section, site = settled(work, work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
     with pytest.raises(ZitMergeError, match="without wildcards"):
-        exhibition_of(section, site, planned(work, step()).plans)
+        preview_plan(section, site, planned(work, step()).plans)

@@ -15,10 +15,10 @@ from preview.staging import CPU, ME, MODEL, STYLE, Easel, Painter, names, plain,
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.grids import Exhibition, Picture, exhibition_of
-from extensions_built_in.zit_merge.preview.image_store import Gallery, gallery_of
+from extensions_built_in.zit_merge.preview.grids import Picture, PreviewPlan, preview_plan
+from extensions_built_in.zit_merge.preview.image_store import ImageStore, image_store
 from extensions_built_in.zit_merge.preview.metrics import pixels, tensor_of
-from extensions_built_in.zit_merge.preview.runner import Studio, Team
+from extensions_built_in.zit_merge.preview.runner import PreviewRunner, Workers
 from extensions_built_in.zit_merge.preview.show import show
 from extensions_built_in.zit_merge.report.page.run import RunPage, run_page
 
@@ -27,31 +27,31 @@ BOTH = (ME, STYLE)
 SMALL = {"prompts": ["a cat", "a dog"], "size": 64}
 
 
-def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **keys: Any) -> Exhibition:
+def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **keys: Any) -> PreviewPlan:
     """What a job of one section shows; in a job's own folder unless `home` says otherwise."""
     own = {"training_folder": str(work.folder / "output"), "output_dir": None} if home else {}
     found = planned(work, *steps, job=job, **{"sample": SAMPLES} | own | keys)
-    return exhibition_of(found.section, found.site, found.plans)
+    return preview_plan(found.section, found.site, found.plans)
 
 
-def rendered(exhibition: Exhibition, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
+def rendered(exhibition: PreviewPlan, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
     """Shows an exhibition. Returns what was told."""
     return list(show(exhibition, CPU, load or Easel(), page, **{"tick": lambda *told: None} | how))
 
 
-def gallery(exhibition: Exhibition) -> Gallery:
-    return gallery_of(exhibition.site, exhibition.scene.row)
+def gallery(exhibition: PreviewPlan) -> ImageStore:
+    return image_store(exhibition.site, exhibition.scene.row)
 
 
-def pictures(exhibition: Exhibition) -> list[str]:
+def pictures(exhibition: PreviewPlan) -> list[str]:
     return names(gallery(exhibition).folder / "pictures")
 
 
-def facts(exhibition: Exhibition, name: str) -> dict[str, Any]:
+def facts(exhibition: PreviewPlan, name: str) -> dict[str, Any]:
     return json.loads((gallery(exhibition).folder / f"{name}.json").read_text())
 
 
-def everything(exhibition: Exhibition) -> dict[str, bytes]:
+def everything(exhibition: PreviewPlan) -> dict[str, bytes]:
     """Every file in our folder, but for the times in the names of samples, and where the folder is."""
     folder = gallery(exhibition).folder
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "samples.json"}
@@ -59,7 +59,7 @@ def everything(exhibition: Exhibition) -> dict[str, bytes]:
     return {name: content if name.endswith(".png") else content.replace(home, b"HOME") for name, content in found.items()}
 
 
-def samples(exhibition: Exhibition) -> list[Path]:
+def samples(exhibition: PreviewPlan) -> list[Path]:
     return sorted(gallery(exhibition).samples.glob("*.png"))
 
 
@@ -76,7 +76,7 @@ def test_pictures_are_those_of_the_base_the_inputs_and_the_result(work, pair):
     files = [None, work.folder / "me.safetensors", work.folder / "style.safetensors", done[0].path]
     for look, file in zip(found["looks"], files, strict=True):
         painter = Painter(exhibition.scene)
-        painter.wear(_file(file) if file else ())
+        painter.set_adapter(_file(file) if file else ())
         for shot, name in zip(shots, look["pictures"], strict=True):
             ours = Image.open(gallery(exhibition).folder / name)
             assert ours.tobytes() == painter.render(shot).tobytes(), (look["label"], shot)
@@ -252,7 +252,7 @@ def test_passes_over_modules_can_be_stopped(work, pair):
 # --- several processes ---------------------------------------------------------------------------------------------------------
 
 
-class Pair(Team):
+class Pair(Workers):
     """One of two threads that share the work as accelerate's processes do."""
 
     def __init__(self, rank: int, meeting: threading.Barrier, table: list[Sequence[str]], count: int = 2):
@@ -464,7 +464,7 @@ def test_inputs_of_one_name(work, loras):
 # --- the page ------------------------------------------------------------------------------------------------------------------
 
 
-def begun(exhibition: Exhibition) -> RunPage:
+def begun(exhibition: PreviewPlan) -> RunPage:
     page = run_page(exhibition.site, [])
     page.begin(exhibition.site, {"type": "zit_merge", "steps": []}, 0)
     return page
@@ -516,7 +516,7 @@ def test_the_page_of_two_processes_is_that_of_one(work, pair):
 
 def test_a_studio_asks_the_gallery_before_it_renders(work, pair):
     exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
-    with Studio(exhibition, gallery(exhibition), CPU, easel, lambda *told: None) as studio:
+    with PreviewRunner(exhibition, gallery(exhibition), CPU, easel, lambda *told: None) as studio:
         every = exhibition.pictures()
         assert studio.missing([*every, *every]) == every
         assert studio.render(every[:3]) == 3 and studio.render(every[:3]) == 0

@@ -20,22 +20,22 @@ from preview.staging import MODEL, settled, step
 from extensions_built_in.zit_merge.config.schema import Preview
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview import settings as scenes
-from extensions_built_in.zit_merge.preview.settings import SEED, Scene, Shot, scene_of, shots_of
+from extensions_built_in.zit_merge.preview.settings import SEED, ImageSpec, RenderSettings, settings_of, specs_of
 
 PLACE = "process[1].steps[0].preview"
 
 
-def scene(work, *, section: dict | None = None, **training: Any) -> tuple[Scene, Any]:
+def scene(work, *, section: dict | None = None, **training: Any) -> tuple[RenderSettings, Any]:
     """The scene of a section behind a training, and where it runs."""
     trained = work.training(**{"model": MODEL} | training)
     found, site = settled(work, trained, work.section(step(), **section or {}))
-    return scene_of(found, site), site
+    return settings_of(found, site), site
 
 
-def shots(work, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[Shot]:
+def shots(work, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[ImageSpec]:
     """The shots of a preview behind a training with these samples."""
     found, site = scene(work, section=section, sample=sample, trigger_word=trigger)
-    return list(shots_of(Preview(**asked), found, site, PLACE))
+    return list(specs_of(Preview(**asked), found, site, PLACE))
 
 
 def refused(work, *what: Any, **how: Any) -> str:
@@ -198,8 +198,8 @@ def test_every_option_of_the_toolkit_is_known():
 
 
 def test_what_a_sample_leaves_open_is_as_turbo_wants_it(work):
-    assert shots(work, {"samples": [{"prompt": "a cat"}]}) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
-    assert shots(work, prompts=["a cat"]) == [Shot("a cat", 42, 1024, 1024, 9, 1.0, "")]
+    assert shots(work, {"samples": [{"prompt": "a cat"}]}) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
+    assert shots(work, prompts=["a cat"]) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
 
 
 @pytest.mark.parametrize("sample", [{"seed": -1, "samples": [CAT, CAT | {"seed": -1}]}, {"samples": [{**CAT, "seed": -1}]}])
@@ -264,11 +264,11 @@ def test_every_prompt_with_every_seed(work):
 
 def test_own_prompts_have_the_settings_of_the_first_sample(work):
     assert shots(work, SAMPLE, "ohwx", prompts=["a [trigger] fox", "a [name]"]) == [
-        Shot("a ohwx fox", 7, 512, 256, 9, 1.0, "dark"),
-        Shot("a ohwx", 7, 512, 256, 9, 1.0, "dark"),
+        ImageSpec("a ohwx fox", 7, 512, 256, 9, 1.0, "dark"),
+        ImageSpec("a ohwx", 7, 512, 256, 9, 1.0, "dark"),
     ]
     found = shots(work, {"width": 1000, "seed": 3, "guidance_scale": 2}, prompts=["a fox"])
-    assert found == [Shot("a fox", 3, 992, 1024, 9, 2.0)]
+    assert found == [ImageSpec("a fox", 3, 992, 1024, 9, 2.0)]
 
 
 def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(work):
@@ -426,7 +426,7 @@ def test_a_model_that_is_not_named(work, model):
     message = model_refused(work, model=model)
     assert message.startswith("process[0].model.name_or_path: is missing") and "Tongyi-MAI/Z-Image-Turbo" in message
     with pytest.raises(ZitMergeError, match=r"^process\[0\]\.model\.name_or_path: is missing"):
-        scene_of(*settled(work, work.section(step(), model=model)))
+        settings_of(*settled(work, work.section(step(), model=model)))
 
 
 @pytest.mark.parametrize("arch", ["flux", "qwen_image", "", None, 5, "sdxl:zimage"])
@@ -542,11 +542,11 @@ def test_a_section_alone_has_all_of_its_own(work):
         "train": {"dtype": "fp32"},
     }
     section, site = settled(work, work.section(step(), **own))
-    found = scene_of(section, site)
+    found = settings_of(section, site)
     assert (found.dtype, found.trigger, found.place, found.sampled, found.device) == (
         *("fp32", "ohwx", "process[0].model", "process[0].sample", "cpu"),
     )
-    assert shots_of(Preview(), found, site, PLACE) == (Shot("a ohwx cat", 3),)
+    assert specs_of(Preview(), found, site, PLACE) == (ImageSpec("a ohwx cat", 3),)
 
 
 def test_samples_and_trigger_of_the_section_come_first(work):
@@ -562,7 +562,7 @@ def test_samples_and_trigger_of_the_section_come_first(work):
 )
 def test_the_trigger_of_a_section_alone(work, trigger, prompt):
     section, site = settled(work, work.section(step(), model=MODEL, trigger_word=trigger))
-    assert shots_of(Preview(prompts=["a [trigger] cat"]), scene_of(section, site), site, PLACE)[0].prompt == prompt
+    assert specs_of(Preview(prompts=["a [trigger] cat"]), settings_of(section, site), site, PLACE)[0].prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ def test_a_row_of_the_gallery_is_as_the_ui_counts_it(work, sample, row):
     own = {"sample": {"samples": [CAT] * 7}}
     assert scene(work, sample=sample, section=own)[0].row == row
     section, site = settled(work, work.section(step(), model=MODEL, sample=sample))
-    assert scene_of(section, site).row == row
+    assert settings_of(section, site).row == row
 
 
 # --- what a picture follows from -----------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def test_the_folders_of_a_model_are_no_part_of_its_record_but_its_weights_are(tm
         paths = {
             key: str(tmp_path / folder / part) for key, part in (("name_or_path", "model"), ("extras_name_or_path", "extras"))
         }
-        return Scene(paths | {"arch": "zimage"}, "bf16", {}, None, "model").record()
+        return RenderSettings(paths | {"arch": "zimage"}, "bf16", {}, None, "model").record()
 
     before = record("one")
     assert before == record("two") and str(tmp_path) not in json.dumps(before)

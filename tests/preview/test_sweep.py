@@ -17,7 +17,7 @@ from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.planning.job import plan_job
 from extensions_built_in.zit_merge.planning.plan import StepPlan
 from extensions_built_in.zit_merge.preview import grids as exhibits
-from extensions_built_in.zit_merge.preview.grids import Exhibit, Exhibition
+from extensions_built_in.zit_merge.preview.grids import ImageGrid, PreviewPlan
 from extensions_built_in.zit_merge.preview.outputs import plain_step, section_yaml
 
 PLACE = "process[0].steps[0].sweep"
@@ -27,11 +27,11 @@ BOTH = (ME, STYLE)
 
 def exhibition(
     work: Workspace, *loras: dict, sweep: dict, before: tuple = (), section: dict | None = None, **keys: Any
-) -> Exhibition:
+) -> PreviewPlan:
     return exhibited(work, *before, step(*loras, sweep=sweep, **keys), **{"preview": ONE} | (section or {}))
 
 
-def swept(work: Workspace, *loras: dict, **keys: Any) -> Exhibit:
+def swept(work: Workspace, *loras: dict, **keys: Any) -> ImageGrid:
     """The exhibit of a sweep."""
     (found,) = [e for e in exhibition(work, *loras, **keys).exhibits if e.kind == "sweep"]
     return found
@@ -230,7 +230,7 @@ def test_an_average_over_checkpoints_has_no_strengths(work, pair):
 # --- cells ---------------------------------------------------------------------------------------------------------------------
 
 
-def ratios(exhibit: Exhibit) -> list[tuple[float, float]]:
+def ratios(exhibit: ImageGrid) -> list[tuple[float, float]]:
     """(ratio, strength of to_q over it) of each cell."""
     found = [cell.plan.inputs[0].strengths for cell in exhibit.cells]
     return [(table["layers.3.attention.to_v"], table[Q] / table["layers.3.attention.to_v"]) for table in found]
@@ -298,7 +298,7 @@ def written(path: Path) -> dict[str, Any]:
         return {module: reader.delta(module)[1].map(lambda t: t.clone()) for module in lora}
 
 
-def cell_sections(found: Exhibition) -> list[tuple[Any, str]]:
+def cell_sections(found: PreviewPlan) -> list[tuple[Any, str]]:
     (exhibit,) = [e for e in found.exhibits if e.kind == "sweep"]
     plans = [cell.plan for cell in exhibit.cells]
     assert [look.plan for look in exhibit.looks] == plans

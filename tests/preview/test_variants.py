@@ -15,13 +15,13 @@ from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.merging.runner import Computed, reader_of
 from extensions_built_in.zit_merge.preview.ablation import groups
-from extensions_built_in.zit_merge.preview.variants import Look, OfInput, OfStep, Without, digest
+from extensions_built_in.zit_merge.preview.variants import AdapterVariant, InputVariant, MaskedVariant, StepVariant, digest
 
 PAIR = (ME, STYLE)
 ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
 
 
-def changes(look: Look, *plans) -> dict:
+def changes(look: AdapterVariant, *plans) -> dict:
     """Module -> change of a look."""
     return dict(look.deltas(reading(plans)))
 
@@ -39,9 +39,9 @@ def written(path: Path) -> dict:
 def check(found: Planned, name: str = "soft") -> None:
     """A step's look is its file, bit for bit: computed before there is one, and read when there is."""
     plan = next(p for p in found.plans if p.name == name)
-    computed = changes(OfStep(name, plan), plan)
+    computed = changes(StepVariant(name, plan), plan)
     files = {done.plan.name: written(done.path) for done in run(found) if done.path.exists()}
-    read = changes(OfStep(name, plan), plan)
+    read = changes(StepVariant(name, plan), plan)
     assert list(computed) == list(read) == list(files[name])
     for module, theirs in files[name].items():
         assert same(computed[module], theirs), module
@@ -79,7 +79,7 @@ def test_a_lokr_is_its_file(work, producer, keep_lokr):
 
 def test_inputs_that_change_nothing(work, pair):
     found = planned(work, step(ME | {"ratio": 0.0}))
-    computed = changes(OfStep("soft", found.plans[0]), *found.plans)
+    computed = changes(StepVariant("soft", found.plans[0]), *found.plans)
     (done,) = run(found)
     assert list(computed) == list(written(done.path))
     assert not any(delta.expand().up.any() for delta in computed.values())
@@ -100,7 +100,7 @@ def test_a_step_of_a_step_is_its_file(work, pair, rank, there, keep):
     for d in done if not there else done[1:]:
         d.path.unlink(missing_ok=True)
     plan = found.plans[1]
-    ours = changes(OfStep("both", plan), plan)
+    ours = changes(StepVariant("both", plan), plan)
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
 
 
@@ -114,7 +114,7 @@ def test_a_step_over_one_whose_rank_followed_from_numbers(work, pair, rule, rank
     plan = found.plans[1]
     theirs = written(plan.path)
     plan.path.unlink()
-    ours = changes(OfStep("both", plan), plan)  # over the earlier one's file, where there is one
+    ours = changes(StepVariant("both", plan), plan)  # over the earlier one's file, where there is one
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
@@ -122,7 +122,7 @@ def test_a_file_of_another_recipe_is_not_read(work, pair):
     run(planned(work, step(*PAIR)))
     plan = planned(work, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
     assert plan.path.is_file()
-    ours = changes(OfStep("soft", plan), plan)
+    ours = changes(StepVariant("soft", plan), plan)
     theirs = written(run(planned(work, step(ME | {"ratio": 0.3}, STYLE)))[0].path)
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
@@ -132,7 +132,7 @@ def test_a_file_that_is_broken_is_not_read(work, pair):
     (done,) = run(found)
     theirs = written(done.path)
     done.path.write_bytes(done.path.read_bytes()[:-100])
-    ours = changes(OfStep("soft", found.plans[0]), *found.plans)
+    ours = changes(StepVariant("soft", found.plans[0]), *found.plans)
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
     plan, (done,) = found.plans[0], run(found)
     looked = []
     desk_of = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
-    dict(OfStep("soft", plan).deltas(desk_of))
+    dict(StepVariant("soft", plan).deltas(desk_of))
     with ExitStack() as files:
         assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), TensorReader)
     done.path.unlink()
@@ -162,7 +162,7 @@ def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
     for keys in ({"rank": ENERGY}, {"method": "normalize"}):
         plan = planned(work, step(*PAIR, **keys)).plans[0]
         with pytest.raises(Stop):
-            dict(OfStep("soft", plan).deltas(reading([plan])._replace(watched=watched)))
+            dict(StepVariant("soft", plan).deltas(reading([plan])._replace(watched=watched)))
 
 
 # --- inputs --------------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_an_input_is_its_file_at_strength_1(work, producer):
     producers.save(made, work.folder / "x.safetensors")
     producers.save_sidecars(made, work.folder)
     plan = planned(work, step({"lora": "x.safetensors", "ratio": 0.3, "blocks": {"to_q": 0.0}})).plans[0]
-    found = changes(OfInput("x", plan.inputs[0]), plan)
+    found = changes(InputVariant("x", plan.inputs[0]), plan)
     assert set(found) == set(made.deltas)
     for module, delta in made.deltas.items():
         factors = found[module].expand()
@@ -183,22 +183,22 @@ def test_an_input_is_its_file_at_strength_1(work, producer):
 
 def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
     one, two = (planned(work, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
-    by_key, by_none = (changes(OfInput("x", plan.inputs[0]), plan) for plan in (one, two))
+    by_key, by_none = (changes(InputVariant("x", plan.inputs[0]), plan) for plan in (one, two))
     module = "layers.0.attention.to_q"
     assert same(by_none[module].times(1 / 3), by_key[module]), "its alpha is 1, its rank 3"
-    assert name_of(OfInput("x", one.inputs[0])) != name_of(OfInput("x", two.inputs[0]))
+    assert name_of(InputVariant("x", one.inputs[0])) != name_of(InputVariant("x", two.inputs[0]))
 
 
 def test_an_input_that_is_a_step_is_what_that_makes(work, pair):
     plans = planned(work, step(*PAIR, keep=False), step(SOFT, name="both")).plans
-    look = OfInput("soft", plans[1].inputs[0])
-    ours, theirs = changes(look, *plans), changes(OfStep("soft", plans[0]), *plans)
+    look = InputVariant("soft", plans[1].inputs[0])
+    ours, theirs = changes(look, *plans), changes(StepVariant("soft", plans[0]), *plans)
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
-    assert name_of(look) == name_of(OfStep("another label", plans[0]))
+    assert name_of(look) == name_of(StepVariant("another label", plans[0]))
 
 
 def test_the_base_changes_nothing():
-    assert changes(Look("base")) == {} and Look("base").files() == []
+    assert changes(AdapterVariant("base")) == {} and AdapterVariant("base").files() == []
 
 
 # --- parts of a look -----------------------------------------------------------------------------------------------------------
@@ -207,10 +207,10 @@ def test_the_base_changes_nothing():
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
 def test_without_and_only_are_the_two_halves(work, pair, by):
     plan = planned(work, step(*PAIR)).plans[0]
-    whole = OfStep("soft", plan)
+    whole = StepVariant("soft", plan)
     everything, seen = changes(whole, plan), []
     for group in groups(by, 3, list(everything)):
-        without, only = (changes(Without("x", whole, group, half), plan) for half in (False, True))
+        without, only = (changes(MaskedVariant("x", whole, group, half), plan) for half in (False, True))
         assert set(only) == set(group.modules) and set(without) == set(everything) - set(group.modules)
         assert all(same(delta, everything[m]) for m, delta in (without | only).items())
         assert list(without) == [m for m in everything if m not in only], "in the order of the model"
@@ -220,10 +220,10 @@ def test_without_and_only_are_the_two_halves(work, pair, by):
 
 def test_parts_have_names_of_their_own(work, pair):
     plan = planned(work, step(*PAIR)).plans[0]
-    whole, base = OfStep("soft", plan), Look("base")
+    whole, base = StepVariant("soft", plan), AdapterVariant("base")
     parts = groups("layers", 3, plan.ranks)
-    looks = [whole, base, *(Without("x", whole, part, only) for part in parts for only in (True, False))]
-    looks += [Without("x", OfInput("me", plan.inputs[0]), parts[0], False)]
+    looks = [whole, base, *(MaskedVariant("x", whole, part, only) for part in parts for only in (True, False))]
+    looks += [MaskedVariant("x", InputVariant("me", plan.inputs[0]), parts[0], False)]
     assert len(set(map(name_of, looks))) == len(looks)
 
 
@@ -233,7 +233,7 @@ def test_parts_have_names_of_their_own(work, pair):
 def names(work: Workspace, *steps, **keys) -> list[str]:
     """The digests of the last step, and of its inputs."""
     plan = planned(work, *steps, **keys).plans[-1]
-    return [name_of(OfStep("x", plan)), *(name_of(OfInput("x", i)) for i in plan.inputs)]
+    return [name_of(StepVariant("x", plan)), *(name_of(InputVariant("x", i)) for i in plan.inputs)]
 
 
 def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, pair):
@@ -297,7 +297,7 @@ def test_ratios_count_beside_the_strengths_that_they_lead_to(work, pair):
     one, other = ME | {"ratio": 0.5}, ME | {"ratio": 1.0, "layers": everywhere}
     plans = [planned(work, step(lora, STYLE, method="average")).plans[0] for lora in (one, other)]
     assert plans[0].inputs[0].strengths == plans[1].inputs[0].strengths
-    assert name_of(OfStep("x", plans[0])) != name_of(OfStep("x", plans[1]))
+    assert name_of(StepVariant("x", plans[0])) != name_of(StepVariant("x", plans[1]))
 
 
 def test_a_name_does_not_depend_on_the_order_of_a_record():

@@ -27,7 +27,7 @@ from extensions_built_in.zit_merge.merging.verify import Measured, Verdict
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.planning.job import plan_job
 from extensions_built_in.zit_merge.planning.plan import Input, StepPlan
-from extensions_built_in.zit_merge.planning.training import Outline
+from extensions_built_in.zit_merge.planning.training import LoraSpec
 from extensions_built_in.zit_merge.report.tables import done_text, methods_text, norm_table, plan_text, presets_text, value_table
 from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, squeezed, wrapped
 
@@ -91,7 +91,7 @@ def inputs(draw: st.DrawFn) -> Input:
     strengths = dict.fromkeys(MODULES, ratio) | {m: factors[i // 9 % len(factors)] for i, m in enumerate(draw(PRESENT))}
     rank, kinds = draw(st.sampled_from([1, 32, 3840])), draw(st.sampled_from([["LoRA"], ["LoKr"], ["LoRA", "full difference"]]))
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-    outline = Outline(dict.fromkeys(modules, rank) if draw(st.integers(0, 9)) else {}, {}, dtype, kinds)
+    outline = LoraSpec(dict.fromkeys(modules, rank) if draw(st.integers(0, 9)) else {}, {}, dtype, kinds)
     spec = Lora(lora="x", ratio=ratio, preset=draw(st.sampled_from([None, None, "late_20_29"])))
     return Input(spec, draw(LABELS), outline, strengths, Path("x.safetensors"))
 

@@ -184,7 +184,7 @@ def _run(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from ..config.job import load_job
     from ..planning.job import plan_job
-    from ..preview.grids import asks_for_pictures, exhibition_of
+    from ..preview.grids import asks_for_pictures, preview_plan
     from ..report.page.run import RunPage, run_page
 
     step, _, number = (args.yaml or "").partition(":")
@@ -197,7 +197,7 @@ def _preview(args: argparse.Namespace) -> None:
         if not asks_for_pictures(planned.section):
             continue
         plans = [plan for plan in planned.plans if (args.step or step or plan.name) == plan.name]
-        exhibition, shown = exhibition_of(planned.section, planned.site, plans), True
+        exhibition, shown = preview_plan(planned.section, planned.site, plans), True
         if args.yaml:
             print(_cell_yaml(exhibition, step, number), end="")
         elif args.dry_run:
@@ -223,14 +223,14 @@ def _cell_yaml(exhibition: Any, step: str, number: str) -> str:
 
 def _render(args: argparse.Namespace, exhibition: Any, planned: Any, page: Any) -> None:
     """Renders and hangs; the page, of the main process, shows what was merged too, as far as it is there."""
-    from ..host.distributed import Launch
+    from ..host.distributed import AccelerateWorkers
     from ..host.render import Renderer
     from ..host.status import PictureWatch, Status
     from ..host.toolkit import device_of, silence
     from ..preview.show import show
     from ..report.progress import Pictures
 
-    team = Launch()
+    team = AccelerateWorkers()
     args.quiet = args.quiet or not team.is_main
     _say(args, exhibition.text())
     if team.is_main:
@@ -367,7 +367,7 @@ def _check(args: argparse.Namespace) -> None:
     from ..config.job import load_job
     from ..host.toolkit import at_hand
     from ..planning.job import plan_job
-    from ..preview.grids import asks_for_pictures, exhibition_of
+    from ..preview.grids import asks_for_pictures, preview_plan
     from ..report.tables import plan_text
 
     for planned in plan_job(
@@ -376,7 +376,7 @@ def _check(args: argparse.Namespace) -> None:
         for plan in planned.plans:
             _say(args, plan_text(plan) + "\n")
         if asks_for_pictures(planned.section):
-            _say(args, exhibition_of(planned.section, planned.site, planned.plans).text() + "\n")
+            _say(args, preview_plan(planned.section, planned.site, planned.plans).text() + "\n")
         for text in planned.advice:
             _say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
     _say(args, "no errors")

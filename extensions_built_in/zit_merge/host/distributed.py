@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..preview.runner import Team
+from ..preview.runner import Workers
 from . import toolkit
 
 _PATIENCE = timedelta(days=1)  # some have more to render or a slower GPU; torch's own, ten minutes, ends the run
 
 
-class Launch(Team):
+class AccelerateWorkers(Workers):
     """Divides work with accelerate's own means, over the processes that the toolkit's accelerator knows.
 
     Attributes:

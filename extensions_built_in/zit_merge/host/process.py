@@ -118,7 +118,7 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _render(self, plans: Sequence[StepPlan]) -> None:
         """The pictures; the merges of this section are done."""
-        from ..preview.grids import asks_for_pictures, exhibition_of
+        from ..preview.grids import asks_for_pictures, preview_plan
         from ..preview.show import show
         from ..report.progress import Pictures
         from .render import Renderer
@@ -127,7 +127,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         if not asks_for_pictures(self._section):
             return
         self._status.say("Merged, pictures next")
-        exhibition, device = exhibition_of(self._section, self._site, plans), toolkit.device_of(self._section.device)
+        exhibition, device = preview_plan(self._section, self._site, plans), toolkit.device_of(self._section.device)
         try:
             with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
                 load = watch.loading(Renderer)
@@ -139,12 +139,12 @@ class ZitMergeProcess(BaseExtensionProcess):
 
 def _pictures(planned: Planned) -> list[str]:
     """The pictures to come; what stands in their way stops no merge."""
-    from ..preview.grids import asks_for_pictures, exhibition_of
+    from ..preview.grids import asks_for_pictures, preview_plan
 
     if not asks_for_pictures(planned.section):
         return []
     try:
-        return [exhibition_of(planned.section, planned.site, planned.plans).text()]
+        return [preview_plan(planned.section, planned.site, planned.plans).text()]
     except ZitMergeError as e:
         return [f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; stop it now to mend the config first"]
 

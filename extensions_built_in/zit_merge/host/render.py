@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..algebra.delta import Delta, applied
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
-from ..preview.settings import MULTIPLE, SMALLEST, Scene, Shot
+from ..preview.settings import MULTIPLE, SMALLEST, ImageSpec, RenderSettings
 from . import toolkit
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Renderer:
         ZitMergeError: The model can't be loaded, or is no Z-Image; there is not enough memory; the toolkit lacks a part.
     """
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: RenderSettings):
         self._scene, self._hooks = scene, list[torch.utils.hooks.RemovableHandle]()
         self.device = toolkit.device_of(scene.device)
         with _memory(scene, "while the model was loaded"), _loading(scene):
@@ -58,12 +58,12 @@ class Renderer:
 
     def close(self) -> None:
         """Lets go of the model and of the memory that it took."""
-        self.wear(())
+        self.set_adapter(())
         self._model, self._linears = None, {}
         gc.collect()
         toolkit.flush()
 
-    def wear(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+    def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Puts a LoRA on the model in the place of the one before.
 
         Args:
@@ -91,7 +91,7 @@ class Renderer:
             )
         return linear
 
-    def render(self, shot: Shot) -> Image:
+    def render(self, shot: ImageSpec) -> Image:
         """One picture. The same shot and LoRA give the same picture, whatever was rendered before.
 
         Args:
@@ -126,7 +126,7 @@ def adding(delta: Delta, device: torch.device):
     return hook
 
 
-def _load(scene: Scene, device: torch.device) -> Any:
+def _load(scene: RenderSettings, device: torch.device) -> Any:
     """The toolkit's model of Z-Image, ready to render (the steps of BaseSDTrainProcess.run)."""
     path = os.path.expanduser(scene.model["name_or_path"])  # as it was looked for; the toolkit itself knows no ~
     changed = {"name_or_path": path, "dtype": scene.dtype, "assistant_lora_path": None, "inference_lora_path": None}
@@ -150,7 +150,7 @@ def _image_config() -> type:
     class Asked(base):
         """One picture, in memory."""
 
-        def __init__(self, shot: Shot):
+        def __init__(self, shot: ImageSpec):
             super().__init__(
                 prompt="",
                 negative_prompt=shot.negative,
@@ -173,7 +173,7 @@ def _image_config() -> type:
 
 
 @contextmanager
-def _memory(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]:
+def _memory(scene: RenderSettings, when: str, shot: ImageSpec | None = None) -> Iterator[None]:
     """Says what to change where there is not enough memory."""
     try:
         yield
@@ -184,7 +184,7 @@ def _memory(scene: Scene, when: str, shot: Shot | None = None) -> Iterator[None]
 
 
 @contextmanager
-def _loading(scene: Scene) -> Iterator[None]:
+def _loading(scene: RenderSettings) -> Iterator[None]:
     """Says which model can't be loaded. Leaves torch's dtype as it was, which diffusers changes and forgets when it fails."""
     dtype = torch.get_default_dtype()
     try:
@@ -219,7 +219,7 @@ def _is_out_of_memory(e: BaseException | None) -> bool:
     return False
 
 
-def _cure(scene: Scene, shot: Shot | None) -> str:
+def _cure(scene: RenderSettings, shot: ImageSpec | None) -> str:
     """What can be changed, what helps most first."""
     model = scene.model
     cures = [f"set quantize: true in {scene.place}"] if not model.get("quantize") else []

@@ -224,7 +224,7 @@ def pass_on(error: BaseException, following: Iterable[Any]) -> None:
         process.on_error(error)
 
 
-class Held:
+class DeferredInterrupt:
     """As a context it holds back Ctrl+C, which is the UI's stop button too, until what is at hand is done: raised in the midst of
     a library or of the toolkit's database code it has been lost there. A second one acts at once.
 
@@ -257,7 +257,7 @@ class Held:
             raise KeyboardInterrupt
 
 
-class Watch(Held):
+class Watch(DeferredInterrupt):
     """`tick` for `run_plans`: the terminal's bar after every module, the UI and its flags about twice a second.
 
     Args:
@@ -301,7 +301,7 @@ class Watch(Held):
         self._status.check()
 
 
-class PictureWatch(Held):
+class PictureWatch(DeferredInterrupt):
     """`tick` for pictures: the terminal's bar, the UI and its flags after each, and after the model is loaded.
 
     Args:

@@ -81,7 +81,7 @@ def run_plans(
         wanted = _to_make(plans, there)
         settled: dict[str, StepPlan] = {}
         for plan in plans:
-            plan, path, verdict = _renewed(plan, settled), plan.lies_at, None
+            plan, path, verdict = _renewed(plan, settled), plan.output_path, None
             if plan.name in wanted:
                 plan, path, verdict = _run(plan, hashes, device, tick, passing)
             settled[plan.name] = plan
@@ -160,10 +160,10 @@ def _renewed(plan: StepPlan, settled: Mapping[str, StepPlan]) -> StepPlan:
     """The plan over the earlier steps as they came out: a rank that followed from the numbers is known now."""
 
     def renewed(i: Input) -> Input:
-        if not i.step or not settled[i.step.name].lies_at.is_file():
+        if not i.step or not settled[i.step.name].output_path.is_file():
             return i
         step = settled[i.step.name]
-        lora = load_lora(step.lies_at)  # of a step that was kept, the plan does not know the ranks
+        lora = load_lora(step.output_path)  # of a step that was kept, the plan does not know the ranks
         return replace(i, step=step, outline=replace(step.outline, ranks=lora.ranks))
 
     if not any(i.step and _follows_from_numbers(i.step) for i in plan.inputs):

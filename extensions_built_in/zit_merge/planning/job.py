@@ -14,7 +14,7 @@ from ..errors import ZitMergeError
 from ..merging.runner import pick_device
 from .plan import StepPlan, plan_section
 from .preflight import NO_TOOLKIT, Toolkit, preflight
-from .sources import Site, make_site
+from .sources import RunContext, make_context
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Planned:
 
     index: int
     section: Section
-    site: Site
+    site: RunContext
     plans: Sequence[StepPlan]
     device: torch.device
     advice: Sequence[str] = ()
@@ -69,7 +69,7 @@ def plan_job(
     if only and len(sections) > 1:
         sections = [(i, s) for i, s in sections if only in {step.name for step in s.steps}] or sections[:1]
     for i, section in sections:
-        site = make_site(job, i, section, output_dir=output_dir, lora_folders=lora_folders, may_download=may_download)
+        site = make_context(job, i, section, output_dir=output_dir, lora_folders=lora_folders, may_download=may_download)
         device = pick_device(section.device)
         plans = plan_section(section, site, before_training=before_training and site.training is not None, only=only)
         advice = preflight(job, site, section, toolkit) if before_training else ()
@@ -83,7 +83,7 @@ def check_sections(job: Job, output_dir: str | None = None) -> None:
     """
     owners: dict[str, tuple[int, str]] = {}  # path -> (section, place of the step)
     for index, section in job.sections():
-        site = make_site(job, index, section, output_dir=output_dir)
+        site = make_context(job, index, section, output_dir=output_dir)
         names = {step.name for step in section.steps}
         for i, step in enumerate(section.steps):
             own = index, site.at(f"steps[{i}]")

@@ -12,7 +12,7 @@ from ..errors import ZitMergeError
 from ..formats import lokr
 from ..formats.metadata import made_by
 from ..formats.reader import load_lora
-from .sources import Site, check_writable, user_path
+from .sources import RunContext, check_writable, user_path
 
 if TYPE_CHECKING:
     from .plan import StepPlan
@@ -21,7 +21,7 @@ SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
 
 
-def check_output(plan: StepPlan, site: Site) -> None:
+def check_output(plan: StepPlan, site: RunContext) -> None:
     """Raises if a step's file can't or must not be written."""
     place = plan.place
     if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
@@ -75,12 +75,12 @@ def _check_ours(target: Path, plan: StepPlan, place: str) -> None:
         )
 
 
-def check_room(plans: Sequence[StepPlan], site: Site) -> None:
+def check_room(plans: Sequence[StepPlan], site: RunContext) -> None:
     """Raises unless the folders can be written, with space for everything that will be."""
     check_writable(site.output_dir, site.at("output_dir"))
     disks: dict[int, tuple[str, Path, int]] = {}
     for plan in plans:
-        for i, path in enumerate(plan.targets() or [plan.lies_at]):
+        for i, path in enumerate(plan.targets() or [plan.output_path]):
             place = site.at("copy_to" if i else "output_dir")
             parent = check_writable(path.parent, place)
             disk = parent.stat().st_dev

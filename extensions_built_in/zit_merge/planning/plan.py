@@ -28,8 +28,8 @@ from ..model.strengths import compact, strengths
 from ..model.zimage import MODULES, REAL_SIZES, infer_sizes
 from .outputs import check_output, check_room
 from .recipe import recipe_of
-from .sources import Site, checkpoint_loras, resolve, trained_step
-from .training import Outline
+from .sources import RunContext, checkpoint_loras, resolve, trained_step
+from .training import LoraSpec
 from .warnings import notes
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -53,7 +53,7 @@ class Input:
 
     spec: Lora
     label: str
-    outline: Outline
+    outline: LoraSpec
     strengths: Mapping[str, float]
     path: Path
     lora: LoraFile | None = None
@@ -126,17 +126,17 @@ class StepPlan:
         return self.inputs[0].lora if self.spec.save.keep_lokr else None
 
     @property
-    def lies_at(self) -> Path:
+    def output_path(self) -> Path:
         """Where later steps of the run find it: a step that is not kept never gets its final name."""
         return self.path if self.spec.keep else writer.part_path(self.path)
 
     @property
-    def outline(self) -> Outline:
+    def outline(self) -> LoraSpec:
         """What later steps can know of it."""
         if self.spec.save.keep_lokr:
             return replace(self.inputs[0].outline, dtype=self.dtype)
         fused = {m for unit in self.form.units(self.ranks).values() if len(unit) > 1 for m in unit}  # block-diagonal
-        return Outline({m: 3 * r if m in fused else r for m, r in self.ranks.items()}, self.shapes, self.dtype)
+        return LoraSpec({m: 3 * r if m in fused else r for m, r in self.ranks.items()}, self.shapes, self.dtype)
 
     @property
     def form(self) -> writer.Form:
@@ -177,7 +177,7 @@ class StepPlan:
         return [self.path, *copies] if self.spec.keep else []
 
 
-def plan_section(section: Section, site: Site, *, before_training: bool = False, only: str | None = None) -> list[StepPlan]:
+def plan_section(section: Section, site: RunContext, *, before_training: bool = False, only: str | None = None) -> list[StepPlan]:
     """The plans of a section's steps, in order. Reads headers; writes nothing.
 
     Args:
@@ -200,7 +200,7 @@ def plan_section(section: Section, site: Site, *, before_training: bool = False,
     return list(plans.values())
 
 
-def _needed(section: Section, site: Site, only: str | None) -> set[str]:
+def _needed(section: Section, site: RunContext, only: str | None) -> set[str]:
     names = [s.name for s in section.steps]
     if only is None:
         return set(names)
@@ -216,7 +216,7 @@ def _needed(section: Section, site: Site, only: str | None) -> set[str]:
 
 
 def _plan_step(
-    step: Step, site: Site, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
+    step: Step, site: RunContext, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
 ) -> StepPlan:
     if step.checkpoints:
         loras = checkpoint_loras(step.checkpoints, site, f"{place}.checkpoints", before_training)
@@ -369,7 +369,7 @@ def _sizes(inputs: Sequence[Input], mode: str, place: str) -> Mapping[str, int]:
 
 
 def _plan_input(
-    spec: Lora, step: Step, site: Site, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
+    spec: Lora, step: Step, site: RunContext, place: str, section: Section, plans: Mapping[str, StepPlan], before_training: bool
 ) -> Input:
     table = _strengths(spec, place)
     if spec.strengths is not None:
@@ -378,7 +378,7 @@ def _plan_input(
         for key in ("alpha", "qkv", "drop"):
             if getattr(spec, key):
                 raise ZitMergeError(f"{place}.{key}: the file of the step {spec.lora} leaves nothing open: drop {key}")
-        return Input(spec, spec.lora, earlier.outline, table, earlier.lies_at, step=earlier)
+        return Input(spec, spec.lora, earlier.outline, table, earlier.output_path, step=earlier)
     if not spec.sha256 and spec.lora in {s.name for s in section.steps}:
         raise ZitMergeError(f"{place}.lora: {spec.lora} is this step or a later one: a step can use only the steps before it")
     path = resolve(spec, site, f"{place}.lora", section, before_training)
@@ -392,7 +392,7 @@ def _plan_input(
         raise unmatched_error(lora, f"{place}.lora")
     if lora.questions:
         raise ZitMergeError(f"{place}: {lora.path.name}: {lora.questions[0]}")
-    outline = Outline(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
+    outline = LoraSpec(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
     if spec.lora.startswith(hub.HUB_PREFIX):
         file = hub.parse(spec.lora, place)
         pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
@@ -409,11 +409,11 @@ def _strengths(spec: Lora, place: str) -> dict[str, float]:
         raise
 
 
-def _plan_absent(spec: Lora, step: Step, site: Site, table: Mapping[str, float]) -> Input:
+def _plan_absent(spec: Lora, step: Step, site: RunContext, table: Mapping[str, float]) -> Input:
     """What a training will save, or what the hub has and nobody has fetched."""
     if spec.lora.startswith(hub.HUB_PREFIX):
         name = hub.parse(spec.lora, site.place).name
-        return Input(spec, name, Outline({}, {}, torch.bfloat16), table, Path(name))
+        return Input(spec, name, LoraSpec({}, {}, torch.bfloat16), table, Path(name))
     path = site.training.file(trained_step(spec.lora))
     return Input(spec, path.name, site.training.outline(step.shapes, spec.drop), table, path)
 

@@ -20,7 +20,7 @@ import torch
 from ..config.job import Job
 from ..config.schema import Section
 from ..errors import ZitMergeError, nearest
-from .sources import Site
+from .sources import RunContext
 from .training import ARCHS, Training, table, training_before
 
 RESTARTS = "cosine_with_restarts"
@@ -94,7 +94,7 @@ class Toolkit:
 NO_TOOLKIT = Toolkit()
 
 
-def preflight(job: Job, site: Site, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
+def preflight(job: Job, site: RunContext, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
     """Checks the training before a section and gives advice on it; nothing where there is none.
 
     Sections that share a training share their train_fixes, and only the first one gives the advice.

@@ -24,7 +24,7 @@ PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnop
 
 
 @dataclass(frozen=True)
-class Site:
+class RunContext:
     """Where a section runs.
 
     Attributes:
@@ -61,7 +61,7 @@ class Site:
         return f"{self.place}.{key}" if self.place else key
 
 
-def make_site(
+def make_context(
     job: Job,
     index: int,
     section: Section,
@@ -69,7 +69,7 @@ def make_site(
     output_dir: str | None = None,
     lora_folders: Sequence[Path] = (),
     may_download: bool = False,
-) -> Site:
+) -> RunContext:
     """Finds the training before a section, the folder for its output, and names that the toolkit will leave alone.
 
     Args:
@@ -96,7 +96,7 @@ def make_site(
             raise ZitMergeError(f"--loras {place}: is not a folder: mend the path")
     folder = user_path(chosen, f"{job.place(index)}.output_dir".lstrip("."))
     home = homes[0] if homes and not output_dir else None
-    site = Site(
+    site = RunContext(
         job.name, job.place(index), folder, training, (job.folder, Path()), lora_folders, may_download=may_download, home=home
     )
     for prefix in PREFIXES:
@@ -125,7 +125,7 @@ def user_path(text: str | Path, place: str) -> Path:
     return path
 
 
-def checkpoint_loras(asked: Checkpoints, site: Site, place: str, before_training: bool) -> list[Lora]:
+def checkpoint_loras(asked: Checkpoints, site: RunContext, place: str, before_training: bool) -> list[Lora]:
     """The checkpoints of an average as LoRAs whose ratios sum to 1, by training step, the oldest first.
 
     Args:
@@ -165,7 +165,7 @@ def trained_step(source: str) -> int | None:
     return int(source.partition("@")[2]) if "@" in source else None
 
 
-def resolve(spec: Lora, site: Site, place: str, section: Section, before_training: bool) -> Path | None:
+def resolve(spec: Lora, site: RunContext, place: str, section: Section, before_training: bool) -> Path | None:
     """The file of a source; None for a training still to come, and for a file on the hub that may not be fetched now."""
     source = spec.lora
     if re.fullmatch(rf"{TRAINED}(@\d+)?", source) and not spec.sha256:
@@ -194,7 +194,7 @@ def resolve(spec: Lora, site: Site, place: str, section: Section, before_trainin
     raise ZitMergeError(f"{place}: {source} is not there (looked in {looked}): give the path of the file")
 
 
-def _resolve_trained(source: str, site: Site, place: str, before_training: bool) -> Path | None:
+def _resolve_trained(source: str, site: RunContext, place: str, before_training: bool) -> Path | None:
     if site.training is None:
         raise ZitMergeError(
             f"{place}: {source} needs a training process before this section in the job: give the path of a LoRA file"
@@ -211,7 +211,7 @@ def _resolve_trained(source: str, site: Site, place: str, before_training: bool)
     return path
 
 
-def _resolve_hub(spec: Lora, site: Site, place: str) -> Path | None:
+def _resolve_hub(spec: Lora, site: RunContext, place: str) -> Path | None:
     """A file of the hub; one that a recipe names by its hash may also lie in a folder of --loras."""
     file = hub.parse(spec.lora, place)
     if spec.sha256 and site.lora_folders:
@@ -226,7 +226,7 @@ def _resolve_hub(spec: Lora, site: Site, place: str) -> Path | None:
     return path
 
 
-def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site, place: str) -> Path:
+def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: RunContext, place: str) -> Path:
     for path in _hash_candidates(name, candidates, site):
         with contextlib.suppress(ZitMergeError):  # what else lies in the folder may be broken
             if tensor_hash(path) == sha256:
@@ -236,7 +236,7 @@ def _resolve_hash(sha256: str, name: str, candidates: Sequence[Path], site: Site
     )
 
 
-def _hash_candidates(name: str, candidates: Sequence[Path], site: Site) -> Iterator[Path]:
+def _hash_candidates(name: str, candidates: Sequence[Path], site: RunContext) -> Iterator[Path]:
     """Files by that name first, then every other .safetensors of the --loras folders."""
     named = [p for p in candidates if p.is_file()]
     everything = [

@@ -30,7 +30,7 @@ ARCHS = ("zimage", "zimage_l2p")
 
 
 @dataclass(frozen=True)
-class Outline:
+class LoraSpec:
     """What is known of a LoRA without its numbers.
 
     Attributes:
@@ -138,7 +138,7 @@ class Training:
                 f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
             )
 
-    def outline(self, shapes: str, drop: Collection[str] = ()) -> Outline:
+    def outline(self, shapes: str, drop: Collection[str] = ()) -> LoraSpec:
         """What it will save, as far as the config tells.
 
         Args:
@@ -176,7 +176,7 @@ class Training:
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
         algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
         dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), torch.float16)
-        return Outline(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
+        return LoraSpec(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
 
     def _rank(self, module: Module, kind: str, network: Mapping[str, Any], whole: bool) -> int:
         """The rank that the change of a module will have at most, in the real model's sizes."""

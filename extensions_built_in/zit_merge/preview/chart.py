@@ -74,7 +74,7 @@ def page(ablation: Ablation) -> Any:
     head, foot = _head(ablation), _foot(ablation)
     top = _MARGIN + 0.27 + _LINE * 1.3 + len(head) * _LINE + 0.12
     panels, height = _panels(ablation, top)
-    made = paper.Paper(top + height + len(foot) * _LINE + _MARGIN)
+    made = paper.Canvas(top + height + len(foot) * _LINE + _MARGIN)
     what = "left out in turn" if ablation.mode == LEAVE_OUT else "on its own"
     made.text(_MARGIN, _MARGIN, f"What the parts do in pictures: each {what}", paper.LARGE, weight="bold")
     made.named(_MARGIN, _MARGIN + 0.27, paper.WIDTH - 2 * _MARGIN, "LoRA: ", ablation.lora, paper.NORMAL)

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from ..config.schema import Ablate, Preview, Section
 from ..errors import ZitMergeError, counted
 from ..planning.plan import Input, StepPlan
-from ..planning.sources import Site
+from ..planning.sources import RunContext
 from ..wording import row, wrapped
 from . import metrics
 from .ablation import Group, groups
-from .image_store import gallery_of
-from .settings import Scene, Shot, scene_of, shots_of
+from .image_store import image_store
+from .settings import ImageSpec, RenderSettings, settings_of, specs_of
 from .sweep import Cell, axes_of, cells_of
-from .variants import Look, OfInput, OfStep, Without
+from .variants import AdapterVariant, InputVariant, MaskedVariant, StepVariant
 
 LIMIT = 200  # pictures that need no `confirm: true`
 GROUPS = 10
@@ -29,12 +29,12 @@ _ACROSS = 8  # pictures beside each other on a sheet at most, where nothing else
 class Picture(NamedTuple):
     """One look on one shot."""
 
-    look: Look
-    shot: Shot
+    look: AdapterVariant
+    shot: ImageSpec
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class ImageGrid:
     """What stands together on a sheet.
 
     Attributes:
@@ -51,8 +51,8 @@ class Exhibit:
 
     kind: str
     plan: StepPlan
-    looks: Sequence[Look]
-    shots: Sequence[Shot]
+    looks: Sequence[AdapterVariant]
+    shots: Sequence[ImageSpec]
     across: int
     title: str
     cells: Sequence[Cell] = ()
@@ -73,18 +73,18 @@ class Exhibit:
     def headings(self) -> list[str]:
         """One for each shot, no two alike."""
         short = [f"{shot.prompt} (seed {shot.seed})" for shot in self.shots]
-        long = [f"{shot.prompt} ({shots_text([shot])})" for shot in self.shots]
+        long = [f"{shot.prompt} ({specs_text([shot])})" for shot in self.shots]
         return short if len(set(short)) == len(short) else _distinct(long)
 
     def pictures(self) -> Iterator[Picture]:
-        """Look by look, since changing the LoRA takes time too."""
+        """AdapterVariant by look, since changing the LoRA takes time too."""
         for look in self.looks:
             for shot in self.shots:
                 yield Picture(look, shot)
 
 
 @dataclass(frozen=True)
-class Exhibition:
+class PreviewPlan:
     """All pictures of a section.
 
     Attributes:
@@ -94,9 +94,9 @@ class Exhibition:
         section: For the YAML of a sweep's cells.
     """
 
-    site: Site
-    scene: Scene
-    exhibits: Sequence[Exhibit]
+    site: RunContext
+    scene: RenderSettings
+    exhibits: Sequence[ImageGrid]
     section: Section
 
     def pictures(self) -> list[Picture]:
@@ -108,7 +108,7 @@ class Exhibition:
         lines = row("pictures", f"{len(self.pictures())} with {self.scene.name}")
         for exhibit in self.exhibits:
             size = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
-            lines += wrapped(f"{exhibit.title}: {size}, {shots_text(exhibit.shots)}")
+            lines += wrapped(f"{exhibit.title}: {size}, {specs_text(exhibit.shots)}")
         return "\n".join(lines)
 
 
@@ -121,7 +121,7 @@ def _distinct(labels: Sequence[str]) -> list[str]:
     return found
 
 
-def shots_text(shots: Sequence[Shot]) -> str:
+def specs_text(shots: Sequence[ImageSpec]) -> str:
     """`1024 x 1024 pixels, 9 steps, guidance 1, seed 42`."""
 
     def one(values: Sequence[Any]) -> str:
@@ -145,7 +145,7 @@ def asks_for_pictures(section: Section) -> bool:
     return any(step.preview or step.sweep or step.ablate for step in section.steps)
 
 
-def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Exhibition:
+def preview_plan(section: Section, site: RunContext, plans: Sequence[StepPlan]) -> PreviewPlan:
     """The pictures of a section.
 
     Args:
@@ -156,15 +156,15 @@ def exhibition_of(section: Section, site: Site, plans: Sequence[StepPlan]) -> Ex
     Raises:
         ZitMergeError: Pictures can't be had as they are asked for; nothing that a merge needs.
     """
-    scene = scene_of(section, site)
-    gallery_of(site, scene.row)  # raises where there can be none
+    scene = settings_of(section, site)
+    image_store(site, scene.row)  # raises where there can be none
     looks = _Looks()
     exhibits = [e for plan in plans for e in _of_step(plan, section, site, scene, looks)]
     if not exhibits:
         asked = ", ".join(plan.place or plan.name for plan in plans)
         raise ZitMergeError(f"{asked}: asks for no pictures: write preview: true, sweep or ablate there")
     _check_presets(exhibits)
-    found = Exhibition(site, scene, exhibits, section)
+    found = PreviewPlan(site, scene, exhibits, section)
     most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
     _check_number(len(found.pictures()), len(most.looks), len(most.shots), section, f"{most.plan.place}.{most.kind}")
     return found
@@ -180,7 +180,7 @@ def _check_number(number: int, looks: int, shots: int, section: Section, place: 
         )
 
 
-def _check_presets(exhibits: Sequence[Exhibit]) -> None:
+def _check_presets(exhibits: Sequence[ImageGrid]) -> None:
     """Raises where two ablations would write one preset."""
     places: dict[str, str] = {}
     for exhibit in exhibits:
@@ -194,47 +194,47 @@ class _Looks:
     """Equal looks of several steps as one, so that they are counted once."""
 
     def __init__(self):
-        self.base = Look("base")
-        self._inputs: dict[tuple, OfInput] = {}
+        self.base = AdapterVariant("base")
+        self._inputs: dict[tuple, InputVariant] = {}
 
-    def of_input(self, i: Input) -> OfInput:
+    def of_input(self, i: Input) -> InputVariant:
         key = (i.step.name if i.step else i.path, i.spec.alpha, i.spec.qkv, tuple(i.spec.drop))
-        return self._inputs.setdefault(key, OfInput(i.label, i))
+        return self._inputs.setdefault(key, InputVariant(i.label, i))
 
 
-def _of_step(plan: StepPlan, section: Section, site: Site, scene: Scene, looks: _Looks) -> Iterator[Exhibit]:
+def _of_step(plan: StepPlan, section: Section, site: RunContext, scene: RenderSettings, looks: _Looks) -> Iterator[ImageGrid]:
     step, asked = plan.spec, plan.spec.preview or section.preview or Preview()
     place = site.at("preview") if asked == section.preview else f"{plan.place}.preview"
-    result = OfStep(plan.name, plan)
+    result = StepVariant(plan.name, plan)
     if step.preview or step.sweep:
-        shots = shots_of(asked, scene, site, place)
+        shots = specs_of(asked, scene, site, place)
     if step.preview:
         inputs = list(dict.fromkeys(map(looks.of_input, plan.inputs)))
         parts = {"base": [looks.base], "inputs": inputs, "result": [result]}
         shown = [look for part in dict.fromkeys(asked.compare) for look in parts[part]]
-        yield Exhibit("preview", plan, shown, shots, _across(len(shown)), f"{plan.name}: previews")
+        yield ImageGrid("preview", plan, shown, shots, _across(len(shown)), f"{plan.name}: previews")
     if step.sweep:
         yield _sweep(plan, shots, section)
     if step.ablate:
         own = {} if step.ablate.prompts is None else {"prompts": step.ablate.prompts}
         listed = f"{plan.place}.ablate.prompts" if own else f"{place}.prompts"
-        shots = shots_of(asked.model_copy(update=own), scene, site, place, listed)
+        shots = specs_of(asked.model_copy(update=own), scene, site, place, listed)
         yield _ablation(plan, step.ablate, shots, looks, result)
 
 
-def _sweep(plan: StepPlan, shots: Sequence[Shot], section: Section) -> Exhibit:
+def _sweep(plan: StepPlan, shots: Sequence[ImageSpec], section: Section) -> ImageGrid:
     place = f"{plan.place}.sweep"
     axes = axes_of(plan.spec, place)
     number = prod(len(axis.values) for axis in axes)
     _check_number(number * len(shots), number, len(shots), section, place)  # before every one of them is planned
     cells = cells_of(plan, axes, place)
     title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
-    shown = [OfStep(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
+    shown = [StepVariant(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
     across = len(axes[0].values) if len(axes) > 1 else _across(len(shown))
-    return Exhibit("sweep", plan, shown, shots, across, title, cells=cells)
+    return ImageGrid("sweep", plan, shown, shots, across, title, cells=cells)
 
 
-def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Looks, whole: Look) -> Exhibit:
+def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[ImageSpec], looks: _Looks, whole: AdapterVariant) -> ImageGrid:
     place = f"{plan.place}.ablate"
     for n, name in enumerate(asked.metrics):
         metrics.metric(name, f"{place}.metrics[{n}]")
@@ -245,7 +245,7 @@ def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[Shot], looks: _Look
         raise ZitMergeError(f"{place}: every strength of the step is 0, so it has no part that does anything: drop ablate")
     found = groups(asked.by, asked.groups or GROUPS, present)
     only = asked.mode == "only"
-    shown = [Without(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
+    shown = [MaskedVariant(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
     title = f"{plan.name}: ablation by {asked.by}, {'each part alone' if only else 'each part left out in turn'}"
     shown = [looks.base, whole, *shown]
-    return Exhibit("ablate", plan, shown, shots, _across(len(shown)), title, groups=found, asked=asked)
+    return ImageGrid("ablate", plan, shown, shots, _across(len(shown)), title, groups=found, asked=asked)

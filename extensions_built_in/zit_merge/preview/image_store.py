@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
 from ..formats.writer import os_errors, write_whole
-from ..planning.sources import PREFIXES, Site
+from ..planning.sources import PREFIXES, RunContext
 from .sheet import legend
 
 _KEY = "zit_merge"  # of a PNG file's text
@@ -31,7 +31,7 @@ _SAMPLE = re.compile(r"(\d+)__(\d+)_(\d+)\.png")
 
 
 @dataclass(frozen=True)
-class Gallery:
+class ImageStore:
     """The folders of a job's pictures.
 
     Attributes:
@@ -169,7 +169,7 @@ class Gallery:
         return self._write(self.samples / name, content)
 
 
-def gallery_of(site: Site, row: int) -> Gallery:
+def image_store(site: RunContext, row: int) -> ImageStore:
     """The folders of a section's pictures.
 
     Args:
@@ -186,7 +186,7 @@ def gallery_of(site: Site, row: int) -> Gallery:
     for folder in ((home or site.output_dir) / name for name in names):
         if not any(training.claims(folder) for training in trainings):
             step = site.training.steps if site.training else 0
-            return Gallery(folder, home / "samples" if home else None, step, row, site.job)
+            return ImageStore(folder, home / "samples" if home else None, step, row, site.job)
     raise ZitMergeError(
         f"{site.at('preview')}: AI-Toolkit would take the folder {names[0]} for a checkpoint of {site.job}: give the job a name "
         "without wildcards"

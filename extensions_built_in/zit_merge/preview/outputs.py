@@ -17,15 +17,15 @@ from ..errors import ZitMergeError, counted
 from ..planning.recipe import to_yaml
 from ..wording import copyable
 from .ablation import Ablation, measure
-from .grids import Exhibit, Exhibition, Picture, shots_text
-from .image_store import Gallery
-from .runner import Studio
+from .grids import ImageGrid, Picture, PreviewPlan, specs_text
+from .image_store import ImageStore
+from .runner import PreviewRunner
 from .sheet import Block, edge_of, sheet
-from .variants import Look
+from .variants import AdapterVariant
 
 
 @dataclass(frozen=True)
-class Hung:
+class GridResult:
     """An exhibit that hangs.
 
     Attributes:
@@ -37,7 +37,7 @@ class Hung:
         notes: What a person should know, a sentence each.
     """
 
-    exhibit: Exhibit
+    exhibit: ImageGrid
     sheet: Path
     pictures: tuple[tuple[str, str, str, Path], ...]
     ablation: Ablation | None
@@ -53,7 +53,7 @@ class Hung:
         return "\n".join([*lines, *self.notes, *([self.ablation.text()] if self.ablation else [])])
 
 
-def hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gallery) -> Hung:
+def write_grid(exhibit: ImageGrid, exhibition: PreviewPlan, studio: PreviewRunner, gallery: ImageStore) -> GridResult:
     """Puts the pictures of an exhibit, all of which are there, into the job's samples, and writes what belongs to them.
 
     Args:
@@ -69,7 +69,7 @@ def hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gall
         _into_samples(exhibit, studio, gallery)
     yamls = [section_yaml(exhibition.section, plain_step(cell.plan.spec)) for cell in exhibit.cells] or [""] * len(exhibit.looks)
     ablation = _measured(exhibit, studio, gallery) if exhibit.kind == "ablate" else None
-    footer = ablation.caveat if ablation else f"{shots_text(exhibit.shots)}; {exhibition.scene.name}"
+    footer = ablation.caveat if ablation else f"{specs_text(exhibit.shots)}; {exhibition.scene.name}"
     files, notes = [gallery.write(f"{exhibit.name}.png", _sheet(exhibit, studio, gallery, footer))], []
     facts = _facts(exhibit, exhibition, studio, yamls) | ({"ablation": ablation.facts()} if ablation else {})
     files.append(gallery.write(f"{exhibit.name}.json", json.dumps(facts, indent=1, default=str).encode()))
@@ -81,10 +81,10 @@ def hang(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, gallery: Gall
         for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True)
         for look, label, text in zip(exhibit.looks, exhibit.labels, yamls, strict=True)
     )
-    return Hung(exhibit, files[0], pictures, ablation, tuple(files), tuple(notes))
+    return GridResult(exhibit, files[0], pictures, ablation, tuple(files), tuple(notes))
 
 
-def _into_samples(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> None:
+def _into_samples(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore) -> None:
     labels: dict[str, str] = {}
     for look, label in zip(exhibit.looks, exhibit.labels, strict=True):
         for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True):
@@ -92,7 +92,7 @@ def _into_samples(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> None:
     gallery.show(list(labels), list(labels.values()))
 
 
-def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> bytes:
+def _sheet(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore, footer: str) -> bytes:
     edge = edge_of(len(exhibit.looks) * len(exhibit.shots), exhibit.across)
     blocks = [
         Block(
@@ -112,7 +112,7 @@ def _sheet(exhibit: Exhibit, studio: Studio, gallery: Gallery, footer: str) -> b
 class _Loading(Mapping[str, list[Image]]):
     """Group -> its pictures, loaded when they are asked for: all of them at once can take gigabytes."""
 
-    def __init__(self, looks: Mapping[str, Look], load: Callable[[Look], list[Image]]):
+    def __init__(self, looks: Mapping[str, AdapterVariant], load: Callable[[AdapterVariant], list[Image]]):
         self._looks, self._load = looks, load
 
     def __getitem__(self, group: str) -> list[Image]:
@@ -125,8 +125,8 @@ class _Loading(Mapping[str, list[Image]]):
         return len(self._looks)
 
 
-def _measured(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> Ablation:
-    def load(look: Look) -> list[Image]:
+def _measured(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore) -> Ablation:
+    def load(look: AdapterVariant) -> list[Image]:
         return [gallery.load(studio.digests[Picture(look, shot)]) for shot in exhibit.shots]
 
     base, full, *parts = exhibit.looks
@@ -145,7 +145,7 @@ def _measured(exhibit: Exhibit, studio: Studio, gallery: Gallery) -> Ablation:
     )
 
 
-def _of_ablation(exhibit: Exhibit, ablation: Ablation, gallery: Gallery) -> tuple[list[Path], list[str]]:
+def _of_ablation(exhibit: ImageGrid, ablation: Ablation, gallery: ImageStore) -> tuple[list[Path], list[str]]:
     """The chart, and the preset that was asked for."""
     from .chart import draw
 
@@ -162,7 +162,7 @@ def _of_ablation(exhibit: Exhibit, ablation: Ablation, gallery: Gallery) -> tupl
     return [*files, path], [f"to use the preset {name}: preset: {copyable(path)}"]
 
 
-def _facts(exhibit: Exhibit, exhibition: Exhibition, studio: Studio, yamls: list[str]) -> dict[str, Any]:
+def _facts(exhibit: ImageGrid, exhibition: PreviewPlan, studio: PreviewRunner, yamls: list[str]) -> dict[str, Any]:
     """What is on a sheet, for programs."""
     looks = [
         {

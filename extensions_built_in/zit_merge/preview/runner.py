@@ -15,10 +15,10 @@ from ..algebra.delta import Delta
 from ..errors import ZitMergeError
 from ..formats.reader import tensor_hash
 from ..merging.merger import Watched
-from .grids import Exhibition, Picture
-from .image_store import Gallery
-from .settings import Scene, Shot
-from .variants import ReadContext, Look, digest
+from .grids import Picture, PreviewPlan
+from .image_store import ImageStore
+from .settings import ImageSpec, RenderSettings
+from .variants import AdapterVariant, ReadContext, digest
 
 Tick = Callable[[str, int, int], None]  # (what is shown, pictures done, of how many); called after each, may raise to stop
 
@@ -26,14 +26,14 @@ Tick = Callable[[str, int, int], None]  # (what is shown, pictures done, of how 
 class Painter(Protocol):
     """A loaded model."""
 
-    def wear(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+    def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Puts a LoRA on it in the place of the one before."""
 
-    def render(self, shot: Shot) -> Image:
+    def render(self, shot: ImageSpec) -> Image:
         """One picture."""
 
 
-class Team:
+class Workers:
     """One process alone; the processes of a launch have one that divides the work."""
 
     @property
@@ -59,7 +59,7 @@ class Team:
         return list(answers)
 
 
-class Studio:
+class PreviewRunner:
     """Renders the pictures of an exhibition. As a context it keeps the model loaded, once for all of them.
 
     Args:
@@ -73,21 +73,21 @@ class Studio:
 
     Attributes:
         watched: As it was given.
-        records: Look -> everything that its change follows from.
+        records: AdapterVariant -> everything that its change follows from.
         digests: Picture -> the name that follows from all that it follows from.
     """
 
     def __init__(
         self,
-        exhibition: Exhibition,
-        gallery: Gallery,
+        exhibition: PreviewPlan,
+        gallery: ImageStore,
         device: torch.device,
-        load: Callable[[Scene], AbstractContextManager[Painter]],
+        load: Callable[[RenderSettings], AbstractContextManager[Painter]],
         tick: Tick,
         watched: Watched = iter,
-        team: Team | None = None,
+        team: Workers | None = None,
     ):
-        self._gallery, self._load, self._tick, self._team = gallery, load, tick, team or Team()
+        self._gallery, self._load, self._tick, self._team = gallery, load, tick, team or Workers()
         self.watched, self._scene, self._pictures = watched, exhibition.scene, exhibition.pictures()
         looks = list(dict.fromkeys(p.look for p in self._pictures))
         with ThreadPoolExecutor(max_workers=2) as pool:
@@ -102,7 +102,7 @@ class Studio:
         self._stack = ExitStack()
         self._done, self._total = 0, len(self.missing(self._pictures))
 
-    def __enter__(self) -> Studio:
+    def __enter__(self) -> PreviewRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -136,12 +136,12 @@ class Studio:
         return len(missing)
 
     def _render(self, mine: Sequence[Picture]) -> None:
-        worn: Look | None = None
+        worn: AdapterVariant | None = None
         for picture in mine:
             if self._painter is None:
                 self._painter = self._stack.enter_context(self._load(self._scene))
             if picture.look is not worn:
-                self._painter.wear(picture.look.deltas(self._ctx))
+                self._painter.set_adapter(picture.look.deltas(self._ctx))
                 worn = picture.look
             self._gallery.save(self.digests[picture], self._painter.render(picture.shot), self._whole[picture])
             self._done += 1

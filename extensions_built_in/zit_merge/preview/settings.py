@@ -12,7 +12,7 @@ from typing import Any
 from ..config.schema import Preview, Section
 from ..errors import ZitMergeError
 from ..files.text import TextFile
-from ..planning.sources import Site, user_path
+from ..planning.sources import RunContext, user_path
 from ..planning.training import ARCHS, table
 
 SIDE, STEPS, GUIDANCE, SEED = 1024, 9, 1.0, 42  # AI-Toolkit's UI for zimage:turbo (ui/src/app/jobs/new/options.tsx)
@@ -44,7 +44,7 @@ _INDIFFERENT = ("low_vram", "assistant_lora_path", "inference_lora_path", "compi
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageSpec:
     """Everything of a picture but the LoRA.
 
     Attributes:
@@ -71,7 +71,7 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Scene:
+class RenderSettings:
     """The model that renders.
 
     Attributes:
@@ -122,7 +122,7 @@ def _stats(name: str) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def scene_of(section: Section, site: Site) -> Scene:
+def settings_of(section: Section, site: RunContext) -> RenderSettings:
     """The model of the section, else of the training before it, with the settings that the section gives instead.
 
     Raises:
@@ -136,7 +136,7 @@ def scene_of(section: Section, site: Site) -> Scene:
     has_own = bool(_samples(section.sample)) or not site.training
     samples = section.sample if has_own else table(training, "sample")
     _check_model(model, place)
-    return Scene(
+    return RenderSettings(
         model,
         _dtype(section, training, is_own),
         samples if isinstance(samples, Mapping) else {},
@@ -212,7 +212,7 @@ def _other_kind(path: Path) -> str:
     return ""
 
 
-def shots_of(asked: Preview, scene: Scene, site: Site, place: str, listed: str = "") -> tuple[Shot, ...]:
+def specs_of(asked: Preview, scene: RenderSettings, site: RunContext, place: str, listed: str = "") -> tuple[ImageSpec, ...]:
     """The shots of a preview, each once.
 
     Args:
@@ -242,7 +242,7 @@ def shots_of(asked: Preview, scene: Scene, site: Site, place: str, listed: str =
     return tuple(dict.fromkeys(found))
 
 
-def _as_asked(shot: Shot, asked: Preview) -> Iterator[Shot]:
+def _as_asked(shot: ImageSpec, asked: Preview) -> Iterator[ImageSpec]:
     """The shot with the settings of the preview, once for each of its seeds."""
     width, height = asked.size if isinstance(asked.size, list) else (asked.size, asked.size)
     settings = {"width": width, "height": height, "steps": asked.steps, "guidance": asked.guidance}
@@ -251,7 +251,7 @@ def _as_asked(shot: Shot, asked: Preview) -> Iterator[Shot]:
         yield shot if seed is None else replace(shot, seed=seed)
 
 
-def _prompts(asked: Sequence[str] | str, site: Site, place: str) -> list[str]:
+def _prompts(asked: Sequence[str] | str, site: RunContext, place: str) -> list[str]:
     if not isinstance(asked, str):
         return list(asked)
     wanted = user_path(asked, place)
@@ -272,9 +272,9 @@ def _prompts(asked: Sequence[str] | str, site: Site, place: str) -> list[str]:
     return found
 
 
-def _usual(scene: Scene) -> Shot:
+def _usual(scene: RenderSettings) -> ImageSpec:
     """What a sample that says nothing has: the settings that stand on `sample:` itself, else those of Turbo."""
-    return replace(Shot(""), **_settings(scene.samples))
+    return replace(ImageSpec(""), **_settings(scene.samples))
 
 
 def _settings(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _sampled(scene: Scene) -> Iterator[Shot]:
+def _sampled(scene: RenderSettings) -> Iterator[ImageSpec]:
     """The shots of the training's own samples, as BaseSDTrainProcess.sample makes them, but for the defaults."""
     usual = _usual(scene)
     seed = usual.seed
@@ -306,18 +306,18 @@ def _sampled(scene: Scene) -> Iterator[Shot]:
         yield _rounded(_with_options(shot, scene.sampled))
 
 
-def _rounded(shot: Shot) -> Shot:
+def _rounded(shot: ImageSpec) -> ImageSpec:
     """In the size that the toolkit makes of any other (ZImageModel.generate_single_image)."""
     width, height = (max(SMALLEST, side // MULTIPLE * MULTIPLE) for side in (shot.width, shot.height))
     return replace(shot, width=width, height=height)
 
 
-def _with_trigger(prompt: str, scene: Scene) -> str:
+def _with_trigger(prompt: str, scene: RenderSettings) -> str:
     """As the toolkit puts it in (toolkit/prompt_utils.py inject_trigger_into_prompt): in its places, and nowhere else."""
     return prompt if scene.trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: scene.trigger, prompt)
 
 
-def _with_options(shot: Shot, place: str, *, keep: bool = False) -> Shot:
+def _with_options(shot: ImageSpec, place: str, *, keep: bool = False) -> ImageSpec:
     """The shot that a prompt with `--seed 3` or `--w 512` means.
 
     Args:
@@ -343,7 +343,7 @@ def _with_options(shot: Shot, place: str, *, keep: bool = False) -> Shot:
     return replace(shot, prompt=text.strip(), **settings)
 
 
-def _check(shot: Shot, place: str) -> None:
+def _check(shot: ImageSpec, place: str) -> None:
     """Raises unless Z-Image can render it."""
     for side in (shot.width, shot.height):
         if side % MULTIPLE or not SMALLEST <= side <= LARGEST:

@@ -12,22 +12,22 @@ from ..merging.merger import Watched
 from ..report.page.galleries import Gallery as Shown
 from ..report.page.galleries import Measures, Preview
 from ..report.page.run import RunPage
-from .grids import Exhibition, shots_text
-from .image_store import gallery_of
-from .outputs import Hung, hang
-from .runner import Painter, Studio, Team, Tick
-from .settings import Scene
+from .grids import PreviewPlan, specs_text
+from .image_store import image_store
+from .outputs import GridResult, write_grid
+from .runner import Painter, PreviewRunner, Tick, Workers
+from .settings import RenderSettings
 
 
 def show(
-    exhibition: Exhibition,
+    exhibition: PreviewPlan,
     device: torch.device,
-    load: Callable[[Scene], AbstractContextManager[Painter]],
+    load: Callable[[RenderSettings], AbstractContextManager[Painter]],
     page: RunPage | None,
     tick: Tick,
     *,
     watched: Watched = iter,
-    team: Team | None = None,
+    team: Workers | None = None,
 ) -> Iterator[str]:
     """Renders what is missing of an exhibition and hangs it.
 
@@ -46,10 +46,10 @@ def show(
     Raises:
         ZitMergeError: A picture could not be rendered or written.
     """
-    gallery, team = gallery_of(exhibition.site, exhibition.scene.row), team or Team()
+    gallery, team = image_store(exhibition.site, exhibition.scene.row), team or Workers()
     # One after the other, so that what is done can be looked at; several processes wait for each other once only.
     parts = [[e] for e in exhibition.exhibits] if team.is_alone else [exhibition.exhibits]
-    with Studio(exhibition, gallery, device, load, tick, watched, team) as studio:
+    with PreviewRunner(exhibition, gallery, device, load, tick, watched, team) as studio:
         for part in parts:
             pictures = dict.fromkeys(p for exhibit in part for p in exhibit.pictures())
             count = studio.render(pictures)
@@ -58,15 +58,15 @@ def show(
             different = len({studio.digests[p] for p in pictures})
             yield f"{counted(count, 'picture')} rendered, {different - count} of {different} were there"
             for exhibit in part:
-                hung = hang(exhibit, exhibition, studio, gallery)
+                hung = write_grid(exhibit, exhibition, studio, gallery)
                 if page:
                     page.show(exhibition.site, exhibit.plan.name, _on_page(hung))
                 yield hung.text()
 
 
-def _on_page(hung: Hung) -> Shown:
+def _on_page(hung: GridResult) -> Shown:
     previews = [Preview(heading, label, path, text) for heading, label, text, path in hung.pictures]
-    note = shots_text(hung.exhibit.shots)
+    note = specs_text(hung.exhibit.shots)
     measures = None
     if ablation := hung.ablation:
         names = list(ablation.distances)

@@ -36,7 +36,7 @@ class ReadContext(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class AdapterVariant:
     """The base model as it is, and what every other look begins with.
 
     Attributes:
@@ -59,7 +59,7 @@ class Look:
 
 
 @dataclass(frozen=True, eq=False)
-class OfInput(Look):
+class InputVariant(AdapterVariant):
     """An input of a step by itself, at strength 1.
 
     Attributes:
@@ -85,7 +85,7 @@ class OfInput(Look):
 
 
 @dataclass(frozen=True, eq=False)
-class OfStep(Look):
+class StepVariant(AdapterVariant):
     """What a step makes.
 
     Attributes:
@@ -106,7 +106,7 @@ class OfStep(Look):
 
 
 @dataclass(frozen=True, eq=False)
-class Without(Look):
+class MaskedVariant(AdapterVariant):
     """A look without a group of modules, or with nothing else.
 
     Attributes:
@@ -115,7 +115,7 @@ class Without(Look):
         only: Nothing but them.
     """
 
-    whole: Look
+    whole: AdapterVariant
     group: Group
     only: bool
 

@@ -20,7 +20,7 @@ from ..model import zimage
 from ..model.strengths import row_name, runs
 from ..model.zimage import COMPONENTS, OTHER, SECTIONS
 from ..planning.plan import DTYPE_NAMES, Input, StepPlan
-from ..planning.training import Outline
+from ..planning.training import LoraSpec
 from ..wording import WIDTH, aligned, beside, copyable, listed, percent, ranges, squeezed, wrapped
 
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
@@ -217,7 +217,7 @@ def _short(value: float | str) -> str:
     return next((text for text in texts if text and len(text) <= _COLUMN), "-0")  # above -1e-99, which has seven letters
 
 
-def _ranks(outline: Outline) -> str:
+def _ranks(outline: LoraSpec) -> str:
     """`rank 32`, `LoKr of rank 3840 at most`."""
     rank = f"rank {ranks_text(outline.ranks, outline.algorithms)}"
     return rank if outline.is_lora else f"{' and '.join(outline.algorithms)} of {rank}"

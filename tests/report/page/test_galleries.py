@@ -16,7 +16,7 @@ from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.planning.sources import Site
+from extensions_built_in.zit_merge.planning.sources import RunContext
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
 from extensions_built_in.zit_merge.report.page.galleries import PICTURES, Gallery, Measures, Preview
@@ -302,15 +302,15 @@ def test_a_step_that_was_not_merged_has_only_its_pictures(work, show):
 
 
 def test_sections_with_steps_of_one_name_keep_their_pictures_apart(work, loras):
-    site = Site("cat", "process[0]", work.folder)
+    site = RunContext("cat", "process[0]", work.folder)
     page, found = RunPage(site), files_facts([load_lora(p) for p in loras])
     places = ["process[0]", "process[1]"]
     for index, place in enumerate(places):
-        page.begin(Site("cat", place, work.folder), {"steps": []}, index)
+        page.begin(RunContext("cat", place, work.folder), {"steps": []}, index)
         page._page.add({**found, "name": "soft"})
     page.write()
     for place in places:
-        page.show(Site("cat", place, work.folder), "soft", Gallery(place, "", [Preview(CAT, "base", plain("red"))]))
+        page.show(RunContext("cat", place, work.folder), "soft", Gallery(place, "", [Preview(CAT, "base", plain("red"))]))
     page.show(site, "other", COMPARED)
     assert "page to look at" in page.write()
     shown = [
@@ -322,7 +322,7 @@ def test_sections_with_steps_of_one_name_keep_their_pictures_apart(work, loras):
 
 def test_where_there_is_no_page_pictures_stop_nothing(work):
     (work.folder / "merged_cat.html").write_text("somebody else's")
-    site = Site("cat", "process[0]", work.folder)
+    site = RunContext("cat", "process[0]", work.folder)
     page = RunPage(site)
     page.show(site, "soft", COMPARED)
     assert "so it stays" in page.write()

@@ -11,7 +11,7 @@ from typing import Any
 from ...analysis.compare import Watched
 from ...errors import ZitMergeError
 from ...merging.runner import Done
-from ...planning.sources import Site
+from ...planning.sources import RunContext
 from ...wording import copyable
 from .facts import step_facts
 from .galleries import Gallery
@@ -31,12 +31,12 @@ class RunPage:
         has_pictures: Whether any have been shown.
     """
 
-    def __init__(self, site: Site):
+    def __init__(self, site: RunContext):
         self.has_pictures = False
         self.path, self._why_not = page_path(site), _why_not(site)
         self._page = Page(site.job)
 
-    def begin(self, site: Site, raw: Mapping[str, Any], index: int) -> None:
+    def begin(self, site: RunContext, raw: Mapping[str, Any], index: int) -> None:
         """A section starts.
 
         Args:
@@ -57,7 +57,7 @@ class RunPage:
         if not self._why_not:
             self._page.add(step_facts(done, watched))
 
-    def show(self, site: Site, step: str, gallery: Gallery) -> None:
+    def show(self, site: RunContext, step: str, gallery: Gallery) -> None:
         """Pictures of a step, whether it was merged in this run or not.
 
         Args:
@@ -87,12 +87,12 @@ class RunPage:
         return f"page to look at:\n    {copyable(self.path)}"
 
 
-def run_page(site: Site, earlier: Iterable[RunPage]) -> RunPage:
+def run_page(site: RunContext, earlier: Iterable[RunPage]) -> RunPage:
     """The page of a section: that of an earlier section of the run, where both would be one file, else a new one."""
     return next((page for page in earlier if page.path == page_path(site)), None) or RunPage(site)
 
 
-def page_path(site: Site) -> Path:
+def page_path(site: RunContext) -> Path:
     """In the job's own folder under the name that the UI looks for; beside the output of a job that has none."""
     if site.home and (site.home.folder.is_dir() or site.home.folder == site.output_dir):
         return site.home.folder / PLUGIN
@@ -100,7 +100,7 @@ def page_path(site: Site) -> Path:
     return site.output_dir / f"{site.prefix}{job}.html"
 
 
-def _why_not(site: Site) -> str:
+def _why_not(site: RunContext) -> str:
     """Why there can be no page; empty where it can."""
     path = page_path(site)
     if any(home.claims(path) for home in (site.home, site.training) if home):

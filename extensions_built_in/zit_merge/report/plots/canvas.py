@@ -57,7 +57,7 @@ class Scale(NamedTuple):
     label: str
 
 
-class Paper:
+class Canvas:
     """The figure, with places in inches from its upper left corner."""
 
     def __init__(self, height: float):

@@ -31,8 +31,8 @@ from .canvas import (
     NORMAL,
     SMALL,
     WIDTH,
+    Canvas,
     Mark,
-    Paper,
     Scale,
     colour_bar,
     decades,
@@ -76,7 +76,7 @@ class _Block(NamedTuple):
     """A part of the page: its height, and what draws it from there down."""
 
     height: float
-    draw: Callable[[Paper, float], None]
+    draw: Callable[[Canvas, float], None]
 
 
 def draw(survey: Survey) -> Figure:
@@ -99,7 +99,7 @@ def save(survey: Survey, file: BinaryIO, kind: str) -> None:
 
 def _draw(survey: Survey) -> Figure:
     blocks = [*_strengths(survey), *_spectra(survey), *(_overlap(survey) if len(survey.files) > 1 else []), *_notes(survey)]
-    page, top = Paper(2 * MARGIN + sum(b.height for b in blocks)), MARGIN
+    page, top = Canvas(2 * MARGIN + sum(b.height for b in blocks)), MARGIN
     for block in blocks:
         block.draw(page, top)
         top += block.height
@@ -146,7 +146,7 @@ def _maps(strips: Sequence[_Strip], scale: Scale, columns: _Columns) -> list[_Bl
     room = (WIDTH - 2 * MARGIN - (across - 1) * _BETWEEN) / across
     tall = _TITLES + len(COMPONENTS) * _ROW + _TICKS
 
-    def draw(page: Paper, top: float) -> None:
+    def draw(page: Canvas, top: float) -> None:
         for k, strip in enumerate(strips):
             left, down = MARGIN + k % across * (room + _BETWEEN), top + k // across * tall
             page.named(left, down, room, strip.title, strip.name, NORMAL)
@@ -196,7 +196,7 @@ def _marked(strip: _Strip, columns: _Columns) -> dict[str, Mark]:
     return {m: strip.marks.get(m, strip.absent) for m in modules if m not in strip.values}
 
 
-def _key(page: Paper, top: float, scale: Scale, marks: Collection[Mark]) -> None:
+def _key(page: Canvas, top: float, scale: Scale, marks: Collection[Mark]) -> None:
     """The scale on the left, what has no colour on the right."""
     axes = page.axes(MARGIN + _GUTTER, top + 0.03, 3.2, 0.1)
     colour_bar(page.figure, axes, scale, "horizontal")
@@ -238,7 +238,7 @@ def _spectra(survey: Survey) -> list[_Block]:
     files = survey.files[:SHOWN]
     tall, wide = 1.9, (WIDTH - 2 * MARGIN - 2 * _GUTTER - 0.2) / 2
 
-    def draw(page: Paper, top: float) -> None:
+    def draw(page: Canvas, top: float) -> None:
         left = page.axes(MARGIN + _GUTTER, top + 0.2, wide, tall)
         right = page.axes(WIDTH - MARGIN - wide, top + 0.2, wide, tall)
         page.text(MARGIN + _GUTTER, top, "singular values of a module: median and quartiles", NORMAL)
@@ -351,7 +351,7 @@ def _matrix(survey: Survey) -> _Block:
     listed = min(count, _NAMED) + (count > _NAMED)
     left = MARGIN + _GUTTER + side + 0.9
 
-    def draw(page: Paper, top: float) -> None:
+    def draw(page: Canvas, top: float) -> None:
         axes = page.axes(MARGIN + _GUTTER, top + 0.03, side, side)
         scale = Scale(Normalize(-1, 1), "PuOr", "cosine of the whole files")
         _cosines(axes, survey, scale)
@@ -389,7 +389,7 @@ def _cosines(axes: Axes, survey: Survey, scale: Scale) -> None:
 def _notes(survey: Survey) -> list[_Block]:
     lines = [line for text in _remarks(survey) for line in wrap(text, 130, subsequent_indent="  ")]
 
-    def draw(page: Paper, top: float) -> None:
+    def draw(page: Canvas, top: float) -> None:
         for k, line in enumerate(lines):
             page.text(MARGIN, top + 0.1 + k * LINE, line)
 
