@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from .analysis.residuals import dense_residual, residuals
 from .api import Merge, merge
 from .errors import ZitMergeError
-from .formats.writer import os_errors
+from .files.atomic import os_errors
 from .merging.runner import pick_device, run_plans
 from .model.zimage import MODULES
 from .report.page.facts import step_facts

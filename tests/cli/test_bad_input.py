@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from workspace import Workspace
 
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.files import atomic
 
 ME = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [ME]}
@@ -358,7 +358,7 @@ def test_no_space_on_the_disk(work, loras, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer.os, "fsync", full)  # where file systems that allocate late say it
+    monkeypatch.setattr(atomic.os, "fsync", full)  # where file systems that allocate late say it
     message = refused(work, "run", work.job(STEP))
     assert "merged_cat_a.safetensors: no space left on the disk" in message and "free some" in message
 

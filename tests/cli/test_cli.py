@@ -583,10 +583,10 @@ def test_names_in_other_scripts_on_a_console_that_has_only_ascii(work):
 def test_ctrl_c_ends_the_program_with_130(work, loras):
     script = (
         "import os, signal, sys\n"
-        "from extensions_built_in.zit_merge import cli\n"
+        "from extensions_built_in.zit_merge.cli.main import main\n"
         "from extensions_built_in.zit_merge.report.progress import Bar\n"
         f"Bar.tick = lambda bar, plan, done: os.kill(os.getpid(), {int(signal.SIGINT)}) if done == 100 else None\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "run", str(three_steps(work)), "--quiet"],

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
+from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.merging import runner as execute
 from extensions_built_in.zit_merge.report import progress
@@ -231,7 +232,7 @@ def test_an_interruption_of_the_copy(work, loras, monkeypatch):
     config = work.job(STEP | {"copy_to": str(comfy)})
     work.zit("run", config).ok()
     old = (comfy / OUT).read_bytes()
-    monkeypatch.setattr(writer.os, "fsync", _raise_in(comfy, writer.os.fsync))
+    monkeypatch.setattr(atomic.os, "fsync", _raise_in(comfy, atomic.os.fsync))
     assert work.zit("run", work.job({"name": "a", "loras": [STYLE], "copy_to": str(comfy)})).code == 130
     assert everything(comfy) == [OUT] and (comfy / OUT).read_bytes() == old
 
@@ -258,13 +259,13 @@ def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(work, loras
     changed = config(0.5)  # a file that the same recipe made would be left as it is
     script = (
         "import os, sys\n"
-        "from extensions_built_in.zit_merge import cli\n"
+        "from extensions_built_in.zit_merge.cli.main import main\n"
         "from extensions_built_in.zit_merge.report.progress import Bar\n"
         "def tick(bar, plan, done):\n"
         "    if (plan.name, done) == ('b', 100):\n"
         f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
         "Bar.tick = tick\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", script, "run", changed, "--quiet"], env=environment, capture_output=True)
@@ -280,8 +281,8 @@ def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(work, loras
 
 def test_the_second_of_two_runs_gets_a_sentence_and_disturbs_nothing(work, loras):
     work.out.mkdir()
-    part = writer.part_path(work.out / OUT)
-    with writer.open_exclusively(part) as first:
+    part = atomic.part_path(work.out / OUT)
+    with atomic.open_exclusively(part) as first:
         first.write(b"what the first run has written")
         first.flush()
         message = work.zit("run", work.job(STEP)).refused()
@@ -296,7 +297,7 @@ def test_a_run_that_finishes_while_another_waits_for_its_lock_is_not_spoilt(tmp_
     import fcntl
 
     path = tmp_path / OUT
-    part = writer.part_path(path)
+    part = atomic.part_path(path)
     part.write_bytes(b"the whole file of the first run")
     flock = fcntl.flock
 
@@ -306,12 +307,12 @@ def test_a_run_that_finishes_while_another_waits_for_its_lock_is_not_spoilt(tmp_
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", publish_first)
-    writer.open_exclusively(part).close()
+    atomic.open_exclusively(part).close()
     assert path.read_bytes() == b"the whole file of the first run"
 
 
 def test_something_else_at_the_place_of_the_part_file(work, loras):
-    writer.part_path(work.out / OUT).mkdir(parents=True)
+    atomic.part_path(work.out / OUT).mkdir(parents=True)
     assert f"{OUT}" in work.zit("run", work.job(STEP)).refused()
 
 
@@ -515,7 +516,7 @@ class FullDisk:
 def test_a_disk_that_fills_up_while_writing(work, loras, monkeypatch):
     work.zit("run", work.job(STEP)).ok()
     old = (work.out / OUT).read_bytes()
-    opened = writer.open_exclusively
+    opened = atomic.open_exclusively
     monkeypatch.setattr(writer, "open_exclusively", lambda path: FullDisk(opened(path)))
     message = work.zit("run", work.job({"name": "a", "loras": [STYLE]})).refused()
     assert f"{work.out / OUT}: no space left on the disk" in message
@@ -527,9 +528,9 @@ def test_the_systems_own_refusal_to_write_more(work, loras):
     """A limit on the file size fails as a full disk does: first in write, then again when the buffer is flushed by close."""
     script = (
         "import resource, sys\n"
-        "from extensions_built_in.zit_merge import cli\n"
+        "from extensions_built_in.zit_merge.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", script, "run", work.job({"name": "a", "loras": [ME, STYLE]}), "--quiet"],

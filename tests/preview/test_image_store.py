@@ -17,7 +17,7 @@ from PIL import Image
 from preview.staging import MODEL, names, plain, planned, settled, step
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.formats.writer import open_exclusively, part_path
+from extensions_built_in.zit_merge.files.atomic import open_exclusively, part_path
 from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.image_store import ImageStore, image_store
 

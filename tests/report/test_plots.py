@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS
 from extensions_built_in.zit_merge.model.zimage import MODULES as MODEL
@@ -438,6 +438,6 @@ def test_an_interruption_leaves_the_old_picture_and_no_litter(work, loras, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "publish_file", interrupt)
+    monkeypatch.setattr(atomic, "publish_file", interrupt)
     assert work.zit("inspect", loras[0], "--plot", "a.png").code == 130
     assert Path("a.png").read_bytes() == b"old" and not list(work.folder.glob("*.part"))

@@ -19,8 +19,8 @@ from ..config.edit import BREAKS, PROCESSES, Keys, Source, get, put
 from ..config.job import RECIPE, Job, fill_environment, fill_name, job_of
 from ..config.schema import PROCESS_TYPE, parse_section
 from ..errors import ZitMergeError
+from ..files.atomic import open_exclusively, os_errors, part_path, publish_file
 from ..files.text import TextFile, parse
-from ..formats.writer import open_exclusively, os_errors, part_path, publish_file
 from ..planning.job import plan_job
 from ..planning.preflight import NO_TOOLKIT, Toolkit
 

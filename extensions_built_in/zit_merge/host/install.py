@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ZitMergeError
-from ..formats.writer import os_errors
+from ..files.atomic import os_errors
 
 _PROBE = (
     "import sys; sys.path.insert(0, '.'); import extensions_built_in.zit_merge as z; "

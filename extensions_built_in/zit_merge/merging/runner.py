@@ -25,6 +25,7 @@ from ..algebra.methods import METHODS
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
 from ..errors import ZitMergeError
+from ..files.atomic import copy_file, open_exclusively, part_path
 from ..formats import lokr, writer
 from ..formats.metadata import CHECK_KEY, OF_RANKS
 from ..formats.reader import TensorReader, load_lora, tensor_hash
@@ -72,7 +73,7 @@ def run_plans(
     """
     passing = passing or _ticking(tick)
     for plan in plans:
-        _clear(writer.part_path(plan.path))
+        _clear(part_path(plan.path))
     with contextlib.ExitStack() as cleanup:
         pool = ThreadPoolExecutor(max_workers=2)
         cleanup.callback(pool.shutdown, cancel_futures=True)
@@ -88,7 +89,7 @@ def run_plans(
             if not plan.spec.keep:
                 cleanup.callback(path.unlink, missing_ok=True)
             elif plan.spec.copy_to and (plan.name in wanted or not _is_made(plan, hashes, plan.targets()[1])):
-                writer.copy_file(path, Path(plan.spec.copy_to).expanduser())
+                copy_file(path, Path(plan.spec.copy_to).expanduser())
             if plan.spec.keep or plan.name in wanted:
                 yield Done(plan, path, plan.name in wanted, verdict or Verdict.read(load_lora(path).metadata))
 
@@ -357,7 +358,7 @@ def _clear(part: Path) -> None:
     """Removes what a killed run left; a part file that another run is writing stays and stops this one when its turn comes."""
     if part.is_file():
         with contextlib.suppress(ZitMergeError):
-            writer.open_exclusively(part).close()
+            open_exclusively(part).close()
             part.unlink()
 
 

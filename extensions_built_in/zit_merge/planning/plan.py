@@ -19,6 +19,7 @@ from .. import __version__
 from ..config.schema import Lora, RankRule, Section, Step
 from ..errors import ZitMergeError, nearest
 from ..files import hub
+from ..files.atomic import part_path
 from ..formats import lokr, writer
 from ..formats.header import common_dtype
 from ..formats.metadata import Adapter, adapter_metadata, dumps, kohya_metadata, merged_metadata, read_adapter
@@ -128,7 +129,7 @@ class StepPlan:
     @property
     def output_path(self) -> Path:
         """Where later steps of the run find it: a step that is not kept never gets its final name."""
-        return self.path if self.spec.keep else writer.part_path(self.path)
+        return self.path if self.spec.keep else part_path(self.path)
 
     @property
     def outline(self) -> LoraSpec:

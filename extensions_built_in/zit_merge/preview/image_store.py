@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
-from ..formats.writer import os_errors, write_whole
+from ..files.atomic import os_errors, write_whole
 from ..planning.sources import PREFIXES, RunContext
 from .sheet import legend
 

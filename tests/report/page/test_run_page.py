@@ -16,7 +16,7 @@ from page_pictures import noisy
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.report.page import render
@@ -138,7 +138,7 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_part(work, loras, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "publish_file", stop)
+    monkeypatch.setattr(atomic, "publish_file", stop)
     page = Page("cat")
     with pytest.raises(KeyboardInterrupt):
         page.write(work.out / "merged_cat.html")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...formats.writer import os_errors, write_whole
+from ...files.atomic import os_errors, write_whole
 from .facts import NAME, anatomy, text
 from .galleries import PICTURES, Gallery, fit
 

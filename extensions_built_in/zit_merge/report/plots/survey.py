@@ -21,8 +21,8 @@ from ...algebra.overlap import is_thin
 from ...algebra.truncate import singular_values
 from ...analysis.compare import Readers, Watched, same_model
 from ...errors import ZitMergeError
+from ...files.atomic import part_path, write_whole
 from ...formats.reader import LoraFile
-from ...formats.writer import part_path, write_whole
 from ...planning.sources import check_writable, user_path
 from ..tables import ranks_text
 
