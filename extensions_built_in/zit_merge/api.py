@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .config.schema import TRAINED, parse_section
-from .errors import ZitMergeError
+from .config.parse import parse_section
+from .config.schema import TRAINED
+from .errors import SettingError, located
 from .files.hub import HUB_PREFIX
+from .files.paths import user_path
 from .formats.reader import LoraFile
-from .merging.runner import pick_device, run_plans
-from .planning.plan import StepPlan, plan_section
-from .planning.sources import RunContext, user_path
+from .merging.runner import run_plans
+from .planning.build import plan_section
+from .planning.context import RunContext
+from .planning.device import pick_device
+from .planning.job import Planned
+from .planning.types import StepPlan
+from .progress import Progress
 
 Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is settled but not written yet."""
+    """A merge that is described but not written yet."""
 
     section: Mapping[str, Any]
 
@@ -34,28 +42,68 @@ class Merge:
         Raises:
             ZitMergeError: The merge can't be done; the message says why.
         """
-        path = user_path(path, "the output")
+        return self.planned(path, may_download=may_download).plans[0]
+
+    def planned(self, path: str | Path, *, may_download: bool = False) -> Planned:
+        """The same as a section with its one step.
+
+        Args:
+            path: The output.
+            may_download: Fetch what is not in the local cache of the hub.
+
+        Raises:
+            ZitMergeError: As `plan`.
+        """
+        with located("the output"):
+            path = user_path(path)
         if path.suffix != ".safetensors":
-            raise ZitMergeError(f"{path}: the output is a .safetensors file: give it that ending")
-        section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
-        site = RunContext(job="merge", place="", output_dir=path.parent, file=path, may_download=may_download)
-        return plan_section(section, site)[0]
+            raise SettingError("the output is a .safetensors file: give it that ending", str(path))
+        with _one_step():
+            section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
+            context = RunContext(job="merge", loc="", output_dir=path.parent, file=path, may_download=may_download)
+            return Planned(0, section, context, plan_section(section, context), pick_device(section.device))
 
     def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:
         """Writes the merged LoRA; a file that another merge of this name wrote is replaced, any other is refused.
 
         Args:
             path: A `.safetensors` file.
-            tick: Called with the plan and the number of modules done.
+            tick: Called with the plan and the number of modules done; may raise to stop.
 
         Returns:
-            The path.
+            The path. `load_lora(path).verdict` says whether the file is right.
 
         Raises:
             ZitMergeError: Nothing was written; the message says why.
         """
-        (done,) = run_plans([self.plan(path, may_download=True)], pick_device(self.section["device"]), tick)
+        planned = self.planned(path, may_download=True)
+        (done,) = run_plans(planned.plans, planned.device, _Ticking(planned.plans[0], tick))
         return done.path
+
+
+class _Ticking(Progress):
+    """Calls a function after every module: with 0 in the passes before the merge."""
+
+    def __init__(self, plan: StepPlan, tick: Callable[[StepPlan, int], None]):
+        self._plan, self._tick = plan, tick
+
+    def track(
+        self, items: Collection[T], label: str, unit: str = "module", describe: Callable[[T], str] | None = None
+    ) -> Iterator[T]:
+        """See `Progress`."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self._tick(self._plan, done if label == self._plan.name else 0)
+
+
+@contextmanager
+def _one_step() -> Iterator[None]:
+    """Locations without the one step: `rank`, `loras[1].blocks.to_w`."""
+    try:
+        yield
+    except SettingError as e:
+        e.loc = e.loc.removeprefix("steps[0]").lstrip(".")
+        raise
 
 
 def merge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,11 +11,12 @@ from .analysis.residuals import dense_residual, residuals
 from .api import Merge, merge
 from .errors import ZitMergeError
 from .files.atomic import os_errors
-from .merging.runner import pick_device, run_plans
 from .model.zimage import MODULES
+from .progress import Progress
 from .report.page.facts import step_facts
 from .report.page.render import Page
-from .report.tables import done_text, plan_text
+from .report.text.plan import plan_text
+from .section import Say, run_section
 from .wording import copyable
 
 RANK, PAGE = 4, "demo_page.html"
@@ -53,13 +53,13 @@ def demo_merge(face: Path, style: Path) -> Merge:
     return merge([(face, weights), (style, {"ratio": 0.6, "effects": {"composition": 0.2, "color_light": 1.3}})], dtype="fp32")
 
 
-def run_demo(folder: Path, say: Callable[[str], None], tick: Callable) -> None:
+def run_demo(folder: Path, say: Say, progress: Progress) -> None:
     """Makes the inputs, merges them, checks every module, tells.
 
     Args:
         folder: Where the files go; it is made.
         say: Prints a line.
-        tick: Progress of the merge.
+        progress: Shows how far the merge is.
 
     Raises:
         ZitMergeError: The result is not what was asked for.
@@ -67,13 +67,15 @@ def run_demo(folder: Path, say: Callable[[str], None], tick: Callable) -> None:
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         face, style = make_inputs(folder)
-    settled, path = demo_merge(face, style), folder / "demo_merged.safetensors"
-    plan = settled.plan(path)
+    described, path = demo_merge(face, style), folder / "demo_merged.safetensors"
+    planned = described.planned(path)
+    (plan,) = planned.plans
     say(plan_text(plan) + "\n")
     page = Page("demo")
-    page.begin("", {**settled.section, "output_dir": str(folder), "steps": [{**settled.section["steps"][0], "name": plan.name}]})
-    for done in run_plans([plan], pick_device("auto"), tick):
-        say(done_text(done))
+    page.begin(
+        "", {**described.section, "output_dir": str(folder), "steps": [{**described.section["steps"][0], "name": plan.name}]}
+    )
+    for done in run_section(planned, None, say, progress):
         page.add(step_facts(done))
     found = residuals(plan, path)
     worst = max(found, key=found.get)

@@ -1,22 +1,73 @@
-"""The one exception of zit_merge, and the sentences that several places share."""
+"""The exceptions of zit_merge, and the phrases that their messages share."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ZitMergeError(Exception):
-    """The input, the config or the machine stands in the way. The message says what, where and what to do."""
+    """The input, the config or the machine prevents the work. The message says what is wrong, where, and what to do."""
 
 
-def not_available_yet(what: str, instead: str = "") -> ZitMergeError:
-    """The answer to a setting or command of the interface that this version does not have."""
-    return ZitMergeError(f"{what} is not available yet in this version of zit_merge" + (f"; {instead}" if instead else ""))
+class SettingError(ZitMergeError):
+    """A setting is wrong. `located` completes its location on the way up, so that no function needs to be told where it is.
+
+    Args:
+        message: What is wrong and what to do.
+        loc: Where, below the place that raises: `SettingError("must be positive", "blocks.to_q")`.
+
+    Attributes:
+        message: As given.
+        loc: `process[1].steps[0].loras[0].blocks.to_q`, as far as it is known.
+    """
+
+    def __init__(self, message: str, loc: str = ""):
+        super().__init__(message, loc)
+        self.message, self.loc = message, loc
+
+    def __str__(self) -> str:
+        return f"{self.loc}: {self.message}" if self.loc else self.message
+
+
+@contextmanager
+def located(loc: str) -> Iterator[None]:
+    """Puts a location before that of every SettingError that passes.
+
+    Args:
+        loc: A key, a path of keys, or a command-line flag; empty changes nothing.
+    """
+    try:
+        yield
+    except SettingError as e:
+        e.loc = joined(loc, e.loc)
+        raise
+
+
+def joined(*locs: str) -> str:
+    """Locations as one path: `steps[0]` and `loras[1]` as `steps[0].loras[1]`; empty ones are left out."""
+    return ".".join(filter(None, locs))
+
+
+def not_available_yet(what: str, instead: str = "") -> SettingError:
+    """The answer to a setting of the interface that this version does not have.
+
+    Args:
+        what: The setting, where the location does not name it.
+        instead: What to do.
+    """
+    text = f"{what} is not available yet".lstrip() + " in this version of zit_merge"
+    return SettingError(text + (f"; {instead}" if instead else ""))
 
 
 def counted(number: int, what: str) -> str:
-    """`1 module`, `2 modules`."""
+    """`1 module`, `2 modules`.
+
+    Args:
+        number: How many.
+        what: One of them.
+    """
     return f"{number} {what}{'s' * (number != 1)}"
 
 

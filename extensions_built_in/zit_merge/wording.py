@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 WIDTH = 78  # 80 columns without the last two: some consoles break a line that fills them
@@ -118,3 +118,14 @@ def percent(share: float) -> str:
     if share >= 0.9995:
         return "100 %" if share >= 1 - 1e-12 else "99.9 %"
     return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def ranks_text(ranks: Mapping[str, int], algorithms: Iterable[str]) -> str:
+    """`32`, `4-32`, `3840 at most` where not all of it is LoRA."""
+    return span(ranks.values()) + (" at most" if set(algorithms) - {"LoRA"} else "")
+
+
+def span(values: Collection[int]) -> str:
+    """`32`, or `4-32` where they differ."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config import presets
 from extensions_built_in.zit_merge.config.job import load_job
-from extensions_built_in.zit_merge.config.presets import Preset, expand, is_file, load, origin_of, preset_names
+from extensions_built_in.zit_merge.config.presets import Preset, is_file, load, origin_of, preset_names
 from extensions_built_in.zit_merge.config.schema import Lora
 from extensions_built_in.zit_merge.model.strengths import Weights, strengths
 

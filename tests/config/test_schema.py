@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from extensions_built_in.zit_merge.config.job import load_job
-from extensions_built_in.zit_merge.config.schema import Section, parse_section
-from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.config.schema import Section
+from extensions_built_in.zit_merge.errors import ZitMergeError, located
 
 LORA = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [LORA]}
@@ -23,7 +24,8 @@ def section(lora: dict | None = None, step: dict | None = None, **keys) -> dict:
 
 
 def settled(raw: object, *, first: bool = False) -> Section:
-    return parse_section(raw, "process[1]", first=first)
+    with located("process[1]"):
+        return parse_section(raw, first=first)
 
 
 def refusal(raw: object) -> str:

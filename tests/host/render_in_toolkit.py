@@ -16,7 +16,6 @@ from toolkit.lora_special import LoRASpecialNetwork
 from extensions_built_in.zit_merge.algebra.delta import Kron
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
-from extensions_built_in.zit_merge.host.render import Renderer
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 model, out, *loras, _ = [*sys.argv[1:5], ""]

@@ -13,9 +13,9 @@ from oracles import producers
 
 from extensions_built_in.zit_merge.cli import main as cli
 from extensions_built_in.zit_merge.config.job import Job
-from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.files.atomic import part_path
-from extensions_built_in.zit_merge.planning.sources import make_context
+from extensions_built_in.zit_merge.planning.job import make_context
 
 REPO = Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ from host.test_job import write
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config.job import Job
-from extensions_built_in.zit_merge.config.schema import parse_section
-from extensions_built_in.zit_merge.planning.plan import plan_section
-from extensions_built_in.zit_merge.planning.sources import make_context
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.planning.build import plan_section
+from extensions_built_in.zit_merge.planning.job import make_context
 
 RANK = 16
 # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x rank x 2 bytes

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge.host.render import _cure
-from extensions_built_in.zit_merge.host.status import PictureWatch, Status
+from extensions_built_in.zit_merge.host.status import Status
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 pytestmark = pytest.mark.toolkit

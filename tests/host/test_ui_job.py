@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "examples" / "ui_merge_job.yaml"
 

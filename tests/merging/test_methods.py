@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workspace import Workspace, write_lora
 
-from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.errors import ZitMergeError
 
 _ALL = small_shapes(dim=12, ffn=20, temb=8, cap=12, n_layers=2, n_refiners=1)

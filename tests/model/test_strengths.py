@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.model.strengths import Weights, compact, strengths
+from extensions_built_in.zit_merge.errors import located
+from extensions_built_in.zit_merge.model.strengths import Weights, compact, factors, strengths
 
 INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
 NAMES = [entry["name"] for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))]
@@ -144,7 +145,8 @@ def oracle(ratio, blocks, layers, effects, overrides):
 
 
 def table(ratio=1.0, blocks=None, layers=None, effects=None, overrides=None):
-    return strengths(Weights(ratio, blocks or {}, layers or {}, effects or {}, overrides or {}, "loras[0]"))
+    with located("loras[0]"):
+        return strengths(ratio, factors(Weights(blocks or {}, layers or {}, effects or {}, overrides or {})))
 
 
 def at(spec, name):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from workspace import Workspace, write_lora
 
 from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
-from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.errors import ZitMergeError
 
 SHAPES = {

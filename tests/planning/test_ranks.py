@@ -23,7 +23,8 @@ from workspace import Workspace, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.algebra import ranks
-from extensions_built_in.zit_merge.config.schema import RankRule, parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.config.schema import RankRule
 
 F64 = torch.float64
 TO_K = "layers.0.attention.to_k"  # AI-Toolkit reads the rank there, so it has the largest

@@ -16,10 +16,11 @@ from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
-from extensions_built_in.zit_merge.merging.runner import Done, run_plans
-from extensions_built_in.zit_merge.planning.job import Planned, plan_job
-from extensions_built_in.zit_merge.planning.plan import StepPlan
-from extensions_built_in.zit_merge.planning.sources import RunContext, make_context
+from extensions_built_in.zit_merge.merging.made import Done
+from extensions_built_in.zit_merge.merging.runner import run_plans
+from extensions_built_in.zit_merge.planning.context import RunContext
+from extensions_built_in.zit_merge.planning.job import Planned, make_context, plan_job
+from extensions_built_in.zit_merge.planning.types import StepPlan
 from extensions_built_in.zit_merge.preview.grids import PreviewPlan, preview_plan
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest

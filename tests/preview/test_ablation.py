@@ -15,7 +15,6 @@ from PIL import Image
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.config.presets import expand
 from extensions_built_in.zit_merge.config.schema import Lora
 from extensions_built_in.zit_merge.model.strengths import Weights, strengths
 from extensions_built_in.zit_merge.model.zimage import MODULES

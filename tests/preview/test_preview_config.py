@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from extensions_built_in.zit_merge.config.schema import Ablate, Preview, Section, Step, parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.config.schema import Ablate, Preview, Section, Step
 from extensions_built_in.zit_merge.errors import ZitMergeError
 
 LORA = {"lora": "me.safetensors", "ratio": 1.0}

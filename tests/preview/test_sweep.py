@@ -15,7 +15,7 @@ from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.planning.types import StepPlan
 from extensions_built_in.zit_merge.preview import grids as exhibits
 from extensions_built_in.zit_merge.preview.grids import ImageGrid, PreviewPlan
 from extensions_built_in.zit_merge.preview.outputs import plain_step, section_yaml

@@ -16,7 +16,7 @@ import pytest
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.report.progress import Bar, Pictures, passing, watched
+from extensions_built_in.zit_merge.report.progress import Bar, passing, watched
 
 pty, fcntl, termios = (pytest.importorskip(name, reason="no terminals on Windows") for name in ("pty", "fcntl", "termios"))
 

@@ -22,13 +22,17 @@ from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Checkpoints, Lora, Save, Step
 from extensions_built_in.zit_merge.demo import run_demo
 from extensions_built_in.zit_merge.formats.reader import load_lora
-from extensions_built_in.zit_merge.merging.runner import Done, run_plans
-from extensions_built_in.zit_merge.merging.verify import Measured, Verdict
+from extensions_built_in.zit_merge.formats.spec import LoraSpec
+from extensions_built_in.zit_merge.formats.verdict import Measured, Verdict
+from extensions_built_in.zit_merge.merging.made import Done
+from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.plan import Input, StepPlan
-from extensions_built_in.zit_merge.planning.training import LoraSpec
-from extensions_built_in.zit_merge.report.tables import done_text, methods_text, norm_table, plan_text, presets_text, value_table
+from extensions_built_in.zit_merge.planning.types import Input, StepPlan
+from extensions_built_in.zit_merge.report.text.catalogue import methods_text, presets_text
+from extensions_built_in.zit_merge.report.text.plan import plan_text
+from extensions_built_in.zit_merge.report.text.result import done_text
+from extensions_built_in.zit_merge.report.text.table import norm_table, value_table
 from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, squeezed, wrapped
 
 CPU = torch.device("cpu")

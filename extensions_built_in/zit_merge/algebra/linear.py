@@ -12,7 +12,7 @@ proportions of the ratios count, and the result is as strong as one LoRA.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import acos, cos, sin
+from math import acos, cos, fsum, sin
 from typing import Annotated
 
 import torch
@@ -184,11 +184,15 @@ def _angle(gram: Tensor) -> float:
     return acos(min(1.0, max(-1.0, float(gram[0, 1]) / length))) if length else 0.0
 
 
+def cancels(weights: Sequence[float]) -> bool:
+    """Whether weights sum to 0 but for rounding, so that no mean can divide by their sum."""
+    return abs(fsum(weights)) <= 1e-12 * fsum(map(abs, weights))
+
+
 def _total(weights: Tensor) -> float:
-    total = float(weights.sum())
-    if abs(total) <= 1e-12 * float(weights.abs().sum()):
+    if cancels(weights.tolist()):
         raise ValueError("the ratios sum to 0, a mean needs another sum")
-    return total
+    return float(weights.sum())
 
 
 def _shares(weights: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..algebra.overlap import directions, factor_products, inside, is_thin, proj
 from ..errors import counted
 from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
-from ..report.tables import value_table
+from ..report.text.table import value_table
 from ..wording import listed, percent, row, shorten, some
 from .advice import cosine_text, two_digits
 from .compare import Readers, Watched, file_lines, outline, same_model

@@ -22,8 +22,8 @@ from ..errors import ZitMergeError, counted
 from ..formats.reader import LoraFile, TensorReader
 from ..merging.merger import Watched
 from ..model.zimage import MODULES
-from ..report.tables import span, value_table
-from ..wording import middle, row, shorten
+from ..report.text.table import value_table
+from ..wording import middle, row, shorten, span
 from .advice import advice, cosine_text, loras_text, two_digits
 
 TAU = 0.5  # default of shared_once

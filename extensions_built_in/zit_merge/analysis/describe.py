@@ -16,13 +16,14 @@ from ..formats.header import DTYPES, FULL, Change
 from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile, TensorReader
 from ..formats.scales import ADAPTER_KEY
+from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, recognise, usual_modules
+from ..formats.verdict import LARGE
 from ..model import zimage
 from ..model.strengths import row_name
 from ..model.zimage import MODULES, SECTIONS, section_components
-from ..planning.plan import DTYPE_NAMES
-from ..report.tables import LARGE, norm_table, ranks_text, span, value_table
-from ..wording import TITLE, listed, middle, neighbours, percent, row, shorten, some, squeezed
+from ..report.text.table import norm_table, value_table
+from ..wording import TITLE, listed, middle, neighbours, percent, ranks_text, row, shorten, some, span, squeezed
 
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
 

@@ -10,7 +10,7 @@ from ..algebra import linear
 from ..algebra.delta import Delta, distance, norm
 from ..algebra.factors import wide
 from ..formats.reader import TensorReader, load_lora
-from ..planning.plan import StepPlan
+from ..planning.types import StepPlan
 
 
 def wanted(plan: StepPlan) -> Iterator[tuple[str, Delta | None]]:

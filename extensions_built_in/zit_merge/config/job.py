@@ -1,4 +1,4 @@
-"""Config files, read by AI-Toolkit's rules: ${ENV}, [name], 1e-3 as a number. A key that stands twice is an error."""
+"""Config files, read by AI-Toolkit's rules: ${ENV}, [name], 1e-3 as a number. Duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ZitMergeError
+from ..errors import SettingError, ZitMergeError, located
 from ..files.text import TextFile, parse
-from .schema import PROCESS_TYPE, Section, parse_section
+from .parse import parse_section
+from .schema import PROCESS_TYPE, Section
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Job:
     folder: Path
     recipe: bool = False
 
-    def place(self, index: int) -> str:
+    def loc(self, index: int) -> str:
         """How messages call a process."""
         return "" if self.recipe else f"process[{index}]"
 
@@ -41,14 +42,14 @@ class Job:
 
     @cached_property
     def _sections(self) -> Sequence[tuple[int, Section]]:
-        found = tuple(
-            (i, parse_section(raw, self.place(i), first=i == 0 and not self.recipe, folder=self.folder))
-            for i, raw in enumerate(self.processes)
-            if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE
-        )
+        found = []
+        for i, raw in enumerate(self.processes):
+            if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
+                with located(self.loc(i)):
+                    found.append((i, parse_section(raw, first=i == 0 and not self.recipe, folder=self.folder)))
         if not found:
-            raise ZitMergeError(f"config.process: there is no process of type {PROCESS_TYPE}: append one")
-        return found
+            raise SettingError(f"there is no process of type {PROCESS_TYPE}: append one", "config.process")
+        return tuple(found)
 
 
 RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
@@ -68,11 +69,17 @@ def load_job(path: str | Path) -> Job:
 
 
 def job_of(text: str, path: Path) -> Job:
+    """The job, or the recipe, that a config's text holds.
+
+    Args:
+        text: The text.
+        path: Its file, for messages; its ending tells JSON from YAML.
+    """
     if re.search(RECIPE, text, re.MULTILINE):
         raw = parse(text, path)
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     raw = parse(fill_environment(text, path), path)
-    if isinstance(raw, list) and len(raw) == 1:  # a section as it stands under process:
+    if isinstance(raw, list) and len(raw) == 1:  # a section as a list of one, as under process:
         raw = raw[0]
     if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
@@ -92,6 +99,13 @@ def job_of(text: str, path: Path) -> Job:
 
 
 def fill_environment(text: str, path: Path) -> str:
+    """The text with the values of `${NAME}`.
+
+    Args:
+        text: Of a config.
+        path: Its file, for messages.
+    """
+
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise ZitMergeError(f"{path}: the environment variable {match[1]} is not set: set it or write the path out")
@@ -101,6 +115,12 @@ def fill_environment(text: str, path: Path) -> str:
 
 
 def fill_name(value: Any, name: str) -> Any:
+    """The parsed value with the job's name in place of `[name]`.
+
+    Args:
+        value: Anything that YAML holds.
+        name: Of the job.
+    """
     if isinstance(value, str):
         return value.replace("[name]", name)
     if isinstance(value, Mapping):

@@ -1,36 +1,25 @@
 """The job section: its schema.
 
-Every message names the place in the config. What selects modules (`blocks`, `layers`, `effects`, `overrides`) is only given its
-form here; its meaning is checked in `weights`.
+What selects modules (`blocks`, `layers`, `effects`, `overrides`) is only given its form here; its meaning is checked in
+`model.strengths`, what settings mean together in `rules`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr
 
-from ..algebra.ema import gamma_of
-from ..algebra.factors import Factors
-from ..algebra.methods import METHODS
-from ..errors import ZitMergeError, nearest, not_available_yet
+from ..errors import nearest
 from ..formats.scales import ALPHA_FORMS, TWINS, VECTORS, is_alpha
-from ..model.strengths import Weights
-from .presets import Preset, expand, is_file, load
+from ..formats.spec import DTYPES
+from ..formats.writer import FORMS
+from ..model.strengths import TABLES, Weights, entries, union
 
 PROCESS_TYPE = "zit_merge"
 TRAINED = "trained"
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-
-# Settings of the interface that later versions bring: they are named, not mistaken for typing errors.
-_LATER = ("bake",)
-FORMATS = ("ai-toolkit", "diffusers", "kohya", "comfyui")
 
 
 @dataclass(frozen=True)
@@ -101,12 +90,11 @@ def _choice(known: Iterable[str], what: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Dtype = Annotated[str, _choice(("bf16", "fp16", "fp32", "same"), "dtype")]
-Format = Annotated[str, _choice(FORMATS, "format")]
+Dtype = Annotated[str, _choice((*DTYPES, "same"), "dtype")]
+Format = Annotated[str, _choice(FORMS, "format")]
 Alpha = Annotated[str | float, BeforeValidator(_alpha)]
 Qkv = Annotated[str, _choice(TWINS, "qkv")]
 Vector = Annotated[str, _choice(VECTORS, "drop")]
-Method = Annotated[str, _choice(METHODS, "method")]
 Rank = Annotated[int | str | RankRule, PlainValidator(_rank)]
 Table = dict[str, float]
 Depths = dict[str, float | list[float]] | list[float]
@@ -134,6 +122,37 @@ class Save(_Model):
     keep_lokr: bool = False
 
 
+class Preset(_Model):
+    """A named set of strength keys. A user's file holds one, under its name:
+
+    my_layers:
+      idea: whose idea it is, one line
+      layers: {0-9: 0.5, 10-29: [1.0, 0.6]}
+      overrides: {20-25.to_v: 1.3}
+    """
+
+    idea: str = ""
+    blocks: Table = {}
+    layers: Depths = {}
+    effects: Table = {}
+    overrides: Table = {}
+
+    @property
+    def weights(self) -> Weights:
+        """The strength keys alone."""
+        return Weights(self.blocks, self.layers, self.effects, self.overrides)
+
+
+def union_of(preset: Preset, own: Mapping[str, Any]) -> dict[str, Any]:
+    """All four strength tables of a preset with the user's own entries on top.
+
+    Args:
+        preset: What lies below.
+        own: `blocks`, `layers`, `effects`, `overrides`, as far as they are there.
+    """
+    return {table: union(entries(getattr(preset, table)), own.get(table, {}), table) for table in TABLES}
+
+
 class Lora(_Model):
     """One LoRA of a step, with its strength keys. `sha256`, `strengths`, `unmatched`, `adapter` stand in recipes."""
 
@@ -153,35 +172,26 @@ class Lora(_Model):
     adapter: dict[str, Any] | None = None
 
     # The preset as it was when the section was read: its file may be gone when a training is done.
-    _chosen: Preset | None = PrivateAttr(None)
+    _preset: Preset | None = PrivateAttr(None)
 
     @property
-    def chosen(self) -> Preset | str | None:
-        """The preset, for `presets.expand`."""
-        return self._chosen or self.preset
+    def own(self) -> dict[str, Any]:
+        """The strength tables beside the preset."""
+        return {table: getattr(self, table) for table in TABLES}
 
-    def read_preset(self, place: str, folder: Path) -> None:
-        """Looks the preset up, once.
-
-        Args:
-            place: Of the LoRA, for messages.
-            folder: Where the path of a preset's file starts, before the working directory.
-
-        Raises:
-            ZitMergeError: There is no such preset, or its file is wrong.
-        """
-        if self.preset:
-            near = folder / Path(self.preset).expanduser()
-            self._chosen = load(str(near) if is_file(self.preset) and os.path.isfile(near) else self.preset, place)
-
-    def tables(self, place: str) -> dict[str, Any]:
+    @property
+    def tables(self) -> dict[str, Any]:
         """blocks, layers, effects and overrides, on top of those of the preset."""
-        own = {key: getattr(self, key) for key in ("blocks", "layers", "effects", "overrides")}
-        return expand(self.chosen, own, place) if self.preset else own
+        return union_of(self._preset, self.own) if self._preset else self.own
 
-    def weights(self, place: str) -> Weights:
-        """The strength keys, with the place they stand at."""
-        return Weights(self.ratio, **self.tables(place), place=place)
+    @property
+    def found_preset(self) -> Preset | None:
+        """What `preset` names."""
+        return self._preset
+
+    @found_preset.setter
+    def found_preset(self, preset: Preset) -> None:
+        self._preset = preset
 
 
 class Preview(_Model):
@@ -228,11 +238,11 @@ class Ablate(_Model):
     confirm: bool = False
 
 
-class _Settings(_Model):
+class Settings(_Model):
     """What may stand on the section or on a step; the step wins."""
 
     save: Save = Save()
-    method: Method = "sum"
+    method: str = "sum"  # one of algebra.methods.METHODS, which `rules` looks at
     params: dict[str, Any] = {}
     rank: Rank = "exact"
     shapes: Literal["strict", "free"] = "strict"
@@ -257,7 +267,7 @@ class Checkpoints(_Model):
     drop: list[Vector] = []
 
 
-class Step(_Settings):
+class Step(Settings):
     """One merge and the file it makes."""
 
     name: StepName
@@ -270,7 +280,7 @@ class Step(_Settings):
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
 
 
-class Section(_Settings):
+class Section(Settings):
     """A process of type zit_merge. The keys from `name` on are AI-Toolkit's and its UI's, accepted and left alone."""
 
     type: Literal["zit_merge"]
@@ -291,258 +301,3 @@ class Section(_Settings):
     # A recipe, printed as a section, says which job and version made it.
     job: str | None = None
     made_by: str | None = None
-
-
-def parse_section(raw: object, place: str = "", *, first: bool = False, folder: Path = Path()) -> Section:
-    """A validated section; what a step leaves open is filled in from the section.
-
-    Args:
-        raw: The mapping of the config, as parsed.
-        place: Where it stands: `process[1]`; empty for a recipe.
-        first: It is the job's first process, where the UI writes `device: cuda` and means `auto`.
-        folder: Where the paths of presets start.
-
-    Raises:
-        ZitMergeError: With the place and the nearest right name.
-    """
-    if not isinstance(raw, Mapping):
-        raise ZitMergeError(f"{place or 'section'}: must be a mapping with type: {PROCESS_TYPE}, not {raw!r}")
-    raw = _plain(raw, place)
-    _refuse_later(raw, place)
-    if first and raw.get("device") == "cuda":
-        raw["device"] = "auto"
-    section = _validate(raw, place)  # as it stands, so that a message names where a setting was written
-    shared = {k: raw[k] for k in _Settings.model_fields if k in raw}
-    section = _validate(raw | {"steps": [_inherit(shared, step) for step in raw["steps"]]}, place)
-    _check_names(section.steps, place)
-    _check_params(section, place)
-    for i, step in enumerate(section.steps):
-        check_step(step, _join(place, f"steps[{i}]"))
-    for i, step in enumerate(section.steps):
-        for j, lora in enumerate(step.loras):
-            lora.read_preset(_join(place, f"steps[{i}].loras[{j}]"), folder)
-        if step.file and not section.made_by:
-            raise ZitMergeError(f"{_join(place, f'steps[{i}].file')}: unknown key; the file is named by the job and the step")
-    return section
-
-
-def _validate(raw: Mapping[str, Any], place: str) -> Section:
-    try:
-        return Section.model_validate(raw)
-    except ValidationError as e:
-        raise ZitMergeError(_sentence(e, place)) from None
-
-
-def _plain(value: Any, place: str) -> Any:
-    """Without nulls, which AI-Toolkit treats as absent, and with every key as text: layers may be written as integers."""
-    if isinstance(value, list):
-        return [_plain(v, f"{place}[{i}]") for i, v in enumerate(value)]
-    if not isinstance(value, Mapping):
-        return value
-    plain: dict[str, Any] = {}
-    for key, entry in value.items():
-        if isinstance(key, bool) or not isinstance(key, int | str):
-            raise ZitMergeError(f"{_join(place, str(key))}: a key must be text")
-        if str(key) in plain:
-            raise ZitMergeError(f"{place}: {key} stands there twice: keep one of them")
-        if entry is not None:
-            plain[str(key)] = _plain(entry, _join(place, str(key)))
-    return plain
-
-
-def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**shared, **step}
-    for key in ("save", "preview"):
-        if isinstance(shared.get(key), Mapping) and isinstance(step.get(key), Mapping):
-            merged[key] = {**shared[key], **step[key]}
-    if step.get("preview") is True:
-        merged["preview"] = shared.get("preview") or True
-    if step.get("keep") is False and "preview" not in step:
-        merged.pop("preview", None)  # a step that only feeds others is shown where it asks for it
-    if "params" not in step and step.get("method", shared.get("method")) != shared.get("method"):
-        merged.pop("params", None)  # they belong to the section's method
-    if "checkpoints" in step:
-        merged.setdefault("rank", "same")
-    return merged
-
-
-def _refuse_later(raw: Mapping[str, Any], place: str) -> None:
-    def refuse(value: object, at: str) -> None:
-        for key in value if isinstance(value, Mapping) else ():
-            if key in _LATER and value[key] is not None:
-                raise not_available_yet(_join(at, key))
-
-    refuse(raw, place)
-    for i, step in enumerate(raw.get("steps") if isinstance(raw.get("steps"), list) else ()):
-        refuse(step, _join(place, f"steps[{i}]"))
-
-
-def _check_params(settings: _Settings, place: str) -> None:
-    """Raises unless a method has these parameters, in their ranges."""
-    method, at = METHODS[settings.method], _join(place, "params")
-    for key, value in settings.params.items():
-        if key not in method.parameters:
-            known = f"; there are {', '.join(method.parameters)}" if method.parameters else ", it takes none"
-            raise ZitMergeError(
-                f"{at}.{key}: the method {settings.method} has no such parameter{nearest(key, method.parameters)}{known}"
-            )
-        if trouble := method.parameters[key].trouble(value):
-            raise ZitMergeError(f"{at}.{key}: {trouble}")
-    if not method.is_linear:
-        try:  # what two parameters mean together shows on the smallest merge there is
-            method.function([Factors(torch.ones(1, 1), torch.ones(1, 1))] * 2, **settings.params)
-        except ValueError as e:
-            raise ZitMergeError(f"{at}: {e}") from None
-
-
-def check_step(step: Step, place: str) -> None:
-    """Raises where the parts of a step don't fit together."""
-    _check_params(step, place)
-    if step.checkpoints:
-        if step.loras:
-            raise ZitMergeError(f"{place}: has loras and checkpoints: make two steps, the second can use the first by its name")
-        if step.method != "sum":
-            raise ZitMergeError(f"{place}.method: an average over checkpoints is a weighted sum: set method: sum on this step")
-        _check_checkpoints(step.checkpoints, _join(place, "checkpoints"))
-        return
-    if not step.loras:
-        raise ZitMergeError(f"{_join(place, 'loras')}: is missing: list the LoRAs to merge (or give checkpoints)")
-    method, count = METHODS[step.method], len(step.loras)
-    if method.takes and count != method.takes:
-        other = " (karcher takes any number)" if method.is_spherical else ""
-        raise ZitMergeError(f"{place}.method: {step.method} takes exactly two LoRAs, the step has {count}{other}")
-    for j, lora in enumerate(step.loras):
-        if method.is_spherical and lora.ratio < 0:
-            raise ZitMergeError(
-                f"{place}.loras[{j}].ratio: {step.method} goes between directions, where {lora.ratio:g} has no meaning: use a "
-                "number from 0, or method: sum"
-            )
-    total = sum(lora.ratio for lora in step.loras)
-    if method.is_mean and abs(total) <= 1e-12 * sum(abs(lora.ratio) for lora in step.loras):
-        raise ZitMergeError(f"{place}: the ratios sum to 0, {step.method} divides by their sum: change one of them")
-
-
-def _check_checkpoints(asked: Checkpoints, place: str) -> None:
-    given = [key for key in ("sigma_rel", "gamma", "weights") if getattr(asked, key) is not None]
-    if len(given) > 1:
-        raise ZitMergeError(f"{place}: {' and '.join(given)} both say how to weigh: keep one")
-    if asked.sigma_rel is not None:
-        try:
-            gamma_of(asked.sigma_rel)
-        except ValueError as e:
-            raise ZitMergeError(f"{place}.sigma_rel: {e}") from None
-    if asked.weights is not None:
-        if asked.last not in (None, len(asked.weights)):
-            raise ZitMergeError(f"{place}.weights: {len(asked.weights)} weights for last: {asked.last}: give one for each")
-        if abs(sum(asked.weights)) <= 1e-12 * sum(map(abs, asked.weights)):
-            raise ZitMergeError(f"{place}.weights: sum to 0, an average divides by their sum: change one of them")
-
-
-def _check_names(steps: Sequence[Step], place: str) -> None:
-    seen: dict[str, str] = {}
-    for i, step in enumerate(steps):
-        at = _join(place, f"steps[{i}].name")
-        if step.name.lower().endswith(".safetensors"):
-            raise ZitMergeError(f"{at}: {step.name} looks like a file, sources could not be told apart: drop the ending")
-        if step.name.lower() == TRAINED:
-            raise ZitMergeError(f"{at}: {step.name} is the name of what the training saved: choose another one")
-        if step.name.lower() in seen:
-            raise ZitMergeError(
-                f"{at}: {step.name} is also the name of {seen[step.name.lower()]}: two steps can't write one file"
-            )
-        seen[step.name.lower()] = _join(place, f"steps[{i}]")
-
-
-def _join(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key
-
-
-_FORMS = {
-    "name": "letters, digits, _ . and - are",
-    "preset": "letters, digits, _ . and - are",
-    "prompts": "any text but an empty one is",
-    "metrics": "any text but an empty one is",
-    "device": "auto, cpu, cuda, cuda:N and mps are",
-    "sha256": "64 hexadecimal digits are",
-    "file": "a file name that ends in .safetensors is",
-}
-_HOST_KEYS = (
-    "sqlite_db_path",
-    "performance_log_every",
-    "model",
-    "datasets",
-    "sample",
-    "train",
-    "trigger_word",
-    "logging",
-    "training_folder",
-)
-_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter")
-# What keys take that may have one form or another.
-_EITHER = {
-    "layers": "ranges, such as {0-9: 0.5}, or 30 numbers",
-    "preview": "true, false or a mapping, such as {size: 768}",
-    "sweep": "a mapping of one key or two, such as {ratio: [0.5, 1.0]}",
-    "ablate": "a mapping, such as {by: layers}",
-    "prompts": "a list of prompts, or a text file with one on each line",
-    "seed": "a whole number from 0 to 2^63 - 1, or a list of them",
-    "size": "a side in pixels, or [width, height]",
-}
-_SHOWN = 300  # letters of a value that a message repeats
-_OF_FORM = ("dict_type", "list_type", "model_type", "int_type", "string_type", "too_short", "too_long")
-
-
-def _sentence(error: ValidationError, place: str) -> str:
-    """One of pydantic's errors in our words: an unknown key before a missing one, since it is often the same mistake; then the
-    innermost, since a number or a list is tried as both."""
-    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(_path(e["loc"]))))
-    loc = _path(first["loc"])
-    where = place
-    for part in loc:
-        where = f"{where}[{part}]" if isinstance(part, int) else _join(where, str(part))
-    if first["type"] == "extra_forbidden":
-        return f"{where}: {_unknown(loc)}"
-    hint = " (the strength of this LoRA, such as ratio: 1.0)" if first["type"] == "missing" and loc[-1] == "ratio" else ""
-    return f"{where}: {_trouble(first, loc)}{hint}"
-
-
-def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
-    """What is wrong with the value at a location."""
-    kind, limits, value = error["type"], error.get("ctx", {}), repr(error["input"])
-    value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-    if kind in _OF_FORM and loc and loc[-1] in _EITHER:
-        return f"must be {_EITHER[loc[-1]]}, not {value}"
-    form = _FORMS.get(next((part for part in reversed(loc) if isinstance(part, str)), ""), "another form is")
-    messages = {
-        "missing": "is missing",
-        "float_type": f"must be a number, not {value}",
-        "int_type": f"must be a whole number, not {value}",
-        "finite_number": f"must be a finite number, not {value}",
-        "string_type": f"must be text, not {value}",
-        "bool_type": f"must be true or false, not {value}",
-        "list_type": f"must be a list, not {value}",
-        "dict_type": f"must be a mapping, not {value}",
-        "model_type": f"must be a mapping, not {value}",
-        "too_short": "must have at least one entry",
-        "greater_than_equal": f"must be at least {limits.get('ge')}, not {value}",
-        "less_than_equal": f"must be at most {limits.get('le')}, not {value}",
-        "literal_error": f"must be {limits.get('expected')}, not {value}",
-        "string_pattern_mismatch": f"has a form that is not allowed: {value} ({form} allowed)",
-    }
-    return messages.get(kind, error["msg"].removeprefix("Value error, "))
-
-
-def _unknown(loc: Sequence[int | str]) -> str:
-    """What is said of a key that the schema does not have at its place."""
-    owners = {"steps": Step, "loras": Lora, "save": Save, "checkpoints": Checkpoints, "preview": Preview, "ablate": Ablate}
-    owner, key = next((owners[part] for part in reversed(loc[:-1]) if part in owners), Section), str(loc[-1])
-    if owner is Section and key in Step.model_fields and key not in _RECIPE_KEYS:
-        return "stands on a step, not on the section: move it into one"
-    shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]
-    return f"unknown key{nearest(key, shown)}; known here: {', '.join(shown)}"
-
-
-def _path(loc: Sequence[int | str]) -> list[int | str]:
-    """A location without the names that pydantic gives to alternatives of a union: `int`, `list[float]`, `constrained-str`."""
-    alternative = r"float|int|str|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
-    return [part for part in loc if not (isinstance(part, str) and re.fullmatch(alternative, part))]

@@ -20,8 +20,22 @@ def part_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def remove_part(path: Path) -> None:
+    """Removes what a killed run left of a file; a part that another run is writing now stays, and stops this one in its turn."""
+    part = part_path(path)
+    if part.is_file():
+        with contextlib.suppress(ZitMergeError):
+            open_exclusively(part).close()
+            part.unlink()
+
+
 def copy_file(source: Path, folder: Path) -> Path:
-    """Puts a whole file into another folder under its own name."""
+    """Puts a whole file into another folder under its own name.
+
+    Args:
+        source: The file.
+        folder: Where the copy goes.
+    """
     target = folder / source.name
     with os_errors(target), source.open("rb") as whole:
         return write_whole(target, iter(lambda: whole.read(1 << 22), b""))
@@ -29,6 +43,10 @@ def copy_file(source: Path, folder: Path) -> Path:
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
     """Writes a file beside its place, syncs and renames it: an older one is replaced at once or not at all, nothing is left over.
+
+    Args:
+        path: The file.
+        chunks: Its content.
 
     Raises:
         ZitMergeError: It can't be written, or another process is writing it now.
@@ -49,7 +67,13 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
 
 
 def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
-    """Renames a synced part file to its final name and makes the rename durable."""
+    """Renames a synced part file to its final name and makes the rename durable.
+
+    Args:
+        file: The part, open.
+        part: Its path.
+        path: The final name.
+    """
     if os.name == "nt":  # Windows renames no open file
         file.close()
     os.replace(part, path)

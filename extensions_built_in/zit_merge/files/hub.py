@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-from ..config.schema import PICKLES
-from ..errors import ZitMergeError
+from ..errors import SettingError, ZitMergeError
+from .paths import NO_PICKLES, PICKLES
 
 HUB_PREFIX = "hf:"
 _MAIN = "main"  # huggingface_hub.constants.DEFAULT_REVISION
@@ -54,26 +54,23 @@ class HubFile:
 _pins: dict[HubFile, str] = {}
 
 
-def parse(source: str, place: str) -> HubFile:
+def parse(source: str) -> HubFile:
     """Reads a source.
 
     Args:
         source: hf:user/repo/path/file.safetensors[@revision].
-        place: Where it stands, for messages.
 
     Raises:
-        ZitMergeError: It has another form.
+        SettingError: It has another form.
     """
     match = _SOURCE.fullmatch(source)
     if match and _is_repo(match["repo"]) and _is_path(match["file"], ":") and _is_revision(match["revision"]):
         return HubFile(match["repo"], match["file"], match["revision"])
     shown = repr(source[:120])
     if not match and _PICKLE.search(source):
-        raise ZitMergeError(
-            f"{place}: {shown} is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read"
-        )
-    raise ZitMergeError(
-        f"{place}: {shown} does not name a file on the Hugging Face hub: write hf:user/repo/file.safetensors, "
+        raise SettingError(f"{shown} {NO_PICKLES}")
+    raise SettingError(
+        f"{shown} does not name a file on the Hugging Face hub: write hf:user/repo/file.safetensors, "
         "and @revision behind it where it is not the main branch"
     )
 
@@ -97,7 +94,7 @@ def _is_revision(text: str | None) -> bool:
 
 def cached(file: HubFile) -> Path | None:
     """The file in the local cache, if it is there; the network is never asked."""
-    hub = _huggingface_hub(str(file))
+    hub = _huggingface_hub()
     try:
         found = hub.try_to_load_from_cache(file.repo, file.file, revision=_pins.get(file, file.revision))
     except (OSError, ValueError):
@@ -105,21 +102,20 @@ def cached(file: HubFile) -> Path | None:
     return Path(found) if isinstance(found, str) else None  # not a str: known not to exist
 
 
-def download(file: HubFile, place: str) -> Path:
+def download(file: HubFile) -> Path:
     """The file in the local cache, fetched if it has to be; within one process always the same commit.
 
     Args:
         file: What to fetch. Private and gated repositories need HF_TOKEN or a stored login.
-        place: Where the source stands, for messages.
 
     Raises:
-        ZitMergeError: The hub does not have it or does not hand it out, can't be reached, or the disk has no room.
+        SettingError: The hub does not have it or does not hand it out, can't be reached, or the disk has no room.
     """
-    hub = _huggingface_hub(place)
+    hub = _huggingface_hub()
     try:
         path = Path(hub.hf_hub_download(file.repo, file.file, revision=_pins.get(file, file.revision)))
     except Exception as e:  # HTTP clients and the Rust of Xet raise what no list holds
-        raise ZitMergeError(f"{place}: {_reason(e, file, hub)}") from e
+        raise SettingError(_reason(e, file, hub)) from e
     _pins[file] = commit_of(path)
     return path
 
@@ -136,14 +132,12 @@ def commit_of(path: Path) -> str:
     raise ZitMergeError(f"{path}: is not a snapshot in the cache of the Hugging Face hub: give hf:user/repo/file.safetensors")
 
 
-def _huggingface_hub(where: str) -> ModuleType:
+def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub.file_download  # all that is needed below; the package itself loads its parts late
     except ImportError as e:
         package = (e.name or "huggingface_hub").partition(".")[0]
-        raise ZitMergeError(
-            f"{where}: the package {package}, which hf: sources need, does not load: pip install {package}"
-        ) from e
+        raise SettingError(f"the package {package}, which hf: sources need, does not load: pip install {package}") from e
     return huggingface_hub
 
 
@@ -190,7 +184,7 @@ def _reason_refused(error: Exception, file: HubFile) -> str:
     """What an answer of the hub means that is no 'not found'."""
     status = error.response.status_code
     if status == 401:
-        return f"the hub does not accept the token for {file.repo}: log in again with hf auth login, or mend HF_TOKEN"
+        return f"the hub does not accept the token for {file.repo}: log in again with hf auth login, or correct HF_TOKEN"
     if status == 403:
         return f"the hub refuses access to {file.repo}: use a token that may read it, unless its page says it is disabled"
     if status == 429:

@@ -1,4 +1,4 @@
-"""Text files as AI-Toolkit reads them: YAML and JSON, 1e-3 as a number. A key that stands twice is an error."""
+"""Text files as AI-Toolkit reads them: YAML and JSON, 1e-3 as a number. Duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ def _is_json(path: Path) -> bool:
 
 
 def parse(text: str, path: Path) -> Any:
+    """What a text holds.
+
+    Args:
+        text: YAML or JSON.
+        path: Its file, whose ending decides which; for messages too.
+
+    Raises:
+        ZitMergeError: It is neither, or has a duplicate key.
+    """
     if _is_json(path):
         try:
             return json.loads(text, object_pairs_hook=_no_twins)
@@ -83,12 +92,12 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [k for k, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"the key {key} stands there twice: keep one of them")
+            raise ValueError(f"duplicate key {key}: keep one of them")
     return dict(pairs)
 
 
 def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -> None:
-    """A key that stands twice in a mapping is an error; YAML would drop the first one in silence."""
+    """A duplicate key in a mapping is an error; YAML would drop the first one silently."""
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
     seen.add(id(node))
@@ -101,9 +110,7 @@ def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             name = loader.construct_object(key)
             if name in keys:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name} stands there twice: keep one of them", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name}: keep one of them", problem_mark=key.start_mark)
             keys.add(name)
         _refuse_twins(loader, value, seen)
 

@@ -1,4 +1,4 @@
-"""A LoKr that is only weighed and stays a LoKr (`save: {keep_lokr: true}`).
+"""A LoKr that is only scaled and stays a LoKr (`save: {keep_lokr: true}`).
 
 As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
 `.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, it is 1, since lycoris-lora can't do
@@ -8,7 +8,7 @@ without. The strength goes into the smaller factor, w1. Pairs of a mixed file st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,13 +35,22 @@ def why_not(lora: LoraFile) -> str | None:
     return None
 
 
+def alpha_keys(modules: Iterable[str]) -> dict[str, str]:
+    """Key of alpha -> module."""
+    return {f"{_FORM.prefix}{module}.alpha": module for module in modules}
+
+
 def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
-    """The tensors of the output, alphas first."""
-    alphas: Layout = {}
+    """The tensors of the output, alphas first.
+
+    Args:
+        lora: The LoKr.
+        dtype: Of the output.
+    """
+    alphas: Layout = dict.fromkeys(alpha_keys(lora.changes), (torch.float32, ()))
     entries: Layout = {}
     for module, (change, *_) in lora.changes.items():
         stem = _FORM.prefix + module
-        alphas[f"{stem}.alpha"] = (torch.float32, ())
         for part, shape in change.sizes.items():
             if change.third is not None and part in ("w1", "w1_a", "up"):
                 shape = (shape[0] // 3, *shape[1:])
@@ -49,8 +58,18 @@ def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
     return alphas | entries
 
 
-def weighed(change: Change, reader: TensorReader, strength: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Part -> tensor in `dtype` of one module, in the order of the layout, without alpha."""
+def scaled(change: Change, reader: TensorReader, strength: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one module at a strength.
+
+    Args:
+        change: Where its change is found.
+        reader: Of its file.
+        strength: What it is multiplied with, alpha / rank left out.
+        dtype: Of the output.
+
+    Returns:
+        Part -> tensor, in the order of the layout, without alpha.
+    """
     delta = reader.change(change).times(strength * change.scale)
     parts = (
         _lokr_parts(_level(delta) if dtype == torch.float16 else delta)
@@ -60,8 +79,13 @@ def weighed(change: Change, reader: TensorReader, strength: float, dtype: torch.
     return {part: parts[part].to(dtype) for part in change.sizes}
 
 
-def tensors(module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of one module as the file has them."""
+def named(module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of one module as the file has them.
+
+    Args:
+        module: Its name.
+        parts: From `scaled`.
+    """
     for part, tensor in parts.items():
         yield f"{_FORM.prefix}{module}{_suffix(part)}", tensor
 

@@ -20,12 +20,13 @@ from torch import Tensor
 from ..algebra import linear
 from ..algebra.delta import Delta, Kron, distance, norm
 from ..algebra.factors import Factors, hadamard, is_finite, whole
-from ..errors import ZitMergeError, counted
+from ..errors import SettingError, ZitMergeError, counted
 from ..model.zimage import MODULES
 from .header import FULL, Change, Header, common_dtype
 from .metadata import Adapter
 from .names import nearest_key
 from .scales import Reading, Scales
+from .verdict import Verdict
 
 _ORDER = {name: i for i, name in enumerate(MODULES)}
 
@@ -104,6 +105,11 @@ class LoraFile:
         with TensorReader(self) as tensors:
             scale, delta = tensors.delta(module)
             return delta.times(scale)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What zit_merge found when it wrote the file; None where another program wrote it."""
+        return Verdict.read(self.metadata)
 
     def sha256(self) -> str:
         """Hex SHA-256 of the tensor data, header left out: what CivitAI calls AutoV3 and kohya `sshs_model_hash`."""
@@ -291,13 +297,14 @@ def _equal(tensors: TensorReader, a: Change, b: Change) -> bool:
     return distance(x, y) <= max(1e-5, *(torch.finfo(d).eps for d in (a.dtype, b.dtype))) * norm(x)
 
 
-def unmatched_error(lora: LoraFile, place: str) -> ZitMergeError:
+def unmatched_error(lora: LoraFile) -> SettingError:
     """The error for keys that no rule explains."""
     key, more = lora.unmatched[0], len(lora.unmatched) - 1
-    return ZitMergeError(
-        f"{place}: {lora.path.name} holds {key}, which is no part of Z-Image{nearest_key(key)}"
+    return SettingError(
+        f"{lora.path.name} holds {key}, which is no part of Z-Image{nearest_key(key)}"
         + (f", and {more} more such keys" if more else "")
-        + ": set allow_unmatched: true to merge the rest without it"
+        + ": set allow_unmatched: true to merge the rest without it",
+        "lora",
     )
 
 

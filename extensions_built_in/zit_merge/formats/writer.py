@@ -116,14 +116,15 @@ def fuse(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.block_diag(*(p.up for p in parts)), torch.cat([p.down for p in parts]))
 
 
-def data_size(entries: Layout) -> int:
-    """Bytes of tensor data."""
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in entries.values())
+def file_size(entries: Layout, metadata: Mapping[str, str]) -> int:
+    """Bytes of a file.
 
-
-def header_size(entries: Layout, metadata: Mapping[str, str]) -> int:
-    """Bytes of the header, its length field included."""
-    return 8 + len(_header(entries, metadata))
+    Args:
+        entries: Its tensors.
+        metadata: Of its header.
+    """
+    data = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in entries.values())
+    return 8 + len(_header(entries, metadata)) + data
 
 
 def _header(entries: Layout, metadata: Mapping[str, str], size: int = 0) -> bytes:

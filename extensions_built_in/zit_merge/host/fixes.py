@@ -19,14 +19,14 @@ class _Kept(dict):
             super().__setitem__(key, value)
 
 
-def apply(fixes: Sequence[str], trainer: Any, training: Training, place: str) -> list[str]:
-    """Prepares the trainer before it runs. Nothing of the toolkit itself is changed, so other jobs go on as ever.
+def apply(fixes: Sequence[str], trainer: Any, training: Training, loc: str) -> list[str]:
+    """Prepares the trainer before it runs. Nothing of the toolkit itself is changed, so other jobs are not affected.
 
     Args:
         fixes: The section's train_fixes.
         trainer: The process before us.
         training: Its config.
-        place: Of train_fixes, for messages.
+        loc: Of train_fixes, for messages.
 
     Returns:
         What was done, a sentence each.
@@ -36,7 +36,7 @@ def apply(fixes: Sequence[str], trainer: Any, training: Training, place: str) ->
     """
     if RESTARTS not in fixes:
         return []
-    period, parameters = restart_period(training, place)
+    period, parameters = restart_period(training, loc)
     trainer.train_config.lr_scheduler_params = _Kept(parameters, T_0=period)
     growth = parameters.get("T_mult", 1)
     longer = f", each cosine {growth} times as long as the one before" if growth != 1 else ""

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jobs.process import BaseExtensionProcess
 
 from ..errors import ZitMergeError
 from . import toolkit
-
-if TYPE_CHECKING:
-    from ..planning.job import Planned
-    from ..planning.plan import StepPlan
 
 
 class ZitMergeProcess(BaseExtensionProcess):
@@ -31,6 +26,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         from .status import Status, status_of
 
         self.page = None  # of report.page.run, once it runs
+        self.done = []  # merging.made.Done of each step
         self.trouble = ""  # with the pictures, for the last section to end the job with
         self._raw = config
         self._status = status_of(job, process_id, config) if _is_main() else Status()
@@ -44,29 +40,33 @@ class ZitMergeProcess(BaseExtensionProcess):
         """Checks everything that can be known before the training."""
         from ..config.job import Job
         from ..planning.job import plan_job
-        from ..report.tables import plan_text
+        from ..report.text.plan import plan_text
         from . import fixes
 
         whole = Job(job.name, job.config["process"], _config_folder(job, process_id, config))
-        (planned,) = plan_job(whole, index=process_id, may_download=True, before_training=True, toolkit=toolkit.at_hand())
-        section, site = self._section, self._site = planned.section, planned.site
+        (planned,) = plan_job(whole, index=process_id, may_download=True, before_training=True, toolkit=toolkit.found())
+        self._planned, context = planned, planned.context
         told = [f"advice: {text}" for text in planned.advice]
-        if training := site.training:
-            told = [*fixes.apply(section.train_fixes, job.process[training.index], training, site.at("train_fixes")), *told]
+        if training := context.training:
+            fixed = fixes.apply(planned.section.train_fixes, job.process[training.index], training, context.at("train_fixes"))
+            told = [*fixed, *told]
         if _is_main():
-            _say("\n\n".join([*map(plan_text, planned.plans), *_pictures(planned), *told]))
+            _say("\n\n".join([*map(plan_text, planned.plans), *self._pictures_to_come(), *told]))
 
     def run(self):
-        """Releases the trainer's memory, plans again with the trained file at hand, merges, reports."""
+        """Releases the trainer's memory, plans again with the trained file present, merges, reports."""
         super().run()
         if not _is_main():
             return  # no barrier: the trainer has ended the process group (accelerator.end_training)
+        from ..section import summary
+
         try:
             self._merge()
+            self._show()
         except BaseException as e:
             self._status.fail(e)
             raise
-        self._status.complete()
+        self._status.complete(summary([done for process in self._ours(self.process_id + 1) for done in process.done]))
 
     def on_error(self, e: BaseException) -> None:
         """run.py calls this for whatever ended the job, on its first process only."""
@@ -75,39 +75,33 @@ class ZitMergeProcess(BaseExtensionProcess):
         super().on_error(e)
         pass_on(e, [p for p in self.job.process[self.process_id + 1 :] if not isinstance(p, ZitMergeProcess)])
 
+    def _ours(self, end: int | None = None) -> list[ZitMergeProcess]:
+        """The sections of the job, those before process `end`."""
+        return [p for p in self.job.process[:end] if isinstance(p, ZitMergeProcess)]
+
     def _merge(self) -> None:
-        from ..merging.runner import run_plans
-        from ..planning.plan import plan_section
+        from ..planning.build import plan_section
         from ..report.page.run import run_page
-        from ..report.progress import Bar, passing
-        from ..report.tables import done_text
+        from ..report.progress import Bar
+        from ..section import run_section
         from .memory import release
-        from .status import Watch
+        from .watch import JobProgress
 
         self._status.say("Merging LoRAs")
         for process in self.job.process[: self.process_id]:
             release(process)
-        plans = plan_section(self._section, self._site)
-        settled = {plan.name: plan for plan in plans}
-        ours = [p.page for p in self.job.process[: self.process_id] if isinstance(p, ZitMergeProcess) and p.page]
-        self.page = run_page(self._site, ours)
-        self.page.begin(self._site, self._raw, self.process_id)
-        device = toolkit.device_of(self._section.device)
-        with Bar() as bar, Watch(self._status, plans, bar.tick) as watch:
-            shown = passing(quiet=False)
-            for done in run_plans(plans, device, watch.tick, lambda *looked: watch.passing(shown(*looked))):
-                bar.close()
-                settled[done.plan.name] = done.plan
-                _say(done_text(done))
-                self.page.add(done, watch.passing)
-        _say(self.page.write())
-        self._show(list(settled.values()))
+        context, section = self._planned.context, self._planned.section
+        self._planned = replace(self._planned, plans=plan_section(section, context), device=toolkit.device_of(section.device))
+        self.page = run_page(context, [p.page for p in self._ours(self.process_id) if p.page])
+        self.page.begin(context, self._raw, self.process_id)
+        with JobProgress(self._status, Bar(), self._planned.plans) as progress:
+            self.done += run_section(self._planned, self.page, _say, progress)
 
-    def _show(self, plans: Sequence[StepPlan]) -> None:
+    def _show(self) -> None:
         """Renders the pictures that the section asks for. Trouble with them stops no merge of the sections that follow."""
-        sections = [p for p in self.job.process if isinstance(p, ZitMergeProcess)]
+        sections = self._ours()
         try:
-            self._render(plans)
+            self._render()
         except ZitMergeError as e:
             if self is sections[-1]:
                 raise
@@ -116,37 +110,36 @@ class ZitMergeProcess(BaseExtensionProcess):
         if self is sections[-1] and (troubles := [p.trouble for p in sections if p.trouble]):
             raise ZitMergeError(troubles[0])
 
-    def _render(self, plans: Sequence[StepPlan]) -> None:
+    def _render(self) -> None:
         """The pictures; the merges of this section are done."""
         from ..preview.grids import asks_for_pictures, preview_plan
-        from ..preview.show import show
-        from ..report.progress import Pictures
-        from .render import Renderer
-        from .status import PictureWatch
+        from ..report.progress import Bar
+        from ..section import render_section
+        from .render import ToolkitRenderer
+        from .watch import JobProgress
 
-        if not asks_for_pictures(self._section):
+        planned = self._planned
+        if not asks_for_pictures(planned.section):
             return
         self._status.say("Merged, pictures next")
-        exhibition, device = preview_plan(self._section, self._site, plans), toolkit.device_of(self._section.device)
+        made = {done.plan.name: done.plan for done in self.done}
+        preview = preview_plan(planned.section, planned.context, [made.get(p.name, p) for p in planned.plans])
+        with JobProgress(self._status, Bar()) as progress:
+            render_section(preview, planned, self.page, _say, progress, progress.loading(ToolkitRenderer))
+
+    def _pictures_to_come(self) -> list[str]:
+        """The pictures of the section; what prevents them stops no merge."""
+        from ..preview.grids import asks_for_pictures, preview_plan
+
+        planned = self._planned
+        if not asks_for_pictures(planned.section):
+            return []
         try:
-            with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
-                load = watch.loading(Renderer)
-                for text in show(exhibition, device, load, self.page, watch.tick, watched=watch.passing):
-                    _say(text)
-        finally:
-            _say(self.page.write())
-
-
-def _pictures(planned: Planned) -> list[str]:
-    """The pictures to come; what stands in their way stops no merge."""
-    from ..preview.grids import asks_for_pictures, preview_plan
-
-    if not asks_for_pictures(planned.section):
-        return []
-    try:
-        return [preview_plan(planned.section, planned.site, planned.plans).text()]
-    except ZitMergeError as e:
-        return [f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; stop it now to mend the config first"]
+            return [preview_plan(planned.section, planned.context, planned.plans).text()]
+        except ZitMergeError as e:
+            return [
+                f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; to fix the config first, stop it now"
+            ]
 
 
 def _say(text: str) -> None:

@@ -10,24 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..merging.runner import Tick
-from ..planning.plan import StepPlan
-
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
 _LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT
 _TRY = 1.0  # seconds that sqlite itself may wait: meanwhile Ctrl+C is not heard
-_PAUSE = 0.5  # seconds between two looks at the database
 _TRAINER = ("done_hook", "update_status", "maybe_stop", "step_num")  # of DiffusionTrainer
 
 
@@ -54,8 +46,12 @@ class Status:
     def check(self) -> None:
         """Raises if the user wants the job to stop."""
 
-    def complete(self) -> None:
-        """This section is done."""
+    def complete(self, told: str) -> None:
+        """This section is done.
+
+        Args:
+            told: What came of it, a few words; shown if nothing follows.
+        """
 
     def refuse(self, error: BaseException) -> None:
         """The config is wrong, or the user has interrupted its check; called before anything runs."""
@@ -95,9 +91,15 @@ class TrainerStatus(Status):
     def check(self) -> None:
         self._trainer.maybe_stop()
 
-    def complete(self) -> None:
-        if self._is_last:
+    def complete(self, told: str) -> None:
+        if not self._is_last:
+            return
+        update = self._trainer.update_status
+        self._trainer.update_status = lambda status, info=None: update(status, ", ".join(filter(None, (info, told))))
+        try:
             self._trainer.zit_merge_done_hook()
+        finally:
+            del self._trainer.update_status  # the class's own is there again
 
     def refuse(self, error: BaseException) -> None:
         # its on_error would also set `step` back to 0
@@ -140,11 +142,11 @@ class RowStatus(Status):
             self._end("queued", "Job queued", **self._handover)
             raise JobStopped("Job returning to queue")
 
-    def complete(self) -> None:
+    def complete(self, told: str) -> None:
         if self._handover:
             self._write(wait=_LAST_WAIT, **self._handover)
         else:
-            self._end("completed", "Merge completed")
+            self._end("completed", told)
 
     def refuse(self, error: BaseException) -> None:
         self._end(*_outcome(error))
@@ -222,134 +224,6 @@ def pass_on(error: BaseException, following: Iterable[Any]) -> None:
     # The last one first: a trainer that has not begun writes step = 0, and one that is done has closed its database threads.
     for process in reversed([p for p in following if hasattr(p, "on_error")]):
         process.on_error(error)
-
-
-class DeferredInterrupt:
-    """As a context it holds back Ctrl+C, which is the UI's stop button too, until what is at hand is done: raised in the midst of
-    a library or of the toolkit's database code it has been lost there. A second one acts at once.
-
-    Args:
-        status: Where the user is shown what goes on, and asked.
-    """
-
-    def __init__(self, status: Status):
-        self._status, self._interrupted, self._at_once = status, False, False
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, kind: type | None, *exc: object) -> None:
-        if hasattr(self, "_handler"):
-            signal.signal(signal.SIGINT, self._handler)
-        if kind is None and self._interrupted:
-            raise KeyboardInterrupt
-
-    def _interrupt(self, number: int, frame: object) -> None:
-        self._interrupted = True
-        signal.signal(signal.SIGINT, self._handler)
-        if self._at_once:
-            raise KeyboardInterrupt
-
-    def _stop_if_interrupted(self) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-
-class Watch(DeferredInterrupt):
-    """`tick` for `run_plans`: the terminal's bar after every module, the UI and its flags about twice a second.
-
-    Args:
-        status: Where it is shown.
-        plans: What is run.
-        bar: Another tick, called first.
-    """
-
-    def __init__(self, status: Status, plans: Sequence[StepPlan], bar: Tick):
-        super().__init__(status)
-        self._bar = bar
-        self._before = dict(zip((p.name for p in plans), accumulate((len(p.shapes) for p in plans), initial=0), strict=False))
-        self._total = sum(len(p.shapes) for p in plans)
-        self._start = self._told = time.monotonic()
-
-    def passing(self, modules: Iterable[str]) -> Iterator[str]:
-        """Passes modules on, between which the job may be stopped as in `tick`."""
-        for module in modules:
-            yield module
-            self._stop_if_interrupted()
-            if time.monotonic() - self._told >= _PAUSE:
-                self._told = time.monotonic()
-                self._status.check()
-
-    def tick(self, plan: StepPlan, done: int) -> None:
-        """Module `done` of a step is finished.
-
-        Raises:
-            KeyboardInterrupt: Ctrl+C.
-            JobStopped: In a job without a trainer; a trainer raises its own exception.
-        """
-        self._stop_if_interrupted()
-        self._bar(plan, done)
-        now = time.monotonic()
-        if now - self._told < _PAUSE and done < len(plan.shapes):
-            return
-        self._told = now
-        overall = self._before[plan.name] + done
-        speed = f"{overall / max(now - self._start, 1e-3):.0f} modules/s"
-        self._status.progress(f"Merging {plan.name}: {done}/{len(plan.shapes)}", overall, self._total, speed)
-        self._status.check()
-
-
-class PictureWatch(DeferredInterrupt):
-    """`tick` for pictures: the terminal's bar, the UI and its flags after each, and after the model is loaded.
-
-    Args:
-        status: Where it is shown.
-        bar: Another tick, called first.
-    """
-
-    def __init__(self, status: Status, bar: Callable[[str, int, int], None]):
-        super().__init__(status)
-        self._bar, self._start = bar, None
-
-    def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
-        """The same loader of a model, told of, and to be stopped: it may take an hour to download, and leaves nothing half done.
-
-        Args:
-            load: What is passed on is passed to it.
-        """
-
-        @contextlib.contextmanager
-        def loaded(scene: Any) -> Iterator[Any]:
-            self._status.say("Loading the model for pictures")
-            self._at_once = True
-            try:
-                model = load(scene)
-            finally:
-                self._at_once = False
-            with model as painter:
-                self._stop_if_interrupted()  # some library may have lost it
-                self._status.check()
-                yield painter
-
-        return loaded
-
-    def passing(self, modules: Iterable[str]) -> Iterator[str]:
-        """Passes modules on, between which Ctrl+C acts."""
-        for module in modules:
-            yield module
-            self._stop_if_interrupted()
-
-    def tick(self, what: str, done: int, total: int) -> None:
-        """Picture `done` of `total` is finished, which shows `what`; raises as `Watch.tick`."""
-        self._bar(what, done, total)
-        now = time.monotonic()
-        self._start = self._start or now  # the first one took the loading of the model too
-        pace = f"{(now - self._start) / (done - 1):.1f} s/picture" if done > 1 else ""
-        self._status.progress(f"Picture {done}/{total}: {what}", done, total, pace)
-        self._stop_if_interrupted()
-        self._status.check()
 
 
 def status_of(job, process_id: int, config: Mapping[str, Any]) -> Status:

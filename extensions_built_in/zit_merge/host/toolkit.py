@@ -22,7 +22,7 @@ import torch
 
 from ..errors import ZitMergeError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is needed is imported where it is: a missing package must not stop other jobs of the toolkit
     from ..planning.preflight import Toolkit
 
 SINCE = "0.7.6 (2025-11-28)"
@@ -67,7 +67,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return part("toolkit.accelerator", "unwrap_model")(model)
 
 
-def at_hand() -> Toolkit:
+def found() -> Toolkit:
     """What tells of a training: this toolkit's parts, or without a toolkit what is known of them."""
     from ..planning.preflight import NO_TOOLKIT, Toolkit
 
@@ -102,7 +102,7 @@ def device_of(name: str) -> torch.device:
     Raises:
         ZitMergeError: torch does not see the device that was named.
     """
-    from ..merging.runner import pick_device
+    from ..planning.device import pick_device
 
     found = accelerator()
     return found.device if name == "auto" or found.num_processes > 1 else pick_device(name)

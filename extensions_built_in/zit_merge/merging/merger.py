@@ -1,10 +1,13 @@
-"""A step's method, applied to one module after the other."""
+"""A step's method, applied to one module after the other.
+
+Ratio, factor, alpha / rank and stored change travel apart until one multiplication joins them.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,21 +15,45 @@ from torch import Tensor
 from ..algebra.delta import Delta, gram
 from ..algebra.linear import add
 from ..algebra.methods import METHODS
-from ..errors import ZitMergeError
+from ..errors import SettingError, located
 from ..model.zimage import MODULES
-from ..planning.plan import StepPlan
-
-Watched = Callable[[Collection[str]], Iterable[str]]  # passes the modules of a pass on one by one; may raise to stop
+from ..planning.types import StepPlan
+from ..progress import SILENT, Progress
 
 
 class Reader(Protocol):
-    """What reads a LoRA module by module."""
+    """Reads a LoRA module by module."""
 
     def delta(self, module: str) -> tuple[float, Delta]:
-        """(alpha / rank, change)."""
+        """(alpha / rank, change as stored)."""
 
 
-Deltas = Mapping[int, Delta]  # number of the input -> its change of one module, strength included
+class Part(NamedTuple):
+    """The change of one module by one input.
+
+    Attributes:
+        ratio: Of the input.
+        factor: Of its weights in this module.
+        scale: alpha / rank.
+        stored: The change as stored, (out, in).
+    """
+
+    ratio: float
+    factor: float
+    scale: float
+    stored: Delta
+
+    @property
+    def bare(self) -> Delta:
+        """The change at strength 1."""
+        return self.stored.times(self.scale)
+
+    def weighted(self, coefficient: float) -> Delta:
+        """coefficient * factor * change; the ratio is the coefficient of a plain sum."""
+        return self.stored.times(coefficient * self.factor * self.scale)
+
+
+Parts = Mapping[int, Part]  # number of the input -> its part in one module
 
 
 class Merger:
@@ -38,89 +65,77 @@ class Merger:
         plan: The step.
         readers: Of its inputs, opened.
         device: Where the algebra runs.
-        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
+        progress: Shows that pass.
     """
 
-    def __init__(
-        self,
-        plan: StepPlan,
-        readers: Sequence[Reader],
-        device: torch.device,
-        watched: Watched = iter,
-    ):
-        self._watched = watched
+    def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress = SILENT):
         self._plan, self._readers, self._device = plan, readers, device
         self._method = METHODS[plan.spec.method]
         self._parameters = {name: p.default for name, p in self._method.parameters.items()} | plan.spec.params
         self._per = self._parameters.pop("per", "file")
-        self._grams = self._sum_grams() if self._method.per else {}
+        self._ratios = {n: i.spec.ratio for n, i in enumerate(plan.inputs) if i.spec.ratio}  # of those that take part
+        self._grams = self._sum_grams(progress) if self._method.per else {}
 
-    def deltas(self, module: str) -> dict[int, Delta]:
-        """Input -> its change of a module, strength included; only the inputs that count there."""
+    def parts(self, module: str) -> dict[int, Part]:
+        """Input -> its part in a module; only the inputs that count there."""
         found = {}
         for n, (i, reader) in enumerate(zip(self._plan.inputs, self._readers, strict=True)):
             if i.counts(module):
-                alpha_over_rank, stored = reader.delta(module)
-                found[n] = stored.map(lambda t: t.to(self._device)).times(i.strengths[module] * alpha_over_rank)
+                scale, stored = reader.delta(module)
+                found[n] = Part(i.spec.ratio, i.factors[module], scale, stored.map(lambda t: t.to(self._device)))
         return found
 
-    def merged(self, module: str, deltas: Deltas, factors: Mapping[int, float] | None) -> Delta | None:
+    def coefficients(self, module: str) -> dict[int, float] | None:
+        """Input -> coefficient of its change in a linear method, factor left out; None for any other method.
+
+        Raises:
+            SettingError: The method has none for these numbers.
+        """
+        if not self._method.is_linear:
+            return None
+        if not self._ratios:
+            return {}
+        gram = self._grams.get(self._scope(module), torch.zeros(len(self._ratios), len(self._ratios), dtype=torch.float64))
+        ratios = torch.tensor(list(self._ratios.values()), dtype=torch.float64)
+        try:
+            found = self._method.function(gram, ratios, **self._parameters)
+        except ValueError as e:
+            where = {"module": module, "layer": "/".join(map(str, self._scope(module))), "file": "the whole"}[self._per]
+            with located(self._plan.loc or self._plan.name):
+                raise SettingError(f"{self._plan.spec.method}, {where}: {e}") from None
+        return dict(zip(self._ratios, found.tolist(), strict=True))
+
+    def merged(self, module: str, parts: Parts, coefficients: Mapping[int, float] | None) -> Delta | None:
         """The method's answer for one module; None where no input changes it.
 
         Args:
             module: Its name.
-            deltas: From `deltas`.
-            factors: From `factors`.
+            parts: From `parts`.
+            coefficients: From `coefficients`.
         """
-        if not deltas:
+        if not parts:
             return None
-        if factors is not None:
-            return add([delta.times(factors[n]) for n, delta in deltas.items()])
+        if coefficients is not None:
+            return add([part.weighted(coefficients[n]) for n, part in parts.items()])
         parameters = dict(self._parameters)
         if "seed" in parameters:  # other draws in every module
             parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
-        return self._method.function(list(deltas.values()), **parameters)
-
-    def factors(self, module: str) -> dict[int, float] | None:
-        """Input -> what a linear method multiplies its delta with, strength included already; None for any other method.
-
-        Raises:
-            ZitMergeError: The method has none for these numbers.
-        """
-        if not self._method.is_linear:
-            return None
-        ratios = self._ratios()
-        if not ratios:
-            return {}
-        gram = self._grams.get(self._scope(module), torch.zeros(len(ratios), len(ratios), dtype=torch.float64))
-        weights = torch.tensor(list(ratios.values()), dtype=torch.float64)
-        try:
-            coefficients = self._method.function(gram, weights, **self._parameters)
-        except ValueError as e:
-            where = {"module": module, "layer": "/".join(map(str, self._scope(module))), "file": "the whole"}[self._per]
-            raise ZitMergeError(f"{self._plan.place or self._plan.name}: {self._plan.spec.method}, {where}: {e}") from None
-        return {n: float(c / r) for n, c, r in zip(ratios, coefficients, weights, strict=True)}
-
-    def _ratios(self) -> dict[int, float]:
-        """Input -> ratio, for those that take part."""
-        return {n: i.spec.ratio for n, i in enumerate(self._plan.inputs) if i.spec.ratio}
+        return self._method.function([part.weighted(part.ratio) for part in parts.values()], **parameters)
 
     def _scope(self, module: str) -> tuple:
         """The part of the file over which lengths and angles are taken with this module's."""
         m = MODULES[module]
         return {"module": (module,), "layer": (m.section, m.index), "file": ()}[self._per]
 
-    def _sum_grams(self) -> dict[tuple, Tensor]:
-        """Scope -> Gram matrix of the deltas without their ratios."""
-        ratios = self._ratios()
-        numbers, grams = list(ratios), {}
-        for module in self._watched(list(self._plan.shapes)):
-            deltas = self.deltas(module)
+    def _sum_grams(self, progress: Progress) -> dict[tuple, Tensor]:
+        """Scope -> (n, n) Gram matrix of the changes without their ratios."""
+        numbers, grams = list(self._ratios), {}
+        for module in progress.track(list(self._plan.shapes), f"angles of {self._plan.name}"):
+            parts = self.parts(module)
             here = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)
-            if deltas:
-                at = torch.tensor([numbers.index(n) for n in deltas])
-                scales = torch.tensor([1 / ratios[n] for n in deltas], dtype=torch.float64)
-                here[at[:, None], at] = gram(list(deltas.values())) * torch.outer(scales, scales)
+            if parts:
+                at = torch.tensor([numbers.index(n) for n in parts])
+                here[at[:, None], at] = gram([part.weighted(1.0) for part in parts.values()]).cpu()
             scope = self._scope(module)
             grams[scope] = grams[scope] + here if scope in grams else here
         return grams

@@ -1,22 +1,24 @@
-"""Asked against got: what a file holds, compared with what it should.
+"""Asked against got: what a file holds, compared with what it should, while it is written.
 
-While a module is written, the inner products of its inputs' deltas, of what was wanted and of what was written are taken, and
-summed over the file. From them follow
+For each module the inner products of its inputs' changes, of what was wanted and of what was written are taken, and summed over
+the file. From them follow
 
     error      |written - wanted| / |wanted|, of the file and of its worst module
-    kept       what share of the wanted energy is in the file, 1 - error^2
+    kept       the share of the wanted energy that is in the file, 1 - error^2
     strengths  the least-squares strengths of the inputs in the file, beside those in what was wanted
 
-For a linear method, what was wanted is the sum of strength times delta, apart from the code that merges; for any other method
-it is the method's answer, before truncation and rounding. A module whose error is more than rounding, or more than the
+For a linear method, what was wanted is the sum of coefficient * factor * change, apart from the code that merges; for any other
+method it is the method's answer, before truncation and rounding. A module whose error is more than rounding, or more than the
 truncation that was asked for, stops the run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,127 +26,103 @@ from torch import Tensor
 from ..algebra.delta import Delta, gram, norm
 from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
+from ..config.schema import RankRule
 from ..errors import ZitMergeError
-from ..formats.metadata import CHECK_KEY, dumps, read_check
+from ..formats.verdict import Measured, Verdict, judged
+from ..planning.types import StepPlan
+from .merger import Parts
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
 _SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
+_PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 could lose a change that they make large
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured in one module, strengths included.
+class Sums:
+    """What a check adds up over the modules of a file.
+
+    Args:
+        count: How many inputs the step has.
 
     Attributes:
-        inputs: The n inputs that count there, by their numbers.
-        energies: (n,), their squared Frobenius norms.
-        gram: (n, n), their inner products; None for more than 64 inputs.
-        written: Squared norm of what was written.
-        error: |written - wanted| / |wanted|.
+        modules: What was measured in each module.
     """
 
-    inputs: tuple[int, ...]
-    energies: Tensor
-    gram: Tensor | None
-    written: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found.
-
-    Attributes:
-        error: |written - wanted| / |wanted| over the file; |written| where nothing was wanted.
-        kept: Share of the wanted energy.
-        asked: Least-squares strength of each input in what was wanted; None for one without any change.
-        got: The same in what was written.
-        alike: Groups of inputs, by their numbers, that are too alike for their strengths to be told apart.
-        modules: What was measured in each module that an input changes; empty where the verdict was read from a file.
-        cut: Whether a module was written with a lower rank than it has.
-    """
-
-    error: float
-    kept: float
-    asked: tuple[float | None, ...]
-    got: tuple[float | None, ...]
-    alike: Sequence[Sequence[int]] = ()
-    modules: Mapping[str, Measured] = field(default_factory=dict)
-    cut: bool = False
-
-    @property
-    def errors(self) -> dict[str, float]:
-        """Module -> |written - wanted| / |wanted|."""
-        return {module: measured.error for module, measured in self.modules.items()}
-
-    def metadata(self) -> dict[str, str]:
-        """For the file."""
-        numbers = {"error": _short(self.error), "kept": _short(self.kept, 6)}
-        lists = {key: [None if v is None else _short(v) for v in getattr(self, key)] for key in ("asked", "got")}
-        return {CHECK_KEY: dumps(numbers | lists | {"cut": self.cut})}
-
-    @classmethod
-    def read(cls, metadata: Mapping[str, str]) -> Verdict | None:
-        """What the metadata of a file say; None where they say nothing."""
-        found = read_check(metadata)
-        if found is None:
-            return None
-        return cls(found["error"], found["kept"], tuple(found["asked"]), tuple(found["got"]), cut=bool(found.get("cut")))
-
-
-def placeholder(inputs: int) -> dict[str, str]:
-    """Metadata at least as long as those of any verdict."""
-    longest = -1.2345e-100
-    return Verdict(longest, longest, (longest,) * inputs, (longest,) * inputs).metadata()
-
-
-def _short(value: float, digits: int = 4) -> float:
-    return float(f"{value:.{digits}g}")
-
-
-@dataclass
-class Audit:
-    """Sums up the checks of one file.
-
-    Attributes:
-        ratios: Of every input; a strength is counted in the delta with its blocks, layers and effects but without its ratio.
-        dtype: Of the file.
-        cut: The modules that are written with a lower rank than they have.
-    """
-
-    ratios: Sequence[float]
-    dtype: torch.dtype
-    cut: Collection[str]
-    _gram: Tensor = field(init=False)
-    _with_wanted: Tensor = field(init=False)
-    _with_written: Tensor = field(init=False)
-    _wanted: float = 0.0
-    _missed: float = 0.0
-    _modules: dict[str, Measured] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        count = len(self.ratios)
+    def __init__(self, count: int):
         self._gram = torch.zeros(count, count, dtype=torch.float64)
         self._with_wanted, self._with_written = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+        self._wanted = self._missed = 0.0
+        self.modules: dict[str, Measured] = {}
 
-    def add(
-        self,
-        module: str,
-        deltas: Mapping[int, Delta],
-        factors: Mapping[int, float] | None,
-        merged: Delta | None,
-        written: Delta,
+    def add(self, module: str, parts: Parts, found: Tensor, want: Tensor, energies: tuple[float, float, float]) -> None:
+        """Adds a module.
+
+        Args:
+            module: Its name.
+            parts: Input -> its part.
+            found: (n + k, n + k) inner products: of the n bare changes, of what else was wanted, of what was written.
+            want: (n + k - 1,) what the first n + k - 1 were wanted with.
+            energies: Squared norms of what was wanted, of what of it is missing, of what was written.
+        """
+        wanted, missed, written = energies
+        numbers, size = list(parts), len(parts)
+        self._wanted += wanted
+        self._missed += missed
+        bare = found[:size, :size]
+        error = (missed / wanted) ** 0.5 if wanted else 0.0
+        pairs = bare.clone() if size <= PAIRS_UP_TO else None
+        self.modules[module] = Measured(tuple(numbers), bare.diagonal().clone(), pairs, written, error)
+        at, factors = torch.tensor(numbers), torch.tensor([p.factor for p in parts.values()], dtype=torch.float64)
+        self._gram[at[:, None], at] += bare * torch.outer(factors, factors)
+        self._with_wanted[at] += factors * (found[:size, :-1] @ want)
+        self._with_written[at] += factors * found[:size, -1]
+
+    def verdict(self, cut: bool) -> Verdict:
+        """The numbers of the whole file, not yet judged."""
+        error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
+        asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
+        return Verdict(error, max(1 - error**2, 0.0), asked, got, cut, groups(self._gram), self.modules)
+
+
+class Verifier:
+    """Checks the modules of one file in a thread of its own, while the next ones are merged and written.
+
+    Args:
+        plan: The step.
+    """
+
+    def __init__(self, plan: StepPlan):
+        self._dtype, self._cut, self._sums = plan.dtype, plan.cut, Sums(len(plan.inputs))
+        self._spec = plan.spec
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def add(self, *module: Any) -> None:
+        """Hands a module over, arguments as `check`; waits while one is pending, so that memory stays at three modules."""
+        self._pending.append(self._pool.submit(self.check, *module))
+        if len(self._pending) > 1:
+            self._pending.popleft().result()
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        for future in () if kind else self._pending:
+            future.result()
+
+    def check(
+        self, module: str, parts: Parts, coefficients: Mapping[int, float] | None, merged: Delta | None, written: Delta
     ) -> None:
         """Checks one module.
 
         Args:
             module: Its name.
-            deltas: Input -> its change, strength included.
-            factors: Input -> what a linear method multiplies it with; None for any other method.
+            parts: Input -> its part.
+            coefficients: Input -> coefficient in a linear method; None for any other method.
             merged: The method's answer, before truncation and rounding; None where nothing was wanted.
             written: As the file holds it, in its dtype.
 
@@ -153,56 +131,53 @@ class Audit:
         """
         if merged is None:
             return
-        numbers = list(deltas)
-        parts = {n: delta.times(factors[n]) for n, delta in deltas.items()} if factors else {-1: merged}
-        vectors = [*deltas.values(), *([] if factors else [merged]), written.map(lambda t: t.to(merged.device))]
-        want = torch.tensor([factors[n] for n in numbers] if factors else [0.0] * len(numbers) + [1.0], dtype=torch.float64)
-        found, noise = self._products(module, vectors, want)
+        is_linear = coefficients is not None
+        weights = [(coefficients[n] if is_linear else p.ratio) * p.factor for n, p in parts.items()]
+        vectors = [*(p.bare for p in parts.values()), *([] if is_linear else [merged])]
+        vectors.append(written.map(lambda t: t.to(merged.device)))
+        want = torch.tensor(weights if is_linear else [0.0] * len(parts) + [1.0], dtype=torch.float64)
+        scales = torch.tensor([*weights, *([] if is_linear else [1.0]), 1.0], dtype=torch.float64)
+        found, noise = self._products(module, vectors, want, scales)
         wanted, crossed, got = float(want @ found[:-1, :-1] @ want), float(want @ found[:-1, -1]), float(found[-1, -1])
         wanted, missed = max(wanted, 0.0), max(wanted - 2 * crossed + got, 0.0)
         # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
-        is_cut = module in self.cut and got > 0
+        is_cut = module in self._cut and got > 0
         rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
-        if module in self.cut:
-            _check_cut(module, list(parts.values()), vectors[-1], rounding)
-        self._wanted += wanted
-        self._missed += missed
-        at, size = torch.tensor(numbers), len(numbers)
-        products = found[:size, :size]
-        error = (missed / wanted) ** 0.5 if wanted else 0.0
-        pairs = products.clone() if size <= PAIRS_UP_TO else None
-        self._modules[module] = Measured(tuple(numbers), products.diagonal().clone(), pairs, got, error)
-        ratios = torch.tensor([self.ratios[n] for n in numbers], dtype=torch.float64)
-        self._gram[at[:, None], at] += products / torch.outer(ratios, ratios)
-        self._with_wanted[at] += (found[:size, :-1] @ want) / ratios
-        self._with_written[at] += found[:size, -1] / ratios
+        if module in self._cut:
+            wanted_parts = [p.weighted(coefficients[n]) for n, p in parts.items()] if is_linear else [merged]
+            _check_cut(module, wanted_parts, vectors[-1], rounding)
+        self._sums.add(module, parts, found, want, (wanted, missed, got))
 
-    def _products(self, module: str, vectors: Sequence[Delta], want: Tensor) -> tuple[Tensor, float]:
-        """(inner products of what `want` combines and of what was written, what sums of their precision can't tell)."""
-        sums = _SUMS[self.dtype] if all(isinstance(v, Factors) for v in vectors) else torch.float64
+    def verdict(self) -> Verdict:
+        """Of the whole file."""
+        rule = self._spec.rank if isinstance(self._spec.rank, RankRule) else RankRule()
+        found = self._sums.verdict(bool(self._cut))
+        return judged(found, energy=rule.energy, most=rule.max, averaged=bool(self._spec.checkpoints))
+
+    def _products(self, module: str, vectors: Sequence[Delta], want: Tensor, scales: Tensor) -> tuple[Tensor, float]:
+        """(inner products of bare changes, of what else was wanted and of what was written, what sums can't tell)."""
+        plain = bool(((scales.abs() <= _PLAIN) & (scales.abs() >= 1 / _PLAIN)).all())
+        thin = plain and all(isinstance(v, Factors) for v in vectors)
+        sums = _SUMS[self._dtype] if thin else torch.float64
         found = gram(vectors, sums)
-        if sums == torch.float32 and float(want @ found[:-1, :-1] @ want) < _CANCELS * float(found.diagonal().sum()):
+        energy = float((found.diagonal() * scales**2).sum())
+        if sums == torch.float32 and float(want @ found[:-1, :-1] @ want) < _CANCELS * energy:
             sums = torch.float64
             found = gram(vectors)
-        if not torch.isfinite(found).all():
+            energy = float((found.diagonal() * scales**2).sum())
+        if not torch.isfinite(found).all() or not math.isfinite(energy):
             raise ZitMergeError(f"{module}: the norm of a change is too large for a number, the LoRA is broken: leave it out")
-        return found, _FLOOR[sums] * float(found.diagonal().sum()) ** 0.5
+        return found, _FLOOR[sums] * energy**0.5
 
     def _judge(self, module: str, beyond: float, wanted: float, noise: float, written: Delta) -> float:
         """Raises if `beyond` is more than rounding explains; returns what it explains."""
         for size in (_size, _coherent):  # components that are alike are rounded alike: their errors add up
-            rounding = _SLACK * (torch.finfo(self.dtype).eps / 2 * size(written) + noise)
+            rounding = _SLACK * (torch.finfo(self._dtype).eps / 2 * size(written) + noise)
             if beyond <= rounding:
                 return rounding
         share = beyond / wanted if wanted else math.inf
-        cure = "save it as bf16 or fp32" if self.dtype == torch.float16 else "please report it with the recipe"
+        cure = "save it as bf16 or fp32" if self._dtype == torch.float16 else "please report it with the recipe"
         raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
-
-    def verdict(self) -> Verdict:
-        """Of the whole file."""
-        error = (self._missed / self._wanted) ** 0.5 if self._wanted else self._missed**0.5
-        asked, got = (least_squares(self._gram, h) for h in (self._with_wanted, self._with_written))
-        return Verdict(error, max(1 - error**2, 0.0), asked, got, groups(self._gram), self._modules, bool(self.cut))
 
 
 def _check_cut(module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:

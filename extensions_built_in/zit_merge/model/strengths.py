@@ -1,6 +1,7 @@
-"""ratio, blocks, layers, effects and overrides -> one strength for each module of Z-Image.
+"""blocks, layers, effects and overrides -> one factor for each module of Z-Image; with the ratio, its strength.
 
-    strength = ratio * blocks * layers * effects        unless `overrides` names the module: then ratio * override
+    factor = blocks * layers * effects        unless `overrides` names the module: then the override alone
+    strength = ratio * factor
 
 In `blocks` and `overrides` the smallest set that names a module wins, in `layers` the narrowest range; it replaces the wider
 one. Two that are equally wide and overlap are an error, since nothing would say which is meant.
@@ -12,39 +13,38 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ..errors import ZitMergeError, nearest
+from ..errors import SettingError, located, nearest
 from . import zimage
 from .zimage import ALIASES, COMPONENTS, EFFECTS, GROUPS, MODULES, N_LAYERS, OTHER, REFINERS, SECTIONS, Module
 
 Depth = float | Sequence[float]
 T = TypeVar("T")
 
+TABLES = ("blocks", "layers", "effects", "overrides")  # the strength keys that are tables
+_LAYERS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+
 
 @dataclass(frozen=True)
 class Weights:
-    """The strength keys of one LoRA, as they stand in a config.
+    """The strength keys of one LoRA but its ratio, as a config has them.
 
     Attributes:
-        ratio: The LoRA's strength.
         blocks: Component or group -> factor.
         layers: Layer range -> factor or gradient; or one factor for each of the 30 layers.
         effects: Effect group -> factor.
         overrides: LAYERS.COMPONENT -> factor.
-        place: Where they stand, for messages: `process[1].steps[0].loras[0]`.
     """
 
-    ratio: float
     blocks: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Depth] | Sequence[float] = field(default_factory=dict)
     effects: Mapping[str, float] = field(default_factory=dict)
     overrides: Mapping[str, float] = field(default_factory=dict)
-    place: str = "weights"
 
 
 @dataclass(frozen=True)
-class Factors:
+class FactorTable:
     """The strength keys of one LoRA without groups, ranges and aliases: one number for each place that they name.
 
     Attributes:
@@ -58,127 +58,184 @@ class Factors:
     overrides: Mapping[str, float]
 
     def of(self, module: Module) -> float:
-        """What the ratio is multiplied with."""
+        """The factor of a module, which the ratio is multiplied with."""
         if module.name in self.overrides:
             return self.overrides[module.name]
         return self.components.get(module.component, 1.0) * self.layers.get((module.section, module.index), 1.0)
 
 
-def factors(weights: Weights) -> Factors:
+def factor_table(weights: Weights) -> FactorTable:
     """The factors that the strength keys spell.
 
     Raises:
-        ZitMergeError: A key that selects nothing, or two that can't be told apart; the message names the place.
+        SettingError: A key that selects nothing, or two that can't be told apart; located from the table on: `blocks.to_w`.
     """
-    blocks = _blocks(weights.blocks, f"{weights.place}.blocks")
-    layers = _layers(weights.layers, f"{weights.place}.layers")
-    effects = _effects(weights.effects, f"{weights.place}.effects")
-    components = {c: blocks.get(c, 1.0) * effects[c] for c in COMPONENTS}
-    return Factors(components, layers, _overrides(weights.overrides, f"{weights.place}.overrides"))
+    with located("blocks"):
+        blocks = _blocks(weights.blocks)
+    with located("layers"):
+        layers = _layers(weights.layers)
+    with located("effects"):
+        effects = _effects(weights.effects)
+    with located("overrides"):
+        overrides = _overrides(weights.overrides)
+    return FactorTable({c: blocks.get(c, 1.0) * effects[c] for c in COMPONENTS}, layers, overrides)
 
 
-def strengths(weights: Weights) -> dict[str, float]:
-    """The strength of each of the 276 modules.
+def factors(weights: Weights) -> dict[str, float]:
+    """The factor of each of the 276 modules.
 
     Raises:
-        ZitMergeError: As `factors`, and a strength that is too large for a number.
+        SettingError: As `factor_table`.
     """
-    found = factors(weights)
-    table = {module.name: weights.ratio * found.of(module) for module in MODULES.values()}
+    table = factor_table(weights)
+    return {module.name: table.of(module) for module in MODULES.values()}
+
+
+def strengths(ratio: float, factors: Mapping[str, float]) -> dict[str, float]:
+    """The strength of each module.
+
+    Args:
+        ratio: Of the LoRA.
+        factors: Module -> factor.
+
+    Raises:
+        SettingError: One is too large for a number.
+    """
+    table = {module: ratio * factor for module, factor in factors.items()}
     for name, strength in table.items():
         if not isfinite(strength):
-            raise ZitMergeError(f"{weights.place}: the strength of {name} is {strength}: use smaller numbers")
+            raise SettingError(f"the strength of {name} is {strength}: use smaller numbers")
     return table
 
 
-def _blocks(blocks: Mapping[str, float], place: str) -> dict[str, float]:
+def canonical_key(table: str, key: str) -> str:
+    """A key of a strength table in its one spelling, equal for all that name the same set.
+
+    Args:
+        table: One of TABLES.
+        key: As a user wrote it: `adaLN`, `0 - 9`, `3-3`, `3-3.adaLN`.
+
+    Returns:
+        `adaLN_modulation`, `0-9`, `3`, `3.adaLN_modulation`; a key that selects nothing stays as it is.
+    """
+    if table == "layers":
+        return _canonical_layers(key)
+    if table != "overrides":
+        return zimage.canonical_component(key)
+    layers, dot, component = key.rpartition(".")
+    return f"{_canonical_layers(layers)}{dot}{zimage.canonical_component(component)}"
+
+
+def _canonical_layers(key: str) -> str:
+    match = _LAYERS.fullmatch(key)
+    return _row(int(match[1]), int(match[2] or match[1])) if match else key
+
+
+def union(below: Mapping[str, Any], above: Mapping[str, Any] | Sequence[float], table: str) -> Any:
+    """Two strength tables of one kind as one; where both name the same set, the entry of `above` counts.
+
+    Args:
+        below: Such as a preset's.
+        above: Such as the user's own. A list of 30 layers counts as 30 entries of one layer each.
+        table: One of TABLES.
+    """
+    above = entries(above)
+    if not isinstance(above, Mapping):
+        return above  # a list of another length is no set of entries; `factor_table` says what is wrong with it
+    named = {canonical_key(table, key) for key in above}
+    return {key: value for key, value in below.items() if canonical_key(table, key) not in named} | dict(above)
+
+
+def entries(table: Mapping[str, Any] | Sequence[float]) -> Mapping[str, Any] | Sequence[float]:
+    """A list of 30 layers as 30 entries; anything else as it is."""
+    if isinstance(table, Mapping) or len(table) != N_LAYERS:
+        return table
+    return {str(layer): factor for layer, factor in enumerate(table)}
+
+
+def _blocks(blocks: Mapping[str, float]) -> dict[str, float]:
     """component -> factor, from the smallest group that names it."""
-    claims = [(key, dict.fromkeys(_members(key, place), float(factor))) for key, factor in blocks.items()]
-    return _smallest_wins(claims, place)
+    claims = [(key, dict.fromkeys(_members(key, key), float(factor))) for key, factor in blocks.items()]
+    return _smallest_wins(claims)
 
 
-def _members(key: str, place: str) -> tuple[str, ...]:
+def _members(key: str, loc: str) -> tuple[str, ...]:
+    """The components that a component or group means; `loc` is the key that it is a part of."""
     component = zimage.canonical_component(key)
     if component in COMPONENTS:
         return (component,)
     if key in GROUPS:
         return GROUPS[key]
     known = [*COMPONENTS, *ALIASES, *GROUPS]
-    raise ZitMergeError(f"{place}.{key}: Z-Image has no such component{nearest(key, known)}; there are {', '.join(known)}")
+    raise SettingError(f"Z-Image has no such component{nearest(key, known)}; there are {', '.join(known)}", loc)
 
 
-def _effects(effects: Mapping[str, float], place: str) -> dict[str, float]:
+def _effects(effects: Mapping[str, float]) -> dict[str, float]:
     """component -> product of the factors of the effect groups that contain it."""
     for key in effects:
         if key not in EFFECTS:
-            raise ZitMergeError(f"{place}.{key}: no such effect group{nearest(key, EFFECTS)}; there are {', '.join(EFFECTS)}")
+            raise SettingError(f"no such effect group{nearest(key, EFFECTS)}; there are {', '.join(EFFECTS)}", key)
     return {c: prod(f for key, f in effects.items() if c in EFFECTS[key]) for c in COMPONENTS}
 
 
-def _layers(layers: Mapping[str, Depth] | Sequence[float], place: str) -> dict[tuple[str, int], float]:
+def _layers(layers: Mapping[str, Depth] | Sequence[float]) -> dict[tuple[str, int], float]:
     """(section, index) -> factor, from the narrowest range that covers it."""
     if not isinstance(layers, Mapping):
         if len(layers) != N_LAYERS:
-            raise ZitMergeError(
-                f"{place}: a plain list has one number for each of the {N_LAYERS} layers, this one has {len(layers)}"
-            )
+            raise SettingError(f"a plain list has one number for each of the {N_LAYERS} layers, this one has {len(layers)}")
         return {("layers", i): float(factor) for i, factor in enumerate(layers)}
     claims = []
     for key, value in layers.items():
-        spots = _spots(key, place)
-        claims.append((key, dict(zip(spots, _spread(value, len(spots), f"{place}.{key}"), strict=True))))
-    return _smallest_wins(claims, place)
+        with located(key):
+            spots = _spots(key)
+            claims.append((key, dict(zip(spots, _spread(value, len(spots)), strict=True))))
+    return _smallest_wins(claims)
 
 
-def _smallest_wins(claims: Sequence[tuple[str, Mapping[T, float]]], place: str) -> dict[T, float]:
+def _smallest_wins(claims: Sequence[tuple[str, Mapping[T, float]]]) -> dict[T, float]:
     """spot -> factor of the key that claims the fewest spots.
 
     Args:
         claims: (key, {spot: factor}) for each key of a config table.
-        place: Of that table.
 
     Raises:
-        ZitMergeError: Two keys of one size claim the same spot.
+        SettingError: Two keys of one size claim the same spot.
     """
     by_size: dict[T, dict[int, tuple[str, float]]] = {}
     for key, spots in claims:
         for spot, factor in spots.items():
             rivals = by_size.setdefault(spot, {})
             if len(spots) in rivals:
-                raise ZitMergeError(
-                    f"{place}: {rivals[len(spots)][0]} and {key} overlap and are equally wide: keep or split one of them"
-                )
+                raise SettingError(f"{rivals[len(spots)][0]} and {key} overlap and are equally wide: keep or split one of them")
             rivals[len(spots)] = (key, factor)
     return {spot: rivals[min(rivals)][1] for spot, rivals in by_size.items()}
 
 
-def _spots(key: str, place: str) -> list[tuple[str, int]]:
+def _spots(key: str) -> list[tuple[str, int]]:
     """The (section, index) that a layer key covers."""
     if key == "other":
         return [("other", 0)]
     if key in REFINERS:
         return [(key, i) for i in range(SECTIONS[key])]
-    return [("layers", i) for i in _range(key, f"{place}.{key}")]
+    return [("layers", i) for i in _range(key)]
 
 
-def _range(key: str, place: str) -> range:
-    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", key)
+def _range(key: str) -> range:
+    match = _LAYERS.fullmatch(key)
     if not match:
-        raise ZitMergeError(
-            f"{place}: not a layer; write 3, 0-9, {', '.join(REFINERS)} or other{nearest(key, (*REFINERS, 'other'))}"
-        )
+        raise SettingError(f"not a layer; write 3, 0-9, {', '.join(REFINERS)} or other{nearest(key, (*REFINERS, 'other'))}")
     first, last = int(match[1]), int(match[2] or match[1])
     if last >= N_LAYERS or first > last:
-        raise ZitMergeError(f"{place}: Z-Image's layers are 0 to {N_LAYERS - 1}, a range runs from the lower to the higher")
+        raise SettingError(f"Z-Image's layers are 0 to {N_LAYERS - 1}, a range runs from the lower to the higher")
     return range(first, last + 1)
 
 
-def _spread(value: Depth, count: int, place: str) -> list[float]:
+def _spread(value: Depth, count: int) -> list[float]:
     """One factor per layer: the number itself, or the list interpolated linearly over the range, ends included."""
     if isinstance(value, int | float):
         return [float(value)] * count
     if len(value) < 2 or count < 2:
-        raise ZitMergeError(f"{place}: a gradient is a list of two or more numbers over two or more layers")
+        raise SettingError("a gradient is a list of two or more numbers over two or more layers")
     spread = []
     for i in range(count):
         left, rest = divmod(i * (len(value) - 1), count - 1)
@@ -187,39 +244,38 @@ def _spread(value: Depth, count: int, place: str) -> list[float]:
     return spread
 
 
-def _overrides(overrides: Mapping[str, float], place: str) -> dict[str, float]:
+def _overrides(overrides: Mapping[str, float]) -> dict[str, float]:
     """module -> factor, from the override that names the fewest modules."""
-    claims = [(key, {m.name: float(factor) for m in _select(key, place)}) for key, factor in overrides.items()]
-    return _smallest_wins(claims, place)
+    claims = [(key, {m.name: float(factor) for m in _select(key)}) for key, factor in overrides.items()]
+    return _smallest_wins(claims)
 
 
-def _select(key: str, place: str) -> list[Module]:
+def _select(key: str) -> list[Module]:
     """The modules that LAYERS.COMPONENT names."""
     match = re.fullmatch(r"(?P<section>noise_refiner|context_refiner)(?:\.(?P<index>\d+))?\.(?P<part>.+)", key)
     if match:
         if int(match["index"] or 0) >= SECTIONS[match["section"]]:
-            raise ZitMergeError(f"{place}.{key}: {match['section']} has the layers 0 and 1")
-        spots = [(match["section"], int(match["index"]))] if match["index"] else _spots(match["section"], place)
+            raise SettingError(f"{match['section']} has the layers 0 and 1", key)
+        spots = [(match["section"], int(match["index"]))] if match["index"] else _spots(match["section"])
         part = match["part"]
     else:
         where, _, part = key.partition(".")
         if not part:
-            raise ZitMergeError(
-                f"{place}.{key}: an override is LAYERS.COMPONENT, such as 3.to_q, 20-25.to_v, *.w2 or noise_refiner.to_k"
-            )
+            raise SettingError("an override is LAYERS.COMPONENT, such as 3.to_q, 20-25.to_v, *.w2 or noise_refiner.to_k", key)
         if where == "layers":
-            raise ZitMergeError(f"{place}.{key}: write {part}, without layers.")
+            raise SettingError(f"write {part}, without layers.", key)
         if where == "other":
-            return _select_other(part, f"{place}.{key}")
-        spots = [(s, i) for s, n in SECTIONS.items() for i in range(n)] if where == "*" else _spots(where, place)
-    members = _members(part, f"{place}.{key.removesuffix('.' + part)}")
+            return _select_other(part, key)
+        with located(where):
+            spots = [(s, i) for s, n in SECTIONS.items() for i in range(n)] if where == "*" else _spots(where)
+    members = _members(part, key)
     selected = [zimage.at(s, i, c) for s, i in spots for c in members if c in zimage.section_components(s)]
     if not selected:
-        raise ZitMergeError(f"{place}.{key}: {spots[0][0]} has no {part}")
+        raise SettingError(f"{spots[0][0]} has no {part}", key)
     return selected
 
 
-def _select_other(part: str, place: str) -> list[Module]:
+def _select_other(part: str, loc: str) -> list[Module]:
     selected = [
         zimage.at("other", 0, name)
         for name in OTHER
@@ -227,7 +283,7 @@ def _select_other(part: str, place: str) -> list[Module]:
     ]
     if not selected:
         known = dict.fromkeys([*(name.split(".")[0] for name in OTHER), *OTHER])
-        raise ZitMergeError(f"{place}: no such part{nearest(part, known)}; there are {', '.join(known)}")
+        raise SettingError(f"no such part{nearest(part, known)}; there are {', '.join(known)}", loc)
     return selected
 
 
@@ -264,5 +320,9 @@ def runs(table: Mapping[str, float], section: str) -> list[tuple[int, int, list[
 def row_name(section: str, first: int, last: int) -> str:
     """How a run of layers is called: 3, 0-9, noise_refiner, noise_refiner.0."""
     if section == "layers":
-        return str(first) if first == last else f"{first}-{last}"
+        return _row(first, last)
     return section if last - first + 1 == SECTIONS[section] else f"{section}.{first}"
+
+
+def _row(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

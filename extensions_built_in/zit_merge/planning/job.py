@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..config.job import Job
 from ..config.schema import Section
-from ..errors import ZitMergeError
-from ..merging.runner import pick_device
-from .plan import StepPlan, plan_section
+from ..errors import SettingError, located
+from ..files.paths import user_path
+from .build import plan_section
+from .context import PREFIXES, RunContext
+from .device import pick_device
 from .preflight import NO_TOOLKIT, Toolkit, preflight
-from .sources import RunContext, make_context
+from .training import Training, training_before
+from .types import StepPlan
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Planned:
     Attributes:
         index: Which process it is.
         section: Validated.
-        site: Where it runs.
+        context: Where it runs.
         plans: Of its steps, in order.
         device: What its `device` is here.
         advice: On the training before it, a sentence each.
@@ -32,7 +35,7 @@ class Planned:
 
     index: int
     section: Section
-    site: RunContext
+    context: RunContext
     plans: Sequence[StepPlan]
     device: torch.device
     advice: Sequence[str] = ()
@@ -64,40 +67,107 @@ def plan_job(
     Raises:
         ZitMergeError: Anything that would stop the job and can be known now.
     """
-    check_sections(job, output_dir)
+    _check_sections(job, output_dir)
     sections = [(i, s) for i, s in job.sections() if index in (None, i)]
     if only and len(sections) > 1:
         sections = [(i, s) for i, s in sections if only in {step.name for step in s.steps}] or sections[:1]
     for i, section in sections:
-        site = make_context(job, i, section, output_dir=output_dir, lora_folders=lora_folders, may_download=may_download)
+        context = make_context(job, i, section, output_dir=output_dir, lora_folders=lora_folders, may_download=may_download)
         device = pick_device(section.device)
-        plans = plan_section(section, site, before_training=before_training and site.training is not None, only=only)
-        advice = preflight(job, site, section, toolkit) if before_training else ()
-        yield Planned(i, section, site, plans, device, advice)
+        plans = plan_section(section, context, before_training=before_training and context.training is not None, only=only)
+        advice = preflight(job, context, section, toolkit) if before_training else ()
+        yield Planned(i, section, context, plans, device, advice)
 
 
-def check_sections(job: Job, output_dir: str | None = None) -> None:
+def make_context(
+    job: Job,
+    index: int,
+    section: Section,
+    *,
+    output_dir: str | None = None,
+    lora_folders: Sequence[Path] = (),
+    may_download: bool = False,
+) -> RunContext:
+    """Finds the training before a section, the folder for its output, and names that the toolkit will leave alone.
+
+    Args:
+        job: The whole config.
+        index: Which process the section is.
+        section: The section.
+        output_dir: Overrides the section's.
+        lora_folders: Where inputs are looked for by hash.
+        may_download: Whether sources on the hub may be fetched.
+
+    Raises:
+        SettingError: There is no such folder.
+    """
+    training = training_before(job.name, job.processes, index)
+    # A job of ours alone has a folder of its own too, where a training of that name may come to look for checkpoints.
+    own = Training(job.loc(index), job.name, {"training_folder": section.training_folder, "name": section.name})
+    homes = [t for t in (training, own if section.training_folder else None) if t]
+    for folder in lora_folders:
+        if not folder.is_dir():
+            raise SettingError("is not a folder: correct the path", f"--loras {folder}")
+    with located(job.loc(index)):
+        context = RunContext(
+            job=job.name,
+            loc=job.loc(index),
+            output_dir=_output_dir(output_dir or section.output_dir, homes),
+            training=training,
+            folders=(job.folder, Path()),
+            lora_folders=lora_folders,
+            may_download=may_download,
+            home=homes[0] if homes and not output_dir else None,
+        )
+        return _with_prefix(context, section, homes)
+
+
+def _output_dir(chosen: str | None, homes: Sequence[Training]) -> Path:
+    with located("output_dir"):
+        if chosen is None and not homes:
+            raise SettingError(
+                "is missing, and there is no training before this section whose folder could be used: give output_dir (or "
+                "--output-dir on the command line)"
+            )
+        return user_path(chosen or homes[0].folder)
+
+
+def _with_prefix(context: RunContext, section: Section, homes: Sequence[Training]) -> RunContext:
+    """The context with the first prefix that no glob of the toolkit matches."""
+    for prefix in PREFIXES:
+        named = replace(context, prefix=prefix)
+        if not any(home.claims(named.output(s)) for home in homes for s in section.steps):
+            return named
+    raise SettingError(
+        f"AI-Toolkit would take any file in {context.output_dir} for a checkpoint of the job {context.job!r}: set another "
+        "output_dir, or give the job a name without wildcards",
+        "output_dir",
+    )
+
+
+def _check_sections(job: Job, output_dir: str | None = None) -> None:
     """Raises if a section writes a file that an earlier section writes, or reads one: it is not there before the job runs.
 
     Within a section the steps' names differ, and are how a step reads an earlier one.
     """
-    owners: dict[str, tuple[int, str]] = {}  # path -> (section, place of the step)
+    owners: dict[str, tuple[int, str]] = {}  # path -> (section, location of the step)
     for index, section in job.sections():
-        site = make_context(job, index, section, output_dir=output_dir)
+        context = make_context(job, index, section, output_dir=output_dir)
         names = {step.name for step in section.steps}
         for i, step in enumerate(section.steps):
-            own = index, site.at(f"steps[{i}]")
+            own = index, context.at(f"steps[{i}]")
             for j, lora in enumerate(step.loras):
-                paths = [] if lora.lora in names or lora.sha256 else [folder / lora.lora for folder in site.folders]
+                paths = [] if lora.lora in names or lora.sha256 else [folder / lora.lora for folder in context.folders]
                 for writer, other in (owners.get(_alike(path), own) for path in paths):
                     if writer != index:
-                        raise ZitMergeError(
-                            f"{own[1]}.loras[{j}].lora: {other} writes {lora.lora}, which is not there before the job runs: put "
-                            "both steps into one section and use the step's name"
+                        raise SettingError(
+                            f"{other} writes {lora.lora}, which is not there before the job runs: put both steps into one "
+                            "section and use the step's name",
+                            f"{own[1]}.loras[{j}].lora",
                         )
-            path = site.output(step)
+            path = context.output(step)
             if (other := owners.setdefault(_alike(path), own)) != own:
-                raise ZitMergeError(f"{own[1]}.name: {other[1]} writes {path.name} too: give one of them another name")
+                raise SettingError(f"{other[1]} writes {path.name} too: give one of them another name", f"{own[1]}.name")
 
 
 def _alike(path: Path) -> str:

@@ -19,8 +19,8 @@ import torch
 
 from ..config.job import Job
 from ..config.schema import Section
-from ..errors import ZitMergeError, nearest
-from .sources import RunContext
+from ..errors import SettingError, nearest
+from .context import RunContext
 from .training import ARCHS, Training, table, training_before
 
 RESTARTS = "cosine_with_restarts"
@@ -94,62 +94,67 @@ class Toolkit:
 NO_TOOLKIT = Toolkit()
 
 
-def preflight(job: Job, site: RunContext, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
+def preflight(job: Job, context: RunContext, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
     """Checks the training before a section and gives advice on it; nothing where there is none.
 
     Sections that share a training share their train_fixes, and only the first one gives the advice.
 
     Args:
         job: The whole config.
-        site: Where the section runs.
+        context: Where the section runs.
         section: The section.
         toolkit: What tells of the training.
 
     Raises:
         ZitMergeError: The training can't work, or would not do what its config says.
     """
-    training = site.training
+    training = context.training
     if training is None:
         if section.train_fixes:
-            raise ZitMergeError(f"{site.at('train_fixes')}: there is no training before this section: drop it")
+            raise SettingError("there is no training before this section: drop it", context.at("train_fixes"))
         return []
     sharing = [
         (i, s) for i, s in job.sections() if (t := training_before(job.name, job.processes, i)) and t.index == training.index
     ]
-    fixes = {fix: f"{job.place(i)}.train_fixes" for i, s in reversed(sharing) for fix in s.train_fixes}
+    fixes = {fix: f"{job.loc(i)}.train_fixes" for i, s in reversed(sharing) for fix in s.train_fixes}
     if str(table(training.config, "model").get("arch", ARCHS[0])).split(":")[0] != ARCHS[0]:  # that one every toolkit has
         training.check_arch(toolkit.archs())
     train = table(training.config, "train")
     _check_scheduler(training, train, fixes, toolkit.scheduler)
     name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
     if trouble := toolkit.optimizer_trouble(name):
-        raise ZitMergeError(f"{training.place}.train.optimizer: {trouble}")
-    if site.place != job.place(sharing[0][0]):  # another section gives the advice
+        raise SettingError(trouble, f"{training.loc}.train.optimizer")
+    if context.loc != job.loc(sharing[0][0]):  # another section gives the advice
         return []
     return advice(training, toolkit.old_ema())
 
 
-def restart_period(training: Training, place: str) -> tuple[int, dict[str, Any]]:
+def restart_period(training: Training, loc: str) -> tuple[int, dict[str, Any]]:
     """(steps of the first cosine, the other parameters) for `train_fixes: [cosine_with_restarts]`.
+
+    Args:
+        training: The process before us.
+        loc: Of train_fixes.
 
     Raises:
         ZitMergeError: The training has another scheduler, or no period.
     """
     train = table(training.config, "train")
     if train.get("lr_scheduler") != RESTARTS:
-        raise ZitMergeError(
-            f"{place}: {training.place}.train.lr_scheduler is {train.get('lr_scheduler') or 'constant'}: set it to {RESTARTS}, "
-            "or drop the fix"
+        raise SettingError(
+            f"{training.loc}.train.lr_scheduler is {train.get('lr_scheduler') or 'constant'}: set it to {RESTARTS}, "
+            "or drop the fix",
+            loc,
         )
     parameters = dict(table(train, "lr_scheduler_params"))
     parameters.pop("max_iterations", None)  # not torch's; in the toolkit it only keeps total_iters from being overwritten
     periods = {key: parameters.pop(key) for key in ("total_iters", "T_0") if key in parameters}
-    at = f"{training.place}.train.lr_scheduler_params"
+    at = f"{training.loc}.train.lr_scheduler_params"
     if len(set(periods.values())) != 1:
-        raise ZitMergeError(f"{at}: give the steps until the first restart, once: total_iters: 500")
+        raise SettingError("give the steps until the first restart, once: total_iters: 500", at)
     period = next(iter(periods.values()))
     if not isinstance(period, int) or isinstance(period, bool) or period < 1:
-        raise ZitMergeError(f"{at}: total_iters must be a whole number of steps, not {period!r}")
+        raise SettingError(f"total_iters must be a whole number of steps, not {period!r}", at)
     return period, parameters
 
 
@@ -159,24 +164,26 @@ def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mappin
     Args:
         training: The process before us.
         train: Its `train`.
-        fixes: Each fix that is asked for -> the place of the train_fixes that asks.
+        fixes: Each fix that is asked for -> the location of the train_fixes that asks.
         scheduler: The toolkit's maker of schedulers.
     """
     name, given = train.get("lr_scheduler") or "constant", dict(table(train, "lr_scheduler_params"))
-    place = f"{training.place}.train.lr_scheduler"
+    loc = f"{training.loc}.train.lr_scheduler"
     if RESTARTS in fixes:
         period, given = restart_period(training, fixes[RESTARTS])
         given["T_0"] = period
     elif name == RESTARTS:
-        raise ZitMergeError(
-            f"{place}: {RESTARTS} never restarts in AI-Toolkit, which replaces its period by the number of steps: write cosine, "
-            f"or add train_fixes: [{RESTARTS}] to the zit_merge section and total_iters to lr_scheduler_params"
+        raise SettingError(
+            f"{RESTARTS} never restarts in AI-Toolkit, which replaces its period by the number of steps: write cosine, "
+            f"or add train_fixes: [{RESTARTS}] to the zit_merge section and total_iters to lr_scheduler_params",
+            loc,
         )
     elif "max_iterations" not in given:
         for key in ("total_iters", "T_max"):
             if given.get(key, training.steps) != training.steps:
-                raise ZitMergeError(
-                    f"{place}_params.{key}: AI-Toolkit replaces {given[key]} by the number of steps, {training.steps}: drop {key}"
+                raise SettingError(
+                    f"AI-Toolkit replaces {given[key]} by the number of steps, {training.steps}: drop {key}",
+                    f"{loc}_params.{key}",
                 )
         given["total_iters"] = training.steps  # as BaseSDTrainProcess does
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
@@ -185,9 +192,10 @@ def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mappin
     except Exception as e:
         shown = ", ".join(f"{k}: {v}" for k, v in table(train, "lr_scheduler_params").items()) or "none"
         reason = " ".join(str(e).split())
-        raise ZitMergeError(
-            f"{place}: AI-Toolkit can't make {name} with the parameters {shown} ({reason}): use constant, cosine or linear, with "
-            "torch's parameters"
+        raise SettingError(
+            f"AI-Toolkit can't make {name} with the parameters {shown} ({reason}): use constant, cosine or linear, with torch's "
+            "parameters",
+            loc,
         ) from e
 
 
@@ -214,7 +222,7 @@ def advice(training: Training, old_ema: bool = False) -> list[str]:
         found.append("ema_config has no effect in this AI-Toolkit, which is older than 0.10.5 (2026-06-07): update it")
     for name in strangers(training):
         found.append(f"{training.folder / name} would be taken for a checkpoint and resumed from: move it away")
-    return [f"{training.place}: {text}" for text in found]
+    return [f"{training.loc}: {text}" for text in found]
 
 
 def _of_rate(train: Mapping[str, Any], steps: int) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -17,40 +17,39 @@ from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, RankRule, Save, Step
 from ..files.text import Loader
 from ..model.strengths import compact
-
-if TYPE_CHECKING:
-    from .plan import Input, StepPlan
+from .types import Input, StepBasis
 
 
-def recipe_of(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def recipe_of(step: StepBasis, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """The recipe of a step.
 
     Args:
-        plan: The step.
-        hashes: Path -> SHA-256 of the tensor data, for every file of `plan.hashed()`.
+        step: The step.
+        hashes: Path -> SHA-256 of the tensor data, for every file of `step.hashed`.
     """
     steps: dict[str, dict[str, Any]] = {}
-    _collect(plan, hashes, steps)
-    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": plan.job, "steps": list(steps.values())}
+    _collect(step, hashes, steps)
+    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": step.job, "steps": list(steps.values())}
 
 
-def _collect(plan: StepPlan, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
-    for i in plan.inputs:
+def _collect(step: StepBasis, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
+    """Adds the entries of a step and, before it, of the steps that it uses."""
+    for i in step.inputs:
         if i.step and i.step.name not in steps:
             _collect(i.step, hashes, steps, feeds=True)
-    spec = plan.spec
-    step: dict[str, Any] = {"name": spec.name}
-    step |= {"keep": False} if feeds else {"file": plan.path.name}
-    step |= {"method": spec.method, **_params(spec)}
-    step |= {"rank": spec.rank.record() if isinstance(spec.rank, RankRule) else spec.rank, "save": _save(spec.save)}
+    spec = step.spec
+    entry: dict[str, Any] = {"name": spec.name}
+    entry |= {"keep": False} if feeds else {"file": step.path.name}
+    entry |= {"method": spec.method, **_params(spec)}
+    entry |= {"rank": spec.rank.record() if isinstance(spec.rank, RankRule) else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
-        step["shapes"] = spec.shapes
+        entry["shapes"] = spec.shapes
     if spec.allow_unmatched:
-        step["allow_unmatched"] = True
+        entry["allow_unmatched"] = True
     if spec.confirm_size:
-        step["confirm_size"] = True
-    step["loras"] = [_input(i, hashes) for i in plan.inputs]
-    steps[spec.name] = step
+        entry["confirm_size"] = True
+    entry["loras"] = [_input(i, hashes) for i in step.inputs]
+    steps[spec.name] = entry
 
 
 def _params(spec: Step) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
     if i.lora:
         entry["sha256"] = hashes[i.lora.path]
     entry["ratio"] = i.spec.ratio
-    entry |= {key: value for key, value in i.spec.tables("").items() if value}  # a preset's entries are written out
+    entry |= {key: value for key, value in i.spec.tables.items() if value}  # a preset's entries are written out
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
     if i.lora and i.lora.adapter:
         entry["adapter"] = i.lora.adapter.record()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..config.schema import PROCESS_TYPE
-from ..errors import ZitMergeError, not_available_yet
+from ..errors import SettingError, located, not_available_yet
 from ..formats.header import FULL
+from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
 
 # toolkit/train_tools.py get_torch_dtype; SaveConfig's default is float16 (toolkit/config_modules.py)
@@ -30,44 +31,17 @@ ARCHS = ("zimage", "zimage_l2p")
 
 
 @dataclass(frozen=True)
-class LoraSpec:
-    """What is known of a LoRA without its numbers.
-
-    Attributes:
-        ranks: Module -> rank.
-        shapes: Module -> (out, in); empty while only the rank is known.
-        dtype: Of the factors.
-        algorithms: LoRA, LoKr, LoHa, full difference: what changes its modules.
-    """
-
-    ranks: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, int]]
-    dtype: torch.dtype
-    algorithms: Collection[str] = ("LoRA",)
-
-    @property
-    def rank(self) -> int:
-        """The largest rank."""
-        return max(self.ranks.values(), default=1)
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether every rank is that of factors as a trainer chose it."""
-        return set(self.algorithms) <= {"LoRA"}
-
-
-@dataclass(frozen=True)
 class Training:
     """A training process of a job.
 
     Attributes:
-        place: `process[0]`.
+        loc: `process[0]`.
         job: `config.name`, which the files are named after.
         config: The raw process section.
         index: Which process it is.
     """
 
-    place: str
+    loc: str
     job: str
     config: Mapping[str, Any]
     index: int = 0
@@ -78,7 +52,7 @@ class Training:
         folder, name = self.config["training_folder"], self.config.get("name") or self.job
         for key, value in (("training_folder", folder), ("name", name)):
             if not isinstance(value, str):
-                raise ZitMergeError(f"{self.place}.{key}: must be text, not {value!r}")
+                raise SettingError(f"must be text, not {value!r}", f"{self.loc}.{key}")
         return Path(folder) / name
 
     @property
@@ -93,7 +67,7 @@ class Training:
         if value is None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ZitMergeError(f"{self.place}.{key}: must be a whole number from {least}, not {value!r}")
+            raise SettingError(f"must be a whole number from {least}, not {value!r}", f"{self.loc}.{key}")
         return value
 
     def file(self, step: int | None = None) -> Path:
@@ -120,10 +94,10 @@ class Training:
         found = {int(match[1]) for name in self.files() if (match := pattern.fullmatch(name))}
         return [*sorted(step for step in found if step < self.steps), *([self.steps] if self.file().is_file() else [])]
 
-    def check_step(self, step: int, place: str) -> None:
+    def check_step(self, step: int) -> None:
         """Raises unless the training will have kept a checkpoint of this step."""
         if step not in self.kept():
-            raise ZitMergeError(f"{place}: {self.place} will not keep a checkpoint of step {step}: {self.how_kept()}")
+            raise SettingError(f"{self.loc} will not keep a checkpoint of step {step}: {self.how_kept()}")
 
     def check_arch(self, archs: Collection[str] | None = None) -> None:
         """Raises unless it trains Z-Image.
@@ -134,11 +108,11 @@ class Training:
         arch = table(self.config, "model").get("arch")
         family = str(arch).split(":")[0]
         if arch is not None and (not family.startswith("zimage") if archs is None else family not in archs):
-            raise ZitMergeError(
-                f"{self.place}.model.arch: {arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge"
+            raise SettingError(
+                f"{arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge", f"{self.loc}.model.arch"
             )
 
-    def outline(self, shapes: str, drop: Collection[str] = ()) -> LoraSpec:
+    def spec(self, shapes: str, drop: Collection[str] = ()) -> LoraSpec:
         """What it will save, as far as the config tells.
 
         Args:
@@ -150,18 +124,19 @@ class Training:
         """
         network = self.config.get("network")
         if not isinstance(network, Mapping):
-            raise ZitMergeError(f"{self.place}: trains no LoRA (it has no network:), so there is no `trained` to merge")
+            raise SettingError("trains no LoRA (it has no network:), so there is no `trained` to merge", self.loc)
         self.check_arch()
         if table(self.config, "train").get("merge_network_on_save"):
-            raise ZitMergeError(
-                f"{self.place}.train.merge_network_on_save: saves whole models, so there is no `trained` LoRA to merge: drop it"
+            raise SettingError(
+                "saves whole models, so there is no `trained` LoRA to merge: drop it", f"{self.loc}.train.merge_network_on_save"
             )
         kind = str(network.get("type") or "lora").lower()
         extras = {**network, **table(network, "network_kwargs")}
         if kind == "dora" or extras.get("dora"):
-            raise ZitMergeError(
-                f"{self.place}.network: a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: "
-                "train with type: lora or lokr"
+            raise SettingError(
+                "a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: train with type: lora or "
+                "lokr",
+                f"{self.loc}.network",
             )
         names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
         whole = extras.get("full_if_contains") or []  # toolkit/lora_special.py: these become .diff and .diff_b
@@ -169,9 +144,10 @@ class Training:
         lost = [v for v in ("norm", "bias") if v not in drop] if extras.get("all_layers") or whole else []
         if lost:
             key = "all_layers" if extras.get("all_layers") else "full_if_contains"
-            raise ZitMergeError(
-                f"{self.place}.network.{key}: trains norms or biases too, for which a LoRA file has no place: set "
-                f"drop: [{', '.join(lost)}] beside lora: trained to merge the rest, or train without it"
+            raise SettingError(
+                f"trains norms or biases too, for which a LoRA file has no place: set drop: [{', '.join(lost)}] beside "
+                "lora: trained to merge the rest, or train without it",
+                f"{self.loc}.network.{key}",
             )
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
         algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
@@ -187,10 +163,11 @@ class Training:
         if kind == "lora":
             return rank
         if kind != "lokr":
-            raise not_available_yet(f"{self.place}.network.type: merging a trained {kind}", "train with type: lora or lokr")
+            with located(f"{self.loc}.network.type"):
+                raise not_available_yet(f"merging a trained {kind}", "train with type: lora or lokr")
         factor = network.get("lokr_factor", -1)
         if not isinstance(factor, int) or isinstance(factor, bool):
-            raise ZitMergeError(f"{self.place}.network.lokr_factor: must be a whole number, not {factor!r}")
+            raise SettingError(f"must be a whole number, not {factor!r}", f"{self.loc}.network.lokr_factor")
         (p, s), (q, t) = _factorization(out, factor), _factorization(into, factor)
         # toolkit/models/lokr.py: w2 is a product where the rank is under half of its longer side; lokr_full_rank never is
         if network.get("lokr_full_rank", True) or rank >= max(s, t) / 2:
@@ -219,7 +196,13 @@ class Training:
 
 
 def training_before(job: str, processes: Sequence[Any], index: int) -> Training | None:
-    """The nearest training process before process `index`: one of another type that has a training_folder."""
+    """The nearest training process before a process: one of another type that has a training_folder.
+
+    Args:
+        job: The job's name.
+        processes: The raw process sections.
+        index: Which process.
+    """
     for i in reversed(range(index)):
         process = processes[i]
         if isinstance(process, Mapping) and process.get("type") != PROCESS_TYPE and process.get("training_folder"):
@@ -238,6 +221,11 @@ def _factorization(size: int, factor: int) -> tuple[int, int]:
 
 
 def table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of a config that is a mapping; empty where it is none."""
+    """A part of a config that is a mapping; empty where it is none.
+
+    Args:
+        config: The mapping around it.
+        key: Of the part.
+    """
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}

@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
 from ..config.schema import RankRule
 from ..formats.writer import ALWAYS
 from ..model.zimage import GROUPS, MODULES, canonical_component
+from .context import PREFIXES
+from .ranks import Extent
+from .types import Input, StepBasis
 
-if TYPE_CHECKING:
-    from .plan import Input, StepPlan
 
-
-def notes(plan: StepPlan) -> tuple[str, ...]:
-    """The notes of a step.
+def warnings_of(step: StepBasis, extent: Extent, ranks: Mapping[str, int], is_open: bool) -> tuple[str, ...]:
+    """What a person should know of a step, a sentence each.
 
     Args:
-        plan: The step, settled.
+        step: The step.
+        extent: What it may write at most.
+        ranks: Module -> rank, of every module written.
+        is_open: The ranks are only bounds.
     """
-    found = [note for i in plan.inputs for note in _of_input(i)]
-    if plan.prefix != "merged_":
+    found = [sentence for i in step.inputs for sentence in _of_input(i)]
+    if step.prefix != PREFIXES[0]:
         found.append(
-            f"the file is called {plan.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {plan.job}"
+            f"the file is called {step.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {step.job}"
         )
-    found += _of_method(plan)
-    found += _of_rank(plan)
-    silent = sum(1 for n in plan.stacked.values() if n == 0)
+    found += _of_method(step)
+    if all(i.known.ranks for i in step.inputs):  # else a file on the hub may hold more
+        found += _of_rank(step, max([1, *extent.stacked.values()]), max(ranks.values(), default=0), is_open)
+    silent = sum(1 for n in extent.stacked.values() if n == 0)
     if silent:
-        found.append(f"{silent} of {len(plan.stacked)} modules have strength 0 throughout and are written as zeros")
+        found.append(f"{silent} of {len(extent.stacked)} modules have strength 0 throughout and are written as zeros")
     return tuple(found)
 
 
-def _of_method(plan: StepPlan) -> list[str]:
-    method, name = METHODS[plan.spec.method], plan.spec.method
+def _of_method(step: StepBasis) -> list[str]:
+    method, name = METHODS[step.spec.method], step.spec.method
     found = []
-    if method.is_mean and len(plan.inputs) > 1:
-        shares = " : ".join(f"{i.spec.ratio:g}" for i in plan.inputs)
+    if method.is_mean and len(step.inputs) > 1:
+        shares = " : ".join(f"{i.spec.ratio:g}" for i in step.inputs)
         found.append(f"{name} is a mean: only the proportions of the ratios count, {shares}")
-    wide = next((i for i in plan.inputs if not i.outline.is_lora), None)
+    wide = next((i for i in step.inputs if not i.known.is_lora), None)
     if wide and not method.is_linear:
         found.append(f"{wide.label} is no LoRA of low rank: {name} works on whole matrices then, minutes for each module")
     return found
 
 
-def _of_rank(plan: StepPlan) -> list[str]:
-    if not all(i.outline.ranks for i in plan.inputs):
-        return []  # a file on the hub may hold more
-    save, asked, exact = plan.spec.save, plan.spec.rank, max([1, *plan.stacked.values()])
+def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]:
+    """Of a rank where `exact` would hold everything."""
+    save, asked = step.spec.save, step.spec.rank
     if save.keep_lokr:
         return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
     found = []
-    if plan.is_open:
+    if is_open:
         limit = f"{asked.energy:.6g} of the energy" if asked.energy else f"{asked.size_mb:g} MB"
-        found.append(f"the rank follows from the singular values, for {limit}: {plan.rank} at most")
-    elif isinstance(asked, RankRule) and asked.size_mb and plan.rank < exact:
-        found.append(f"rank {plan.rank} is what {asked.size_mb:g} MB hold, rank {exact} would hold everything")
-    elif asked != "exact" and plan.rank < exact:
-        found.append(f"rank {exact} holds everything, the best approximation of rank {plan.rank} is written")
+        found.append(f"the rank follows from the singular values, for {limit}: {rank} at most")
+    elif isinstance(asked, RankRule) and asked.size_mb and rank < exact:
+        found.append(f"rank {rank} is what {asked.size_mb:g} MB hold, rank {exact} would hold everything")
+    elif asked != "exact" and rank < exact:
+        found.append(f"rank {exact} holds everything, the best approximation of rank {rank} is written")
     elif isinstance(asked, int) and asked > exact:
         found.append(f"rank {asked} was asked for, {exact} holds everything: nothing is cut")
     if not save.uniform:
@@ -65,18 +68,20 @@ def _of_rank(plan: StepPlan) -> list[str]:
             "each module has its own rank: diffusers before 0.40 needs the metadata that is written with it, AI-Toolkit the full "
             f"rank in {ALWAYS}, and other programs may apply a wrong strength"
         )
-    if save.format != "ai-toolkit":
-        readers = {
-            "diffusers": "diffusers, ComfyUI and InvokeAI, not by Forge Neo's or DiffSynth's loaders",
-            "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
-            "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
-        }
-        found.append(f"format {save.format} is read by {readers[save.format]}; ai-toolkit is read by all of them")
+    if save.format in _READERS:
+        found.append(f"format {save.format} is read by {_READERS[save.format]}; ai-toolkit is read by all of them")
     return found
 
 
+_READERS: Mapping[str, str] = {
+    "diffusers": "diffusers, ComfyUI and InvokeAI, not by Forge Neo's or DiffSynth's loaders",
+    "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
+    "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
+}
+
+
 def _of_input(i: Input) -> list[str]:
-    if not i.outline.ranks:
+    if not i.known.ranks:
         return [f"{i.label} is not in the local cache: it is fetched from the hub when the merge runs, and checked then"]
     found = []
     if i.lora:
@@ -87,9 +92,9 @@ def _of_input(i: Input) -> list[str]:
             )
         if i.lora.unmatched:
             found.append(f"{i.label}: {len(i.lora.unmatched)} unknown keys are left out: {', '.join(i.lora.unmatched[:3])}")
-    if not any(map(i.counts, i.outline.ranks)):
+    if not any(map(i.counts, i.known.ranks)):
         found.append(f"{i.label}: every strength is 0, it has no effect")
-    present = {MODULES[m].component for m in i.outline.ranks}
+    present = {MODULES[m].component for m in i.known.ranks}
     for key in i.spec.blocks:
         if not present & {canonical_component(key), *GROUPS.get(key, ())}:
             found.append(f"{i.label}: has no {key}, so its weight there has no effect")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ..config.schema import Ablate, Preview, Section
 from ..errors import ZitMergeError, counted
-from ..planning.plan import Input, StepPlan
-from ..planning.sources import RunContext
+from ..planning.context import RunContext
+from ..planning.types import Input, StepPlan
 from ..wording import row, wrapped
 from . import metrics
 from .ablation import Group, groups

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
 from ..files.atomic import os_errors, write_whole
-from ..planning.sources import PREFIXES, RunContext
+from ..planning.context import PREFIXES, RunContext
 from .sheet import legend
 
 _KEY = "zit_merge"  # of a PNG file's text

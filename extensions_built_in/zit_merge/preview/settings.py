@@ -11,8 +11,9 @@ from typing import Any
 
 from ..config.schema import Preview, Section
 from ..errors import ZitMergeError
+from ..files.paths import user_path
 from ..files.text import TextFile
-from ..planning.sources import RunContext, user_path
+from ..planning.context import RunContext
 from ..planning.training import ARCHS, table
 
 SIDE, STEPS, GUIDANCE, SEED = 1024, 9, 1.0, 42  # AI-Toolkit's UI for zimage:turbo (ui/src/app/jobs/new/options.tsx)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..config.schema import Lora, Step, check_step
+from ..config.rules import check_step
+from ..config.schema import Lora, Step
 from ..errors import ZitMergeError, counted, nearest
 from ..model.strengths import strengths
 from ..model.zimage import canonical_component
-from ..planning.plan import StepPlan, settle
+from ..planning.types import StepPlan
 
 Value = float | Sequence[float]
 _TABLES = ("blocks", "layers", "effects", "overrides")

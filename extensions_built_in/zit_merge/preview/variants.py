@@ -16,8 +16,8 @@ import torch
 from ..algebra.delta import Delta
 from ..merging.merger import Watched
 from ..merging.runner import Reader, input_reader, reader_of
-from ..planning.plan import Input, StepPlan
 from ..planning.recipe import recipe_of
+from ..planning.types import Input, StepPlan
 from .ablation import Group
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from ..planning.plan import StepPlan
+from ..progress import Progress
 from ..wording import plain
+
+T = TypeVar("T")
 
 DELAY = 1.0  # seconds: what takes less is not shown
 _APART, _SHARE = 10.0, 0.1  # seconds, and share of the modules, between two lines of a log
@@ -31,8 +33,8 @@ class _Shown(Protocol):
         """The pass has ended, or was broken off."""
 
 
-class _Ticking:
-    """What `tick` shows on stderr when it takes over a second; as a context it ends that.
+class Bar(Progress):
+    """Shows on stderr what takes over a second; a pass within another one is not shown.
 
     Args:
         quiet: Show nothing.
@@ -41,74 +43,26 @@ class _Ticking:
 
     def __init__(self, quiet: bool = False, clock: Clock = time.monotonic):
         self._quiet, self._clock = quiet, clock
-        self._shown: _Shown | None = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _show(self, title: str, done: int, total: int, unit: str) -> None:
+    def track(
+        self, items: Collection[T], label: str, unit: str = "module", describe: Callable[[T], str] | None = None
+    ) -> Iterator[T]:
+        """See `Progress`."""
         if self._quiet:
+            yield from items
             return
-        if self._shown is None:
-            self._shown = _shown(title, total, self._clock, unit)
-        self._shown.to(done)
-
-    def close(self) -> None:
-        """Ends what is shown."""
-        if self._shown is not None:
-            self._shown.close()
-            self._shown = None
-
-
-class Bar(_Ticking):
-    """`tick` for `run_plans`: every step on its own."""
-
-    def tick(self, plan: StepPlan, done: int) -> None:
-        """Module `done` of the step is finished."""
-        self._show(plan.name, done, len(plan.shapes), "module")
+        self._quiet = True
+        try:
+            with closing(_shown(label, len(items), self._clock, unit)) as shown:
+                shown.to(0)
+                for done, item in enumerate(items, 1):
+                    yield item
+                    shown.to(done)
+        finally:
+            self._quiet = False
 
 
-class Pictures(_Ticking):
-    """`tick` for rendering: `pictures: 3/12 pictures, 40 s left`."""
-
-    def tick(self, what: str, done: int, total: int) -> None:
-        """Picture `done` of `total` is finished."""
-        self._show("pictures", done, total, "picture")
-
-
-def watched(title: str, quiet: bool, clock: Clock = time.monotonic) -> Callable[[Collection[str]], Iterable[str]]:
-    """Passes modules on and shows how far it is when that takes over a second.
-
-    Args:
-        title: What is being done.
-        quiet: Show nothing.
-        clock: Seconds, for the lines of a log.
-    """
-
-    def passed(modules: Collection[str]) -> Iterator[str]:
-        with closing(_shown(title, len(modules), clock)) as shown:
-            shown.to(0)
-            for done, module in enumerate(modules, 1):
-                yield module
-                shown.to(done)
-
-    return iter if quiet else passed
-
-
-def passing(quiet: bool, clock: Clock = time.monotonic) -> Callable[[StepPlan, str, Collection[str]], Iterable[str]]:
-    """`passing` for `run_plans`: every pass before a merge on its own, `ranks of soft: 60/240 modules, 3 s left`.
-
-    Args:
-        quiet: Show nothing.
-        clock: Seconds, for the lines of a log.
-    """
-    return lambda plan, what, modules: watched(f"{what} of {plan.name}", quiet, clock)(modules)
-
-
-def _shown(title: str, total: int, clock: Clock, unit: str = "module") -> _Shown:
+def _shown(title: str, total: int, clock: Clock, unit: str) -> _Shown:
     """A bar where stderr is a terminal. A stream that keeps a log may lack `isatty`; without a console there is None."""
     title = plain(title)[:_TITLE]
     is_terminal = getattr(sys.stderr, "isatty", lambda: False)()

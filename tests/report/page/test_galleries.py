@@ -16,7 +16,7 @@ from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.planning.sources import RunContext
+from extensions_built_in.zit_merge.planning.context import RunContext
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
 from extensions_built_in.zit_merge.report.page.galleries import PICTURES, Gallery, Measures, Preview

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
-from extensions_built_in.zit_merge.config.schema import parse_section
+from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.model.strengths import strengths
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES, at
 from extensions_built_in.zit_merge.report.page.facts import files_facts

@@ -23,12 +23,14 @@ from ...config.presets import presets
 from ...errors import ZitMergeError
 from ...formats.metadata import trigger_words
 from ...formats.reader import LoraFile
-from ...merging.runner import Done
-from ...merging.verify import PAIRS_UP_TO, Verdict
+from ...formats.spec import DTYPE_NAMES
+from ...formats.verdict import Verdict
+from ...merging.made import Done
+from ...merging.verify import PAIRS_UP_TO
 from ...model.strengths import Factors, Weights, factors
 from ...model.zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
-from ...planning.plan import DTYPE_NAMES, Input
-from ..tables import judgement, ranks_text, span
+from ...planning.types import Input
+from ...wording import ranks_text, span
 from .module_energies import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name

@@ -11,10 +11,11 @@ from torch import Tensor
 from ...algebra.delta import Delta, gram, norm
 from ...analysis.compare import Readers, Watched
 from ...formats.reader import LoraFile, load_lora
-from ...merging.runner import Done
-from ...merging.verify import PAIRS_UP_TO, Measured
+from ...formats.verdict import Measured
+from ...merging.made import Done
+from ...merging.verify import PAIRS_UP_TO
 from ...model.zimage import MODULES
-from ...planning.plan import StepPlan
+from ...planning.types import StepPlan
 
 
 class Cell(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...analysis.compare import Watched
 from ...errors import ZitMergeError
-from ...merging.runner import Done
-from ...planning.sources import RunContext
+from ...merging.made import Done
+from ...planning.context import RunContext
 from ...wording import copyable
 from .facts import step_facts
 from .galleries import Gallery

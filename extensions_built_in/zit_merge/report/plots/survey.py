@@ -22,9 +22,9 @@ from ...algebra.truncate import singular_values
 from ...analysis.compare import Readers, Watched, same_model
 from ...errors import ZitMergeError
 from ...files.atomic import part_path, write_whole
+from ...files.paths import check_writable, user_path
 from ...formats.reader import LoraFile
-from ...planning.sources import check_writable, user_path
-from ..tables import ranks_text
+from ...wording import ranks_text
 
 ENDINGS = (".png", ".pdf", ".svg")
 SHOWN = 6  # files that have a map and a line of their own

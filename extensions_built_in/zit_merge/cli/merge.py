@@ -1,0 +1,139 @@
+"""`merge`, the one-liner, and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from ..api import merge as describe
+from ..demo import run_demo
+from ..errors import SettingError, counted
+from ..report.progress import Bar
+from ..report.text.plan import plan_text
+from ..section import run_section, what_is_not_right
+from .console import say, tell_what_is_not_right
+from .parser import WEIGHT_FLAGS
+
+_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Makes two small LoRAs, merges them, checks the result."""
+    run_demo(args.out, partial(say, args), Bar(args.quiet))
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merges files with the weights that stand in flags."""
+    settings = {key: getattr(args, key) for key in _SETTINGS}
+    settings |= {"rank": _rank(args.rank), "params": _pairs(args.params, "--params"), "uniform": args.uniform == "true"}
+    with _as_flags(len(args.files)):
+        described = describe(list(zip(args.files, _weights(args), strict=True)), **settings)
+        planned = described.planned(args.out, may_download=not args.dry_run)
+    say(args, "\n\n".join(map(plan_text, planned.plans)) + "\n")
+    if not args.dry_run:
+        done = list(run_section(planned, None, partial(say, args), Bar(args.quiet)))
+        tell_what_is_not_right(args, what_is_not_right(done))
+
+
+@contextmanager
+def _as_flags(count: int) -> Iterator[None]:
+    """Locations in the words of the command line: `rank` as --rank, `loras[1].blocks.to_q` as --to_q (file 2)."""
+    try:
+        yield
+    except SettingError as e:
+        e.loc = _flag(e.loc, count)
+        raise
+
+
+def _flag(loc: str, count: int) -> str:
+    of_lora = re.fullmatch(r"loras\[(\d+)\]\.?(.*)", loc)
+    if not of_lora:
+        first, _, rest = loc.partition(".")
+        known = ("rank", "params", "save", "device", "method", "shapes", "allow_unmatched", "confirm_size")
+        if first not in known:
+            return loc
+        flag, rest = (rest, "") if first == "save" else (first, rest)
+        return " ".join(filter(None, [f"--{flag.replace('_', '-')}", rest]))
+    number, key = int(of_lora[1]) + 1, of_lora[2]
+    which = f" (file {number})" if count > 1 else ""
+    table, _, entry = key.partition(".")
+    if table in ("", "lora"):
+        return f"file {number}"
+    flag = entry if table == "blocks" and entry else table
+    return f"--{flag}{f' {entry}' * (table == 'layers' and bool(entry))}{which}"
+
+
+def _weights(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The weights of each file, from flags with one value for all or one for each."""
+    count = len(args.files)
+
+    def each(flag: str, values: Sequence[Any]) -> Sequence[Any]:
+        if len(values) not in (1, count):
+            got = f"got {counted(len(values), 'value')} for {counted(count, 'file')}"
+            raise SettingError(f"{got}: give one for all, or one for each", f"--{flag}")
+        return values if len(values) == count else list(values) * count
+
+    weights = [{"ratio": ratio, "blocks": {}} for ratio in each("ratio", args.ratio)]
+    for flag in WEIGHT_FLAGS:
+        if (values := getattr(args, flag)) is not None:
+            for weight, value in zip(weights, each(flag, values), strict=True):
+                weight["blocks"][flag] = value
+    for flag in ("preset", "alpha", "qkv"):
+        if (values := getattr(args, flag)) is not None:
+            for weight, value in zip(weights, each(flag, values), strict=True):
+                weight[flag] = _number_or_word(value)
+    for weight in weights:
+        weight["drop"] = args.drop
+    if args.layers is not None:
+        for weight, spec in zip(weights, each("layers", args.layers), strict=True):
+            weight["layers"] = _layer_spec(spec)
+    return weights
+
+
+def _rank(text: str) -> int | str | dict[str, float | str]:
+    """`32`, `same`, or `energy=0.99,max=64` as a mapping."""
+    return _pairs(text.split(","), "--rank") if "=" in text else int(text) if text.isdecimal() else text
+
+
+def _pairs(words: Sequence[str], flag: str) -> dict[str, float | str]:
+    """NAME=VALUE words as a mapping; numbers as the config would read them."""
+    found: dict[str, float | str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise SettingError(f"{word!r} is not NAME=VALUE, such as density=0.3", flag)
+        if name.strip() in found:
+            raise SettingError(f"duplicate {name.strip()}: keep one of them", flag)
+        number = _number_or_word(value.strip())
+        found[name.strip()] = int(value) if value.strip().isdecimal() else number
+    return found
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _layer_spec(spec: str) -> dict[str, float | list[float]]:
+    """`0-9=0.5,10-29=1:0.6` -> {"0-9": 0.5, "10-29": [1.0, 0.6]}."""
+    layers: dict[str, float | list[float]] = {}
+    for part in spec.split(","):
+        key, equals, values = part.strip().partition("=")
+        try:
+            numbers = [float(v) for v in values.split(":")]
+        except ValueError:
+            numbers = []
+        if not equals or not key or not numbers:
+            raise SettingError(
+                f'{part!r} is not LAYERS=WEIGHT or LAYERS=FROM:TO, such as "0-9=0.5,10-29=1:0.6"', f"--layers {spec}"
+            )
+        if key in layers:
+            raise SettingError(f"duplicate {key}: keep one of them", f"--layers {spec}")
+        layers[key] = numbers[0] if len(numbers) == 1 else numbers
+    return layers

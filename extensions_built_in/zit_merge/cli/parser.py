@@ -1,0 +1,114 @@
+"""The words of the command line: commands and flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .. import __version__
+from ..model.zimage import ALIASES, COMPONENTS, GROUPS
+
+Command = Callable[[argparse.Namespace], None]
+WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
+
+
+def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        commands: Name -> what runs it.
+    """
+    parser = argparse.ArgumentParser(prog="zit_merge", description="Merge Z-Image Turbo LoRAs, block by block.")
+    parser.add_argument("--version", action="version", version=f"zit_merge {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=commands[name])
+        sub.add_argument("--quiet", action="store_true", help="print no progress and no plan")
+        return sub
+
+    demo = add("demo", "make two small LoRAs, merge them with block weights, check the result")
+    demo.add_argument("--out", type=Path, default=Path("zit_merge_demo"), help="folder for the files (default: %(default)s)")
+
+    run = add("run", "run the zit_merge sections of an AI-Toolkit config, or a recipe")
+    run.add_argument("config", type=Path)
+    run.add_argument("--step", help="only this step, and the earlier ones that it uses")
+    run.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    _add_strict(run)
+    run.add_argument("--output-dir", help="instead of the config's")
+    run.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
+
+    preview = add("preview", "render the pictures that a config asks for; in AI-Toolkit's folder, or under accelerate launch")
+    preview.add_argument("config", type=Path)
+    preview.add_argument("--step", help="only this step")
+    preview.add_argument("--output-dir", help="instead of the config's")
+    preview.add_argument(
+        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
+    )
+    preview.add_argument("--dry-run", action="store_true", help="print what would be rendered, render nothing")
+    preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
+
+    _merge_arguments(add("merge", "merge LoRA files: every weight takes one number for all files, or one for each"))
+
+    check = add("check", "check a config: everything that can be known before training")
+    check.add_argument("config", type=Path)
+    check.add_argument("--output-dir", help="instead of the config's")
+    check.add_argument(
+        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
+    )
+
+    inspect = add("inspect", "show what is in a LoRA file, or what several have in common")
+    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
+    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument(
+        "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
+    )
+    inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
+    inspect.add_argument("--methods", action="store_true", help="list the merge methods")
+    inspect.add_argument("--presets", action="store_true", help="list the presets")
+
+    recipe = add("recipe", "print the section that made a file, as YAML that `run` takes")
+    recipe.add_argument("file", type=Path)
+
+    install = add("install", "put the extension into an AI-Toolkit folder and check that it loads there")
+    install.add_argument("folder", type=Path, metavar="AI_TOOLKIT_DIR")
+    install.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
+
+    attach = add("attach", "append a zit_merge section to an AI-Toolkit config; a backup is kept")
+    attach.add_argument("config", type=Path)
+    attach.add_argument("--section", type=Path, required=True, metavar="FILE", help="YAML or JSON: a section, a recipe, or a job")
+    attach.add_argument("--replace", action="store_true", help="put it in the place of the config's own zit_merge section")
+    return parser
+
+
+def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
+    merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
+    for flag in WEIGHT_FLAGS:
+        merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
+    merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    merge.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
+    merge.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
+    merge.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
+    merge.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
+    merge.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
+    merge.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
+    merge.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
+    merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
+    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
+    merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    _add_strict(merge)
+
+
+def _add_strict(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--strict", action="store_true", help="exit 1 when a result is off or empty; its file is kept")

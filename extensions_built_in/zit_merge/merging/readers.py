@@ -1,0 +1,58 @@
+"""Reads what a step makes: from its file where that is there, else computed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import torch
+
+from ..formats.reader import TensorReader, load_lora
+from ..planning.step import revised
+from ..planning.types import Input, StepPlan
+from ..progress import SILENT, Progress
+from .made import Hashes, is_made
+from .merger import Reader
+from .results import Result
+
+
+class StepReaders:
+    """Opens readers of inputs and steps. As a context it closes their files.
+
+    Args:
+        hashes: Of every file that the steps read.
+        device: Where the algebra runs.
+        progress: Shows the passes that computed steps need first.
+    """
+
+    def __init__(self, hashes: Hashes, device: torch.device, progress: Progress = SILENT):
+        self._hashes, self._device, self._progress = hashes, device, progress
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> StepReaders:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
+
+    def of_input(self, i: Input) -> Reader:
+        """Reads an input of a step: its file, or what an earlier step makes."""
+        return self._files.enter_context(TensorReader(i.lora)) if i.lora else self.of_step(i.step)
+
+    def of_step(self, plan: StepPlan) -> Reader:
+        """Reads a step's result: from its file where that is there from the same recipe, else computed."""
+        if plan.spec.keep and is_made(plan, self._hashes, plan.path):
+            return self._files.enter_context(TensorReader(load_lora(plan.path)))
+        readers = [self.of_input(i) for i in plan.inputs]
+        if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
+            plan = revised(plan, inputs=tuple(map(_as_read, plan.inputs, readers)))
+        return Result(plan, readers, self._device, self._progress)
+
+
+def _as_read(i: Input, reader: Reader) -> Input:
+    """An input as its reader found it: an earlier step with the ranks that it came out with."""
+    if not i.step:
+        return i
+    if isinstance(reader, Result):
+        return replace(i, step=reader.plan, known=reader.plan.result)
+    return replace(i, known=replace(i.step.result, ranks=load_lora(i.step.path).ranks))

@@ -1,0 +1,89 @@
+"""One step into its file, module by module: read, merge, truncate, round, check, write.
+
+Memory stays at a few modules of every input, one that is merged and those that are checked beside it, whatever the size of the
+files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..algebra.methods import METHODS
+from ..formats import lokr
+from ..formats.reader import TensorReader, load_lora
+from ..formats.writer import LoraWriter, fuse
+from ..planning.step import final_metadata
+from ..planning.types import StepPlan
+from ..progress import Progress
+from .made import Done, Hashes
+from .results import Result
+from .verify import Verifier
+
+
+def write_step(plan: StepPlan, hashes: Hashes, device: torch.device, progress: Progress) -> Done:
+    """Makes a step's file.
+
+    Args:
+        plan: Final; the files of the steps that it uses are there.
+        hashes: Of `plan.hashed`.
+        device: Where the algebra runs.
+        progress: Shows how far it is.
+
+    Raises:
+        ZitMergeError: With no part of the file left behind.
+    """
+    with _threads(plan), contextlib.ExitStack() as files:
+        readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
+        result = Result(plan, readers, device, progress)
+        plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
+        with LoraWriter(plan.path, plan.layout, plan.draft) as out:
+            with Verifier(plan) as verifier:
+                write(result, out, verifier, progress)
+            files.close()  # Windows replaces no file that is mapped
+            verdict = verifier.verdict()
+            metadata = final_metadata(plan, hashes.of(plan.hashed)) | verdict.metadata()
+            return Done(plan, out.finish(metadata, publish=plan.spec.keep), True, verdict)
+
+
+@contextlib.contextmanager
+def _threads(plan: StepPlan) -> Iterator[None]:
+    """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
+    beside the hashes only cost time."""
+    before = torch.get_num_threads()
+    if not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
+    form, plan = result.plan.form, result.plan
+    units = form.units(plan.shapes)
+    if form.alpha:
+        for stem, modules in units.items():
+            out.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
+    for stem in progress.track(units, plan.name):
+        made = [(module, result.made(module)) for module in units[stem]]
+        for module, one in made:
+            verifier.add(module, *one)
+        whole = fuse([one.written for _, one in made])
+        out.write(stem + form.down, whole.down)
+        out.write(stem + form.up, whole.up)
+        del made, one, whole  # they may be views of an input's mapped file, which a caller's traceback would keep open
+
+
+def _write_lokr(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
+    """Writes a LoKr that stays one."""
+    changes = result.plan.kept_lokr.changes
+    for key, module in lokr.alpha_keys(changes).items():
+        out.write(key, torch.tensor(lokr.alpha(changes[module][0])))
+    for module in progress.track(changes, result.plan.name):
+        made, tensors = result.scaled(module)
+        for key, tensor in lokr.named(module, tensors):
+            out.write(key, tensor)
+        verifier.add(module, *made)

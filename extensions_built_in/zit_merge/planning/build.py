@@ -1,0 +1,197 @@
+"""From a section to the plans of its steps.
+
+A plan is made twice by the same code, so that whatever can be known early is checked early: the forecast, before a training,
+describes the LoRA to come by what the config says of it; the final plan reads the files' headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config.schema import Lora, Section, Step
+from ..errors import SettingError, located, nearest
+from ..files import hub
+from ..formats.header import common_dtype
+from ..formats.metadata import Adapter, dumps, read_adapter
+from ..formats.reader import LoraFile, load_lora, unmatched_error
+from ..formats.spec import DTYPES, LoraSpec
+from ..model.strengths import Weights, compact, factors, strengths
+from .context import RunContext
+from .outputs import check_output, check_room
+from .sources import checkpoint_loras, resolve, trained_step
+from .step import step_plan
+from .types import Input, StepBasis, StepPlan
+
+
+def plan_section(
+    section: Section, context: RunContext, *, before_training: bool = False, only: str | None = None
+) -> list[StepPlan]:
+    """The plans of a section's steps, in order. Reads headers; writes nothing.
+
+    Args:
+        section: Validated.
+        context: Where it runs.
+        before_training: The trained LoRA need not be there yet.
+        only: Plan this step and the earlier ones that it uses.
+
+    Raises:
+        SettingError: Anything that would stop the run and can be known now.
+        ZitMergeError: A file that can't be read.
+    """
+    wanted = _needed(section, context, only)
+    builder = _Builder(section, context, before_training, {})
+    for i, step in enumerate(section.steps):
+        if step.name == only and not step.keep:
+            step = step.model_copy(update={"keep": True})  # asked for by name
+        if step.name in wanted:
+            builder.add(step, context.at(f"steps[{i}]"))
+    plans = list(builder.plans.values())
+    with located(context.loc):
+        check_room(plans, context)
+    return plans
+
+
+def _needed(section: Section, context: RunContext, only: str | None) -> set[str]:
+    names = [s.name for s in section.steps]
+    if only is None:
+        return set(names)
+    if only not in names:
+        where = context.loc or "the recipe"
+        raise SettingError(f"{where} has no such step{nearest(only, names)}; there are {', '.join(names)}", f"--step {only}")
+    wanted = {only}
+    for step in reversed(section.steps):
+        if step.name in wanted:
+            wanted |= {lora.lora for lora in step.loras} & set(names)
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Plans steps over the earlier ones.
+
+    Attributes:
+        section: Validated.
+        context: Where it runs.
+        before_training: The trained LoRA need not be there yet.
+        plans: Name -> plan of the steps so far.
+    """
+
+    section: Section
+    context: RunContext
+    before_training: bool
+    plans: dict[str, StepPlan]
+
+    def add(self, step: Step, loc: str) -> None:
+        """Plans the next step."""
+        step, inputs = self._inputs(step, loc)
+        basis = StepBasis(
+            job=self.context.job,
+            spec=step,
+            inputs=inputs,
+            dtype=DTYPES.get(step.save.dtype) or common_dtype(i.known.dtype for i in inputs),
+            path=self.context.output(step),
+            loc=loc,
+            prefix=self.context.prefix,
+        )
+        plan = step_plan(basis)
+        with located(loc):
+            check_output(plan, self.context)
+        self.plans[step.name] = plan
+
+    def _inputs(self, step: Step, loc: str) -> tuple[Step, tuple[Input, ...]]:
+        """The step with the LoRAs that it reads, and its inputs."""
+        if not step.checkpoints:
+            places = [f"{loc}.loras[{j}]" for j in range(len(step.loras))]
+        else:
+            place = f"{loc}.checkpoints"
+            with located(place):
+                loras = checkpoint_loras(step.checkpoints, self.context, self.before_training)
+            step, places = step.model_copy(update={"loras": loras}), [place] * len(loras)
+        inputs = []
+        for spec, place in zip(step.loras, places, strict=True):
+            with located(place):
+                inputs.append(self._input(spec, step))
+        return step, tuple(inputs)
+
+    def _input(self, spec: Lora, step: Step) -> Input:
+        table = lora_factors(spec)
+        if not spec.sha256 and (earlier := self.plans.get(spec.lora)):
+            for key in ("alpha", "qkv", "drop"):
+                if getattr(spec, key):
+                    raise SettingError(f"the file of the step {spec.lora} leaves nothing open: drop {key}", key)
+            return Input(spec, spec.lora, earlier.result, table, earlier.output_path, step=earlier)
+        with located("lora"):
+            path = self._path(spec)
+        if path is None:
+            return self._absent(spec, step, table)
+        lora = _read(spec, path, step.allow_unmatched)
+        known = LoraSpec(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
+        if spec.lora.startswith(hub.HUB_PREFIX):
+            file = hub.parse(spec.lora)
+            pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
+            return Input(spec, file.name, known, table, path, lora, source=pinned)
+        return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, known, table, path, lora)
+
+    def _path(self, spec: Lora) -> Path | None:
+        names = [s.name for s in self.section.steps]
+        if not spec.sha256 and spec.lora in names:
+            raise SettingError(f"{spec.lora} is this step or a later one: a step can use only the steps before it")
+        path = resolve(spec, self.context, names, self.before_training)
+        for earlier in self.plans.values():
+            if path and path.resolve() in {target.resolve() for target in earlier.targets}:
+                raise SettingError(f"{spec.lora} is what the step {earlier.name} writes: use lora: {earlier.name}")
+        return path
+
+    def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:
+        """What a training will save, or what the hub has and nobody has fetched."""
+        if spec.lora.startswith(hub.HUB_PREFIX):
+            name = hub.parse(spec.lora).name
+            return Input(spec, name, LoraSpec({}, {}, torch.bfloat16), table, Path(name))
+        training = self.context.training
+        path = training.file(trained_step(spec.lora))
+        return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path)
+
+
+def lora_factors(spec: Lora) -> dict[str, float]:
+    """Module -> factor of a LoRA's weights.
+
+    Raises:
+        SettingError: Keys that select nothing or overlap, a strength that is no number, a recipe's table that does not fit.
+    """
+    try:
+        found = factors(Weights(**spec.tables))
+    except SettingError as e:
+        if spec.preset and "overlap" in e.message:  # one of the two may be a key that the user never typed
+            raise SettingError(f"{e.message} (the preset {spec.preset} has entries of its own there)", e.loc) from None
+        raise
+    table = strengths(spec.ratio, found)
+    if spec.strengths is not None and spec.strengths != compact(table):
+        raise SettingError(
+            "the table does not follow from ratio, blocks, layers, effects and overrides: drop it if you changed them; else "
+            "another version of zit_merge made this recipe",
+            "strengths",
+        )
+    return found
+
+
+def _read(spec: Lora, path: Path, allow_unmatched: bool) -> LoraFile:
+    lora = load_lora(path, alpha=spec.alpha, qkv=spec.qkv, drop=spec.drop, adapter=_recorded(spec))
+    if lora.unmatched and not allow_unmatched:
+        raise unmatched_error(lora)
+    if lora.questions:
+        raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
+    return lora
+
+
+def _recorded(spec: Lora) -> Adapter | None:
+    """The adapter's config that a recipe carries."""
+    if spec.adapter is None:
+        return None
+    try:
+        return read_adapter(dumps(spec.adapter), "the recipe")
+    except ValueError as e:
+        raise SettingError(f"{e}: take the recipe from the file again", "adapter") from None

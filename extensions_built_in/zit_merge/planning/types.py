@@ -1,0 +1,162 @@
+"""What a plan is made of. A StepPlan is complete when it is made; a rank that follows from the numbers gives a second one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..config.schema import Lora, Step
+from ..files.atomic import part_path
+from ..formats.reader import LoraFile
+from ..formats.spec import LoraSpec
+from ..formats.writer import FORMS, Form, Layout
+
+
+@dataclass(frozen=True)
+class Input:
+    """One LoRA of a step.
+
+    Attributes:
+        spec: As the config has it; its ratio stands here alone.
+        label: Its name in recipes and tables: a file name, or the name of an earlier step.
+        known: Ranks, shapes, dtype.
+        factors: Module -> factor of its weights, for all of Z-Image; the ratio is no part of it.
+        path: Where the file is or will be.
+        lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
+        step: It is the output of this earlier step.
+        source: What a recipe calls it, where that is not its label.
+    """
+
+    spec: Lora
+    label: str
+    known: LoraSpec
+    factors: Mapping[str, float]
+    path: Path
+    lora: LoraFile | None = None
+    step: StepPlan | None = None
+    source: str = ""
+
+    @cached_property
+    def strengths(self) -> Mapping[str, float]:
+        """Module -> ratio * factor."""
+        return {module: self.spec.ratio * factor for module, factor in self.factors.items()}
+
+    def counts(self, module: str) -> bool:
+        """Whether it changes the output at this module."""
+        return module in self.known.ranks and self.strengths[module] != 0
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's own, or what the step before us will write."""
+        if self.step:
+            return self.step.draft
+        return self.lora.metadata if self.lora else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBasis:
+    """What a step's plan follows from.
+
+    Attributes:
+        job: The job's name.
+        spec: The step as the config has it.
+        inputs: In the order of the config.
+        dtype: Of the factors written.
+        path: The output.
+        loc: Of the step in the config.
+        prefix: What the names of outputs begin with.
+    """
+
+    job: str
+    spec: Step
+    inputs: tuple[Input, ...]
+    dtype: torch.dtype
+    path: Path
+    loc: str
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        """The step's name."""
+        return self.spec.name
+
+    @property
+    def kept_lokr(self) -> LoraFile | None:
+        """The LoKr that stays one, if the step only scales it."""
+        return self.inputs[0].lora if self.spec.save.keep_lokr else None
+
+    @property
+    def output_path(self) -> Path:
+        """Where later steps of the run find it: a step that is not kept never gets its final name."""
+        return self.path if self.spec.keep else part_path(self.path)
+
+    @property
+    def form(self) -> Form:
+        """How the output names things."""
+        return FORMS[self.spec.save.format]
+
+    @cached_property
+    def hashed(self) -> list[Path]:
+        """The files whose SHA-256 the recipe needs: this step's own, and those of the steps that it uses."""
+        own = [i.lora.path for i in self.inputs if i.lora]
+        fed = [path for i in self.inputs if i.step for path in i.step.hashed]
+        return list(dict.fromkeys(own + fed))
+
+    @property
+    def targets(self) -> list[Path]:
+        """Every file that will be there at the end: the output, and its copy."""
+        copies = [Path(self.spec.copy_to).expanduser() / self.path.name] if self.spec.copy_to else []
+        return [self.path, *copies] if self.spec.keep else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan(StepBasis):
+    """One merge, complete.
+
+    Attributes:
+        shapes: Module -> (out, in) of every module written, in the model's order; empty while the sizes are not known.
+        stacked: Module -> components before truncation.
+        ranks: Module -> rank, of every module written; the same throughout unless `uniform: false`.
+        is_open: The ranks are only bounds: they follow from singular values, which the run looks at.
+        layout: The tensors of the output, in order; empty while they are not known.
+        draft: The output's metadata, with placeholders of at least the same length for what only the run finds.
+        bytes: The output's size; 0 while it is not known.
+        warnings: What a person should know, a sentence each.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    stacked: Mapping[str, int]
+    ranks: Mapping[str, int]
+    is_open: bool
+    layout: Layout
+    draft: Mapping[str, str]
+    bytes: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(self.ranks.values(), default=0)
+
+    @cached_property
+    def cut(self) -> frozenset[str]:
+        """The modules whose change is approximated by one of lower rank."""
+        return frozenset(() if self.spec.save.keep_lokr else (m for m, n in self.stacked.items() if self.ranks[m] < n))
+
+    @cached_property
+    def follows_from_numbers(self) -> bool:
+        """Whether its ranks, or those of a step that it uses, are known only when the numbers are."""
+        return self.is_open or any(i.step.follows_from_numbers for i in self.inputs if i.step)
+
+    @cached_property
+    def result(self) -> LoraSpec:
+        """What later steps can know of the output."""
+        if self.spec.save.keep_lokr:
+            known = self.inputs[0].known
+            return LoraSpec(known.ranks, known.shapes, self.dtype, known.algorithms)
+        fused = {m for unit in self.form.units(self.ranks).values() if len(unit) > 1 for m in unit}  # block-diagonal
+        return LoraSpec({m: 3 * r if m in fused else r for m, r in self.ranks.items()}, self.shapes, self.dtype)

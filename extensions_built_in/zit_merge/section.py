@@ -1,0 +1,91 @@
+"""One section from its plans to files, page and pictures: the one conductor, of the command line and of AI-Toolkit's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from .formats.verdict import RIGHT
+from .merging.made import Done
+from .merging.runner import run_plans
+from .planning.job import Planned
+from .preview.plan import PreviewPlan
+from .preview.runner import Renderer, Workers, render
+from .preview.settings import RenderSettings
+from .progress import Progress
+from .report.page.run import RunPage
+from .report.text.result import done_text, verdict_text
+from .wording import listed
+
+Say = Callable[[str], None]
+
+
+def run_section(planned: Planned, page: RunPage | None, say: Say, progress: Progress) -> Iterator[Done]:
+    """Merges a section's steps, tells what came of each, and writes the page.
+
+    Args:
+        planned: The section.
+        page: Of the run, the section begun; None for none.
+        say: Prints a text.
+        progress: Shows how far it is, and may stop it.
+
+    Yields:
+        Each step when it is done; files of steps that are not kept are gone after the last one.
+
+    Raises:
+        ZitMergeError: With no part of the failing step's file left behind.
+    """
+    for done in run_plans(planned.plans, planned.device, progress):
+        say(done_text(done))
+        if page:
+            page.add(done, progress)
+        yield done
+    if page:
+        say(page.write())
+
+
+def render_section(
+    preview: PreviewPlan,
+    planned: Planned,
+    page: RunPage,
+    say: Say,
+    progress: Progress,
+    load: Callable[[RenderSettings], AbstractContextManager[Renderer]],
+    workers: Workers | None = None,
+) -> None:
+    """Renders a section's pictures, tells what was done, and writes the page.
+
+    Args:
+        preview: The pictures.
+        planned: The section, its steps as they came out.
+        page: Of the run, the section begun.
+        say: Prints a text.
+        progress: Shows how far it is, and may stop it.
+        load: Loads the model.
+        workers: The processes that share the work.
+
+    Raises:
+        ZitMergeError: A picture could not be rendered or written.
+    """
+    try:
+        for text in render(preview, planned.device, load, page, progress, workers):
+            say(text)
+    finally:
+        if page.has_pictures:  # else an older page, which may have them all, stays
+            say(page.write())
+
+
+def what_is_not_right(done: Sequence[Done]) -> dict[str, str]:
+    """Step -> why its result is off or empty, for those that are."""
+    return {one.plan.name: verdict_text(one.plan, one.verdict) for one in done if one.verdict and one.verdict.status != RIGHT}
+
+
+def summary(done: Sequence[Done]) -> str:
+    """`2 merged`, `2 merged, with_style is off: see the Plugin tab`: the end of a job in a few words."""
+    merged = f"{len(done)} merged"
+    groups: dict[str, list[str]] = {}
+    for one in done:
+        if one.verdict and one.verdict.status != RIGHT:
+            groups.setdefault(one.verdict.status, []).append(one.plan.name)
+    told = [f"{listed(names)} {'is' if len(names) == 1 else 'are'} {status}" for status, names in groups.items()]
+    return f"{merged}, {', '.join(told)}: see the Plugin tab" if told else merged
