@@ -90,4 +90,4 @@ def run_demo(folder: Path, say: Say, progress: Progress) -> None:
         )
     say(f"  right: rounding to fp32 explains up to {ROUNDING:.0e}")
     page.write(folder / PAGE)
-    say(f"\npage to look at:\n    {copyable(folder / PAGE)}")
+    say(f"\nreport:\n    {copyable(folder / PAGE)}")

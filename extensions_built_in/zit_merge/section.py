@@ -1,17 +1,13 @@
-"""One section from its plans to files, page and pictures: the one conductor, of the command line and of AI-Toolkit's process."""
+"""One section from its plans to files and page: the one conductor, of the command line and of AI-Toolkit's process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 from .formats.verdict import RIGHT
 from .merging.made import Done
 from .merging.runner import run_plans
 from .planning.job import Planned
-from .preview.plan import PreviewPlan
-from .preview.runner import Renderer, Workers, render
-from .preview.settings import RenderSettings
 from .progress import Progress
 from .report.page.run import RunPage
 from .report.text.result import done_text, verdict_text
@@ -42,37 +38,6 @@ def run_section(planned: Planned, page: RunPage | None, say: Say, progress: Prog
         yield done
     if page:
         say(page.write())
-
-
-def render_section(
-    preview: PreviewPlan,
-    planned: Planned,
-    page: RunPage,
-    say: Say,
-    progress: Progress,
-    load: Callable[[RenderSettings], AbstractContextManager[Renderer]],
-    workers: Workers | None = None,
-) -> None:
-    """Renders a section's pictures, tells what was done, and writes the page.
-
-    Args:
-        preview: The pictures.
-        planned: The section, its steps as they came out.
-        page: Of the run, the section begun.
-        say: Prints a text.
-        progress: Shows how far it is, and may stop it.
-        load: Loads the model.
-        workers: The processes that share the work.
-
-    Raises:
-        ZitMergeError: A picture could not be rendered or written.
-    """
-    try:
-        for text in render(preview, planned.device, load, page, progress, workers):
-            say(text)
-    finally:
-        if page.has_pictures:  # else an older page, which may have them all, stays
-            say(page.write())
 
 
 def what_is_not_right(done: Sequence[Done]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -20,12 +20,12 @@ from ..algebra.least_squares import cosines
 from ..algebra.overlap import LEADING, THIN, Overlap, Side, directions, is_thin, overlap
 from ..errors import ZitMergeError, counted
 from ..formats.reader import LoraFile, TensorReader
-from ..merging.merger import Watched
 from ..model.zimage import MODULES
 from ..report.text.table import value_table
 from ..wording import middle, row, shorten, span
 from .advice import advice, cosine_text, loras_text, two_digits
 
+Watched = Callable[[Collection[str]], Iterable[str]]
 TAU = 0.5  # default of shared_once
 _PAIR_TABLES = 3  # LoRAs up to which every pair has a table of its own
 _COLUMNS = 11  # of the table of pairs, in 80 columns

@@ -15,12 +15,12 @@ from ..host.toolkit import device_of, silence
 from ..host.watch import JobProgress
 from ..merging.made import made_before
 from ..planning.job import Planned, plan_job
-from ..preview.grids import asks_for_pictures, preview_plan
+from ..preview.grids import preview_plan
 from ..preview.plan import PreviewPlan
+from ..preview.runner import render_section
 from ..preview.sections import plain_step, section_yaml
 from ..report.page.run import RunPage, run_page
 from ..report.progress import Bar
-from ..section import render_section
 from .console import say
 
 
@@ -32,7 +32,7 @@ def preview(args: argparse.Namespace) -> None:
     job, pages, only = load_job(args.config), list[RunPage](), args.step or step or None
     found = False
     for planned in plan_job(job, only=only, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run):
-        if not asks_for_pictures(planned.section):
+        if not planned.section.wants_pictures:
             continue
         plans = [plan for plan in planned.plans if only in (None, plan.name)]
         pictures, found = preview_plan(planned.section, planned.context, plans), True

@@ -9,7 +9,6 @@ from textwrap import wrap
 from ..config.job import load_job
 from ..host.toolkit import found
 from ..planning.job import plan_job
-from ..preview.grids import asks_for_pictures, preview_plan
 from ..report.page.run import RunPage, run_page
 from ..report.progress import Bar
 from ..report.text.plan import plan_text
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
             pages.append(run_page(planned.context, pages))
             pages[-1].begin(planned.context, job.processes[planned.index], planned.index)
             done += run_section(planned, pages[-1], partial(say, args), Bar(args.quiet))
-        if asks_for_pictures(planned.section):
+        if planned.section.wants_pictures:
             say(args, "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder")
     tell_what_is_not_right(args, what_is_not_right(done))
 
@@ -40,7 +39,9 @@ def check(args: argparse.Namespace) -> None:
     ):
         for plan in planned.plans:
             say(args, plan_text(plan) + "\n")
-        if asks_for_pictures(planned.section):
+        if planned.section.wants_pictures:
+            from ..preview.grids import preview_plan
+
             say(args, preview_plan(planned.section, planned.context, planned.plans).text() + "\n")
         for text in planned.advice:
             say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))

@@ -301,3 +301,8 @@ class Section(Settings):
     # A recipe, printed as a section, says which job and version made it.
     job: str | None = None
     made_by: str | None = None
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether any step is to be shown."""
+        return any(step.preview or step.sweep or step.ablate for step in self.steps)

@@ -112,14 +112,14 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _render(self) -> None:
         """The pictures; the merges of this section are done."""
-        from ..preview.grids import asks_for_pictures, preview_plan
+        from ..preview.grids import preview_plan
+        from ..preview.runner import render_section
         from ..report.progress import Bar
-        from ..section import render_section
         from .render import ToolkitRenderer
         from .watch import JobProgress
 
         planned = self._planned
-        if not asks_for_pictures(planned.section):
+        if not planned.section.wants_pictures:
             return
         self._status.say("Merged, pictures next")
         made = {done.plan.name: done.plan for done in self.done}
@@ -129,10 +129,10 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _pictures_to_come(self) -> list[str]:
         """The pictures of the section; what prevents them stops no merge."""
-        from ..preview.grids import asks_for_pictures, preview_plan
+        from ..preview.grids import preview_plan
 
         planned = self._planned
-        if not asks_for_pictures(planned.section):
+        if not planned.section.wants_pictures:
             return []
         try:
             return [preview_plan(planned.section, planned.context, planned.plans).text()]

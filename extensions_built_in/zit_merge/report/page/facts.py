@@ -27,10 +27,11 @@ from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import Verdict
 from ...merging.made import Done
 from ...merging.verify import PAIRS_UP_TO
-from ...model.strengths import Factors, Weights, factors
+from ...model.strengths import FactorTable, Weights, factor_table
 from ...model.zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
 from ...planning.types import Input
 from ...wording import ranks_text, span
+from ..text.result import verdict_text
 from .module_energies import Cell, survey_files, survey_step, written
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
@@ -46,10 +47,7 @@ def anatomy() -> dict[str, Any]:
         "modules": [[m.name, m.section, m.index, m.component] for m in MODULES.values()],
         "components": list(COMPONENTS),
         "blocks": dict(SECTIONS),
-        "presets": {
-            name: {"idea": p.idea, **_weights(factors(Weights(1.0, p.blocks, p.layers, p.effects, p.overrides, place=name)))}
-            for name, p in presets().items()
-        },
+        "presets": {name: {"idea": p.idea, **_weights(factor_table(p.weights))} for name, p in presets().items()},
     }
 
 
@@ -65,7 +63,7 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
     facts = {
         "name": text(plan.name, NAME),
         "file": text(str(done.path), TEXT) if plan.spec.keep else None,
-        "copy": text(str(plan.targets()[1]), TEXT) if plan.spec.keep and plan.spec.copy_to else None,
+        "copy": text(str(plan.targets[1]), TEXT) if plan.spec.keep and plan.spec.copy_to else None,
         "made": done.made,
         "bytes": done.path.stat().st_size,
         "modules": len(plan.shapes),
@@ -77,9 +75,10 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         "rule": "spherical" if METHODS[plan.spec.method].is_spherical else "mean" if METHODS[plan.spec.method].is_mean else None,
         "cut": bool(plan.cut),
         "params": {key: text(value, NAME) for key, value in plan.spec.params.items()},
-        "judgement": judgement(plan, verdict) if verdict else None,
+        "status": verdict.status if verdict else None,
+        "judgement": verdict_text(plan, verdict) if verdict else None,
         "kept": verdict.kept if verdict and plan.cut else None,
-        "notes": texts(plan.notes, _NOTES),
+        "notes": texts(plan.warnings, _NOTES),
         "triggers": texts(trigger_words(plan.draft), _TRIGGERS),
         "composable": not plan.spec.checkpoints,
         "inputs": [_input(i, a, g) for i, a, g in zip(plan.inputs, asked, got, strict=True)],
@@ -122,7 +121,7 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
                 "modules": len(lora),
                 "what": _what(lora.algorithms, lora.ranks, lora.dtype),
                 "triggers": texts(trigger_words(lora.metadata), _TRIGGERS),
-                "weights": _weights(factors(Weights(1.0))),
+                "weights": _weights(factor_table(Weights())),
                 "questions": texts(lora.questions, _NOTES),
             }
             for lora in loras
@@ -144,12 +143,12 @@ def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
         "label": text(i.label, NAME),
         "ratio": i.spec.ratio,
         "preset": i.spec.preset,
-        "modules": len(i.outline.ranks),
-        "what": _what(i.outline.algorithms, i.outline.ranks, i.outline.dtype),
+        "modules": len(i.known.ranks),
+        "what": _what(i.known.algorithms, i.known.ranks, i.known.dtype),
         "asked": number(asked),
         "got": number(got),
-        "triggers": texts(trigger_words(i.metadata()), _TRIGGERS),
-        "weights": _weights(factors(i.spec.weights("weights"))),
+        "triggers": texts(trigger_words(i.metadata), _TRIGGERS),
+        "weights": _weights(factor_table(Weights(**i.spec.tables))),
     }
 
 
@@ -157,7 +156,7 @@ def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: torch.dtyp
     return f"{' and '.join(algorithms)} of rank {ranks_text(ranks, algorithms)}, {DTYPE_NAMES.get(dtype, str(dtype))}"
 
 
-def _weights(found: Factors) -> dict[str, Any]:
+def _weights(found: FactorTable) -> dict[str, Any]:
     """Factors in the form that the composer edits: a number for each component, layer and refiner, and the overrides."""
     return {
         "components": [found.components[c] for c in COMPONENTS],

@@ -11,11 +11,9 @@ from torch import Tensor
 from ...algebra.delta import Delta, gram, norm
 from ...analysis.compare import Readers, Watched
 from ...formats.reader import LoraFile, load_lora
-from ...formats.verdict import Measured
 from ...merging.made import Done
 from ...merging.verify import PAIRS_UP_TO
 from ...model.zimage import MODULES
-from ...planning.types import StepPlan
 
 
 class Cell(NamedTuple):
@@ -50,8 +48,12 @@ def survey_step(done: Done, watched: Watched = iter) -> dict[str, Cell]:
         watched: Passes the modules that are read on one by one; may raise to stop.
     """
     plan, measured = done.plan, done.verdict.modules if done.verdict else {}
-    present = {m: tuple(n for n, i in enumerate(plan.inputs) if m in i.outline.ranks) for m in MODULES}
-    known = {m: _at_strength_1(measured[m], plan, m) for m, p in present.items() if m in measured and measured[m].inputs == p}
+    present = {m: tuple(n for n, i in enumerate(plan.inputs) if m in i.known.ranks) for m in MODULES}
+    known = {
+        m: Cell(measured[m].inputs, measured[m].energies, measured[m].gram)
+        for m, p in present.items()
+        if m in measured and measured[m].inputs == p
+    }
     missing = [m for m, inputs in present.items() if inputs and m not in known]
     return known | (_survey([i.lora or load_lora(i.path) for i in plan.inputs], missing, watched) if missing else {})
 
@@ -62,12 +64,6 @@ def _survey(loras: Sequence[LoraFile], modules: Sequence[str], watched: Watched)
         for module in watched(modules):
             found[module] = _cell(readers.deltas(module))
     return found
-
-
-def _at_strength_1(measured: Measured, plan: StepPlan, module: str) -> Cell:
-    scales = 1 / torch.tensor([plan.inputs[n].strengths[module] for n in measured.inputs], dtype=torch.float64)
-    products = None if measured.gram is None else measured.gram * torch.outer(scales, scales)
-    return Cell(measured.inputs, measured.energies * scales**2, products)
 
 
 def written(done: Done, watched: Watched = iter) -> Mapping[str, float]:
