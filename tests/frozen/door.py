@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from desk import Desk
 from oracles import producers
+from workspace import Workspace
 
 import extensions_built_in.zit_merge as package
-from extensions_built_in.zit_merge.cli import main
+from extensions_built_in.zit_merge.cli.main import main
 
 torch.set_num_threads(1)  # as tests/conftest.py does, for record.py
 
@@ -120,10 +120,10 @@ def show_pictures(folder: Path, steps: list[Mapping[str, Any]]) -> Path:
     """Hangs the pictures of a section as `preview` does, with a painter in the model's place. Returns the folder they lie in."""
     from preview import staging
 
-    from extensions_built_in.zit_merge.preview.exhibits import exhibition_of
+    from extensions_built_in.zit_merge.preview.grids import preview_plan
     from extensions_built_in.zit_merge.preview.show import show
 
-    found = staging.planned(Desk(folder, lambda: ("", "")), *steps)
-    exhibition = exhibition_of(found.section, found.site, found.plans)
+    found = staging.planned(Workspace(folder, lambda: ("", "")), *steps)
+    exhibition = preview_plan(found.section, found.site, found.plans)
     list(show(exhibition, staging.CPU, staging.Easel(), None, lambda *told: None))
     return next(folder.rglob("pictures")).parent

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, norm
-from .factors import Factors, stack, wide
-from .truncate import balance, roots
+from .factors import Factors, balance, roots, stack, wide
 
 FAINT = 1e-6  # of the largest singular value: what is fainter is the rounding of float32 factors, nothing that was trained
 

@@ -129,3 +129,30 @@ def pad(x: Factors, rank: int) -> Factors:
     if missing == 0:
         return x
     return Factors(torch.nn.functional.pad(x.up, (0, missing)), torch.nn.functional.pad(x.down, (0, 0, 0, missing)))
+
+
+def balance(x: Factors) -> Factors:
+    """The same delta with |up[:, k]| = |down[k]| for each component, zero components dropped (one is always kept).
+
+    A lopsided pair, B times 1e6 with A over 1e6, would otherwise drown its neighbours under the relative cut-off of `roots`.
+    """
+    ups, downs = x.up.norm(dim=0), x.down.norm(dim=1)
+    alive = (ups > 0) & (downs > 0)
+    if not alive.any():
+        return Factors(torch.zeros_like(x.up[:, :1]), torch.zeros_like(x.down[:1]))
+    ratio = (downs[alive] / ups[alive]).sqrt()
+    return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
+
+
+def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """For a Gram matrix G = F'F (R, R): (U, S) with F U orthonormal and F = (F U) S; U is (R, p), S is (p, R).
+
+    p leaves out the directions whose eigenvalue is rounding error of the largest one. One direction is always kept.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    cutoff = values[-1] * torch.finfo(gram.dtype).eps * gram.shape[0]
+    alive = values > cutoff
+    if not alive.any():
+        return torch.zeros_like(vectors[:, :1]), torch.zeros_like(vectors[:, :1]).T
+    root = values[alive].sqrt()
+    return vectors[:, alive] / root, root[:, None] * vectors[:, alive].T

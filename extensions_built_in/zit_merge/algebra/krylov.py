@@ -7,16 +7,30 @@ multiplied with thin matrices.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
-
-from .delta import Delta
 
 _EXTRA = 16  # columns beyond those asked for: the iteration converges by the gap to the first that is left out
 _GAIN = 1e-13  # relative; a pass that adds less energy than this has only found rounding
 
 
-def leading(x: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+class Operator(Protocol):
+    """A matrix that need not be written out: a `Delta`, or a dense one."""
+
+    shape: Any
+    device: torch.device
+
+    @property
+    def T(self) -> Any:  # noqa: N802 - as torch calls it
+        """Its transpose."""
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Its product with a thin matrix."""
+
+
+def leading(x: Operator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a change.
 
     Args:

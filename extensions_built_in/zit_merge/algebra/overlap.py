@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from .delta import Delta
-from .factors import wide
+from .factors import roots, wide
 from .subspace import counts, triplets
-from .truncate import roots
 
 THIN = 512  # rank up to which every direction of a change is looked at
 LEADING = 128  # of a change of higher rank

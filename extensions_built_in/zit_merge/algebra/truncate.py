@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Kron
-from .factors import Factors, wide
+from .factors import Factors, balance, roots, wide
 from .krylov import leading
 
 # The core's R x R decompositions against Krylov's passes: on 3840 x 3840 and 10240 x 3840 the core was the faster way up to 1024
@@ -117,30 +117,3 @@ def _fold(x: Factors) -> Factors:
         return x
     eye = torch.eye(min(out, into), dtype=x.up.dtype, device=x.up.device)
     return Factors(x.up @ x.down, eye) if into <= out else Factors(eye, x.up @ x.down)
-
-
-def balance(x: Factors) -> Factors:
-    """The same delta with |up[:, k]| = |down[k]| for each component, zero components dropped (one is always kept).
-
-    A lopsided pair, B times 1e6 with A over 1e6, would otherwise drown its neighbours under the relative cut-off of `roots`.
-    """
-    ups, downs = x.up.norm(dim=0), x.down.norm(dim=1)
-    alive = (ups > 0) & (downs > 0)
-    if not alive.any():
-        return Factors(torch.zeros_like(x.up[:, :1]), torch.zeros_like(x.down[:1]))
-    ratio = (downs[alive] / ups[alive]).sqrt()
-    return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
-
-
-def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """For a Gram matrix G = F'F (R, R): (U, S) with F U orthonormal and F = (F U) S; U is (R, p), S is (p, R).
-
-    p leaves out the directions whose eigenvalue is rounding error of the largest one. One direction is always kept.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    cutoff = values[-1] * torch.finfo(gram.dtype).eps * gram.shape[0]
-    alive = values > cutoff
-    if not alive.any():
-        return torch.zeros_like(vectors[:, :1]), torch.zeros_like(vectors[:, :1]).T
-    root = values[alive].sqrt()
-    return vectors[:, alive] / root, root[:, None] * vectors[:, alive].T

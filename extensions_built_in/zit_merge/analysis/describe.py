@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from ..algebra.delta import norm
 from ..errors import ZitMergeError
-from ..formats.header import DTYPES, FULL, Change
+from ..formats.changes import FULL, Change
+from ..formats.header import DTYPES
 from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile, TensorReader
 from ..formats.scales import ADAPTER_KEY

@@ -68,7 +68,7 @@ def _find_presets(step: Step, folder: Path) -> None:
     for j, lora in enumerate(step.loras):
         if lora.preset:
             with located(f"loras[{j}].preset"):
-                lora.found_preset = find_preset(lora.preset, folder)
+                lora.keep_preset(find_preset(lora.preset, folder))
 
 
 def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:

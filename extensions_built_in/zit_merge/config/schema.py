@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr
 
 from ..errors import nearest
-from ..formats.scales import ALPHA_FORMS, TWINS, VECTORS, is_alpha
+from ..formats.reading import ALPHA_FORMS, TWINS, VECTORS, is_alpha
 from ..formats.spec import DTYPES
 from ..formats.writer import FORMS
 from ..model.strengths import TABLES, Weights, entries, union
@@ -189,8 +189,8 @@ class Lora(_Model):
         """What `preset` names."""
         return self._preset
 
-    @found_preset.setter
-    def found_preset(self, preset: Preset) -> None:
+    def keep_preset(self, preset: Preset) -> None:
+        """Holds what `preset` names."""
         self._preset = preset
 
 

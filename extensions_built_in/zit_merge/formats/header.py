@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import safe_open
 
 from ..errors import ZitMergeError
 from ..model.zimage import infer_sizes
+from .changes import FULL, Change, Group
 from .names import Part, parse_key
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -22,62 +22,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-FULL = "full difference"
-
-
-@dataclass(frozen=True)
-class Change:
-    """Where one change of one module is found in a file.
-
-    Attributes:
-        algorithm: LoRA, LoKr, LoHa or full difference.
-        keys: Part -> key: up, down; w1 or w1_a and w1_b, w2 or w2_a and w2_b; diff.
-        sizes: Part -> shape as stored.
-        scale: alpha / rank; 1 where alpha has no meaning.
-        rank: No change of this form has a higher one.
-        shape: (out, in) of the change.
-        dtype: Of the tensors; one that holds them all where they differ.
-        alpha: As stored, or None.
-        third: Which third of the rows this module owns in a fused qkv, else None.
-        native: Whether it stands under the original checkpoint's name where diffusers has another.
-    """
-
-    algorithm: str
-    keys: Mapping[str, str]
-    sizes: Mapping[str, tuple[int, ...]]
-    scale: float
-    rank: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    alpha: float | None = None
-    third: int | None = None
-    native: bool = False
-
-
-@dataclass
-class Group:
-    """The keys of one change under one name: of one module, or of the three of a fused qkv.
-
-    Attributes:
-        algorithm, keys, native: As in Change.
-        modules: Canonical names.
-        alpha: Key of alpha, if there is one.
-        prefix: Of the keys.
-    """
-
-    algorithm: str
-    modules: tuple[str, ...]
-    native: bool
-    prefix: str
-    alpha: str | None
-    keys: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether alpha has a meaning: a LoKr of two whole factors and a full difference are not scaled (LyCORIS)."""
-        return self.algorithm in ("LoRA", "LoHa") or (self.algorithm == "LoKr" and not {"w1", "w2"} <= set(self.keys))
-
-
 Scale = Callable[[Group, str, int], tuple[float, "float | None"]]  # group, module, rank -> alpha / rank, alpha as stored
 
 

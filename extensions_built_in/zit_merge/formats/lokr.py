@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, Kron
 from ..algebra.factors import Factors, single, whole
-from .header import Change
+from .changes import Change
 from .reader import LoraFile, TensorReader
 from .writer import FORMS, Layout
 

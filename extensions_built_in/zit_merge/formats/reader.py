@@ -22,10 +22,12 @@ from ..algebra.delta import Delta, Kron, distance, norm
 from ..algebra.factors import Factors, hadamard, is_finite, whole
 from ..errors import SettingError, ZitMergeError, counted
 from ..model.zimage import MODULES
-from .header import FULL, Change, Header, common_dtype
+from .changes import FULL, Change
+from .header import Header, common_dtype
 from .metadata import Adapter
 from .names import nearest_key
-from .scales import Reading, Scales
+from .reading import Reading
+from .scales import Scales
 from .verdict import Verdict
 
 _ORDER = {name: i for i, name in enumerate(MODULES)}

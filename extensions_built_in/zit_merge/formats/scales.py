@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from ..errors import ZitMergeError, counted
-from .header import Group, Header
+from .changes import Group
 from .metadata import Adapter, read_adapter
+from .reading import Reading
 
-ALPHA_FORMS = "key, metadata, none (alpha is the rank) or a number other than 0"
-TWINS = ("split", "fused", "sum")
-VECTORS = ("norm", "bias")
 ADAPTER_KEY = "lora_adapter_metadata"  # diffusers, SimpleTuner
 ADAPTER_FILE = "adapter_config.json"  # peft save_pretrained
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The user's answers to what a file leaves open.
+class Alphas(Protocol):
+    """What a file's header says of alpha; see `header.Header`."""
 
-    Attributes:
-        alpha: `key`, `metadata`, `none` (alpha is the rank), or a number for every module; None takes the key where there is
-            one, else the metadata, else none.
-        qkv: Where a module is changed twice, under diffusers' name and under the fused one: `split`, `fused` or `sum`.
-        drop: `norm`, `bias`: changes of vectors, which no LoRA can hold, are left out.
-        adapter: From a recipe: what lora_adapter_metadata or adapter_config.json said when it was made.
-    """
+    path: Path
+    metadata: Mapping[str, str]
 
-    alpha: str | float | None = None
-    qkv: str | None = None
-    drop: Sequence[str] = ()
-    adapter: Adapter | None = None
+    def alpha(self, key: str) -> float:
+        """An alpha as stored, finite or not."""
 
-    def __post_init__(self):
-        """Raises ZitMergeError for an answer that is none."""
-        if not is_alpha(self.alpha) and self.alpha is not None:
-            raise ZitMergeError(f"alpha: must be {ALPHA_FORMS}, not {self.alpha!r}")
-        if self.qkv not in (None, *TWINS):
-            raise ZitMergeError(f"qkv: must be {', '.join(TWINS)}, not {self.qkv!r}")
-        for kind in self.drop:
-            if isinstance(self.drop, str) or kind not in VECTORS:
-                raise ZitMergeError(f"drop: must be a list of {' and '.join(VECTORS)}, not {self.drop!r}")
-
-
-def is_alpha(value: object) -> bool:
-    """Whether this is an answer to `alpha:`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value in ("key", "metadata", "none") or (number and math.isfinite(value) and value != 0)
+    def error(self, text: str) -> ZitMergeError:
+        """An error of this file."""
 
 
 class Scales:
@@ -59,7 +37,7 @@ class Scales:
         questions, remarks: As in LoraFile.
     """
 
-    def __init__(self, header: Header, groups: Sequence[Group], reading: Reading):
+    def __init__(self, header: Alphas, groups: Sequence[Group], reading: Reading):
         self._header, self._reading = header, reading
         self._zeros: list[str] = []
         self._negative = 0

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..model.zimage import COMPONENTS, MODULES
-from .header import FULL
+from .changes import FULL
 from .metadata import RECIPE_KEY, VERSION_KEY
 from .reader import LoraFile
 

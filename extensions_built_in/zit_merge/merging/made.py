@@ -11,7 +11,6 @@ from ..errors import ZitMergeError
 from ..formats.metadata import CHECK_KEY, OF_RANKS
 from ..formats.reader import load_lora, tensor_hash
 from ..formats.verdict import Verdict
-from ..planning.step import final_metadata
 from ..planning.types import StepPlan
 
 
@@ -68,7 +67,7 @@ def is_made(plan: StepPlan, hashes: Hashes, path: Path) -> bool:
     except ZitMergeError:
         return False
     open_keys = {CHECK_KEY, *(OF_RANKS if plan.follows_from_numbers else ())}
-    return _without(found, open_keys) == _without(final_metadata(plan, hashes.of(plan.hashed)), open_keys)
+    return _without(found, open_keys) == _without(plan.metadata(hashes.of(plan.hashed)), open_keys)
 
 
 def _without(metadata: Mapping[str, str], keys: set[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from ..algebra.methods import METHODS
 from ..formats import lokr
 from ..formats.reader import TensorReader, load_lora
 from ..formats.writer import LoraWriter, fuse
-from ..planning.step import final_metadata
 from ..planning.types import StepPlan
 from ..progress import Progress
 from .made import Done, Hashes
@@ -44,7 +43,7 @@ def write_step(plan: StepPlan, hashes: Hashes, device: torch.device, progress: P
                 write(result, out, verifier, progress)
             files.close()  # Windows replaces no file that is mapped
             verdict = verifier.verdict()
-            metadata = final_metadata(plan, hashes.of(plan.hashed)) | verdict.metadata()
+            metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
             return Done(plan, out.finish(metadata, publish=plan.spec.keep), True, verdict)
 
 

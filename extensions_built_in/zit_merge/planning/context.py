@@ -10,9 +10,10 @@ from ..config.schema import Step
 from ..errors import joined
 from ..files.paths import file_name
 from .training import Training
+from .types import USUAL_PREFIX
 
 # The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.
-PREFIXES = ("merged_", "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
+PREFIXES = (USUAL_PREFIX, "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RunContext:
     training: Training | None = None
     folders: Sequence[Path] = (Path(),)
     lora_folders: Sequence[Path] = ()
-    prefix: str = PREFIXES[0]
+    prefix: str = USUAL_PREFIX
     file: Path | None = None
     may_download: bool = False
     home: Training | None = None

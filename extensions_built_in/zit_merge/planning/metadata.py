@@ -8,32 +8,22 @@ from typing import Any
 from .. import __version__
 from ..formats.metadata import adapter_metadata, kohya_metadata, merged_metadata
 from ..formats.verdict import placeholder
-from .types import StepBasis
-
-
-def output_metadata(step: StepBasis, ranks: Mapping[str, int], recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a step's output, but for what its check finds.
-
-    Args:
-        step: The step.
-        ranks: Module -> rank, of every module written.
-        recipe: Of the step.
-    """
-    used = [(i.label.removesuffix(".safetensors"), i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))]
-    merged = merged_metadata(step.path.stem, recipe, __version__, used)
-    if step.kept_lokr or not ranks:
-        return merged
-    if step.spec.save.format == "kohya":
-        merged |= kohya_metadata(ranks)
-    return merged | ({} if step.spec.save.uniform else adapter_metadata(ranks))
+from .types import StepBasis, with_hashes
 
 
 def draft_metadata(step: StepBasis, ranks: Mapping[str, int], recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The same with a placeholder for what the check finds, to reserve room for it.
+    """The metadata of a step's output, with placeholders for the hashes of its inputs and for what its check finds.
 
     Args:
         step: The step.
         ranks: Module -> rank, of every module written.
-        recipe: With placeholders of the same length for hashes.
+        recipe: Of the step, with paths in place of hashes.
     """
-    return output_metadata(step, ranks, recipe) | placeholder(len(step.inputs))
+    used = [(i.label.removesuffix(".safetensors"), i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))]
+    hashed = with_hashes(recipe, dict.fromkeys(step.hashed, "0" * 64))
+    metadata = merged_metadata(step.path.stem, hashed, __version__, used) | placeholder(len(step.inputs))
+    if step.kept_lokr or not ranks:
+        return metadata
+    if step.spec.save.format == "kohya":
+        metadata |= kohya_metadata(ranks)
+    return metadata | ({} if step.spec.save.uniform else adapter_metadata(ranks))

@@ -7,7 +7,6 @@ ones carries them before itself, as steps that are not kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,23 +19,18 @@ from ..model.strengths import compact
 from .types import Input, StepBasis
 
 
-def recipe_of(step: StepBasis, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """The recipe of a step.
-
-    Args:
-        step: The step.
-        hashes: Path -> SHA-256 of the tensor data, for every file of `step.hashed`.
-    """
+def recipe_of(step: StepBasis) -> dict[str, Any]:
+    """The recipe of a step, with the paths of files in place of their hashes: `with_hashes` fills them in."""
     steps: dict[str, dict[str, Any]] = {}
-    _collect(step, hashes, steps)
+    _collect(step, steps)
     return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": step.job, "steps": list(steps.values())}
 
 
-def _collect(step: StepBasis, hashes: Mapping[Path, str], steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
+def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
     """Adds the entries of a step and, before it, of the steps that it uses."""
     for i in step.inputs:
         if i.step and i.step.name not in steps:
-            _collect(i.step, hashes, steps, feeds=True)
+            _collect(i.step, steps, feeds=True)
     spec = step.spec
     entry: dict[str, Any] = {"name": spec.name}
     entry |= {"keep": False} if feeds else {"file": step.path.name}
@@ -48,7 +42,7 @@ def _collect(step: StepBasis, hashes: Mapping[Path, str], steps: dict[str, dict[
         entry["allow_unmatched"] = True
     if spec.confirm_size:
         entry["confirm_size"] = True
-    entry["loras"] = [_input(i, hashes) for i in step.inputs]
+    entry["loras"] = [_input(i) for i in step.inputs]
     steps[spec.name] = entry
 
 
@@ -63,10 +57,10 @@ def _save(save: Save) -> dict[str, Any]:
     return {"dtype": save.dtype, "format": save.format} | save.model_dump(exclude_defaults=True)
 
 
-def _input(i: Input, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def _input(i: Input) -> dict[str, Any]:
     entry: dict[str, Any] = {"lora": i.source or i.label}
     if i.lora:
-        entry["sha256"] = hashes[i.lora.path]
+        entry["sha256"] = i.lora.path
     entry["ratio"] = i.spec.ratio
     entry |= {key: value for key, value in i.spec.tables.items() if value}  # a preset's entries are written out
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}

@@ -1,4 +1,4 @@
-"""From what a step follows from to its complete plan: ranks, size, metadata, warnings."""
+"""From what a step follows from to its complete plan: ranks, recipe, metadata, layout, size, warnings."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import fields
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.schema import RankRule
 from ..errors import SettingError, located
 from ..formats import lokr, writer
-from .metadata import draft_metadata, output_metadata
+from .metadata import draft_metadata
 from .ranks import Extent, extent_of, ranks_of
 from .recipe import recipe_of
 from .types import StepBasis, StepPlan
@@ -32,14 +31,14 @@ def step_plan(step: StepBasis, chosen: Mapping[str, int] | None = None) -> StepP
         SettingError: The inputs don't belong together, or the rank has no meaning for them; located by `step.loc`.
     """
     with located(step.loc):
-        extent = extent_of(step)
-        output = _output(step, extent, chosen or extent.most)
-        is_open = isinstance(step.spec.rank, RankRule) and not chosen
-        if isinstance(step.spec.rank, RankRule) and step.spec.rank.size_mb and output.bytes:
-            output, is_open = _fitted(step, extent, output, is_open, int(step.spec.rank.size_mb * 1e6))
+        extent, recipe = extent_of(step), recipe_of(step)
+        is_rule, limit = isinstance(step.spec.rank, RankRule), getattr(step.spec.rank, "size_mb", None)
+        output, is_open = _output(step, extent, recipe, chosen or extent.most), is_rule and not chosen
+        if limit and output.bytes:
+            output, is_open = _fitted(step, extent, recipe, output, is_open)
     basis = {name: getattr(step, name) for name in _BASIS}
-    warnings = warnings_of(step, extent, output.ranks, is_open)
-    return StepPlan(**basis, **output._asdict(), **vars(extent), is_open=is_open, warnings=warnings)
+    warnings = warnings_of(step, extent.stacked, output.ranks, is_open)
+    return StepPlan(**basis, **output._asdict(), **vars(extent), recipe=recipe, is_open=is_open, warnings=warnings)
 
 
 def revised(plan: StepPlan, chosen: Mapping[str, int] | None = None, **changes: Any) -> StepPlan:
@@ -56,16 +55,6 @@ def revised(plan: StepPlan, chosen: Mapping[str, int] | None = None, **changes: 
     return step_plan(StepBasis(**{name: getattr(plan, name) for name in _BASIS} | changes), chosen)
 
 
-def final_metadata(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, str]:
-    """The output's metadata, but for what its check finds.
-
-    Args:
-        plan: The step.
-        hashes: Path -> SHA-256 of the tensor data, for every file of `plan.hashed`.
-    """
-    return output_metadata(plan, plan.ranks, recipe_of(plan, hashes))
-
-
 class _Output(NamedTuple):
     """What follows from the ranks; fields of StepPlan."""
 
@@ -75,34 +64,30 @@ class _Output(NamedTuple):
     bytes: int
 
 
-def _output(step: StepBasis, extent: Extent, most: Mapping[str, int]) -> _Output:
+def _output(step: StepBasis, extent: Extent, recipe: Mapping[str, Any], most: Mapping[str, int]) -> _Output:
     """The output with the ranks that were asked for, none above `most`."""
     ranks = ranks_of(step, most)
-    draft = draft_metadata(step, ranks, recipe_of(step, dict.fromkeys(step.hashed, "0" * 64)))
-    layout = _layout(step, extent, ranks)
+    draft = draft_metadata(step, ranks, recipe)
+    layout = writer.Layout()
+    if step.kept_lokr:
+        layout = lokr.layout(step.kept_lokr, step.dtype)
+    elif extent.shapes and not step.spec.save.keep_lokr:
+        layout = writer.layout(extent.shapes, ranks, step.dtype, step.form)
     return _Output(ranks, layout, draft, writer.file_size(layout, draft) if layout else 0)
 
 
-def _layout(step: StepBasis, extent: Extent, ranks: Mapping[str, int]) -> writer.Layout:
-    """The tensors of the output; nothing while they are not known."""
-    if step.kept_lokr:
-        return lokr.layout(step.kept_lokr, step.dtype)
-    if step.spec.save.keep_lokr or not extent.shapes:
-        return {}
-    return writer.layout(extent.shapes, ranks, step.dtype, step.form)
-
-
-def _fitted(step: StepBasis, extent: Extent, whole: _Output, is_open: bool, limit: int) -> tuple[_Output, bool]:
-    """The output with the largest common rank that takes at most `limit` bytes, and whether its ranks are still open.
+def _fitted(step: StepBasis, extent: Extent, recipe: Mapping[str, Any], whole: _Output, is_open: bool) -> tuple[_Output, bool]:
+    """The output with the largest common rank that has room in `size_mb`, and whether its ranks are still open.
 
     With `uniform: false` the ranks that are found here are bounds: the components are chosen by their singular values.
 
     Raises:
         SettingError: Rank 1 takes more.
     """
+    limit = int(step.spec.rank.size_mb * 1e6)
 
     def capped(rank: int) -> _Output:
-        return _output(step, extent, {m: min(n, rank) for m, n in whole.ranks.items()})
+        return _output(step, extent, recipe, {m: min(n, rank) for m, n in whole.ranks.items()})
 
     if (least := capped(1).bytes) > limit:
         raise SettingError(f"a file of rank 1 takes {ceil(least / 1e3) / 1e3:g} MB: set size_mb to that or more", "rank")

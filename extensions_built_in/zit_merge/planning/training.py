@@ -14,7 +14,7 @@ import torch
 
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, located, not_available_yet
-from ..formats.header import FULL
+from ..formats.changes import FULL
 from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
 

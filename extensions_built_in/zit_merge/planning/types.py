@@ -6,14 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..config.schema import Lora, Step
 from ..files.atomic import part_path
+from ..formats.metadata import CHECK_KEY, RECIPE_KEY, dumps
 from ..formats.reader import LoraFile
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
+
+
+def with_hashes(recipe: Mapping[str, Any], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """A recipe with hashes in place of paths.
+
+    Args:
+        recipe: With paths.
+        hashes: Path -> SHA-256 of the tensor data.
+    """
+
+    def hashed(lora: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: hashes[value] if isinstance(value, Path) else value for key, value in lora.items()}
+
+    steps = [{**step, "loras": [hashed(lora) for lora in step["loras"]]} for step in recipe["steps"]]
+    return {**recipe, "steps": steps}
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,9 @@ class Input:
         if self.step:
             return self.step.draft
         return self.lora.metadata if self.lora else {}
+
+
+USUAL_PREFIX = "merged_"  # of outputs' names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +143,7 @@ class StepPlan(StepBasis):
         ranks: Module -> rank, of every module written; the same throughout unless `uniform: false`.
         is_open: The ranks are only bounds: they follow from singular values, which the run looks at.
         layout: The tensors of the output, in order; empty while they are not known.
+        recipe: What makes the output again, with the paths of files in place of their hashes.
         draft: The output's metadata, with placeholders of at least the same length for what only the run finds.
         bytes: The output's size; 0 while it is not known.
         warnings: What a person should know, a sentence each.
@@ -133,6 +154,7 @@ class StepPlan(StepBasis):
     ranks: Mapping[str, int]
     is_open: bool
     layout: Layout
+    recipe: Mapping[str, Any]
     draft: Mapping[str, str]
     bytes: int
     warnings: tuple[str, ...] = ()
@@ -146,6 +168,15 @@ class StepPlan(StepBasis):
     def cut(self) -> frozenset[str]:
         """The modules whose change is approximated by one of lower rank."""
         return frozenset(() if self.spec.save.keep_lokr else (m for m, n in self.stacked.items() if self.ranks[m] < n))
+
+    def metadata(self, hashes: Mapping[Path, str]) -> dict[str, str]:
+        """The output's metadata, but for what its check finds.
+
+        Args:
+            hashes: Path -> SHA-256 of the tensor data, for every file of `hashed`.
+        """
+        draft = {key: text for key, text in self.draft.items() if key != CHECK_KEY}
+        return draft | {RECIPE_KEY: dumps(with_hashes(self.recipe, hashes))}
 
     @cached_property
     def follows_from_numbers(self) -> bool:

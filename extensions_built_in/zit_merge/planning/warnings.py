@@ -8,31 +8,29 @@ from ..algebra.methods import METHODS
 from ..config.schema import RankRule
 from ..formats.writer import ALWAYS
 from ..model.zimage import GROUPS, MODULES, canonical_component
-from .context import PREFIXES
-from .ranks import Extent
-from .types import Input, StepBasis
+from .types import USUAL_PREFIX, Input, StepBasis
 
 
-def warnings_of(step: StepBasis, extent: Extent, ranks: Mapping[str, int], is_open: bool) -> tuple[str, ...]:
+def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str, int], is_open: bool) -> tuple[str, ...]:
     """What a person should know of a step, a sentence each.
 
     Args:
         step: The step.
-        extent: What it may write at most.
+        stacked: Module -> components before truncation.
         ranks: Module -> rank, of every module written.
         is_open: The ranks are only bounds.
     """
     found = [sentence for i in step.inputs for sentence in _of_input(i)]
-    if step.prefix != PREFIXES[0]:
+    if step.prefix != USUAL_PREFIX:
         found.append(
             f"the file is called {step.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {step.job}"
         )
     found += _of_method(step)
     if all(i.known.ranks for i in step.inputs):  # else a file on the hub may hold more
-        found += _of_rank(step, max([1, *extent.stacked.values()]), max(ranks.values(), default=0), is_open)
-    silent = sum(1 for n in extent.stacked.values() if n == 0)
+        found += _of_rank(step, max([1, *stacked.values()]), max(ranks.values(), default=0), is_open)
+    silent = sum(1 for n in stacked.values() if n == 0)
     if silent:
-        found.append(f"{silent} of {len(extent.stacked)} modules have strength 0 throughout and are written as zeros")
+        found.append(f"{silent} of {len(stacked)} modules have strength 0 throughout and are written as zeros")
     return tuple(found)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..algebra.delta import Delta
-from ..merging.merger import Watched
 from ..merging.runner import Reader, input_reader, reader_of
 from ..planning.recipe import recipe_of
 from ..planning.types import Input, StepPlan
