@@ -156,3 +156,12 @@ def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(vectors[:, :1]), torch.zeros_like(vectors[:, :1]).T
     root = values[alive].sqrt()
     return vectors[:, alive] / root, root[:, None] * vectors[:, alive].T
+
+
+def fold(x: Factors) -> Factors:
+    """At most min(out, in) components: a longer stack (adaLN has in = 256) is multiplied out into its shorter side."""
+    out, into = x.shape
+    if x.rank <= min(out, into):
+        return x
+    eye = torch.eye(min(out, into), dtype=x.up.dtype, device=x.up.device)
+    return Factors(x.up @ x.down, eye) if into <= out else Factors(eye, x.up @ x.down)

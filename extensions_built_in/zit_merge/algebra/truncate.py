@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Kron
-from .factors import Factors, balance, roots, wide
+from .factors import Factors, balance, fold, roots, wide
 from .krylov import leading
 
 # The core's R x R decompositions against Krylov's passes: on 3840 x 3840 and 10240 x 3840 the core was the faster way up to 1024
@@ -53,7 +53,7 @@ def singular_values(x: Delta, most: int | None = None) -> Tensor:
     x = x.map(wide)
     if isinstance(x, Kron):
         return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values[:most]
-    return _spectrum(_fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most)[1]
+    return _spectrum(fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most)[1]
 
 
 def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     rank = min(rank or x.rank, x.rank, *x.shape)
     if isinstance(x, Kron):
         return _kron_svd(x, rank)
-    return _core_svd(_fold(x.expand()), rank) if _is_thin(x, rank) else leading(x, rank)
+    return _core_svd(fold(x.expand()), rank) if _is_thin(x, rank) else leading(x, rank)
 
 
 def _is_thin(x: Delta, rank: int) -> bool:
@@ -106,14 +106,5 @@ def _small_svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _spectrum(x: Factors) -> Tensor:
-    up, down = balance(_fold(x))
+    up, down = balance(fold(x))
     return torch.linalg.svdvals(roots(up.T @ up)[1] @ roots(down @ down.T)[1].T)
-
-
-def _fold(x: Factors) -> Factors:
-    """At most min(out, in) components: a longer stack (adaLN has in = 256) is multiplied out into its shorter side."""
-    out, into = x.shape
-    if x.rank <= min(out, into):
-        return x
-    eye = torch.eye(min(out, into), dtype=x.up.dtype, device=x.up.device)
-    return Factors(x.up @ x.down, eye) if into <= out else Factors(eye, x.up @ x.down)

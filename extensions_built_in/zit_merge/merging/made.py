@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -62,36 +62,49 @@ def is_made(plan: StepPlan, hashes: Hashes, path: Path) -> bool:
     """
     if not path.is_file():
         return False
+    open_keys = {CHECK_KEY, *(OF_RANKS if plan.follows_from_numbers else ())}
+    wanted = {key: text for key, text in plan.metadata(hashes.of(plan.hashed)).items() if key not in open_keys}
     try:
-        found = load_lora(path).metadata
+        return {key: text for key, text in load_lora(path).metadata.items() if key not in open_keys} == wanted
     except ZitMergeError:
         return False
-    open_keys = {CHECK_KEY, *(OF_RANKS if plan.follows_from_numbers else ())}
-    return _without(found, open_keys) == _without(plan.metadata(hashes.of(plan.hashed)), open_keys)
 
 
-def _without(metadata: Mapping[str, str], keys: set[str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in keys}
+def found(plan: StepPlan) -> Done:
+    """A step whose file is there from the same recipe."""
+    lora = load_lora(plan.path)
+    return Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict)
 
 
 def made_before(plan: StepPlan) -> Done | None:
-    """A step whose file is there from the same recipe; None if it is not."""
+    """A step as `found`; None if its file is not there, or from another recipe."""
     with Hashes(plan.hashed) as hashes:
-        if plan.spec.keep and is_made(plan, hashes, plan.path):
-            return Done(plan, plan.path, False, load_lora(plan.path).verdict)
-    return None
+        return found(plan) if plan.spec.keep and is_made(plan, hashes, plan.path) else None
 
 
-def steps_to_make(plans: Sequence[StepPlan], hashes: Hashes) -> set[str]:
-    """The names of the steps to run: those whose file is not there, and those that they use and that are not there either.
+class Needed(NamedTuple):
+    """What is left to do of a section.
+
+    Attributes:
+        steps: Names of the steps to make: those whose file is not there, and those that they use and that are not there either.
+        copies: Names of the steps whose copy is not there.
+    """
+
+    steps: set[str]
+    copies: set[str]
+
+
+def needed(plans: Sequence[StepPlan], hashes: Hashes) -> Needed:
+    """What is left to do.
 
     Args:
         plans: Of one section, in order.
         hashes: Of all their `hashed`.
     """
-    there = {plan.name for plan in plans if plan.spec.keep and is_made(plan, hashes, plan.path)}
-    wanted: set[str] = set()
+    missing = {target for plan in plans for target in plan.targets if not is_made(plan, hashes, target)}
+    steps: set[str] = set()
     for plan in reversed(plans):
-        if plan.name in wanted or (plan.spec.keep and plan.name not in there):
-            wanted |= {plan.name, *(i.step.name for i in plan.inputs if i.step and i.step.name not in there)}
-    return wanted
+        if plan.name in steps or plan.path in missing:
+            fed_by = [i.step for i in plan.inputs if i.step]
+            steps |= {plan.name, *(step.name for step in fed_by if not step.spec.keep or step.path in missing)}
+    return Needed(steps, {plan.name for plan in plans if missing & set(plan.targets[1:])})

@@ -6,7 +6,7 @@ Ratio, factor, alpha / rank and stored change travel apart until one multiplicat
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, gram
 from ..algebra.linear import add
 from ..algebra.methods import METHODS
-from ..errors import SettingError, located
+from ..errors import SettingError
 from ..model.zimage import MODULES
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
@@ -56,6 +56,36 @@ class Part(NamedTuple):
 Parts = Mapping[int, Part]  # number of the input -> its part in one module
 
 
+class Merged(NamedTuple):
+    """One module as the method makes it.
+
+    Attributes:
+        module: Its name.
+        parts: Input -> its part; only the inputs that count there.
+        coefficients: Input -> coefficient of its change in a linear method, factor left out; None for any other method.
+        delta: The method's answer, before truncation and rounding; None where no input changes the module.
+    """
+
+    module: str
+    parts: Parts
+    coefficients: Mapping[int, float] | None
+    delta: Delta | None
+
+
+class Made(NamedTuple):
+    """One module.
+
+    Attributes:
+        merged: As the method makes it.
+        written: The same as the file holds it: at its rank, in its dtype, on the CPU.
+        tensors: Of a LoKr that stays one: part -> tensor, without alpha.
+    """
+
+    merged: Merged
+    written: Delta
+    tensors: Mapping[str, Tensor] = {}
+
+
 class Merger:
     """What the method makes of the inputs.
 
@@ -76,8 +106,35 @@ class Merger:
         self._ratios = {n: i.spec.ratio for n, i in enumerate(plan.inputs) if i.spec.ratio}  # of those that take part
         self._grams = self._sum_grams(progress) if self._method.per else {}
 
-    def parts(self, module: str) -> dict[int, Part]:
-        """Input -> its part in a module; only the inputs that count there."""
+    def each(self, progress: Progress, label: str) -> Iterator[Merged]:
+        """All modules that are written, in order.
+
+        Args:
+            progress: Shows the pass.
+            label: What it is called.
+        """
+        for module in progress.track(list(self._plan.shapes), label):
+            yield self.of(module)
+
+    def of(self, module: str) -> Merged:
+        """One module.
+
+        Raises:
+            SettingError: The method has no coefficients for these numbers.
+        """
+        parts = self._parts(module)
+        coefficients = self._coefficients(module) if self._method.is_linear else None
+        if not parts:
+            return Merged(module, parts, coefficients, None)
+        if coefficients is not None:
+            return Merged(module, parts, coefficients, add([p.weighted(coefficients[n]) for n, p in parts.items()]))
+        parameters = dict(self._parameters)
+        if "seed" in parameters:  # other draws in every module
+            parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
+        delta = self._method.function([p.weighted(p.ratio) for p in parts.values()], **parameters)
+        return Merged(module, parts, None, delta)
+
+    def _parts(self, module: str) -> dict[int, Part]:
         found = {}
         for n, (i, reader) in enumerate(zip(self._plan.inputs, self._readers, strict=True)):
             if i.counts(module):
@@ -85,14 +142,7 @@ class Merger:
                 found[n] = Part(i.spec.ratio, i.factors[module], scale, stored.map(lambda t: t.to(self._device)))
         return found
 
-    def coefficients(self, module: str) -> dict[int, float] | None:
-        """Input -> coefficient of its change in a linear method, factor left out; None for any other method.
-
-        Raises:
-            SettingError: The method has none for these numbers.
-        """
-        if not self._method.is_linear:
-            return None
+    def _coefficients(self, module: str) -> dict[int, float]:
         if not self._ratios:
             return {}
         gram = self._grams.get(self._scope(module), torch.zeros(len(self._ratios), len(self._ratios), dtype=torch.float64))
@@ -101,26 +151,8 @@ class Merger:
             found = self._method.function(gram, ratios, **self._parameters)
         except ValueError as e:
             where = {"module": module, "layer": "/".join(map(str, self._scope(module))), "file": "the whole"}[self._per]
-            with located(self._plan.loc or self._plan.name):
-                raise SettingError(f"{self._plan.spec.method}, {where}: {e}") from None
+            raise SettingError(f"{self._plan.spec.method}, {where}: {e}", self._plan.loc or self._plan.name) from None
         return dict(zip(self._ratios, found.tolist(), strict=True))
-
-    def merged(self, module: str, parts: Parts, coefficients: Mapping[int, float] | None) -> Delta | None:
-        """The method's answer for one module; None where no input changes it.
-
-        Args:
-            module: Its name.
-            parts: From `parts`.
-            coefficients: From `coefficients`.
-        """
-        if not parts:
-            return None
-        if coefficients is not None:
-            return add([part.weighted(coefficients[n]) for n, part in parts.items()])
-        parameters = dict(self._parameters)
-        if "seed" in parameters:  # other draws in every module
-            parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
-        return self._method.function([part.weighted(part.ratio) for part in parts.values()], **parameters)
 
     def _scope(self, module: str) -> tuple:
         """The part of the file over which lengths and angles are taken with this module's."""
@@ -131,7 +163,7 @@ class Merger:
         """Scope -> (n, n) Gram matrix of the changes without their ratios."""
         numbers, grams = list(self._ratios), {}
         for module in progress.track(list(self._plan.shapes), f"angles of {self._plan.name}"):
-            parts = self.parts(module)
+            parts = self._parts(module)
             here = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)
             if parts:
                 at = torch.tensor([numbers.index(n) for n in parts])

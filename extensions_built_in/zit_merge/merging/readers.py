@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from ..formats.reader import TensorReader, load_lora
-from ..planning.step import revised
 from ..planning.types import Input, StepPlan
 from ..progress import SILENT, Progress
 from .made import Hashes, is_made
@@ -45,7 +44,7 @@ class StepReaders:
             return self._files.enter_context(TensorReader(load_lora(plan.path)))
         readers = [self.of_input(i) for i in plan.inputs]
         if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
-            plan = revised(plan, inputs=tuple(map(_as_read, plan.inputs, readers)))
+            plan = plan.revised(inputs=tuple(map(_as_read, plan.inputs, readers)))
         return Result(plan, readers, self._device, self._progress)
 
 

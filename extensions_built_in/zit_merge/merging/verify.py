@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats.verdict import Measured, Verdict, judged
 from ..planning.types import StepPlan
-from .merger import Parts
+from .merger import Made, Parts
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 # Sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured), which is little beside rounding to bfloat16.
@@ -103,9 +102,9 @@ class Verifier:
     def __enter__(self) -> Verifier:
         return self
 
-    def add(self, *module: Any) -> None:
-        """Hands a module over, arguments as `check`; waits while one is pending, so that memory stays at three modules."""
-        self._pending.append(self._pool.submit(self.check, *module))
+    def add(self, made: Made) -> None:
+        """Hands a module over; waits while one is pending, so that memory stays at three modules."""
+        self._pending.append(self._pool.submit(self.check, made))
         if len(self._pending) > 1:
             self._pending.popleft().result()
 
@@ -114,21 +113,13 @@ class Verifier:
         for future in () if kind else self._pending:
             future.result()
 
-    def check(
-        self, module: str, parts: Parts, coefficients: Mapping[int, float] | None, merged: Delta | None, written: Delta
-    ) -> None:
+    def check(self, made: Made) -> None:
         """Checks one module.
-
-        Args:
-            module: Its name.
-            parts: Input -> its part.
-            coefficients: Input -> coefficient in a linear method; None for any other method.
-            merged: The method's answer, before truncation and rounding; None where nothing was wanted.
-            written: As the file holds it, in its dtype.
 
         Raises:
             ZitMergeError: What was written is not what was wanted.
         """
+        (module, parts, coefficients, merged), written = made.merged, made.written
         if merged is None:
             return
         is_linear = coefficients is not None

@@ -61,16 +61,14 @@ def _threads(plan: StepPlan) -> Iterator[None]:
 
 
 def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
-    form, plan = result.plan.form, result.plan
-    units = form.units(plan.shapes)
+    form, ranks = result.plan.form, result.plan.ranks
     if form.alpha:
-        for stem, modules in units.items():
-            out.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
-    for stem in progress.track(units, plan.name):
-        made = [(module, result.made(module)) for module in units[stem]]
-        for module, one in made:
-            verifier.add(module, *one)
-        whole = fuse([one.written for _, one in made])
+        for stem, modules in form.units(ranks).items():
+            out.write(f"{stem}.alpha", torch.tensor(float(sum(ranks[m] for m in modules))))
+    for stem, made in result.units(progress):
+        for one in made:
+            verifier.add(one)
+        whole = fuse([one.written for one in made])
         out.write(stem + form.down, whole.down)
         out.write(stem + form.up, whole.up)
         del made, one, whole  # they may be views of an input's mapped file, which a caller's traceback would keep open
@@ -81,8 +79,7 @@ def _write_lokr(result: Result, out: LoraWriter, verifier: Verifier, progress: P
     changes = result.plan.kept_lokr.changes
     for key, module in lokr.alpha_keys(changes).items():
         out.write(key, torch.tensor(lokr.alpha(changes[module][0])))
-    for module in progress.track(changes, result.plan.name):
-        made, tensors = result.scaled(module)
-        for key, tensor in lokr.named(module, tensors):
+    for _, (made,) in result.units(progress):
+        for key, tensor in lokr.named(made.merged.module, made.tensors):
             out.write(key, tensor)
-        verifier.add(module, *made)
+        verifier.add(made)

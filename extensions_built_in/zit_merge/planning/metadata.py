@@ -21,7 +21,7 @@ def draft_metadata(step: StepBasis, ranks: Mapping[str, int], recipe: Mapping[st
     """
     used = [(i.label.removesuffix(".safetensors"), i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))]
     hashed = with_hashes(recipe, dict.fromkeys(step.hashed, "0" * 64))
-    metadata = merged_metadata(step.path.stem, hashed, __version__, used) | placeholder(len(step.inputs))
+    metadata = placeholder(len(step.inputs)) | merged_metadata(step.path.stem, hashed, __version__, used)
     if step.kept_lokr or not ranks:
         return metadata
     if step.spec.save.format == "kohya":

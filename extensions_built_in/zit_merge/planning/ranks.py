@@ -15,24 +15,25 @@ from .types import Input, StepBasis
 
 @dataclass(frozen=True)
 class Extent:
-    """What a step may write at most.
+    """What a step writes; fields of StepPlan.
 
     Attributes:
         shapes: Module -> (out, in) of every module written; empty while the sizes are not known.
         stacked: Module -> components before truncation.
+        ranks: Module -> rank, of every module written.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     stacked: Mapping[str, int]
-
-    @property
-    def most(self) -> dict[str, int]:
-        """Module -> the rank that holds everything, for every module written."""
-        return {module: self.stacked.get(module, 0) for module in self.shapes or self.stacked}
+    ranks: Mapping[str, int]
 
 
-def extent_of(step: StepBasis) -> Extent:
-    """The modules that a step writes, with what each holds before truncation.
+def extent_of(step: StepBasis, chosen: Mapping[str, int] | None = None) -> Extent:
+    """The modules that a step writes, and the rank of each: what was asked for, as far as the inputs hold it.
+
+    Args:
+        step: The step.
+        chosen: Module -> rank, once the numbers have settled a rule for the rank.
 
     Raises:
         SettingError: The inputs don't belong together, or the rank has no meaning for them.
@@ -44,10 +45,11 @@ def extent_of(step: StepBasis) -> Extent:
     }
     _check_rank(step, is_known)
     if not is_known:
-        return Extent({}, stacked)
+        return Extent({}, stacked, ranks_of(step, chosen or stacked))
     stacked = {m: min(n, *MODULES[m].shape(sizes)) for m, n in stacked.items()}
     written = stacked if step.spec.save.keep_lokr else complete(stacked, sizes)
-    return Extent({m: MODULES[m].shape(sizes) for m in written}, stacked)
+    shapes = {m: MODULES[m].shape(sizes) for m in written}
+    return Extent(shapes, stacked, ranks_of(step, chosen or {m: stacked.get(m, 0) for m in shapes}))
 
 
 def ranks_of(step: StepBasis, most: Mapping[str, int]) -> dict[str, int]:

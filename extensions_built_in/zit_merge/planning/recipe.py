@@ -15,7 +15,6 @@ from .. import __version__
 from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, RankRule, Save, Step
 from ..files.text import Loader
-from ..model.strengths import compact
 from .types import Input, StepBasis
 
 
@@ -66,7 +65,7 @@ def _input(i: Input) -> dict[str, Any]:
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
     if i.lora and i.lora.adapter:
         entry["adapter"] = i.lora.adapter.record()
-    entry["strengths"] = compact(i.strengths)
+    entry["strengths"] = i.rows
     if i.lora and i.lora.unmatched:
         entry["unmatched"] = list(i.lora.unmatched)
     return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,8 +17,6 @@ from .recipe import recipe_of
 from .types import StepBasis, StepPlan
 from .warnings import warnings_of
 
-_BASIS = tuple(f.name for f in fields(StepBasis))
-
 
 def step_plan(step: StepBasis, chosen: Mapping[str, int] | None = None) -> StepPlan:
     """The complete plan of a step.
@@ -30,54 +28,39 @@ def step_plan(step: StepBasis, chosen: Mapping[str, int] | None = None) -> StepP
     Raises:
         SettingError: The inputs don't belong together, or the rank has no meaning for them; located by `step.loc`.
     """
+    is_open = isinstance(step.spec.rank, RankRule) and not chosen
     with located(step.loc):
-        extent, recipe = extent_of(step), recipe_of(step)
-        is_rule, limit = isinstance(step.spec.rank, RankRule), getattr(step.spec.rank, "size_mb", None)
-        output, is_open = _output(step, extent, recipe, chosen or extent.most), is_rule and not chosen
-        if limit and output.bytes:
-            output, is_open = _fitted(step, extent, recipe, output, is_open)
-    basis = {name: getattr(step, name) for name in _BASIS}
-    warnings = warnings_of(step, extent.stacked, output.ranks, is_open)
-    return StepPlan(**basis, **output._asdict(), **vars(extent), recipe=recipe, is_open=is_open, warnings=warnings)
-
-
-def revised(plan: StepPlan, chosen: Mapping[str, int] | None = None, **changes: Any) -> StepPlan:
-    """A second plan, where something is known or wanted otherwise than in the first one.
-
-    Args:
-        plan: The first one; it stays as it is.
-        chosen: Module -> rank, once the numbers have settled a rule for the rank.
-        changes: Fields of StepBasis: `inputs`, `spec`.
-
-    Raises:
-        SettingError: As `step_plan`.
-    """
-    return step_plan(StepBasis(**{name: getattr(plan, name) for name in _BASIS} | changes), chosen)
+        extent = extent_of(step, chosen)
+        output = _output(step, extent)
+        if isinstance(step.spec.rank, RankRule) and step.spec.rank.size_mb and output.bytes:
+            extent, output, is_open = _fitted(step, extent, output, is_open)
+    basis = {f.name: getattr(step, f.name) for f in fields(StepBasis)}
+    warnings = warnings_of(step, extent.stacked, extent.ranks, is_open)
+    return StepPlan(**basis, **vars(extent), **output._asdict(), is_open=is_open, warnings=warnings, planner=step_plan)
 
 
 class _Output(NamedTuple):
     """What follows from the ranks; fields of StepPlan."""
 
-    ranks: Mapping[str, int]
-    layout: writer.Layout
+    recipe: Mapping[str, Any]
     draft: Mapping[str, str]
+    layout: writer.Layout
     bytes: int
 
 
-def _output(step: StepBasis, extent: Extent, recipe: Mapping[str, Any], most: Mapping[str, int]) -> _Output:
-    """The output with the ranks that were asked for, none above `most`."""
-    ranks = ranks_of(step, most)
-    draft = draft_metadata(step, ranks, recipe)
+def _output(step: StepBasis, extent: Extent) -> _Output:
+    recipe = recipe_of(step)
+    draft = draft_metadata(step, extent.ranks, recipe)
     layout = writer.Layout()
     if step.kept_lokr:
         layout = lokr.layout(step.kept_lokr, step.dtype)
     elif extent.shapes and not step.spec.save.keep_lokr:
-        layout = writer.layout(extent.shapes, ranks, step.dtype, step.form)
-    return _Output(ranks, layout, draft, writer.file_size(layout, draft) if layout else 0)
+        layout = writer.layout(extent.shapes, extent.ranks, step.dtype, step.form)
+    return _Output(recipe, draft, layout, writer.file_size(layout, draft) if layout else 0)
 
 
-def _fitted(step: StepBasis, extent: Extent, recipe: Mapping[str, Any], whole: _Output, is_open: bool) -> tuple[_Output, bool]:
-    """The output with the largest common rank that has room in `size_mb`, and whether its ranks are still open.
+def _fitted(step: StepBasis, extent: Extent, whole: _Output, is_open: bool) -> tuple[Extent, _Output, bool]:
+    """The largest common rank that has room in `size_mb`, its output, and whether the ranks are still open.
 
     With `uniform: false` the ranks that are found here are bounds: the components are chosen by their singular values.
 
@@ -86,14 +69,15 @@ def _fitted(step: StepBasis, extent: Extent, recipe: Mapping[str, Any], whole: _
     """
     limit = int(step.spec.rank.size_mb * 1e6)
 
-    def capped(rank: int) -> _Output:
-        return _output(step, extent, recipe, {m: min(n, rank) for m, n in whole.ranks.items()})
+    def capped(rank: int) -> tuple[Extent, _Output]:
+        lower = replace(extent, ranks=ranks_of(step, {m: min(n, rank) for m, n in extent.ranks.items()}))
+        return lower, _output(step, lower)
 
-    if (least := capped(1).bytes) > limit:
+    if (least := capped(1)[1].bytes) > limit:
         raise SettingError(f"a file of rank 1 takes {ceil(least / 1e3) / 1e3:g} MB: set size_mb to that or more", "rank")
     if not is_open or whole.bytes <= limit:
-        return whole, False
+        return extent, whole, False
     if not step.spec.save.uniform:
-        return whole._replace(bytes=limit), True
-    best = bisect_right(range(1, max(whole.ranks.values()) + 1), limit, key=lambda rank: capped(rank).bytes)
-    return capped(best), False
+        return extent, whole._replace(bytes=limit), True
+    best = bisect_right(range(1, max(extent.ranks.values()) + 1), limit, key=lambda rank: capped(rank)[1].bytes)
+    return *capped(best), False

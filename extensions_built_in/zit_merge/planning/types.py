@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..formats.metadata import CHECK_KEY, RECIPE_KEY, dumps
 from ..formats.reader import LoraFile
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
+from ..model.strengths import compact
 
 
 def with_hashes(recipe: Mapping[str, Any], hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -61,6 +62,11 @@ class Input:
     def strengths(self) -> Mapping[str, float]:
         """Module -> ratio * factor."""
         return {module: self.spec.ratio * factor for module, factor in self.factors.items()}
+
+    @cached_property
+    def rows(self) -> Mapping[str, object]:
+        """The strengths as a recipe has them: runs of equal layers share a row."""
+        return compact(self.strengths)
 
     def counts(self, module: str) -> bool:
         """Whether it changes the output at this module."""
@@ -133,6 +139,9 @@ class StepBasis:
         return [self.path, *copies] if self.spec.keep else []
 
 
+Planner = Callable[[StepBasis, "Mapping[str, int] | None"], "StepPlan"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan(StepBasis):
     """One merge, complete.
@@ -146,6 +155,7 @@ class StepPlan(StepBasis):
         recipe: What makes the output again, with the paths of files in place of their hashes.
         draft: The output's metadata, with placeholders of at least the same length for what only the run finds.
         bytes: The output's size; 0 while it is not known.
+        planner: Makes a plan of what it follows from and, once the numbers are known, module -> rank.
         warnings: What a person should know, a sentence each.
     """
 
@@ -157,7 +167,43 @@ class StepPlan(StepBasis):
     recipe: Mapping[str, Any]
     draft: Mapping[str, str]
     bytes: int
+    planner: Planner = field(repr=False, compare=False)
     warnings: tuple[str, ...] = ()
+
+    def revised(self, chosen: Mapping[str, int] | None = None, **changes: Any) -> StepPlan:
+        """A second plan, where something is known or wanted otherwise than in this one, which stays as it is.
+
+        Args:
+            chosen: Module -> rank, once the numbers have settled a rule for the rank.
+            changes: Fields of StepBasis: `inputs`, `spec`.
+
+        Raises:
+            SettingError: The inputs don't belong together, or the rank has no meaning for them.
+        """
+        basis = {f.name: getattr(self, f.name) for f in fields(StepBasis)} | changes
+        return self.planner(StepBasis(**basis), chosen)
+
+    def over(self, done: Mapping[str, StepPlan]) -> StepPlan:
+        """The plan over the earlier steps as they came out: ranks that followed from the numbers are known now.
+
+        Args:
+            done: Name -> plan of the steps before it, as they were run.
+        """
+        if not any(i.step and i.step.follows_from_numbers for i in self.inputs):
+            return self
+        earlier = [done.get(i.step.name) if i.step else None for i in self.inputs]
+        inputs = [replace(i, step=e, known=e.result) if e else i for i, e in zip(self.inputs, earlier, strict=True)]
+        return self.revised(inputs=tuple(inputs))
+
+    def as_found(self, ranks: Mapping[str, int]) -> StepPlan:
+        """The plan of a file that is there, where its ranks followed from the numbers.
+
+        Args:
+            ranks: Module -> rank, as read from the file; three times as large in a module that is fused with two others.
+        """
+        if not self.is_open:
+            return self
+        return self.revised({m: ranks[m] * rank // self.result.ranks[m] for m, rank in self.ranks.items()})
 
     @property
     def rank(self) -> int:
