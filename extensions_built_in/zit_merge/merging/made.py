@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..errors import ZitMergeError
 from ..formats.metadata import CHECK_KEY, OF_RANKS
-from ..formats.reader import load_lora, tensor_hash
+from ..formats.reader import LoraFile, load_lora, tensor_hash
 from ..formats.verdict import Verdict
 from ..planning.types import StepPlan
 
@@ -52,8 +52,8 @@ class Hashes:
         return {path: self._futures[path].result() for path in paths}
 
 
-def is_made(plan: StepPlan, hashes: Hashes, path: Path) -> bool:
-    """Whether a file is a step's output, whole, and made by this recipe with this version.
+def made_file(plan: StepPlan, hashes: Hashes, path: Path) -> LoraFile | None:
+    """A file that is a step's output, whole, and made by this recipe with this version; None for any other.
 
     Args:
         plan: The step.
@@ -61,50 +61,46 @@ def is_made(plan: StepPlan, hashes: Hashes, path: Path) -> bool:
         path: The file.
     """
     if not path.is_file():
-        return False
+        return None
     open_keys = {CHECK_KEY, *(OF_RANKS if plan.follows_from_numbers else ())}
     wanted = {key: text for key, text in plan.metadata(hashes.of(plan.hashed)).items() if key not in open_keys}
     try:
-        return {key: text for key, text in load_lora(path).metadata.items() if key not in open_keys} == wanted
+        lora = load_lora(path)
     except ZitMergeError:
-        return False
-
-
-def found(plan: StepPlan) -> Done:
-    """A step whose file is there from the same recipe."""
-    lora = load_lora(plan.path)
-    return Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict)
+        return None
+    return lora if {k: v for k, v in lora.metadata.items() if k not in open_keys} == wanted else None
 
 
 def made_before(plan: StepPlan) -> Done | None:
-    """A step as `found`; None if its file is not there, or from another recipe."""
+    """A step whose file is there from the same recipe; None where it is not."""
     with Hashes(plan.hashed) as hashes:
-        return found(plan) if plan.spec.keep and is_made(plan, hashes, plan.path) else None
+        lora = made_file(plan, hashes, plan.path) if plan.spec.keep else None
+    return Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict) if lora else None
 
 
-class Needed(NamedTuple):
-    """What is left to do of a section.
+class Inventory(NamedTuple):
+    """What is there of a section, and what is left to do.
 
     Attributes:
-        steps: Names of the steps to make: those whose file is not there, and those that they use and that are not there either.
-        copies: Names of the steps whose copy is not there.
+        there: Output, or copy -> the file that is there from the same recipe.
+        steps: Names of the steps to make: those whose output is not there, and those that they use and that are not there either.
     """
 
+    there: dict[Path, LoraFile]
     steps: set[str]
-    copies: set[str]
 
 
-def needed(plans: Sequence[StepPlan], hashes: Hashes) -> Needed:
-    """What is left to do.
+def take_inventory(plans: Sequence[StepPlan], hashes: Hashes) -> Inventory:
+    """Looks at the outputs of a section.
 
     Args:
-        plans: Of one section, in order.
+        plans: Of its steps, in order.
         hashes: Of all their `hashed`.
     """
-    missing = {target for plan in plans for target in plan.targets if not is_made(plan, hashes, target)}
+    there = {path: lora for plan in plans for path in plan.targets if (lora := made_file(plan, hashes, path))}
     steps: set[str] = set()
     for plan in reversed(plans):
-        if plan.name in steps or plan.path in missing:
+        if plan.name in steps or (plan.spec.keep and plan.path not in there):
             fed_by = [i.step for i in plan.inputs if i.step]
-            steps |= {plan.name, *(step.name for step in fed_by if not step.spec.keep or step.path in missing)}
-    return Needed(steps, {plan.name for plan in plans if missing & set(plan.targets[1:])})
+            steps |= {plan.name, *(step.name for step in fed_by if step.path not in there)}
+    return Inventory(there, steps)

@@ -10,7 +10,7 @@ import torch
 from ..formats.reader import TensorReader, load_lora
 from ..planning.types import Input, StepPlan
 from ..progress import SILENT, Progress
-from .made import Hashes, is_made
+from .made import Hashes, made_file
 from .merger import Reader
 from .results import Result
 
@@ -40,8 +40,8 @@ class StepReaders:
 
     def of_step(self, plan: StepPlan) -> Reader:
         """Reads a step's result: from its file where that is there from the same recipe, else computed."""
-        if plan.spec.keep and is_made(plan, self._hashes, plan.path):
-            return self._files.enter_context(TensorReader(load_lora(plan.path)))
+        if plan.spec.keep and (lora := made_file(plan, self._hashes, plan.path)):
+            return self._files.enter_context(TensorReader(lora))
         readers = [self.of_input(i) for i in plan.inputs]
         if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
             plan = plan.revised(inputs=tuple(map(_as_read, plan.inputs, readers)))

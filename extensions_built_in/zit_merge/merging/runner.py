@@ -10,7 +10,7 @@ import torch
 from ..files.atomic import copy_file, remove_part
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
-from .made import Done, Hashes, found, needed
+from .made import Done, Hashes, take_inventory
 from .write import write_step
 
 
@@ -31,15 +31,17 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
     with contextlib.ExitStack() as cleanup, Hashes(path for plan in plans for path in plan.hashed) as hashes:
         for plan in plans:
             cleanup.callback(remove_part, plan.path)
-        to_do, done = needed(plans, hashes), dict[str, StepPlan]()
+        inventory, done = take_inventory(plans, hashes), dict[str, StepPlan]()
         for plan in plans:
-            if plan.name in to_do.steps:
-                step = write_step(plan.over(done), hashes, device, progress)
-            elif plan.spec.keep:
-                step = found(plan.over(done))
+            plan, lora = plan.over(done), inventory.there.get(plan.path)
+            if plan.name in inventory.steps:
+                step = write_step(plan, hashes, device, progress)
+            elif lora:
+                step = Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict)
             else:
                 continue  # nothing that is left to do uses it
             done[plan.name] = step.plan
-            if plan.spec.copy_to and plan.name in to_do.steps | to_do.copies:
-                copy_file(step.path, plan.targets[1].parent)
+            if step.made or any(copy not in inventory.there for copy in plan.targets):
+                for copy in plan.targets[1:]:
+                    copy_file(step.path, copy.parent)
             yield step
