@@ -15,6 +15,9 @@ _PROBE = (
     "print(z.__file__); print(z.AI_TOOLKIT_EXTENSIONS[0].get_process().__name__)"
 )
 
+# What tells a copy of ours from anything else: before 0.4 the first lay at the top.
+_OURS = ("zimage.py", "model/zimage.py")
+
 
 def install(folder: Path, *, copy: bool = False) -> str:
     """Links, or copies, this package into `extensions_built_in` of a checkout and has it loaded there.
@@ -60,7 +63,7 @@ def _clear(target: Path) -> None:
     if target.is_symlink():
         target.unlink()
     elif target.exists():
-        if not (target / "zimage.py").is_file():
+        if not any((target / name).is_file() for name in _OURS):
             raise ZitMergeError(f"{target}: exists and is not zit_merge: move it away")
         shutil.rmtree(target)
 

@@ -33,7 +33,8 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
             cleanup.callback(remove_part, plan.path)
         inventory, done = take_inventory(plans, hashes), dict[str, StepPlan]()
         for plan in plans:
-            plan, lora = plan.over(done), inventory.there.get(plan.path)
+            plan = plan.over(done)
+            lora = inventory.there.get(plan.path)
             if plan.name in inventory.steps:
                 step = write_step(plan, hashes, device, progress)
             elif lora:
