@@ -364,15 +364,15 @@ def test_a_file_has_a_prompt_on_each_line(work, name):
 
 
 def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(work, monkeypatch):
-    work = work.folder / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("HOME", str(work))
-    (work / "p.txt").write_text("there")
+    cwd = work.folder / "work"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("HOME", str(cwd))
+    (cwd / "p.txt").write_text("there")
     assert [s.prompt for s in shots(work, prompts="p.txt")] == ["there"]
     (work.folder / "p.txt").write_text("beside")
     assert [s.prompt for s in shots(work, prompts="p.txt")] == ["beside"]
-    for named in (str(work / "p.txt"), "~/p.txt", "./work/p.txt"):
+    for named in (str(cwd / "p.txt"), "~/p.txt", "./work/p.txt"):
         assert [s.prompt for s in shots(work, prompts=named)] == ["there"]
 
 
