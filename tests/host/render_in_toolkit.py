@@ -20,7 +20,7 @@ from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSett
 
 model, out, *loras, _ = [*sys.argv[1:5], ""]
 settings = {"name_or_path": model, "arch": "zimage:turbo", "quantize": "quantize" in sys.argv, "qtype": "float8"}
-shot = ImageSpec("a photo of a cat", seed=3, width=64, height=64, steps=2)
+spec = ImageSpec("a photo of a cat", seed=3, width=64, height=64, steps=2)
 
 
 def deltas(path, strength=1.0):
@@ -48,24 +48,24 @@ with Renderer(RenderSettings(settings, "bf16", {}, None, "process[0].model", "cp
     transformer = renderer._model.unet
     before = {name: plain(p) for name, p in transformer.named_parameters()}
 
-    def look(name, changes, shot=shot):
+    def render(name, changes, spec=spec):
         renderer.set_adapter(changes)
-        pictures[name] = numpy.asarray(renderer.render(shot))
+        pictures[name] = numpy.asarray(renderer.render(spec))
 
-    look("base", ())
+    render("base", ())
     for name, path in zip("AB", loras, strict=True):
-        look(name, deltas(path))
-    look("A again", deltas(loras[0]))
-    look("A at 0", deltas(loras[0], 0.0))
-    look("A at 0.5", deltas(loras[0], 0.5))
-    look("another seed", (), ImageSpec("a photo of a cat", seed=4, width=64, height=64, steps=2))
-    look("wide", (), ImageSpec("a photo of a cat", seed=3, width=96, height=64, steps=2))
-    look("options are text", (), ImageSpec("a photo of a cat --w 512", seed=3, width=64, height=64, steps=2))
+        render(name, deltas(path))
+    render("A again", deltas(loras[0]))
+    render("A at 0", deltas(loras[0], 0.0))
+    render("A at 0.5", deltas(loras[0], 0.5))
+    render("another seed", (), ImageSpec("a photo of a cat", seed=4, width=64, height=64, steps=2))
+    render("wide", (), ImageSpec("a photo of a cat", seed=3, width=96, height=64, steps=2))
+    render("options are text", (), ImageSpec("a photo of a cat --w 512", seed=3, width=64, height=64, steps=2))
     shapes = {m: d.shape for m, d in deltas(loras[0])}
     krons = {m: kron(shape) for m, shape in shapes.items() if not (shape[0] % 4 or shape[1] % 4)}
-    look("LoKr", krons.items())
-    look("LoKr multiplied out", ((m, d.expand()) for m, d in krons.items()))
-    look("base again", ())
+    render("LoKr", krons.items())
+    render("LoKr multiplied out", ((m, d.expand()) for m, d in krons.items()))
+    render("base again", ())
     pictures["untouched"] = numpy.array([torch.equal(before[n], plain(p)) for n, p in transformer.named_parameters()])
 
     # The toolkit's own network on the same model, which it patches for good.
@@ -96,10 +96,10 @@ with Renderer(RenderSettings(settings, "bf16", {}, None, "process[0].model", "cp
         network.eval()
         assert network.load_weights(str(path)) is None
         asked = GenerateImageConfig(
-            prompt=shot.prompt,
+            prompt=spec.prompt,
             width=64,
             height=64,
-            seed=shot.seed,
+            seed=spec.seed,
             guidance_scale=1,
             num_inference_steps=2,
             output_path=f"{Path(out).parent}/{name}[count].png",

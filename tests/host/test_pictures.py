@@ -34,7 +34,7 @@ SAMPLE = {
     "seed": 42,
     "walk_seed": True,
 }
-PICTURES = 2 * 3 + 3 + 2 * 2  # previews; of the ablation three looks on a shot of its own, the base among them; the sweep
+PICTURES = 2 * 3 + 3 + 2 * 2  # previews; of the ablation three variants on a spec of its own, the base among them; the sweep
 
 
 def section(**keys):
@@ -75,7 +75,7 @@ def pixels(path):
     return numpy.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def look(folder, name, label):
+def variant(folder, name, label):
     (found,) = [entry for entry in facts(folder, name)["looks"] if entry["label"] == label]
     return [pixels(folder / "merged_pa_previews" / picture) for picture in found["pictures"]]
 
@@ -88,7 +88,7 @@ def test_the_pictures_are_those_of_the_trainer(shown):
     """Prompts, trigger word, seeds, sizes, steps, model and LoRA: the trainer's own samples before and after its training."""
     folder, _, _ = shown
     before, after = [pixels(p) for p in samples(folder, 0)], [pixels(p) for p in samples(folder, 3)[:2]]
-    base, trained, result = (look(folder, "soft_preview", label) for label in ("base", "pa.safetensors", "soft"))
+    base, trained, result = (variant(folder, "soft_preview", label) for label in ("base", "pa.safetensors", "soft"))
     for n, shape in enumerate([(64, 64, 3), (64, 96, 3)]):
         assert base[n].shape == shape
         assert (base[n] == before[n]).all()
@@ -106,7 +106,7 @@ def test_the_gallery_gets_full_rows_in_names_that_the_viewer_splits(shown):
         parts = [part for part in path.name.split(".")[0].split("_") if part]
         assert len(parts) == 3 and int(parts[1]) == 3 and int(parts[2]) == n % 2
         assert (folder / "samples" / ".thumbs" / f"{path.name}.jpg").is_file()
-    for path, picture in zip(ours, look(folder, "soft_preview", "base"), strict=False):
+    for path, picture in zip(ours, variant(folder, "soft_preview", "base"), strict=False):
         assert (pixels(path) == picture).all(), "the base comes first"
     assert not list(folder.rglob("*.part"))
 
@@ -262,7 +262,7 @@ OUT_OF_MEMORY = """
 import gc, resource, sys, torch
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.host.render import Renderer
-from extensions_built_in.zit_merge.preview.scene import RenderSettings, ImageSpec
+from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 model = {"name_or_path": "~/model", "arch": "zimage:turbo"}
 with Renderer(RenderSettings(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
     small = ImageSpec("a cat", width=64, height=64, steps=1)
@@ -326,8 +326,8 @@ def test_trouble_with_the_model_is_a_sentence_and_memory_is_given_back(toolkit, 
 
 
 def test_a_smaller_size_is_one_that_can_be_rendered():
-    scene = RenderSettings({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
-    assert _cure(scene, ImageSpec("a", width=1040, height=112)) == "set size: [512, 64] in preview"
+    settings = RenderSettings({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
+    assert _cure(settings, ImageSpec("a", width=1040, height=112)) == "set size: [512, 64] in preview"
 
 
 class Told(Status):
@@ -352,7 +352,7 @@ def test_a_stop_while_the_model_is_loaded(loses):
         finally:
             closed.append(1)
 
-    def load(scene):
+    def load(settings):
         with suppress(KeyboardInterrupt) if loses else nullcontext():
             signal.raise_signal(signal.SIGINT)
             went_on.append(1)
@@ -370,18 +370,18 @@ def test_a_stop_while_the_model_is_loaded(loses):
 LAUNCHED = """
 import os, torch
 from torch.distributed import distributed_c10d
-from extensions_built_in.zit_merge.host.team import AccelerateWorkers
-team = AccelerateWorkers()
-mine = team.mine(["a", "b"])
-found = team.gather(mine)
+from extensions_built_in.zit_merge.host.distributed import AccelerateWorkers
+workers = AccelerateWorkers()
+mine = workers.mine(["a", "b"])
+found = workers.gather(mine)
 patience = distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
-os.write(1, f"TEAM {team.is_main} {len(mine)} {found} {sorted(team.heard)} {patience.days}\\n".encode())
+os.write(1, f"WORKERS {workers.is_main} {len(mine)} {found} {sorted(workers.heard)} {patience.days}\\n".encode())
 """
 
 
 def test_three_processes_for_two_pictures(toolkit, run_python):
     words = ["--standalone", "--nproc_per_node", "3", "--no-python", sys.executable, "-c", LAUNCHED]
     ran = run_python("-m", "torch.distributed.run", *words, ACCELERATE_USE_CPU="true")
-    told = sorted(line for line in ran.stdout.splitlines() if line.startswith("TEAM"))
+    told = sorted(line for line in ran.stdout.splitlines() if line.startswith("WORKERS"))
     whole = "['a', 'b'] ['a', 'b'] 1"  # and a day to wait for the others
-    assert told == [f"TEAM False 0 {whole}", f"TEAM False 1 {whole}", f"TEAM True 1 {whole}"], ran.stderr[-2000:]
+    assert told == [f"WORKERS False 0 {whole}", f"WORKERS False 1 {whole}", f"WORKERS True 1 {whole}"], ran.stderr[-2000:]

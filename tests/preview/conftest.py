@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from preview.staging import FEW
+from preview.helpers import FEW
 from workspace import Workspace, lora_bytes
 
 

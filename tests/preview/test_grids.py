@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from preview.staging import ME, MODEL, STYLE, exhibited, planned, step
+from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -15,18 +15,18 @@ from extensions_built_in.zit_merge.preview.settings import ImageSpec
 ONE, BOTH = {"prompts": ["a cat"]}, (ME, STYLE)
 
 
-def looks(exhibition: PreviewPlan) -> list[tuple[str, list[str]]]:
-    return [(e.kind, e.labels) for e in exhibition.exhibits]
+def variants(preview: PreviewPlan) -> list[tuple[str, list[str]]]:
+    return [(e.kind, e.labels) for e in preview.grids]
 
 
 def refused(work: Workspace, *steps: dict, **keys: Any) -> str:
     with pytest.raises(ZitMergeError) as caught:
-        exhibited(work, *steps, **keys)
+        previewed(work, *steps, **keys)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# --- looks ---------------------------------------------------------------------------------------------------------------------
+# --- variants -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,48 +43,46 @@ def refused(work: Workspace, *steps: dict, **keys: Any) -> str:
 )
 def test_what_is_compared(work, pair, compare, labels):
     asked = ONE | ({"compare": compare} if compare else {})
-    assert looks(exhibited(work, step(*BOTH, preview=asked))) == [("preview", labels)]
+    assert variants(previewed(work, step(*BOTH, preview=asked))) == [("preview", labels)]
 
 
 def test_an_input_that_stands_there_twice_is_shown_once(work, pair):
-    assert looks(exhibited(work, step(ME, ME | {"ratio": 0.1}, STYLE, preview=ONE)))[0][1] == [
+    assert variants(previewed(work, step(ME, ME | {"ratio": 0.1}, STYLE, preview=ONE)))[0][1] == [
         *("base", "me.safetensors", "style.safetensors", "soft")
     ]
-    twice = exhibited(work, step(STYLE, STYLE | {"alpha": 2}, preview=ONE))
-    assert looks(twice)[0][1] == ["base", "style.safetensors", "style.safetensors (2)", "soft"], "read in another way"
+    twice = previewed(work, step(STYLE, STYLE | {"alpha": 2}, preview=ONE))
+    assert variants(twice)[0][1] == ["base", "style.safetensors", "style.safetensors (2)", "soft"], "read in another way"
 
 
 def test_inputs_that_are_steps(work, pair):
-    found = exhibited(work, step(*BOTH, name="a"), step({"lora": "a", "ratio": 1.0}, ME, name="b", preview=ONE))
-    assert looks(found) == [("preview", ["base", "a", "me.safetensors", "b"])]
+    found = previewed(work, step(*BOTH, name="a"), step({"lora": "a", "ratio": 1.0}, ME, name="b", preview=ONE))
+    assert variants(found) == [("preview", ["base", "a", "me.safetensors", "b"])]
 
 
 def test_equal_pictures_of_several_steps_are_counted_once(work, pair):
-    found = exhibited(work, step(*BOTH, name="a"), step(STYLE, ME, name="b"), preview=ONE)
-    assert len(found.pictures()) == 3 + 2 and [len(list(e.pictures())) for e in found.exhibits] == [4, 4]
+    found = previewed(work, step(*BOTH, name="a"), step(STYLE, ME, name="b"), preview=ONE)
+    assert len(found.pictures()) == 3 + 2 and [len(list(e.pictures())) for e in found.grids] == [4, 4]
 
 
-def test_exhibits_in_the_order_of_steps(work, pair):
+def test_grids_in_the_order_of_steps(work, pair):
     steps = (
         step(ME, name="a", sweep={"ratio": [0.1, 0.2]}, ablate={"by": "components"}, preview=ONE),
         step(STYLE, name="b", preview=ONE),
     )
-    found = exhibited(work, *steps)
-    assert [(e.plan.name, e.kind) for e in found.exhibits] == [
+    found = previewed(work, *steps)
+    assert [(e.plan.name, e.kind) for e in found.grids] == [
         ("a", "preview"),
         ("a", "sweep"),
         ("a", "ablate"),
         ("b", "preview"),
     ]
-    assert [e.name for e in found.exhibits] == ["a_preview", "a_sweep", "a_ablate", "b_preview"]
+    assert [e.name for e in found.grids] == ["a_preview", "a_sweep", "a_ablate", "b_preview"]
     titles = ["a: previews", "a: ratio", "a: ablation by components, each part left out in turn", "b: previews"]
-    assert [e.title for e in found.exhibits] == titles
+    assert [e.title for e in found.grids] == titles
 
 
 def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
-    (found,) = exhibited(
-        work, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE
-    ).exhibits
+    (found,) = previewed(work, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE).grids
     assert found.labels == ["base", "soft", "only layers 0-14", "only layers 15-29"]
     assert [g.name for g in found.groups] == ["layers 0-14", "layers 15-29"] and found.asked.by == "layers"
 
@@ -101,9 +99,9 @@ def test_an_ablation_that_cant_be(work, pair, asked, says):
 
 
 @pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 3), (8, 8), (9, 5), (10, 5), (17, 6), (30, 8)])
-def test_looks_stand_in_rows_of_about_one_length(work, pair, count, across):
-    found = exhibited(work, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
-    assert found.exhibits[0].across == across
+def test_variants_are_in_rows_of_about_one_length(work, pair, count, across):
+    found = previewed(work, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
+    assert found.grids[0].across == across
 
 
 def test_an_ablation_of_nothing(work, pair):
@@ -120,14 +118,14 @@ def test_two_ablations_of_one_preset(work, pair):
     assert message.startswith("process[0].steps[1].ablate.preset: Mine is also the name at process[0].steps[0].ablate.preset")
 
 
-# --- what the section says -----------------------------------------------------------------------------------------------------
+# --- what the section says ------------------------------------------------------------------------------------------------------
 
 
 def test_a_section_shows_every_step_that_is_kept(work, pair):
     steps = (step(ME, name="a", keep=False), step({"lora": "a", "ratio": 1.0}, name="b"), step(STYLE, name="c", preview=False))
-    assert [e.plan.name for e in exhibited(work, *steps, preview=ONE).exhibits] == ["b"]
+    assert [e.plan.name for e in previewed(work, *steps, preview=ONE).grids] == ["b"]
     steps[0]["preview"] = True
-    assert [e.plan.name for e in exhibited(work, *steps, preview=ONE).exhibits] == ["a", "b"]
+    assert [e.plan.name for e in previewed(work, *steps, preview=ONE).grids] == ["a", "b"]
 
 
 @pytest.mark.parametrize("own", [{"preview": False}, {"keep": False}, {}], ids=str)
@@ -136,16 +134,16 @@ def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, 
     asked = {"prompts": ["x"], "seed": [3, 4], "size": 64}
     sample = {"samples": [{"prompt": "of the training"}]}
     keys = {"sweep": {"ratio": [0.1, 0.2]}, "ablate": {"by": "layers", "groups": 1}}
-    found = exhibited(work, step(ME, **keys, **own), preview=asked, sample=sample)
-    assert {e.kind for e in found.exhibits} == {"sweep", "ablate"} | ({"preview"} if not own else set())
-    for exhibit in found.exhibits:
-        assert exhibit.shots == (ImageSpec("x", 3, 64, 64), ImageSpec("x", 4, 64, 64))
+    found = previewed(work, step(ME, **keys, **own), preview=asked, sample=sample)
+    assert {e.kind for e in found.grids} == {"sweep", "ablate"} | ({"preview"} if not own else set())
+    for grid in found.grids:
+        assert grid.specs == (ImageSpec("x", 3, 64, 64), ImageSpec("x", 4, 64, 64))
 
 
 def test_an_ablation_may_have_prompts_of_its_own(work, pair):
     own = {"by": "layers", "groups": 1, "prompts": ["y"]}
-    preview, ablation = exhibited(work, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).exhibits
-    assert preview.shots == (ImageSpec("x", 5, 64, 64),) and ablation.shots == (ImageSpec("y", 5, 64, 64),)
+    preview, ablation = previewed(work, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).grids
+    assert preview.specs == (ImageSpec("x", 5, 64, 64),) and ablation.specs == (ImageSpec("y", 5, 64, 64),)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +168,12 @@ def test_trouble_is_told_where_it_was_written(work, pair, section, own, place):
     assert refused(work, step(ME, **own), **section).startswith(place)
 
 
-# --- how many ------------------------------------------------------------------------------------------------------------------
+# --- how many -------------------------------------------------------------------------------------------------------------------
 
 
 def test_200_pictures_are_not_too_many(work, pair):
     prompts = [f"prompt {n}" for n in range(100)]
-    assert len(exhibited(work, step(ME, preview={"prompts": prompts, "compare": ["base", "result"]})).pictures()) == 200
+    assert len(previewed(work, step(ME, preview={"prompts": prompts, "compare": ["base", "result"]})).pictures()) == 200
 
 
 @pytest.mark.parametrize(
@@ -206,9 +204,9 @@ def test_more_are_asked_about(work, loras, steps, place):
 )
 def test_whoever_confirms_gets_them_all(work, loras, section, own):
     prompts = {"prompts": [f"prompt {n}" for n in range(101)]}
-    found = exhibited(work, step(ME, sweep={"ratio": [0.1, 0.2]}, **own), preview=prompts | {"compare": ["base"]} | section)
+    found = previewed(work, step(ME, sweep={"ratio": [0.1, 0.2]}, **own), preview=prompts | {"compare": ["base"]} | section)
     assert len(found.pictures()) >= 202
-    found = exhibited(work, step(ME, ablate={"by": "cells", "groups": 30, "confirm": True}), preview=ONE)
+    found = previewed(work, step(ME, ablate={"by": "cells", "groups": 30, "confirm": True}), preview=ONE)
     assert len(found.pictures()) == 243
 
 
@@ -228,18 +226,18 @@ def test_steps_that_ask_for_some(work, pair, own):
     assert asks_for_pictures(planned(work, step(ME, name="a"), step(ME, **own)).section)
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_that_is_printed(work, pair):
     asked = {"prompts": ["a", "b"], "seed": [1, 2], "size": [64, 128], "steps": 3}
-    found = exhibited(work, step(*BOTH, preview=asked), step(ME, name="one", preview=ONE | {"compare": ["base"]}))
+    found = previewed(work, step(*BOTH, preview=asked), step(ME, name="one", preview=ONE | {"compare": ["base"]}))
     assert found.text().splitlines() == [
         "pictures      17 with Tongyi-MAI/Z-Image-Turbo",
-        "  soft: previews: 4 looks x 4 shots, 64 x 128 pixels, 3 steps, guidance 1,",
-        "    seed 1, 2",
-        "  one: previews: 1 look x 1 shot, 1024 x 1024 pixels, 9 steps, guidance 1,",
-        "    seed 42",
+        "  soft: previews: 4 variants x 4 pictures, 64 x 128 pixels, 3 steps, guidance",
+        "    1, seed 1, 2",
+        "  one: previews: 1 variant x 1 picture, 1024 x 1024 pixels, 9 steps, guidance",
+        "    1, seed 42",
     ]
 
 
@@ -247,7 +245,7 @@ def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, pair, tmp_
     folder = tmp_path / ("猫" * 60)
     folder.mkdir()
     seeds = {"prompts": ["a"], "seed": list(range(150))}
-    found = exhibited(
+    found = previewed(
         work, step(ME, name="n" * 150, preview=seeds | {"compare": ["base"]}), model=MODEL | {"name_or_path": str(folder)}
     )
     lines = found.text().splitlines()
@@ -257,8 +255,8 @@ def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, pair, tmp_
 
 def test_settings_in_words():
     assert specs_text([ImageSpec("a")]) == "1024 x 1024 pixels, 9 steps, guidance 1, seed 42"
-    shots = [ImageSpec("a", 1, 64, 128, 4, 2.5), ImageSpec("b", 2, 64, 64, 4, 1.0), ImageSpec("c", 1, 64, 64, 8, 1.0)]
-    assert specs_text(shots) == "64 x 128, 64 x 64 pixels, 4, 8 steps, guidance 2.5, 1, seed 1, 2"
+    specs = [ImageSpec("a", 1, 64, 128, 4, 2.5), ImageSpec("b", 2, 64, 64, 4, 1.0), ImageSpec("c", 1, 64, 64, 8, 1.0)]
+    assert specs_text(specs) == "64 x 128, 64 x 64 pixels, 4, 8 steps, guidance 2.5, 1, seed 1, 2"
 
 
 @pytest.mark.parametrize(
@@ -277,8 +275,8 @@ def test_settings_in_words():
     ],
     ids=str,
 )
-def test_headings_tell_shots_apart(work, pair, prompts, headings):
-    assert exhibited(work, step(ME, preview={"prompts": prompts})).exhibits[0].headings == headings
+def test_headings_tell_specs_apart(work, pair, prompts, headings):
+    assert previewed(work, step(ME, preview={"prompts": prompts})).grids[0].headings == headings
 
 
 def test_numbers_behind_names_are_no_names_of_others():
@@ -295,9 +293,9 @@ def test_before_a_training_the_pictures_are_counted(work, pair):
     sample = {"samples": [{"prompt": "a"}, {"prompt": "b"}]}
     config = work.config(work.training(model=MODEL, sample=sample), work.section(*steps))
     told = " ".join(work.zit("check", config).ok().split())
-    assert "soft: previews: 4 looks x 2 shots" in told and "ema: previews: 4 looks x 2 shots" in told
-    assert "soft: ablation by components, each part left out in turn: 10 looks x 2 shots" in told
-    assert "soft: loras[0].blocks.to_q: 2 looks x 2 shots" in told
+    assert "soft: previews: 4 variants x 2 pictures" in told and "ema: previews: 4 variants x 2 pictures" in told
+    assert "soft: ablation by components, each part left out in turn: 10 variants x 2 pictures" in told
+    assert "soft: loras[0].blocks.to_q: 2 variants x 2 pictures" in told
 
 
 def test_one_step_is_one():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from preview.staging import MODEL, names, plain, planned, settled, step
+from preview.helpers import MODEL, names, plain, planned, settled, step
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.files.atomic import open_exclusively, part_path
@@ -39,7 +39,7 @@ def put(path: Path) -> None:
     plain("gray").save(path)
 
 
-def gallery(home: Path, row: int = 3, step_number: int = 3000) -> ImageStore:
+def store(home: Path, row: int = 3, step_number: int = 3000) -> ImageStore:
     return ImageStore(home / "merged_cat_previews", home / "samples", step_number, row, "cat")
 
 
@@ -67,7 +67,7 @@ def viewer(name: str) -> tuple[int, int]:
 
 
 def test_a_picture_is_kept_as_it_is_with_what_it_follows_from(home):
-    found, noise = gallery(home), np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    found, noise = store(home), np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     record = {"shot": {"prompt": "a köttbullar 猫\n\u2028 \x00"}, "n": [1, 2.5, None]}
     path = found.save("abc", Image.fromarray(noise), record)
     assert path == home / "merged_cat_previews" / "pictures" / "abc.png" and found.has("abc")
@@ -78,13 +78,13 @@ def test_a_picture_is_kept_as_it_is_with_what_it_follows_from(home):
 
 
 def test_the_same_picture_is_the_same_file(home):
-    found = gallery(home)
+    found = store(home)
     first = found.save("a", plain("red"), {"b": 1, "a": 2}).read_bytes()
     assert found.save("a", plain("red"), {"a": 2, "b": 1}).read_bytes() == first
 
 
 def test_a_picture_that_is_not_whole_is_none(home):
-    found = gallery(home)
+    found = store(home)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = found.save("a", picture, {"x": 1})
     whole, draw = path.read_bytes(), random.Random(0)
@@ -104,14 +104,14 @@ def test_a_picture_that_is_not_whole_is_none(home):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_a_picture_of_somebody_else_is_none(home, kind):
-    found = gallery(home)
+    found = store(home)
     found.path("a").parent.mkdir(parents=True)
     plain("red").save(found.path("a"), kind)
     assert not found.has("a")
 
 
 def test_a_picture_that_is_gone_when_it_is_looked_at(home):
-    found = gallery(home)
+    found = store(home)
     for what in (lambda: found.load("a"), lambda: found.show(["a"], ["a"])):
         with pytest.raises(
             ZitMergeError, match=r"a\.png: was there and can't be read any more: run `preview` to render it again"
@@ -124,7 +124,7 @@ def test_a_picture_that_is_gone_when_it_is_looked_at(home):
 
 def test_samples_have_names_that_the_viewer_splits_in_the_order_in_which_they_are_shown(home):
     before = names(home / "samples")
-    shown = write_grid(gallery(home), *COLOURS[:6])
+    shown = write_grid(store(home), *COLOURS[:6])
     assert [viewer(name) for name in shown] == [(3000, n % 3) for n in range(6)]
     after = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
     assert after == before + shown, "ours come last"
@@ -133,10 +133,10 @@ def test_samples_have_names_that_the_viewer_splits_in_the_order_in_which_they_ar
 
 
 def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(home):
-    found = gallery(home)
+    found = store(home)
     picture = Image.linear_gradient("L").resize((640, 320)).convert("RGB")
     found.save("a", picture, {})
-    (path,) = gallery(home, row=1).show(["a"], ["a"])
+    (path,) = store(home, row=1).show(["a"], ["a"])
     assert path.read_bytes() == found.path("a").read_bytes()
     thumb = Image.open(home / "samples" / ".thumbs" / f"{path.name}.jpg")
     assert thumb.size == (300, 300) and thumb.format == "JPEG"
@@ -148,7 +148,7 @@ def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(h
 @pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
-    shown = write_grid(gallery(home, row), *COLOURS[:count], size=(96, 64))
+    shown = write_grid(store(home, row), *COLOURS[:count], size=(96, 64))
     assert len(shown) % row == 0 and len(shown) - count < row
     assert [viewer(name)[1] for name in shown] == [n % row for n in range(len(shown))]
     assert colours(home / "samples", shown[:count]) == COLOURS[:count]
@@ -160,22 +160,22 @@ def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
 
 
 def test_what_is_there_is_not_shown_again(home):
-    found = gallery(home)
+    found = store(home)
     first = write_grid(found, "red", "green")
-    assert write_grid(found, "red", "green") == [] and write_grid(gallery(home), "green") == []
+    assert write_grid(found, "red", "green") == [] and write_grid(store(home), "green") == []
     more = write_grid(found, "red", "blue", "green")
     assert len(more) == 3 and colours(home / "samples", more[:1]) == ["blue"]
     assert max(first) < min(more)
 
 
 def test_another_training_step_is_another_row_but_no_other_picture(home):
-    write_grid(gallery(home), "red")
-    assert write_grid(gallery(home, step_number=6000), "red") == []
-    assert {viewer(name)[0] for name in write_grid(gallery(home, step_number=6000), "green")} == {6000}
+    write_grid(store(home), "red")
+    assert write_grid(store(home, step_number=6000), "red") == []
+    assert {viewer(name)[0] for name in write_grid(store(home, step_number=6000), "green")} == {6000}
 
 
 def test_a_sample_that_was_deleted_comes_back_to_its_place(home):
-    found = gallery(home)
+    found = store(home)
     shown = write_grid(found, *COLOURS[:6])
     before = names(home / "samples")
     for name in (shown[1], shown[2], shown[5]):
@@ -185,7 +185,7 @@ def test_a_sample_that_was_deleted_comes_back_to_its_place(home):
 
 
 def test_samples_that_were_deleted_in_whole_rows_come_last_again(home):
-    found = gallery(home)
+    found = store(home)
     shown = write_grid(found, *COLOURS[:6])
     for name in shown[:3]:
         (home / "samples" / name).unlink()
@@ -197,8 +197,8 @@ def test_samples_that_were_deleted_in_whole_rows_come_last_again(home):
     assert len(write_grid(found, *COLOURS[:6])) == 6
 
 
-def test_an_interrupted_hanging_is_made_good(home, monkeypatch):
-    found = gallery(home)
+def test_an_interrupted_show_is_completed_by_the_next(home, monkeypatch):
+    found = store(home)
     for colour in COLOURS[:5]:
         found.save(colour, plain(colour), {})
     write, count = ImageStore._sample, [0]
@@ -221,7 +221,7 @@ def test_an_interrupted_hanging_is_made_good(home, monkeypatch):
 
 def test_names_never_collide_nor_go_back_in_time(home, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1763563000.0)  # a clock that stands still, and was put back
-    found = gallery(home)
+    found = store(home)
     first = write_grid(found, *COLOURS[:3])
     second = write_grid(found, *COLOURS[3:6])
     every = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
@@ -234,13 +234,13 @@ def test_other_files_among_the_samples_mean_nothing(home, name):
         (home / "samples" / "9999999999999__").mkdir(parents=True)
     else:
         (home / "samples" / name).write_text("x")
-    (first, *_) = write_grid(gallery(home), "red")
+    (first, *_) = write_grid(store(home), "red")
     assert re.match(r"\d{13}__000003000_0\.png$", first)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"red": 5}', '{"red": "../../x.png"}', '{"red": "1__2.png"}', "\ud800"])
 def test_a_broken_record_of_samples_is_as_none(home, content):
-    found = gallery(home)
+    found = store(home)
     found.folder.mkdir(parents=True)
     (found.folder / "samples.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     assert len(write_grid(found, "red")) == 3
@@ -257,7 +257,7 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     def one():
         try:
             for _ in range(3):
-                write_grid(gallery(home), *COLOURS[:4])
+                write_grid(store(home), *COLOURS[:4])
         except ZitMergeError as e:  # the other one is writing this very file
             troubles.append(e)
 
@@ -267,15 +267,15 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     for thread in threads:
         thread.join()
     assert all("another" in str(e) for e in troubles) and len(troubles) < 3
-    write_grid(gallery(home), *COLOURS[:4])
-    found = gallery(home)
+    write_grid(store(home), *COLOURS[:4])
+    found = store(home)
     assert all(found.has(colour) for colour in COLOURS[:4]) and not list(home.rglob("*.part"))
     for path in (home / "samples").glob("*.png"):
         Image.open(path).load()
 
 
 def test_a_file_that_another_run_is_writing(home):
-    found = gallery(home)
+    found = store(home)
     found.save("a", plain("red"), {})
     with open_exclusively(part_path(found.path("a"))), pytest.raises(ZitMergeError, match="another"):
         found.save("a", plain("red"), {})
@@ -287,13 +287,13 @@ def test_a_folder_that_cant_be_written(home, blocked):
     (home / blocked).parent.mkdir(exist_ok=True)
     (home / blocked).write_text("a file")
     with pytest.raises(ZitMergeError, match=r"can't be written \(.*\): check the folder and its permissions"):
-        gallery(home).save("a", plain("red"), {})
+        store(home).save("a", plain("red"), {})
 
 
 def test_samples_that_cant_be_written(tmp_path):
     (tmp_path / "samples").write_text("a file")
     with pytest.raises(ZitMergeError, match="can't be written"):
-        write_grid(gallery(tmp_path), "red")
+        write_grid(store(tmp_path), "red")
 
 
 # --- where they lie ------------------------------------------------------------------------------------------------------------
@@ -301,8 +301,8 @@ def test_samples_that_cant_be_written(tmp_path):
 
 def of_job(work, job: str = "cat", *, trained: bool = True, section: dict | None = None, **how: Any) -> ImageStore:
     processes = [work.training()] if trained else []
-    _, site = settled(work, *processes, work.section(step(), **section or {}), job=job, **how)
-    return image_store(site, 4)
+    _, context = settled(work, *processes, work.section(step(), **section or {}), job=job, **how)
+    return image_store(context, 4)
 
 
 def test_in_the_folder_of_the_job(work):
@@ -369,6 +369,6 @@ def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(work
     assert message.startswith(
         "process[1].preview: AI-Toolkit would take the folder merged_*[e]ws_previews for a checkpoint of *[e]ws"
     )
-    section, site = settled(work, work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
+    section, context = settled(work, work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
     with pytest.raises(ZitMergeError, match="without wildcards"):
-        preview_plan(section, site, planned(work, step()).plans)
+        preview_plan(section, context, planned(work, step()).plans)

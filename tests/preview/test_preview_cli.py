@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from preview.staging import ME, MODEL, STYLE, names, step
+from preview.helpers import ME, MODEL, STYLE, names, step
 from workspace import Workspace
 
 ONE = {"prompts": ["a cat"], "size": 64}
@@ -27,7 +27,7 @@ def one_line(text: str) -> str:
 def test_check_tells_which_pictures_there_will_be(work, pair):
     told = work.zit("check", job(work, SWEPT)).ok()
     assert "\npictures      7 with Tongyi-MAI/Z-Image-Turbo\n" in told and told.endswith("no errors\n")
-    assert "soft: ratio and blocks.to_q: 4 looks x 1 shot, 64 x 64 pixels" in one_line(told)
+    assert "soft: ratio and blocks.to_q: 4 variants x 1 picture, 64 x 64 pixels" in one_line(told)
     assert all(len(line) < 80 for line in told.split("pictures  ")[1].splitlines())
 
 

@@ -1,4 +1,4 @@
-"""A section's pictures from beginning to end, with a painter in the place of a model."""
+"""A section's pictures from beginning to end, with a renderer in the place of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from preview.staging import CPU, ME, MODEL, STYLE, Easel, Painter, names, plain, planned, run, step
+from preview.helpers import CPU, ME, MODEL, STYLE, FakeRenderer, Loader, names, plain, planned, run, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -34,52 +34,52 @@ def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **key
     return preview_plan(found.section, found.site, found.plans)
 
 
-def rendered(exhibition: PreviewPlan, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
-    """Shows an exhibition. Returns what was told."""
-    return list(show(exhibition, CPU, load or Easel(), page, **{"tick": lambda *told: None} | how))
+def rendered(preview: PreviewPlan, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
+    """Shows a preview. Returns what was told."""
+    return list(show(preview, CPU, load or Loader(), page, **{"tick": lambda *told: None} | how))
 
 
-def gallery(exhibition: PreviewPlan) -> ImageStore:
-    return image_store(exhibition.site, exhibition.scene.row)
+def store(preview: PreviewPlan) -> ImageStore:
+    return image_store(preview.context, preview.settings.row)
 
 
-def pictures(exhibition: PreviewPlan) -> list[str]:
-    return names(gallery(exhibition).folder / "pictures")
+def pictures(preview: PreviewPlan) -> list[str]:
+    return names(store(preview).folder / "pictures")
 
 
-def facts(exhibition: PreviewPlan, name: str) -> dict[str, Any]:
-    return json.loads((gallery(exhibition).folder / f"{name}.json").read_text())
+def facts(preview: PreviewPlan, name: str) -> dict[str, Any]:
+    return json.loads((store(preview).folder / f"{name}.json").read_text())
 
 
-def everything(exhibition: PreviewPlan) -> dict[str, bytes]:
+def everything(preview: PreviewPlan) -> dict[str, bytes]:
     """Every file in our folder, but for the times in the names of samples, and where the folder is."""
-    folder = gallery(exhibition).folder
+    folder = store(preview).folder
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "samples.json"}
     home = str(folder.parent.parent).encode()
     return {name: content if name.endswith(".png") else content.replace(home, b"HOME") for name, content in found.items()}
 
 
-def samples(exhibition: PreviewPlan) -> list[Path]:
-    return sorted(gallery(exhibition).samples.glob("*.png"))
+def samples(preview: PreviewPlan) -> list[Path]:
+    return sorted(store(preview).samples.glob("*.png"))
 
 
 # --- what is rendered ----------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_are_those_of_the_base_the_inputs_and_the_result(work, pair):
-    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
-    rendered(exhibition, easel)
-    shots = exhibition.exhibits[0].shots
-    found = facts(exhibition, "soft_preview")
-    assert [look["label"] for look in found["looks"]] == ["base", "me.safetensors", "style.safetensors", "soft"]
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
+    rendered(preview, loader)
+    specs = preview.grids[0].specs
+    found = facts(preview, "soft_preview")
+    assert [variant["label"] for variant in found["looks"]] == ["base", "me.safetensors", "style.safetensors", "soft"]
     done = run(planned(work, step(*BOTH)))
     files = [None, work.folder / "me.safetensors", work.folder / "style.safetensors", done[0].path]
-    for look, file in zip(found["looks"], files, strict=True):
-        painter = Painter(exhibition.scene)
-        painter.set_adapter(_file(file) if file else ())
-        for shot, name in zip(shots, look["pictures"], strict=True):
-            ours = Image.open(gallery(exhibition).folder / name)
-            assert ours.tobytes() == painter.render(shot).tobytes(), (look["label"], shot)
+    for variant, file in zip(found["looks"], files, strict=True):
+        renderer = FakeRenderer(preview.settings)
+        renderer.set_adapter(_file(file) if file else ())
+        for spec, name in zip(specs, variant["pictures"], strict=True):
+            ours = Image.open(store(preview).folder / name)
+            assert ours.tobytes() == renderer.render(spec).tobytes(), (variant["label"], spec)
 
 
 def _file(path: Path):
@@ -93,45 +93,45 @@ def _file(path: Path):
 
 
 def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(work, pair):
-    easel = Easel()
-    rendered(of(work, step(*BOTH, preview=True)), easel)
-    (painter,) = easel.loaded
-    assert painter.worn == 4 and len(painter.painted) == 8 and painter.closed
-    worn = [look for look, _ in painter.painted]
-    assert [worn.index(look) for look in worn] == [0, 0, 2, 2, 4, 4, 6, 6], "pictures of one LoRA follow each other"
+    loader = Loader()
+    rendered(of(work, step(*BOTH, preview=True)), loader)
+    (renderer,) = loader.loaded
+    assert renderer.adapters == 4 and len(renderer.pictures) == 8 and renderer.closed
+    adapters = [adapter for adapter, _ in renderer.pictures]
+    assert [adapters.index(a) for a in adapters] == [0, 0, 2, 2, 4, 4, 6, 6], "pictures of one LoRA follow each other"
 
 
-def test_several_exhibits_load_one_model_and_render_no_picture_twice(work, pair):
+def test_several_grids_load_one_model_and_render_no_picture_twice(work, pair):
     steps = (
         step(ME, preview=True, sweep={"ratio": [0.3, 0.8]}, ablate={"by": "layers", "groups": 2}),
         step(*BOTH, name="both", preview=True),
     )
-    exhibition, easel = of(work, *steps), Easel()
-    rendered(exhibition, easel)
-    (painter,) = easel.loaded
-    assert len(set(painter.painted)) == len(painter.painted) == len(pictures(exhibition))
-    # base, me, soft; 0.3; without either half of the layers; style, both: each on two shots
-    assert len(pictures(exhibition)) == 2 * (3 + 1 + 2 + 2)
+    preview, loader = of(work, *steps), Loader()
+    rendered(preview, loader)
+    (renderer,) = loader.loaded
+    assert len(set(renderer.pictures)) == len(renderer.pictures) == len(pictures(preview))
+    # base, me, soft; 0.3; without either half of the layers; style, both: each on two specs
+    assert len(pictures(preview)) == 2 * (3 + 1 + 2 + 2)
 
 
 def test_a_model_is_not_loaded_where_all_pictures_are_there(work, pair):
-    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
-    first = rendered(exhibition, easel)
-    again = rendered(of(work, step(*BOTH, preview=True)), easel)
-    assert len(easel.loaded) == 1
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
+    first = rendered(preview, loader)
+    again = rendered(of(work, step(*BOTH, preview=True)), loader)
+    assert len(loader.loaded) == 1
     assert first[0] == "8 pictures rendered, 0 of 8 were there" and again[0] == "0 pictures rendered, 8 of 8 were there"
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut", "emptied", "replaced"])
 def test_a_picture_that_is_harmed_is_rendered_again(work, pair, harm):
-    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
-    rendered(exhibition)
-    before = everything(exhibition)
-    path = gallery(exhibition).folder / "pictures" / pictures(exhibition)[3]
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
+    rendered(preview)
+    before = everything(preview)
+    path = store(preview).folder / "pictures" / pictures(preview)[3]
     content = {"cut": path.read_bytes()[:-30], "emptied": b"", "replaced": b"GIF89a"}.get(harm)
     path.unlink() if content is None else path.write_bytes(content)
-    assert rendered(exhibition, easel)[0] == "1 picture rendered, 7 of 8 were there"
-    assert len(easel.painted) == 1 and everything(exhibition) == before
+    assert rendered(preview, loader)[0] == "1 picture rendered, 7 of 8 were there"
+    assert len(loader.pictures) == 1 and everything(preview) == before
 
 
 def test_other_numbers_are_other_pictures_and_the_base_stays(work, pair):
@@ -144,8 +144,8 @@ def test_other_numbers_are_other_pictures_and_the_base_stays(work, pair):
 
 
 def test_other_names_are_the_same_pictures(work, pair):
-    exhibition = of(work, step(*BOTH, preview=True), step({"lora": "soft", "ratio": 0.5}, name="b", preview=True))
-    rendered(exhibition)
+    preview = of(work, step(*BOTH, preview=True), step({"lora": "soft", "ratio": 0.5}, name="b", preview=True))
+    rendered(preview)
     (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
     you = ME | {"lora": "you.safetensors"}
     renamed = of(work, step(you, STYLE, name="c", preview=True), step({"lora": "c", "ratio": 0.5}, name="d", preview=True))
@@ -154,15 +154,15 @@ def test_other_names_are_the_same_pictures(work, pair):
 
 def test_whether_a_file_is_there_makes_no_difference(work, pair):
     steps = (step(*BOTH, rank=2, keep=False), step({"lora": "soft", "ratio": 0.5}, STYLE, name="b", preview=True, rank=3))
-    exhibition = of(work, *steps)
-    rendered(exhibition)
-    before = everything(exhibition)
-    for path in (gallery(exhibition).folder / "pictures").iterdir():
+    preview = of(work, *steps)
+    rendered(preview)
+    before = everything(preview)
+    for path in (store(preview).folder / "pictures").iterdir():
         path.unlink()
     config = work.folder / "config.json"
     work.zit("run", config).ok()
     rendered(of(work, *steps))
-    assert everything(exhibition) == before
+    assert everything(preview) == before
 
 
 # --- stops and troubles --------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_whether_a_file_is_there_makes_no_difference(work, pair):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZitMergeError])
 @pytest.mark.parametrize("after", [1, 3, 8])
 def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, after, stop):
-    exhibition, easel, told = of(work, step(*BOTH, preview=True)), Easel(), []
+    preview, loader, told = of(work, step(*BOTH, preview=True)), Loader(), []
 
     def tick(what: str, done: int, total: int) -> None:
         told.append((what, done, total))
@@ -179,59 +179,59 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, af
             raise stop("stop")
 
     with pytest.raises(stop):
-        rendered(exhibition, easel, tick=tick)
-    assert len(pictures(exhibition)) == after == len(easel.painted) and easel.loaded[0].closed
+        rendered(preview, loader, tick=tick)
+    assert len(pictures(preview)) == after == len(loader.pictures) and loader.loaded[0].closed
     labels = ["base", "base", "me.safetensors", "me.safetensors", "style.safetensors", "style.safetensors", "soft", "soft"]
     assert told == [(labels[n], n + 1, 8) for n in range(after)]
-    assert rendered(exhibition, easel)[0] == f"{8 - after} picture{'s' * (after != 7)} rendered, {after} of 8 were there"
-    assert len(easel.painted) == 8 == len(set(easel.painted))
+    assert rendered(preview, loader)[0] == f"{8 - after} picture{'s' * (after != 7)} rendered, {after} of 8 were there"
+    assert len(loader.pictures) == 8 == len(set(loader.pictures))
 
 
-class Clumsy(Painter):
+class FailingRenderer(FakeRenderer):
     """Has no room for pictures of a dog."""
 
-    def render(self, shot):
-        if "dog" in shot.prompt:
+    def render(self, spec):
+        if "dog" in spec.prompt:
             raise ZitMergeError("out of memory for 64 x 64 pixels: set low_vram: true")
-        return super().render(shot)
+        return super().render(spec)
 
 
 def test_trouble_with_one_picture_is_told_and_the_others_stay(work, pair):
-    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel(Clumsy)
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader(FailingRenderer)
     with pytest.raises(ZitMergeError, match=r"^out of memory for 64 x 64 pixels: set low_vram: true$"):
-        rendered(exhibition, easel)
-    assert len(pictures(exhibition)) == 1 and easel.loaded[0].closed
-    assert rendered(exhibition)[0] == "7 pictures rendered, 1 of 8 were there"
+        rendered(preview, loader)
+    assert len(pictures(preview)) == 1 and loader.loaded[0].closed
+    assert rendered(preview)[0] == "7 pictures rendered, 1 of 8 were there"
 
 
-def test_exhibits_are_hung_one_after_the_other(work, pair):
+def test_grids_are_written_one_after_the_other(work, pair):
     """What is done can be looked at while the next one is rendered."""
     steps = (step(ME, preview=True), step(STYLE, name="b", preview=SMALL | {"prompts": ["a dog"]}))
     steps[0]["preview"] = SMALL | {"prompts": ["a cat"]}
-    exhibition = of(work, *steps)
+    preview = of(work, *steps)
     with pytest.raises(ZitMergeError, match="out of memory"):
-        rendered(exhibition, Easel(Clumsy))
-    assert (gallery(exhibition).folder / "soft_preview.png").is_file()
-    assert not (gallery(exhibition).folder / "b_preview.png").exists()
+        rendered(preview, Loader(FailingRenderer))
+    assert (store(preview).folder / "soft_preview.png").is_file()
+    assert not (store(preview).folder / "b_preview.png").exists()
 
 
 def test_a_reader_that_stops_stops_the_rendering(work, pair):
-    easel = Easel()
-    told = show(of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True)), CPU, easel, None, lambda *told: None)
+    loader = Loader()
+    told = show(of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True)), CPU, loader, None, lambda *told: None)
     next(told)
     told.close()
-    assert easel.loaded[0].closed and len(easel.painted) == 8
+    assert loader.loaded[0].closed and len(loader.pictures) == 8
 
 
 def test_a_file_that_goes_while_the_pictures_are_rendered(work, pair):
     """Its hash is known, its numbers are not: a sentence."""
-    exhibition = of(work, step(*BOTH, preview=True))
+    preview = of(work, step(*BOTH, preview=True))
 
     def tick(what: str, done: int, total: int) -> None:
         (work.folder / "style.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(ZitMergeError, match=r"style\.safetensors: there is no such file"):
-        rendered(exhibition, tick=tick)
+        rendered(preview, tick=tick)
 
 
 def test_passes_over_modules_can_be_stopped(work, pair):
@@ -240,13 +240,13 @@ def test_passes_over_modules_can_be_stopped(work, pair):
             yield module
             raise KeyboardInterrupt
 
-    exhibition = of(work, step(*BOTH, preview={"compare": ["result"]}, rank={"energy": 0.9}))
+    preview = of(work, step(*BOTH, preview={"compare": ["result"]}, rank={"energy": 0.9}))
     with pytest.raises(KeyboardInterrupt):
-        rendered(exhibition, watched=watched)
-    exhibition = of(work, step(ME, ablate={"by": "components"}, preview=False))
+        rendered(preview, watched=watched)
+    preview = of(work, step(ME, ablate={"by": "components"}, preview=False))
     with pytest.raises(KeyboardInterrupt):
-        rendered(exhibition, watched=watched)
-    assert pictures(exhibition) and not (gallery(exhibition).folder / "soft_ablate.json").exists(), "stopped while it measured"
+        rendered(preview, watched=watched)
+    assert pictures(preview) and not (store(preview).folder / "soft_ablate.json").exists(), "stopped while it measured"
 
 
 # --- several processes ---------------------------------------------------------------------------------------------------------
@@ -282,21 +282,21 @@ class Pair(Workers):
         return found
 
 
-def together(make: Any, easels: Sequence[Easel], page: RunPage | None = None, **how: Any) -> list[Any]:
-    """Shows an exhibition in as many threads as there are easels. Returns what each told, or its error."""
-    meeting, table = threading.Barrier(len(easels)), [()] * len(easels)
-    told: list[Any] = [None] * len(easels)
+def together(make: Any, loaders: Sequence[Loader], page: RunPage | None = None, **how: Any) -> list[Any]:
+    """Shows a preview in as many threads as there are loaders. Returns what each told, or its error."""
+    meeting, table = threading.Barrier(len(loaders)), [()] * len(loaders)
+    told: list[Any] = [None] * len(loaders)
 
     def work(rank: int) -> None:
         try:
-            team = Pair(rank, meeting, table, len(easels))
-            told[rank] = rendered(make(), easels[rank], page if rank == 0 else None, team=team, **how)
+            workers = Pair(rank, meeting, table, len(loaders))
+            told[rank] = rendered(make(), loaders[rank], page if rank == 0 else None, workers=workers, **how)
         except BaseException as e:
             told[rank] = e
             if not isinstance(e, ZitMergeError):
                 meeting.abort()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(easels))]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(loaders))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -316,87 +316,89 @@ def test_results_dont_depend_on_the_number_of_processes(work, pair, count, tmp_p
     alone = of(work, *STEPS)
     rendered(alone)
     shared = of(work, *STEPS, training_folder=str(work.folder / "other"))
-    easels = [Easel() for _ in range(count)]
-    told = together(lambda: shared, easels)
+    loaders = [Loader() for _ in range(count)]
+    told = together(lambda: shared, loaders)
     assert everything(shared) == everything(alone)
     assert told[1:] == [[]] * (count - 1), "only the main one tells"
-    painted = [len(easel.painted) for easel in easels]
-    assert sum(painted) == len(pictures(shared)) and max(painted) - min(painted) <= 1
-    assert [len(easel.loaded) for easel in easels] == [1] * count
+    counts = [len(loader.pictures) for loader in loaders]
+    assert sum(counts) == len(pictures(shared)) and max(counts) - min(counts) <= 1
+    assert [len(loader.loaded) for loader in loaders] == [1] * count
     assert [p.read_bytes() for p in samples(shared)] == [p.read_bytes() for p in samples(alone)]
 
 
 def test_more_processes_than_pictures(work, pair):
-    exhibition, easels = (
+    preview, loaders = (
         of(work, step(ME, preview=SMALL | {"prompts": ["a"], "compare": ["result"]})),
-        [Easel() for _ in range(3)],
+        [Loader() for _ in range(3)],
     )
-    told = together(lambda: exhibition, easels)
-    assert [len(easel.loaded) for easel in easels] == [1, 0, 0] and told[0][0] == "1 picture rendered, 0 of 1 were there"
-    assert together(lambda: exhibition, easels)[0][0] == "0 pictures rendered, 1 of 1 were there"
+    told = together(lambda: preview, loaders)
+    assert [len(loader.loaded) for loader in loaders] == [1, 0, 0] and told[0][0] == "1 picture rendered, 0 of 1 were there"
+    assert together(lambda: preview, loaders)[0][0] == "0 pictures rendered, 1 of 1 were there"
 
 
 def test_every_process_tells_how_far_it_is_with_its_own_part(work, pair):
     told: list[tuple[int, int]] = []
-    exhibition = of(work, step(*BOTH, preview=True))
-    together(lambda: exhibition, [Easel(), Easel()], tick=lambda what, done, total: told.append((done, total)))
+    preview = of(work, step(*BOTH, preview=True))
+    together(lambda: preview, [Loader(), Loader()], tick=lambda what, done, total: told.append((done, total)))
     assert sorted(told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
 
 def test_trouble_in_one_process_reaches_all(work, pair):
-    exhibition = of(work, step(*BOTH, preview=True))
-    easels = [Easel(), Easel(Clumsy)]
-    told = together(lambda: exhibition, easels)
+    preview = of(work, step(*BOTH, preview=True))
+    loaders = [Loader(), Loader(FailingRenderer)]
+    told = together(lambda: preview, loaders)
     assert [str(e) for e in told] == ["out of memory for 64 x 64 pixels: set low_vram: true"] * 2
     assert all(isinstance(e, ZitMergeError) for e in told)
-    assert len(pictures(exhibition)) == 5, "the main one did its four, the other one"
-    assert not (gallery(exhibition).folder / "soft_preview.png").exists()
-    assert together(lambda: exhibition, [Easel(), Easel()])[0][0] == "3 pictures rendered, 5 of 8 were there"
+    assert len(pictures(preview)) == 5, "the main one did its four, the other one"
+    assert not (store(preview).folder / "soft_preview.png").exists()
+    assert together(lambda: preview, [Loader(), Loader()])[0][0] == "3 pictures rendered, 5 of 8 were there"
 
 
 # --- where it is shown ---------------------------------------------------------------------------------------------------------
 
 
-def test_samples_in_full_rows_look_by_look(work, pair):
-    exhibition = of(work, step(*BOTH, preview=True))
-    rendered(exhibition)
-    shown = samples(exhibition)
-    found = facts(exhibition, "soft_preview")
-    order = [name for look in found["looks"] for name in look["pictures"]]
-    assert [p.read_bytes() for p in shown] == [(gallery(exhibition).folder / name).read_bytes() for name in order]
+def test_samples_in_full_rows_variant_by_variant(work, pair):
+    preview = of(work, step(*BOTH, preview=True))
+    rendered(preview)
+    shown = samples(preview)
+    found = facts(preview, "soft_preview")
+    order = [name for variant in found["looks"] for name in variant["pictures"]]
+    assert [p.read_bytes() for p in shown] == [(store(preview).folder / name).read_bytes() for name in order]
     assert [p.stem.split("__")[1] for p in shown] == [f"{0:09d}_{n % 2}" for n in range(8)]
-    rendered(exhibition)
-    assert samples(exhibition) == shown
+    rendered(preview)
+    assert samples(preview) == shown
 
 
-def test_other_shots_than_the_samples_fill_rows_with_a_legend(work, pair, monkeypatch):
+def test_other_specs_than_the_samples_fill_rows_with_a_legend(work, pair, monkeypatch):
     from extensions_built_in.zit_merge.preview import image_store as module
 
     lines: list[str] = []
     monkeypatch.setattr(module, "legend", lambda title, rows, size: lines.extend([title, *rows]) or plain("black", size))
-    exhibition = of(work, step(ME, preview={"prompts": ["a"], "seed": [1, 2, 3], "size": 64, "compare": ["base"]}))
-    rendered(exhibition)
-    assert len(samples(exhibition)) == 4
+    preview = of(work, step(ME, preview={"prompts": ["a"], "seed": [1, 2, 3], "size": 64, "compare": ["base"]}))
+    rendered(preview)
+    assert len(samples(preview)) == 4
     assert lines == ["zit_merge: cat", "1. base: a (seed 1)", "2. base: a (seed 2)", "3. base: a (seed 3)"]
 
 
 def test_pictures_that_are_measured_are_not_in_the_samples(work, pair):
-    exhibition = of(work, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
-    (text,) = [text for text in rendered(exhibition) if text.startswith("soft: ablation")]
-    assert samples(exhibition) == []
-    folder = gallery(exhibition).folder
+    preview = of(work, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
+    (text,) = [text for text in rendered(preview) if text.startswith("soft: ablation")]
+    assert samples(preview) == []
+    folder = store(preview).folder
     assert names(folder) == ["mine.yaml", "pictures", *(f"soft_ablate{end}" for end in (".json", ".png", "_chart.png"))]
     assert all(str(folder / name) in text for name in names(folder) if name != "pictures")
     assert f"to use the preset mine: preset: {folder / 'mine.yaml'}" in text
-    measured = facts(exhibition, "soft_ablate")["ablation"]
+    measured = facts(preview, "soft_ablate")["ablation"]
     assert [group["name"] for group in measured["groups"]] == ["layers 0-29"]
 
 
 def test_every_part_is_measured_on_its_own_pictures(work, pair):
-    exhibition = of(work, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
-    rendered(exhibition)
-    found, folder = facts(exhibition, "soft_ablate"), gallery(exhibition).folder
-    drawn = {look["label"]: [tensor_of(Image.open(folder / name)) for name in look["pictures"]] for look in found["looks"]}
+    preview = of(work, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
+    rendered(preview)
+    found, folder = facts(preview, "soft_ablate"), store(preview).folder
+    drawn = {
+        variant["label"]: [tensor_of(Image.open(folder / name)) for name in variant["pictures"]] for variant in found["looks"]
+    }
     assert len(found["ablation"]["groups"]) == 8
     for group in found["ablation"]["groups"]:
         without = [pixels(a, b) for a, b in zip(drawn[f"without {group['name']}"], drawn["soft"], strict=True)]
@@ -404,59 +406,59 @@ def test_every_part_is_measured_on_its_own_pictures(work, pair):
         assert group["metrics"]["pixels"]["share"] == pytest.approx(sum(without) / sum(whole))
 
 
-def test_what_is_told_of_an_exhibit_says_where_it_lies(work, pair):
-    exhibition = of(work, step(*BOTH, preview=True))
-    told = rendered(exhibition)
-    folder = gallery(exhibition).folder
+def test_what_is_told_of_a_grid_says_where_it_lies(work, pair):
+    preview = of(work, step(*BOTH, preview=True))
+    told = rendered(preview)
+    folder = store(preview).folder
     assert told[1] == "\n".join(
         ["soft: previews: 8 pictures", *(f"    {folder / f'soft_preview.{end}'}" for end in ("png", "json"))]
     )
 
 
 def test_a_table_for_programs(work, pair):
-    exhibition = of(work, step(ME, preview=True, sweep={"ratio": [0.2, 0.4], "blocks.to_q": [0, 1]}))
-    rendered(exhibition)
-    found = facts(exhibition, "soft_sweep")
+    preview = of(work, step(ME, preview=True, sweep={"ratio": [0.2, 0.4], "blocks.to_q": [0, 1]}))
+    rendered(preview)
+    found = facts(preview, "soft_sweep")
     assert {key: found[key] for key in ("job", "step", "kind", "title")} == {
         "job": "cat",
         "step": "soft",
         "kind": "sweep",
         "title": "soft: ratio and blocks.to_q",
     }
-    assert [shot["prompt"] for shot in found["shots"]] == ["a cat", "a dog"] and [s["seed"] for s in found["shots"]] == [42, 7]
-    assert [look["label"] for look in found["looks"]][:2] == ["1: ratio 0.2, blocks.to_q 0", "2: ratio 0.4, blocks.to_q 0"]
-    for look in found["looks"]:
-        assert all((gallery(exhibition).folder / name).is_file() for name in look["pictures"])
-        assert "type: zit_merge" in look["section"] and look["follows_from"]["steps"][0]["loras"][0]["strengths"]
-    told = json.dumps([found["scene"], [look["follows_from"] for look in found["looks"]]])
+    assert [spec["prompt"] for spec in found["shots"]] == ["a cat", "a dog"] and [s["seed"] for s in found["shots"]] == [42, 7]
+    assert [variant["label"] for variant in found["looks"]][:2] == ["1: ratio 0.2, blocks.to_q 0", "2: ratio 0.4, blocks.to_q 0"]
+    for variant in found["looks"]:
+        assert all((store(preview).folder / name).is_file() for name in variant["pictures"])
+        assert "type: zit_merge" in variant["section"] and variant["follows_from"]["steps"][0]["loras"][0]["strengths"]
+    told = json.dumps([found["scene"], [variant["follows_from"] for variant in found["looks"]]])
     assert str(work.folder) not in told and "me.safetensors" not in told
 
 
 def test_a_picture_knows_all_that_it_follows_from(work, pair):
-    exhibition = of(work, step(ME, preview=True))
-    rendered(exhibition)
-    for name in pictures(exhibition):
-        record = json.loads(Image.open(gallery(exhibition).folder / "pictures" / name).text["zit_merge"])
+    preview = of(work, step(ME, preview=True))
+    rendered(preview)
+    for name in pictures(preview):
+        record = json.loads(Image.open(store(preview).folder / "pictures" / name).text["zit_merge"])
         assert set(record) == {"zit_merge", "scene", "look", "shot"} and str(work.folder) not in json.dumps(record)
 
 
-def test_two_shots_that_differ_in_one_thing_only(work, pair):
+def test_two_specs_that_differ_in_one_thing_only(work, pair):
     """They have headings of their own, on sheets and on the page."""
     prompts = ["a", "a --n dark", "a --n grey", "a --steps 3", "a --seed 5", "a --w 128"]
-    exhibition = of(work, step(ME, preview={"prompts": prompts, "size": 64, "compare": ["base"]}))
-    headings = exhibition.exhibits[0].headings
-    assert len(set(headings)) == 6 == len(exhibition.exhibits[0].shots)
-    page = begun(exhibition)
-    rendered(exhibition, page=page)
+    preview = of(work, step(ME, preview={"prompts": prompts, "size": 64, "compare": ["base"]}))
+    headings = preview.grids[0].headings
+    assert len(set(headings)) == 6 == len(preview.grids[0].specs)
+    page = begun(preview)
+    rendered(preview, page=page)
     assert len(shown_on(page)["soft"][0]["pictures"]) == 6
 
 
 def test_inputs_of_one_name(work, loras):
     (work.folder / "deep").mkdir()
     work.lora("deep/me.safetensors", seed=5)
-    exhibition = of(work, step(ME, ME | {"lora": "deep/me.safetensors"}, name="base", preview=True))
-    rendered(exhibition)
-    assert [look["label"] for look in facts(exhibition, "base_preview")["looks"]] == [
+    preview = of(work, step(ME, ME | {"lora": "deep/me.safetensors"}, name="base", preview=True))
+    rendered(preview)
+    assert [variant["label"] for variant in facts(preview, "base_preview")["looks"]] == [
         *("base", "me.safetensors", "me.safetensors (2)", "base (2)")
     ]
 
@@ -464,9 +466,9 @@ def test_inputs_of_one_name(work, loras):
 # --- the page ------------------------------------------------------------------------------------------------------------------
 
 
-def begun(exhibition: PreviewPlan) -> RunPage:
-    page = run_page(exhibition.site, [])
-    page.begin(exhibition.site, {"type": "zit_merge", "steps": []}, 0)
+def begun(preview: PreviewPlan) -> RunPage:
+    page = run_page(preview.context, [])
+    page.begin(preview.context, {"type": "zit_merge", "steps": []}, 0)
     return page
 
 
@@ -477,18 +479,18 @@ def shown_on(page: RunPage) -> dict[str, list[dict[str, Any]]]:
     return {s["name"]: s["galleries"] for s in json.loads(block)["sections"][0]["steps"]}
 
 
-def test_the_page_gets_every_exhibit(work, pair):
+def test_the_page_gets_every_grid(work, pair):
     steps = (
         step(*BOTH, preview=True, ablate={"by": "layers", "groups": 1, "preset": "mine"}),
         step(ME, name="b", sweep={"ratio": [0.2, 0.4, 0.6]}),
     )
-    exhibition = of(work, *steps)
-    page = begun(exhibition)
-    rendered(exhibition, page=page)
+    preview = of(work, *steps)
+    page = begun(preview)
+    rendered(preview, page=page)
     galleries = shown_on(page)
     previews, ablation = galleries["soft"]
     (sweep,) = galleries["b"]
-    assert [g["title"] for g in (previews, ablation, sweep)] == [e.title for e in exhibition.exhibits]
+    assert [g["title"] for g in (previews, ablation, sweep)] == [e.title for e in preview.grids]
     assert previews["columns"] == ["base", "me.safetensors", "style.safetensors", "soft"]
     assert previews["rows"] == ["a cat (seed 42)", "a dog (seed 7)"] and len(previews["pictures"]) == 8
     assert sweep["columns"] == ["1: ratio 0.2", "2: ratio 0.4", "3: ratio 0.6"]
@@ -502,7 +504,7 @@ def test_the_page_of_two_processes_is_that_of_one(work, pair):
     alone, shared = of(work, *STEPS), of(work, *STEPS, training_folder=str(work.folder / "other"))
     one, two = begun(alone), begun(shared)
     rendered(alone, page=one)
-    together(lambda: shared, [Easel(), Easel()], two)
+    together(lambda: shared, [Loader(), Loader()], two)
 
     def plain_text(page: RunPage) -> str:
         told = json.dumps(shown_on(page))
@@ -511,28 +513,28 @@ def test_the_page_of_two_processes_is_that_of_one(work, pair):
     assert plain_text(one) == plain_text(two)
 
 
-# --- the studio ----------------------------------------------------------------------------------------------------------------
+# --- the runner ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_studio_asks_the_gallery_before_it_renders(work, pair):
-    exhibition, easel = of(work, step(*BOTH, preview=True)), Easel()
-    with PreviewRunner(exhibition, gallery(exhibition), CPU, easel, lambda *told: None) as studio:
-        every = exhibition.pictures()
-        assert studio.missing([*every, *every]) == every
-        assert studio.render(every[:3]) == 3 and studio.render(every[:3]) == 0
-        assert studio.missing(every) == every[3:] and not easel.loaded[0].closed
-        assert {studio.digests[p] for p in every[:3]} == {name.removesuffix(".png") for name in pictures(exhibition)}
-    assert easel.loaded[0].closed
+def test_a_runner_asks_the_store_before_it_renders(work, pair):
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
+    with PreviewRunner(preview, store(preview), CPU, loader, lambda *told: None) as runner:
+        every = preview.pictures()
+        assert runner.missing([*every, *every]) == every
+        assert runner.render(every[:3]) == 3 and runner.render(every[:3]) == 0
+        assert runner.missing(every) == every[3:] and not loader.loaded[0].closed
+        assert {runner.digests[p] for p in every[:3]} == {name.removesuffix(".png") for name in pictures(preview)}
+    assert loader.loaded[0].closed
 
 
-def test_equal_looks_of_a_sweep_are_rendered_once(work, pair):
-    exhibition, easel = of(work, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Easel()
-    told = rendered(exhibition, easel)
-    assert told[0] == "4 pictures rendered, 0 of 4 were there" and len(easel.painted) == 4
-    looks = facts(exhibition, "soft_sweep")["looks"]
-    assert looks[0]["pictures"] == looks[2]["pictures"] != looks[1]["pictures"]
+def test_equal_variants_of_a_sweep_are_rendered_once(work, pair):
+    preview, loader = of(work, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Loader()
+    told = rendered(preview, loader)
+    assert told[0] == "4 pictures rendered, 0 of 4 were there" and len(loader.pictures) == 4
+    variants = facts(preview, "soft_sweep")["looks"]
+    assert variants[0]["pictures"] == variants[2]["pictures"] != variants[1]["pictures"]
 
 
-def test_a_picture_is_one_look_on_one_shot(work, pair):
-    exhibit = of(work, step(*BOTH, preview=True)).exhibits[0]
-    assert list(exhibit.pictures()) == [Picture(look, shot) for look in exhibit.looks for shot in exhibit.shots]
+def test_a_picture_is_one_variant_on_one_spec(work, pair):
+    grid = of(work, step(*BOTH, preview=True)).grids[0]
+    assert list(grid.pictures()) == [Picture(variant, spec) for variant in grid.variants for spec in grid.specs]

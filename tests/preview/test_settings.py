@@ -1,4 +1,4 @@
-"""What pictures are made with: the shots of the training's samples, those of `preview`, and the model."""
+"""What pictures are made with: the specs of the training's samples, those of `preview`, and the model."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from typing import Any
 
 import pytest
 from oracles import sampling
-from preview.staging import MODEL, settled, step
+from preview.helpers import MODEL, settled, step
 
 from extensions_built_in.zit_merge.config.schema import Preview
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview import settings as scenes
+from extensions_built_in.zit_merge.preview import settings as module
 from extensions_built_in.zit_merge.preview.settings import SEED, ImageSpec, RenderSettings, settings_of, specs_of
 
 PLACE = "process[1].steps[0].preview"
 
 
-def scene(work, *, section: dict | None = None, **training: Any) -> tuple[RenderSettings, Any]:
-    """The scene of a section behind a training, and where it runs."""
+def render_settings(work, *, section: dict | None = None, **training: Any) -> tuple[RenderSettings, Any]:
+    """The settings of a section behind a training, and where it runs."""
     trained = work.training(**{"model": MODEL} | training)
-    found, site = settled(work, trained, work.section(step(), **section or {}))
-    return settings_of(found, site), site
+    found, context = settled(work, trained, work.section(step(), **section or {}))
+    return settings_of(found, context), context
 
 
-def shots(work, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[ImageSpec]:
-    """The shots of a preview behind a training with these samples."""
-    found, site = scene(work, section=section, sample=sample, trigger_word=trigger)
-    return list(specs_of(Preview(**asked), found, site, PLACE))
+def specs(work, sample: object = None, trigger: object = None, *, section: dict | None = None, **asked: Any) -> list[ImageSpec]:
+    """The specs of a preview behind a training with these samples."""
+    found, context = render_settings(work, section=section, sample=sample, trigger_word=trigger)
+    return list(specs_of(Preview(**asked), found, context, PLACE))
 
 
 def refused(work, *what: Any, **how: Any) -> str:
     """The sentence with which a preview is refused."""
     with pytest.raises(ZitMergeError) as caught:
-        shots(work, *what, **how)
+        specs(work, *what, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -79,11 +79,11 @@ TRIGGERS = [None, "ohwx", "", r"\1 [x"]
 
 
 def ours(work, sample: dict, trigger: str | None) -> list[tuple]:
-    """The shots of a training's samples, read from a config, as tuples; what occurs twice is there once."""
+    """The specs of a training's samples, read from a config, as tuples; what occurs twice is there once."""
     if not sample.get("samples") and not sample.get("prompts"):
         assert "the job has no samples" in refused(work, sample, trigger)
         return []
-    return [astuple(shot) for shot in shots(work, sample, trigger)]
+    return [astuple(spec) for spec in specs(work, sample, trigger)]
 
 
 def theirs(sample: dict, trigger: str | None, job: str = "cat") -> list[tuple]:
@@ -94,7 +94,7 @@ def theirs(sample: dict, trigger: str | None, job: str = "cat") -> list[tuple]:
 
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_shots_are_those_of_the_trainings_samples(work, name, trigger):
+def test_specs_are_those_of_the_trainings_samples(work, name, trigger):
     assert ours(work, SAMPLES[name], trigger) == theirs(SAMPLES[name], trigger)
 
 
@@ -117,7 +117,7 @@ def random_sample(seed: int) -> dict[str, Any]:
     return whole | {"samples": [{"prompt": prompt()} | some(entry_keys) for _ in range(draw.randint(1, 4))]}
 
 
-def test_shots_of_any_samples_are_the_trainings(work):
+def test_specs_of_any_samples_are_the_trainings(work):
     for seed in range(150):
         sample, trigger = random_sample(seed), TRIGGERS[seed % len(TRIGGERS)]
         assert ours(work, sample, trigger) == theirs(sample, trigger), (seed, sample)
@@ -194,17 +194,17 @@ def test_the_oracle_is_the_toolkits_own_code(toolkit_samples):
 @pytest.mark.toolkit
 def test_every_option_of_the_toolkit_is_known():
     source = (toolkit_source() / "toolkit" / "config_modules.py").read_text("utf-8")
-    assert set(re.findall(r"flag == '(\w+)'", source)) == {*scenes._OPTIONS, *scenes._UNUSED}
+    assert set(re.findall(r"flag == '(\w+)'", source)) == {*module._OPTIONS, *module._UNUSED}
 
 
 def test_what_a_sample_leaves_open_is_as_turbo_wants_it(work):
-    assert shots(work, {"samples": [{"prompt": "a cat"}]}) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
-    assert shots(work, prompts=["a cat"]) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
+    assert specs(work, {"samples": [{"prompt": "a cat"}]}) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
+    assert specs(work, prompts=["a cat"]) == [ImageSpec("a cat", 42, 1024, 1024, 9, 1.0, "")]
 
 
 @pytest.mark.parametrize("sample", [{"seed": -1, "samples": [CAT, CAT | {"seed": -1}]}, {"samples": [{**CAT, "seed": -1}]}])
 def test_a_random_seed_is_one_that_can_be_named(work, sample):
-    assert {shot.seed for shot in shots(work, sample)} == {SEED}
+    assert {spec.seed for spec in specs(work, sample)} == {SEED}
 
 
 @pytest.mark.parametrize(
@@ -217,18 +217,18 @@ def test_samples_of_another_form_are_none(work, sample):
 @pytest.mark.parametrize("value", ["wide", True, None, float("nan"), float("inf"), 10**400, [512]], ids=lambda v: repr(v)[:9])
 @pytest.mark.parametrize("key", ["width", "height", "seed", "sample_steps", "guidance_scale"])
 def test_what_is_no_number_in_samples_is_as_if_it_were_not_there(work, key, value):
-    assert shots(work, {key: value, "samples": [CAT | {key: value}]}, "x") == shots(work, {"samples": [CAT]}, "x")
+    assert specs(work, {key: value, "samples": [CAT | {key: value}]}, "x") == specs(work, {"samples": [CAT]}, "x")
 
 
-def test_equal_shots_are_one(work):
-    assert len(shots(work, {"samples": [CAT, CAT, CAT | {"seed": 42}, CAT | {"guidance_scale": 1}, CAT | {"seed": 4}]})) == 2
+def test_equal_specs_are_one(work):
+    assert len(specs(work, {"samples": [CAT, CAT, CAT | {"seed": 42}, CAT | {"guidance_scale": 1}, CAT | {"seed": 4}]})) == 2
 
 
 def test_a_number_with_a_dot_is_the_same_number(work):
-    one, other = (shots(work, dict.fromkeys(("seed", "width", "sample_steps"), n) | {"samples": [CAT]}) for n in (64, 64.0))
+    one, other = (specs(work, dict.fromkeys(("seed", "width", "sample_steps"), n) | {"samples": [CAT]}) for n in (64, 64.0))
     assert json.dumps(one[0].record()) == json.dumps(other[0].record())
-    assert json.dumps(shots(work, {"guidance_scale": 1, "samples": [CAT]})[0].record()) == json.dumps(
-        shots(work, {"samples": [CAT]})[0].record()
+    assert json.dumps(specs(work, {"guidance_scale": 1, "samples": [CAT]})[0].record()) == json.dumps(
+        specs(work, {"samples": [CAT]})[0].record()
     )
 
 
@@ -251,28 +251,28 @@ SAMPLE = {"seed": 7, "width": 512, "neg": "dark", "samples": [CAT | {"height": 2
     ids=str,
 )
 def test_a_setting_takes_the_place_of_the_samples_own(work, asked, differs):
-    before, after = shots(work, SAMPLE), shots(work, SAMPLE, **asked)
-    assert [shot.record() for shot in after] == [shot.record() | differs for shot in before]
+    before, after = specs(work, SAMPLE), specs(work, SAMPLE, **asked)
+    assert [spec.record() for spec in after] == [spec.record() | differs for spec in before]
 
 
 def test_every_prompt_with_every_seed(work):
-    found = shots(work, SAMPLE, seed=[1, 2])
-    assert [(shot.prompt, shot.seed) for shot in found] == [(p, s) for p in ("a [trigger] cat", "a dog") for s in (1, 2)]
-    found = shots(work, prompts=["a", "b"], seed=[1, 2, 1])
-    assert [(shot.prompt, shot.seed) for shot in found] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    found = specs(work, SAMPLE, seed=[1, 2])
+    assert [(spec.prompt, spec.seed) for spec in found] == [(p, s) for p in ("a [trigger] cat", "a dog") for s in (1, 2)]
+    found = specs(work, prompts=["a", "b"], seed=[1, 2, 1])
+    assert [(spec.prompt, spec.seed) for spec in found] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
 def test_own_prompts_have_the_settings_of_the_first_sample(work):
-    assert shots(work, SAMPLE, "ohwx", prompts=["a [trigger] fox", "a [name]"]) == [
+    assert specs(work, SAMPLE, "ohwx", prompts=["a [trigger] fox", "a [name]"]) == [
         ImageSpec("a ohwx fox", 7, 512, 256, 9, 1.0, "dark"),
         ImageSpec("a ohwx", 7, 512, 256, 9, 1.0, "dark"),
     ]
-    found = shots(work, {"width": 1000, "seed": 3, "guidance_scale": 2}, prompts=["a fox"])
+    found = specs(work, {"width": 1000, "seed": 3, "guidance_scale": 2}, prompts=["a fox"])
     assert found == [ImageSpec("a fox", 3, 992, 1024, 9, 2.0)]
 
 
 def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(work):
-    found = shots(work, prompts=["a cat --seed 5 --w 320 --steps 2", "a dog"], seed=[1, 2], size=640, steps=4)
+    found = specs(work, prompts=["a cat --seed 5 --w 320 --steps 2", "a dog"], seed=[1, 2], size=640, steps=4)
     assert [(s.prompt, s.seed, s.width, s.height, s.steps) for s in found] == [
         ("a cat", 5, 320, 640, 2),
         *(("a dog", seed, 640, 640, 4) for seed in (1, 2)),
@@ -291,7 +291,7 @@ def test_an_option_of_a_prompt_is_nearer_than_a_setting_for_all(work):
     ],
 )
 def test_words_of_own_prompts_that_are_no_option_stay(work, prompt, text):
-    assert [shot.prompt for shot in shots(work, prompts=[prompt])] == [text]
+    assert [spec.prompt for spec in specs(work, prompts=[prompt])] == [text]
 
 
 @pytest.mark.parametrize(
@@ -329,19 +329,19 @@ def test_an_option_without_its_number(work, option, named):
     ],
     ids=str,
 )
-def test_shots_that_z_image_cant_have(work, asked, advice):
+def test_specs_that_z_image_cant_have(work, asked, advice):
     message = refused(work, SAMPLE, **asked)
     assert message.startswith(f"{PLACE}.") and advice in message
 
 
 def test_sizes_at_the_edge(work):
-    assert [(s.width, s.height) for s in shots(work, prompts=["a"], size=[64, 4096])] == [(64, 4096)]
+    assert [(s.width, s.height) for s in specs(work, prompts=["a"], size=[64, 4096])] == [(64, 4096)]
 
 
 def test_samples_that_no_picture_can_be_made_of(work):
     assert "write 4096 for 4992" in refused(work, {"width": 5000, "samples": [CAT]})
     assert refused(work, {"sample_steps": 0, "samples": [CAT]}).startswith(f"{PLACE}.steps: 0 steps")
-    assert shots(work, {"sample_steps": 0, "samples": [CAT]}, steps=4)[0].steps == 4
+    assert specs(work, {"sample_steps": 0, "samples": [CAT]}, steps=4)[0].steps == 4
 
 
 # --- files of prompts ----------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_file_has_a_prompt_on_each_line(work, name):
     (work.folder / "prompts.txt").write_bytes(CONTENTS[name])
-    found = shots(work, trigger="ohwx", prompts="prompts.txt")
+    found = specs(work, trigger="ohwx", prompts="prompts.txt")
     assert [(s.prompt, s.seed) for s in found] == [("a cat", 42), ("a ohwx dog", 4), ("a köttbullar 猫", 42)]
 
 
@@ -369,11 +369,11 @@ def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(wo
     monkeypatch.chdir(cwd)
     monkeypatch.setenv("HOME", str(cwd))
     (cwd / "p.txt").write_text("there")
-    assert [s.prompt for s in shots(work, prompts="p.txt")] == ["there"]
+    assert [s.prompt for s in specs(work, prompts="p.txt")] == ["there"]
     (work.folder / "p.txt").write_text("beside")
-    assert [s.prompt for s in shots(work, prompts="p.txt")] == ["beside"]
+    assert [s.prompt for s in specs(work, prompts="p.txt")] == ["beside"]
     for named in (str(cwd / "p.txt"), "~/p.txt", "./work/p.txt"):
-        assert [s.prompt for s in shots(work, prompts=named)] == ["there"]
+        assert [s.prompt for s in specs(work, prompts=named)] == ["there"]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def model_folder(folder: Path, **files: object) -> str:
 
 def model_refused(work, *, section: dict | None = None, **training: Any) -> str:
     with pytest.raises(ZitMergeError) as caught:
-        scene(work, section=section, **training)
+        render_settings(work, section=section, **training)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -436,7 +436,7 @@ def test_another_arch(work, arch):
 
 @pytest.mark.parametrize("arch", ["zimage", "zimage:turbo", "zimage:deturbo"])
 def test_archs_of_z_image(work, arch):
-    assert scene(work, model=MODEL | {"arch": arch})[0].model["arch"] == arch
+    assert render_settings(work, model=MODEL | {"arch": arch})[0].model["arch"] == arch
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_extras_that_no_system_can_have(work):
 
 def test_a_model_index_that_nobody_can_read(work):
     name = model_folder(work.folder / "zit", model_index__json="[" * 100_000)
-    assert scene(work, model=MODEL | {"name_or_path": name})[0].name == "zit"
+    assert render_settings(work, model=MODEL | {"name_or_path": name})[0].name == "zit"
 
 
 def test_a_transformer_that_says_it_is_another_model(work):
@@ -495,7 +495,7 @@ def test_models_that_are_taken(work):
     folder = model_folder(work.folder / "zit", model_index__json={"_class_name": "ZImagePipeline"})
     bare = model_folder(work.folder / "bare", config__json={"hidden_size": 3840})
     for name in ("Tongyi-MAI/Z-Image-Turbo", str(work.folder / "one.safetensors"), folder, bare, "zit", "./zit/"):
-        assert scene(work, model=MODEL | {"name_or_path": name})[0].model["name_or_path"] == name
+        assert render_settings(work, model=MODEL | {"name_or_path": name})[0].model["name_or_path"] == name
 
 
 def test_models_have_names_without_the_folders_they_lie_in(work, monkeypatch):
@@ -503,17 +503,17 @@ def test_models_have_names_without_the_folders_they_lie_in(work, monkeypatch):
     monkeypatch.setenv("HOME", str(work.folder))
     named = dict.fromkeys(("zit", "./zit/", "~/zit"), "zit") | {"Tongyi-MAI/Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo"}
     for name, told in named.items():
-        assert scene(work, model=MODEL | {"name_or_path": name})[0].name == told
+        assert render_settings(work, model=MODEL | {"name_or_path": name})[0].name == told
     monkeypatch.chdir(work.folder / "zit")
-    found, site = scene(work, model=MODEL | {"name_or_path": "."})
+    found, context = render_settings(work, model=MODEL | {"name_or_path": "."})
     assert found.name == "zit"
 
 
 def test_settings_of_the_section_are_on_top_of_the_trainings(work):
     trained = MODEL | {"quantize": True, "low_vram": False}
-    found, _ = scene(work, model=trained, train={"dtype": "bf16"}, section={"model": {"low_vram": True}})
+    found, _ = render_settings(work, model=trained, train={"dtype": "bf16"}, section={"model": {"low_vram": True}})
     assert found.model == trained | {"low_vram": True} and found.place == "process[0].model" and found.dtype == "bf16"
-    found, _ = scene(work, model=trained, section={"model": {"name_or_path": "a/b", "arch": "zimage"}})
+    found, _ = render_settings(work, model=trained, section={"model": {"name_or_path": "a/b", "arch": "zimage"}})
     assert found.model == {"name_or_path": "a/b", "arch": "zimage"} and found.place == "process[1].model"
 
 
@@ -530,7 +530,7 @@ def test_settings_of_the_section_are_on_top_of_the_trainings(work):
     ids=str,
 )
 def test_the_dtype_is_that_of_the_training(work, training, section, dtype):
-    assert scene(work, section=section, **training)[0].dtype == dtype
+    assert render_settings(work, section=section, **training)[0].dtype == dtype
 
 
 def test_a_section_alone_has_all_of_its_own(work):
@@ -541,28 +541,28 @@ def test_a_section_alone_has_all_of_its_own(work):
         "device": "cpu",
         "train": {"dtype": "fp32"},
     }
-    section, site = settled(work, work.section(step(), **own))
-    found = settings_of(section, site)
+    section, context = settled(work, work.section(step(), **own))
+    found = settings_of(section, context)
     assert (found.dtype, found.trigger, found.place, found.sampled, found.device) == (
         *("fp32", "ohwx", "process[0].model", "process[0].sample", "cpu"),
     )
-    assert specs_of(Preview(), found, site, PLACE) == (ImageSpec("a ohwx cat", 3),)
+    assert specs_of(Preview(), found, context, PLACE) == (ImageSpec("a ohwx cat", 3),)
 
 
 def test_samples_and_trigger_of_the_section_come_first(work):
     section = {"sample": {"samples": [DOG]}, "trigger_word": "own"}
-    found = shots(work, {"samples": [CAT]}, "trained", section=section)
-    assert [shot.prompt for shot in found] == ["cat and a dog own"]
-    found = shots(work, {"samples": [CAT]}, "trained", section={"sample": {"samples": []}, "trigger_word": ""})
-    assert [shot.prompt for shot in found] == ["a trained cat"]
+    found = specs(work, {"samples": [CAT]}, "trained", section=section)
+    assert [spec.prompt for spec in found] == ["cat and a dog own"]
+    found = specs(work, {"samples": [CAT]}, "trained", section={"sample": {"samples": []}, "trigger_word": ""})
+    assert [spec.prompt for spec in found] == ["a trained cat"]
 
 
 @pytest.mark.parametrize(
     ("trigger", "prompt"), [("ohwx", "a ohwx cat"), ("", "a  cat"), (None, "a [trigger] cat"), (5, "a 5 cat")]
 )
 def test_the_trigger_of_a_section_alone(work, trigger, prompt):
-    section, site = settled(work, work.section(step(), model=MODEL, trigger_word=trigger))
-    assert specs_of(Preview(prompts=["a [trigger] cat"]), settings_of(section, site), site, PLACE)[0].prompt == prompt
+    section, context = settled(work, work.section(step(), model=MODEL, trigger_word=trigger))
+    assert specs_of(Preview(prompts=["a [trigger] cat"]), settings_of(section, context), context, PLACE)[0].prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -579,16 +579,16 @@ def test_the_trigger_of_a_section_alone(work, trigger, prompt):
 )
 def test_a_row_of_the_gallery_is_as_the_ui_counts_it(work, sample, row):
     own = {"sample": {"samples": [CAT] * 7}}
-    assert scene(work, sample=sample, section=own)[0].row == row
-    section, site = settled(work, work.section(step(), model=MODEL, sample=sample))
-    assert settings_of(section, site).row == row
+    assert render_settings(work, sample=sample, section=own)[0].row == row
+    section, context = settled(work, work.section(step(), model=MODEL, sample=sample))
+    assert settings_of(section, context).row == row
 
 
 # --- what a picture follows from -----------------------------------------------------------------------------------------------
 
 
 def model_record(work, *, dtype: str = "bf16", **settings: Any) -> str:
-    return json.dumps(scene(work, train={"dtype": dtype}, model=MODEL | settings)[0].record(), sort_keys=True)
+    return json.dumps(render_settings(work, train={"dtype": dtype}, model=MODEL | settings)[0].record(), sort_keys=True)
 
 
 def test_what_of_a_model_changes_pictures(work):

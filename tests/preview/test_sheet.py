@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
-from preview.staging import plain
+from preview.helpers import plain
 
 from extensions_built_in.zit_merge.preview import sheet as sheets
 from extensions_built_in.zit_merge.preview.sheet import Block, edge_of, legend, sheet
@@ -36,7 +36,7 @@ def ink(picture: Image.Image) -> np.ndarray:
     return (at(picture) < 250).any(2)
 
 
-def tiles(count: int, size: tuple[int, int] = (256, 256), caption: str = "look {}") -> list[tuple[str, Image.Image]]:
+def tiles(count: int, size: tuple[int, int] = (256, 256), caption: str = "variant {}") -> list[tuple[str, Image.Image]]:
     return [(caption.format(n), Image.new("RGB", size, PALETTE[n % len(PALETTE)])) for n in range(count)]
 
 
@@ -125,7 +125,7 @@ def test_a_sheet_never_gets_too_large(count, across):
     assert count * edge * edge <= max(24e6, count * 96 * 96)
 
 
-def test_many_shots_stand_in_columns():
+def test_many_specs_are_in_columns():
     blocks = [Block(f"prompt {n}", tiles(2, (64, 64))) for n in range(30)]
     whole = sheet("many", blocks, 2)
     assert whole.height < 6 * whole.width

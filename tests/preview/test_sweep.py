@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
-from preview.staging import ME, STYLE, exhibited, planned, reading, same, step
+from preview.helpers import ME, STYLE, planned, previewed, reading, same, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.types import StepPlan
-from extensions_built_in.zit_merge.preview import grids as exhibits
+from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.preview import grids
 from extensions_built_in.zit_merge.preview.grids import ImageGrid, PreviewPlan
 from extensions_built_in.zit_merge.preview.outputs import plain_step, section_yaml
 
@@ -25,15 +25,15 @@ ONE = {"prompts": ["a cat"]}
 BOTH = (ME, STYLE)
 
 
-def exhibition(
+def preview_of(
     work: Workspace, *loras: dict, sweep: dict, before: tuple = (), section: dict | None = None, **keys: Any
 ) -> PreviewPlan:
-    return exhibited(work, *before, step(*loras, sweep=sweep, **keys), **{"preview": ONE} | (section or {}))
+    return previewed(work, *before, step(*loras, sweep=sweep, **keys), **{"preview": ONE} | (section or {}))
 
 
 def swept(work: Workspace, *loras: dict, **keys: Any) -> ImageGrid:
-    """The exhibit of a sweep."""
-    (found,) = [e for e in exhibition(work, *loras, **keys).exhibits if e.kind == "sweep"]
+    """The grid of a sweep."""
+    (found,) = [e for e in preview_of(work, *loras, **keys).grids if e.kind == "sweep"]
     return found
 
 
@@ -230,26 +230,26 @@ def test_an_average_over_checkpoints_has_no_strengths(work, pair):
 # --- cells ---------------------------------------------------------------------------------------------------------------------
 
 
-def ratios(exhibit: ImageGrid) -> list[tuple[float, float]]:
+def ratios(grid: ImageGrid) -> list[tuple[float, float]]:
     """(ratio, strength of to_q over it) of each cell."""
-    found = [cell.plan.inputs[0].strengths for cell in exhibit.cells]
+    found = [cell.plan.inputs[0].strengths for cell in grid.cells]
     return [(table["layers.3.attention.to_v"], table[Q] / table["layers.3.attention.to_v"]) for table in found]
 
 
 def test_the_first_axis_varies_fastest_and_is_a_row(work, pair):
-    exhibit = swept(work, ME, sweep={"ratio": [0.25, 0.5, 1.0], "blocks.to_q": [2.0, 4.0]})
-    assert ratios(exhibit) == [(r, q) for q in (2.0, 4.0) for r in (0.25, 0.5, 1.0)] and exhibit.across == 3
-    assert exhibit.labels == [
+    grid = swept(work, ME, sweep={"ratio": [0.25, 0.5, 1.0], "blocks.to_q": [2.0, 4.0]})
+    assert ratios(grid) == [(r, q) for q in (2.0, 4.0) for r in (0.25, 0.5, 1.0)] and grid.across == 3
+    assert grid.labels == [
         f"{n}: ratio {r}, blocks.to_q {q}" for n, (q, r) in enumerate([(q, r) for q in (2, 4) for r in ("0.25", "0.5", "1")], 1)
     ]
-    exhibit = swept(work, ME, sweep={"blocks.to_q": [2.0, 4.0], "ratio": [0.25, 0.5, 1.0]})
-    assert ratios(exhibit) == [(r, q) for r in (0.25, 0.5, 1.0) for q in (2.0, 4.0)] and exhibit.across == 2
+    grid = swept(work, ME, sweep={"blocks.to_q": [2.0, 4.0], "ratio": [0.25, 0.5, 1.0]})
+    assert ratios(grid) == [(r, q) for r in (0.25, 0.5, 1.0) for q in (2.0, 4.0)] and grid.across == 2
 
 
 def test_two_axes_over_two_loras(work, pair):
-    exhibit = swept(work, *BOTH, sweep={"loras[1].ratio": [0.1, 0.2], "loras[0].ratio": [1, 2]})
-    assert [tuple(i.spec.ratio for i in cell.plan.inputs) for cell in exhibit.cells] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
-    assert exhibit.title == "soft: loras[1].ratio and loras[0].ratio"
+    grid = swept(work, *BOTH, sweep={"loras[1].ratio": [0.1, 0.2], "loras[0].ratio": [1, 2]})
+    assert [tuple(i.spec.ratio for i in cell.plan.inputs) for cell in grid.cells] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+    assert grid.title == "soft: loras[1].ratio and loras[0].ratio"
 
 
 @pytest.mark.parametrize(
@@ -266,18 +266,18 @@ def test_labels(work, pair, value, label):
 
 
 def test_every_cell_is_another_picture_but_for_equal_ones(work, pair):
-    from preview.staging import name_of
+    from preview.helpers import name_of
 
-    names = [name_of(look) for look in swept(work, ME, sweep={"ratio": [0.1, 0.2, 0.8, 0.2]}).looks]
+    names = [name_of(variant) for variant in swept(work, ME, sweep={"ratio": [0.1, 0.2, 0.8, 0.2]}).variants]
     assert len(set(names)) == 3 and names[1] == names[3]
-    found = exhibition(work, ME, sweep={"ratio": [0.1, 0.8]}, section={"preview": ONE | {"compare": ["result"]}})
-    preview, sweep = found.exhibits
-    assert [e.kind for e in found.exhibits] == ["preview", "sweep"]
-    assert name_of(preview.looks[0]) == name_of(sweep.looks[1]), "0.8 is what the step has"
+    found = preview_of(work, ME, sweep={"ratio": [0.1, 0.8]}, section={"preview": ONE | {"compare": ["result"]}})
+    preview, sweep = found.grids
+    assert [e.kind for e in found.grids] == ["preview", "sweep"]
+    assert name_of(preview.variants[0]) == name_of(sweep.variants[1]), "0.8 is what the step has"
 
 
 def test_many_cells_are_refused_before_they_are_planned(work, pair, monkeypatch):
-    monkeypatch.setattr(exhibits, "cells_of", lambda *rest: pytest.fail("planning millions of them takes hours"))
+    monkeypatch.setattr(grids, "cells_of", lambda *rest: pytest.fail("planning millions of them takes hours"))
     many = [n / 7 for n in range(3000)]
     message = refused(work, ME, sweep={"ratio": many, "blocks.to_q": many})
     assert message.startswith(f"{PLACE}: these are 9000000 pictures, 9000000 x 1 of them here: set confirm: true in preview")
@@ -299,23 +299,23 @@ def written(path: Path) -> dict[str, Any]:
 
 
 def cell_sections(found: PreviewPlan) -> list[tuple[Any, str]]:
-    (exhibit,) = [e for e in found.exhibits if e.kind == "sweep"]
-    plans = [cell.plan for cell in exhibit.cells]
-    assert [look.plan for look in exhibit.looks] == plans
-    return [(look, section_yaml(found.section, plain_step(look.plan.spec))) for look in exhibit.looks]
+    (grid,) = [e for e in found.grids if e.kind == "sweep"]
+    plans = [cell.plan for cell in grid.cells]
+    assert [variant.plan for variant in grid.variants] == plans
+    return [(variant, section_yaml(found.section, plain_step(variant.plan.spec))) for variant in grid.variants]
 
 
 def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
     """Every cell's section gives, through the command line, its strengths and its factors. Returns the sections."""
-    found, sections = exhibition(work, *loras, **keys), []
-    for look, text in cell_sections(found):
+    found, sections = preview_of(work, *loras, **keys), []
+    for variant, text in cell_sections(found):
         config = work.write(text, "cell.yaml")
-        (plan,) = [p for p in next(iter(plan_job(load_job(config)))).plans if p.name == look.plan.name]
-        assert [dict(i.strengths) for i in plan.inputs] == [dict(i.strengths) for i in look.plan.inputs]
-        computed = dict(look.deltas(reading([look.plan])))
+        (plan,) = [p for p in next(iter(plan_job(load_job(config)))).plans if p.name == variant.plan.name]
+        assert [dict(i.strengths) for i in plan.inputs] == [dict(i.strengths) for i in variant.plan.inputs]
+        computed = dict(variant.deltas(reading([variant.plan])))
         out = work.folder / "cell"
         work.zit("run", config, "--output-dir", out).ok()
-        (path,) = [p for p in out.glob("*.safetensors") if p.stem.endswith(f"_{look.plan.name}")]
+        (path,) = [p for p in out.glob("*.safetensors") if p.stem.endswith(f"_{variant.plan.name}")]
         theirs = written(path)
         assert list(theirs) == list(computed) and all(same(computed[m], theirs[m]) for m in theirs)
         path.unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import producers
-from preview.staging import CPU, ME, STYLE, Planned, name_of, planned, reading, run, same, step
+from preview.helpers import CPU, ME, STYLE, Planned, name_of, planned, reading, run, same, step
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.algebra.methods import METHODS
@@ -21,9 +21,9 @@ PAIR = (ME, STYLE)
 ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
 
 
-def changes(look: AdapterVariant, *plans) -> dict:
-    """Module -> change of a look."""
-    return dict(look.deltas(reading(plans)))
+def changes(variant: AdapterVariant, *plans) -> dict:
+    """Module -> change of a variant."""
+    return dict(variant.deltas(reading(plans)))
 
 
 def written(path: Path) -> dict:
@@ -37,7 +37,7 @@ def written(path: Path) -> dict:
 
 
 def check(found: Planned, name: str = "soft") -> None:
-    """A step's look is its file, bit for bit: computed before there is one, and read when there is."""
+    """A step's variant is its file, bit for bit: computed before there is one, and read when there is."""
     plan = next(p for p in found.plans if p.name == name)
     computed = changes(StepVariant(name, plan), plan)
     files = {done.plan.name: written(done.path) for done in run(found) if done.path.exists()}
@@ -49,7 +49,7 @@ def check(found: Planned, name: str = "soft") -> None:
     assert any(delta.expand().up.any() for delta in computed.values())
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,7 +165,7 @@ def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
             dict(StepVariant("soft", plan).deltas(reading([plan])._replace(watched=watched)))
 
 
-# --- inputs --------------------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("producer", ["ai-toolkit", "musubi", "onetrainer-kohya", "ai-toolkit-lokr", "lycoris-loha", "peft"])
@@ -191,17 +191,17 @@ def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
 
 def test_an_input_that_is_a_step_is_what_that_makes(work, pair):
     plans = planned(work, step(*PAIR, keep=False), step(SOFT, name="both")).plans
-    look = InputVariant("soft", plans[1].inputs[0])
-    ours, theirs = changes(look, *plans), changes(StepVariant("soft", plans[0]), *plans)
+    variant = InputVariant("soft", plans[1].inputs[0])
+    ours, theirs = changes(variant, *plans), changes(StepVariant("soft", plans[0]), *plans)
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
-    assert name_of(look) == name_of(StepVariant("another label", plans[0]))
+    assert name_of(variant) == name_of(StepVariant("another label", plans[0]))
 
 
 def test_the_base_changes_nothing():
     assert changes(AdapterVariant("base")) == {} and AdapterVariant("base").files() == []
 
 
-# --- parts of a look -----------------------------------------------------------------------------------------------------------
+# --- parts of a variant ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
@@ -222,12 +222,12 @@ def test_parts_have_names_of_their_own(work, pair):
     plan = planned(work, step(*PAIR)).plans[0]
     whole, base = StepVariant("soft", plan), AdapterVariant("base")
     parts = groups("layers", 3, plan.ranks)
-    looks = [whole, base, *(MaskedVariant("x", whole, part, only) for part in parts for only in (True, False))]
-    looks += [MaskedVariant("x", InputVariant("me", plan.inputs[0]), parts[0], False)]
-    assert len(set(map(name_of, looks))) == len(looks)
+    variants = [whole, base, *(MaskedVariant("x", whole, part, only) for part in parts for only in (True, False))]
+    variants += [MaskedVariant("x", InputVariant("me", plan.inputs[0]), parts[0], False)]
+    assert len(set(map(name_of, variants))) == len(variants)
 
 
-# --- records -------------------------------------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------------------------------------
 
 
 def names(work: Workspace, *steps, **keys) -> list[str]:
@@ -236,7 +236,7 @@ def names(work: Workspace, *steps, **keys) -> list[str]:
     return [name_of(StepVariant("x", plan)), *(name_of(InputVariant("x", i)) for i in plan.inputs)]
 
 
-def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, pair):
+def test_a_variant_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, pair):
     before = names(work, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
     (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
     (work.folder / "deep").mkdir()
@@ -253,7 +253,7 @@ def test_a_look_has_the_same_name_whatever_files_steps_and_jobs_are_called(work,
     assert after == before
 
 
-def test_a_look_has_the_same_name_however_its_strengths_are_spelled(work, pair):
+def test_a_variant_has_the_same_name_however_its_strengths_are_spelled(work, pair):
     plain = names(work, step(ME))
     everything = {"noise_refiner": 1.0, "context_refiner": 1.0, "0-29": 1}
     for spelled in (
@@ -287,7 +287,7 @@ def test_a_look_has_the_same_name_however_its_strengths_are_spelled(work, pair):
     ],
     ids=str,
 )
-def test_whatever_changes_a_look_changes_its_name(work, pair, changed):
+def test_whatever_changes_a_variant_changes_its_name(work, pair, changed):
     assert names(work, changed)[0] != names(work, step(*PAIR))[0]
 
 

@@ -66,7 +66,98 @@ def _run(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from .preview import preview
 
-    preview(args)
+    step, _, number = (args.yaml or "").partition(":")
+    if args.yaml is not None and not step:
+        raise ZitMergeError("--yaml: which picture? write --yaml STEP:NUMBER, such as both:7")
+    job, pages, shown = load_job(args.config), list[RunPage](), False
+    for planned in plan_job(
+        job, only=args.step or step or None, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run
+    ):
+        if not asks_for_pictures(planned.section):
+            continue
+        plans = [plan for plan in planned.plans if (args.step or step or plan.name) == plan.name]
+        preview, shown = preview_plan(planned.section, planned.site, plans), True
+        if args.yaml:
+            print(_cell_yaml(preview, step, number), end="")
+        elif args.dry_run:
+            _say(args, preview.text())
+        else:
+            pages.append(run_page(planned.site, pages))
+            pages[-1].begin(planned.site, job.processes[planned.index], planned.index)
+            _render(args, preview, planned, pages[-1])
+    if not shown:
+        raise ZitMergeError(f"{args.config}: no step asks for pictures: write preview: true, sweep or ablate on one")
+
+
+def _cell_yaml(preview: Any, step: str, number: str) -> str:
+    from ..preview.outputs import plain_step, section_yaml
+
+    cells = {str(cell.number): cell for grid in preview.grids for cell in grid.cells if grid.plan.name == step}
+    if not cells:
+        raise ZitMergeError(f"--yaml: the step {step} has no sweep, so no picture of it has a number: name one that has")
+    if number not in cells:
+        raise ZitMergeError(f"--yaml: the pictures of this sweep are numbered 1 to {len(cells)}: write --yaml {step}:1")
+    return section_yaml(preview.section, plain_step(cells[number].plan.spec))
+
+
+def _render(args: argparse.Namespace, preview: Any, planned: Any, page: Any) -> None:
+    """Renders the pictures; the page, of the main process, shows what was merged too, as far as it is there."""
+    from ..host.distributed import AccelerateWorkers
+    from ..host.render import Renderer
+    from ..host.status import PictureWatch, Status
+    from ..host.toolkit import device_of, silence
+    from ..preview.show import show
+    from ..report.progress import Pictures
+
+    workers = AccelerateWorkers()
+    args.quiet = args.quiet or not workers.is_main
+    _say(args, preview.text())
+    if workers.is_main:
+        _add_made(args, planned, page)
+    try:
+        with Pictures(args.quiet) as bar, PictureWatch(Status(), bar.tick) as watch:
+            device = device_of(planned.section.device)
+            load = watch.loading(silence()(Renderer) if args.quiet else Renderer)
+            for text in show(preview, device, load, page, watch.tick, watched=watch.passing, workers=workers):
+                _say(args, text)
+    except ZitMergeError as e:
+        if workers.is_main or str(e) not in workers.heard:
+            raise
+        raise SystemExit(1) from None  # the main process says it
+    finally:
+        if page.has_pictures:  # else an older page, which may have them all, stays
+            _say(args, page.write())
+
+
+def _add_made(args: argparse.Namespace, planned: Any, page: Any) -> None:
+    from ..merging.runner import made
+    from ..report.progress import watched
+
+    for plan in planned.plans:
+        if done := made(plan):
+            page.add(done, watched("page", args.quiet))
+
+
+def _execute(args: argparse.Namespace, plans: Sequence[Any], device: Any, page: Any = None) -> None:
+    """Prints the plans, runs them unless it is a dry run, prints what was written and where the page is."""
+    from ..merging.runner import run_plans
+    from ..report.progress import Bar, passing, watched
+    from ..report.tables import done_text, plan_text
+
+    _say(args, "\n\n".join(map(plan_text, plans)) + "\n")
+    if args.dry_run:
+        return
+    with Bar(args.quiet) as bar:
+        for done in run_plans(plans, device, bar.tick, passing(args.quiet)):
+            bar.close()
+            _say(args, done_text(done))
+            if page:
+                page.add(done, watched("page", args.quiet))
+    if page:
+        _say(args, page.write())
+
+
+_MERGE_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The processes of an `accelerate launch` as one team."""
+"""The processes of an `accelerate launch` as workers."""
 
 from __future__ import annotations
 

@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 
 class Renderer:
-    """The base model of a scene, loaded once, and one LoRA at a time on it.
+    """The base model of the render settings, loaded once, and one LoRA at a time on it.
 
     Args:
-        scene: The model.
+        settings: The model.
 
     Raises:
         ZitMergeError: The model can't be loaded, or is no Z-Image; there is not enough memory; the toolkit lacks a part.
     """
 
-    def __init__(self, scene: RenderSettings):
-        self._scene, self._hooks = scene, list[torch.utils.hooks.RemovableHandle]()
-        self.device = toolkit.device_of(scene.device)
-        with _memory(scene, "while the model was loaded"), _loading(scene):
-            self._model = _load(scene, self.device)
+    def __init__(self, settings: RenderSettings):
+        self._settings, self._hooks = settings, list[torch.utils.hooks.RemovableHandle]()
+        self.device = toolkit.device_of(settings.device)
+        with _memory(settings, "while the model was loaded"), _loading(settings):
+            self._model = _load(settings, self.device)
         transformer = toolkit.unwrap(self._model.unet)
         self._linears = {name: m for name, m in transformer.named_modules() if hasattr(m, "in_features")}
         if "layers.0.attention.to_q" not in self._linears:
             self.close()
-            raise ZitMergeError(f"{scene.place}.name_or_path: {scene.model['name_or_path']} is no Z-Image: give one")
+            raise ZitMergeError(f"{settings.place}.name_or_path: {settings.model['name_or_path']} is no Z-Image: give one")
 
     def __enter__(self) -> Renderer:
         return self
@@ -75,7 +75,7 @@ class Renderer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        with _memory(self._scene, "while a LoRA was put on the model"):
+        with _memory(self._settings, "while a LoRA was put on the model"):
             for module, delta in deltas:
                 if any(bool(factor.any()) for factor in _ups(delta)):
                     self._hooks.append(self._linear(module, delta).register_forward_hook(adding(delta, self.device)))
@@ -86,23 +86,23 @@ class Renderer:
         if have != delta.shape:
             what = f"{have[0]} x {have[1]}" if have else "missing"
             raise ZitMergeError(
-                f"{self._scene.place}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in the "
-                "LoRA: give the model that it was trained on"
+                f"{self._settings.place}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in "
+                "the LoRA: give the model that it was trained on"
             )
         return linear
 
-    def render(self, shot: ImageSpec) -> Image:
-        """One picture. The same shot and LoRA give the same picture, whatever was rendered before.
+    def render(self, spec: ImageSpec) -> Image:
+        """One picture. The same spec and LoRA give the same picture, whatever was rendered before.
 
         Args:
-            shot: What to render.
+            spec: What to render.
 
         Raises:
             ZitMergeError: There is not enough memory.
         """
-        asked = _image_config()(shot)
+        asked = _image_config()(spec)
         printed = io.StringIO()  # the toolkit draws a bar for each call
-        with _memory(self._scene, f"for {shot.width} x {shot.height} pixels", shot), contextlib.redirect_stderr(printed):
+        with _memory(self._settings, f"for {spec.width} x {spec.height} pixels", spec), contextlib.redirect_stderr(printed):
             self._model.generate_images([asked], sampler="flowmatch")
         return asked.image
 
@@ -126,19 +126,19 @@ def adding(delta: Delta, device: torch.device):
     return hook
 
 
-def _load(scene: RenderSettings, device: torch.device) -> Any:
+def _load(settings: RenderSettings, device: torch.device) -> Any:
     """The toolkit's model of Z-Image, ready to render (the steps of BaseSDTrainProcess.run)."""
-    path = os.path.expanduser(scene.model["name_or_path"])  # as it was looked for; the toolkit itself knows no ~
-    changed = {"name_or_path": path, "dtype": scene.dtype, "assistant_lora_path": None, "inference_lora_path": None}
-    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**scene.model | changed)
+    path = os.path.expanduser(settings.model["name_or_path"])  # as it was looked for; the toolkit itself knows no ~
+    changed = {"name_or_path": path, "dtype": settings.dtype, "assistant_lora_path": None, "inference_lora_path": None}
+    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**settings.model | changed)
     with toolkit.silence():
         kind = toolkit.part("toolkit.util.get_model", "get_model_class")(config)
-    model = kind(device=device, model_config=config, dtype=scene.dtype, noise_scheduler=kind.get_train_scheduler())
+    model = kind(device=device, model_config=config, dtype=settings.dtype, noise_scheduler=kind.get_train_scheduler())
     model.load_model()
     for module in (model.unet, model.vae, *model.text_encoder):
         module.requires_grad_(False)
         module.eval()
-    model.vae.to(device, dtype=toolkit.part("toolkit.train_tools", "get_torch_dtype")(scene.dtype))
+    model.vae.to(device, dtype=toolkit.part("toolkit.train_tools", "get_torch_dtype")(settings.dtype))
     return model
 
 
@@ -150,18 +150,18 @@ def _image_config() -> type:
     class Asked(base):
         """One picture, in memory."""
 
-        def __init__(self, shot: ImageSpec):
+        def __init__(self, spec: ImageSpec):
             super().__init__(
                 prompt="",
-                negative_prompt=shot.negative,
-                width=shot.width,
-                height=shot.height,
-                num_inference_steps=shot.steps,
-                guidance_scale=shot.guidance,
-                seed=shot.seed,
+                negative_prompt=spec.negative,
+                width=spec.width,
+                height=spec.height,
+                num_inference_steps=spec.steps,
+                guidance_scale=spec.guidance,
+                seed=spec.seed,
                 output_path="picture.png",  # never written
             )
-            self.prompt = self.prompt_2 = shot.prompt  # not through its parser: the options are out of it
+            self.prompt = self.prompt_2 = spec.prompt  # not through its parser: the options are out of it
             self.image: Image | None = None
 
         def save_image(self, image: Image, count: int = 0, max_count: int = 0) -> None:
@@ -173,18 +173,18 @@ def _image_config() -> type:
 
 
 @contextmanager
-def _memory(scene: RenderSettings, when: str, shot: ImageSpec | None = None) -> Iterator[None]:
+def _memory(settings: RenderSettings, when: str, spec: ImageSpec | None = None) -> Iterator[None]:
     """Says what to change where there is not enough memory."""
     try:
         yield
     except Exception as e:
         if isinstance(e, ZitMergeError) or not _is_out_of_memory(e):
             raise
-        raise ZitMergeError(f"out of memory {when}: {_cure(scene, shot)}") from e
+        raise ZitMergeError(f"out of memory {when}: {_cure(settings, spec)}") from e
 
 
 @contextmanager
-def _loading(scene: RenderSettings) -> Iterator[None]:
+def _loading(settings: RenderSettings) -> Iterator[None]:
     """Says which model can't be loaded. Leaves torch's dtype as it was, which diffusers changes and forgets when it fails."""
     dtype = torch.get_default_dtype()
     try:
@@ -195,7 +195,7 @@ def _loading(scene: RenderSettings) -> Iterator[None]:
         kind = [] if isinstance(e, OSError | ValueError) else [type(e).__name__]
         reason = ": ".join([*kind, *filter(None, [" ".join(str(e).split())[:300]])])
         raise ZitMergeError(
-            f"{scene.place}.name_or_path: {scene.model['name_or_path']} can't be used ({reason}): check the path and the "
+            f"{settings.place}.name_or_path: {settings.model['name_or_path']} can't be used ({reason}): check the path and the "
             "settings beside it, or that it can be downloaded"
         ) from e
     finally:
@@ -219,12 +219,12 @@ def _is_out_of_memory(e: BaseException | None) -> bool:
     return False
 
 
-def _cure(scene: RenderSettings, shot: ImageSpec | None) -> str:
+def _cure(settings: RenderSettings, spec: ImageSpec | None) -> str:
     """What can be changed, what helps most first."""
-    model = scene.model
-    cures = [f"set quantize: true in {scene.place}"] if not model.get("quantize") else []
-    cures += [f"low_vram: true in {scene.place}"] if not model.get("low_vram") else []
-    if shot and max(shot.width, shot.height) > 512:
-        width, height = (max(SMALLEST, side // 2 // MULTIPLE * MULTIPLE) for side in (shot.width, shot.height))
+    model = settings.model
+    cures = [f"set quantize: true in {settings.place}"] if not model.get("quantize") else []
+    cures += [f"low_vram: true in {settings.place}"] if not model.get("low_vram") else []
+    if spec and max(spec.width, spec.height) > 512:
+        width, height = (max(SMALLEST, side // 2 // MULTIPLE * MULTIPLE) for side in (spec.width, spec.height))
         cures.insert(0, f"set size: [{width}, {height}] in preview")
     return " or ".join(cures) or "close what else uses the memory, or render on a larger machine with `preview`"

@@ -1,4 +1,4 @@
-"""Which pictures a section asks for: every look of every step, on every shot."""
+"""Which pictures a section asks for: every variant of every step, on every spec."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ACROSS = 8  # pictures beside each other on a sheet at most, where nothing else
 
 
 class Picture(NamedTuple):
-    """One look on one shot."""
+    """One variant on one spec."""
 
-    look: AdapterVariant
-    shot: ImageSpec
+    variant: AdapterVariant
+    spec: ImageSpec
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class ImageGrid:
     Attributes:
         kind: `preview`, `sweep` or `ablate`.
         plan: The step.
-        looks: In the order of the sheet.
-        shots: Each look is rendered on all of them.
-        across: How many looks stand in a row.
+        variants: In the order of the sheet.
+        specs: Each variant is rendered on all of them.
+        across: How many variants stand in a row.
         title: One line.
-        cells: Of a sweep, one for each look.
-        groups: Of an ablation, one for each look after the base and the whole.
+        cells: Of a sweep, one for each variant.
+        groups: Of an ablation, one for each variant after the base and the whole.
         asked: Of an ablation.
     """
 
     kind: str
     plan: StepPlan
-    looks: Sequence[AdapterVariant]
-    shots: Sequence[ImageSpec]
+    variants: Sequence[AdapterVariant]
+    specs: Sequence[ImageSpec]
     across: int
     title: str
     cells: Sequence[Cell] = ()
@@ -66,21 +66,21 @@ class ImageGrid:
 
     @property
     def labels(self) -> list[str]:
-        """One for each look, no two alike."""
-        return _distinct([look.label for look in self.looks])
+        """One for each variant, no two alike."""
+        return _distinct([variant.label for variant in self.variants])
 
     @property
     def headings(self) -> list[str]:
-        """One for each shot, no two alike."""
-        short = [f"{shot.prompt} (seed {shot.seed})" for shot in self.shots]
-        long = [f"{shot.prompt} ({specs_text([shot])})" for shot in self.shots]
+        """One for each spec, no two alike."""
+        short = [f"{spec.prompt} (seed {spec.seed})" for spec in self.specs]
+        long = [f"{spec.prompt} ({specs_text([spec])})" for spec in self.specs]
         return short if len(set(short)) == len(short) else _distinct(long)
 
     def pictures(self) -> Iterator[Picture]:
-        """AdapterVariant by look, since changing the LoRA takes time too."""
-        for look in self.looks:
-            for shot in self.shots:
-                yield Picture(look, shot)
+        """Variant by variant, since changing the LoRA takes time too."""
+        for variant in self.variants:
+            for spec in self.specs:
+                yield Picture(variant, spec)
 
 
 @dataclass(frozen=True)
@@ -88,27 +88,27 @@ class PreviewPlan:
     """All pictures of a section.
 
     Attributes:
-        site: Where it runs.
-        scene: The model.
-        exhibits: In order of the steps.
+        context: Where it runs.
+        settings: The model.
+        grids: In order of the steps.
         section: For the YAML of a sweep's cells.
     """
 
-    site: RunContext
-    scene: RenderSettings
-    exhibits: Sequence[ImageGrid]
+    context: RunContext
+    settings: RenderSettings
+    grids: Sequence[ImageGrid]
     section: Section
 
     def pictures(self) -> list[Picture]:
         """Every picture once."""
-        return list(dict.fromkeys(p for exhibit in self.exhibits for p in exhibit.pictures()))
+        return list(dict.fromkeys(p for grid in self.grids for p in grid.pictures()))
 
     def text(self) -> str:
         """For the plan that is printed."""
-        lines = row("pictures", f"{len(self.pictures())} with {self.scene.name}")
-        for exhibit in self.exhibits:
-            size = f"{counted(len(exhibit.looks), 'look')} x {counted(len(exhibit.shots), 'shot')}"
-            lines += wrapped(f"{exhibit.title}: {size}, {specs_text(exhibit.shots)}")
+        lines = row("pictures", f"{len(self.pictures())} with {self.settings.name}")
+        for grid in self.grids:
+            size = f"{counted(len(grid.variants), 'variant')} x {counted(len(grid.specs), 'picture')}"
+            lines += wrapped(f"{grid.title}: {size}, {specs_text(grid.specs)}")
         return "\n".join(lines)
 
 
@@ -121,22 +121,22 @@ def _distinct(labels: Sequence[str]) -> list[str]:
     return found
 
 
-def specs_text(shots: Sequence[ImageSpec]) -> str:
+def specs_text(specs: Sequence[ImageSpec]) -> str:
     """`1024 x 1024 pixels, 9 steps, guidance 1, seed 42`."""
 
     def one(values: Sequence[Any]) -> str:
         found = list(dict.fromkeys(map(str, values)))
         return ", ".join(found if len(found) <= _LISTED else [*found[: _LISTED - 1], "...", found[-1]])
 
-    sizes = one([f"{s.width} x {s.height}" for s in shots])
-    guidance = one([f"{s.guidance:g}" for s in shots])
-    seeds = one([s.seed for s in shots])
-    steps = one([s.steps for s in shots])
+    sizes = one([f"{s.width} x {s.height}" for s in specs])
+    guidance = one([f"{s.guidance:g}" for s in specs])
+    seeds = one([s.seed for s in specs])
+    steps = one([s.steps for s in specs])
     return f"{sizes} pixels, {steps} step{'s' * (steps != '1')}, guidance {guidance}, seed {seeds}"
 
 
 def _across(count: int) -> int:
-    """How many of so many looks stand in a row, so that no row is much shorter than the others."""
+    """How many of so many variants stand in a row, so that no row is much shorter than the others."""
     return ceil(count / ceil(count / _ACROSS))
 
 
@@ -145,53 +145,53 @@ def asks_for_pictures(section: Section) -> bool:
     return any(step.preview or step.sweep or step.ablate for step in section.steps)
 
 
-def preview_plan(section: Section, site: RunContext, plans: Sequence[StepPlan]) -> PreviewPlan:
+def preview_plan(section: Section, context: RunContext, plans: Sequence[StepPlan]) -> PreviewPlan:
     """The pictures of a section.
 
     Args:
         section: Validated.
-        site: Where it runs.
+        context: Where it runs.
         plans: Of its steps; before a training what the files hold need not be known.
 
     Raises:
         ZitMergeError: Pictures can't be had as they are asked for; nothing that a merge needs.
     """
-    scene = settings_of(section, site)
-    image_store(site, scene.row)  # raises where there can be none
-    looks = _Looks()
-    exhibits = [e for plan in plans for e in _of_step(plan, section, site, scene, looks)]
-    if not exhibits:
+    settings = settings_of(section, context)
+    image_store(context, settings.row)  # raises where there can be none
+    variants = _Variants()
+    grids = [e for plan in plans for e in _of_step(plan, section, context, settings, variants)]
+    if not grids:
         asked = ", ".join(plan.place or plan.name for plan in plans)
         raise ZitMergeError(f"{asked}: asks for no pictures: write preview: true, sweep or ablate there")
-    _check_presets(exhibits)
-    found = PreviewPlan(site, scene, exhibits, section)
-    most = max(exhibits, key=lambda e: len(e.looks) * len(e.shots))
-    _check_number(len(found.pictures()), len(most.looks), len(most.shots), section, f"{most.plan.place}.{most.kind}")
+    _check_presets(grids)
+    found = PreviewPlan(context, settings, grids, section)
+    most = max(grids, key=lambda e: len(e.variants) * len(e.specs))
+    _check_number(len(found.pictures()), len(most.variants), len(most.specs), section, f"{most.plan.place}.{most.kind}")
     return found
 
 
-def _check_number(number: int, looks: int, shots: int, section: Section, place: str) -> None:
+def _check_number(number: int, variants: int, specs: int, section: Section, place: str) -> None:
     """Raises where there are more pictures than somebody may have wanted."""
     asked = [section.preview, *(part for step in section.steps for part in (step.preview, step.ablate))]
     if number > LIMIT and not any(part and part.confirm for part in asked):
         raise ZitMergeError(
-            f"{place}: these are {number} pictures, {looks} x {shots} of them here: set confirm: true in preview if you want "
+            f"{place}: these are {number} pictures, {variants} x {specs} of them here: set confirm: true in preview if you want "
             "them all, or take fewer prompts, values or groups"
         )
 
 
-def _check_presets(exhibits: Sequence[ImageGrid]) -> None:
+def _check_presets(grids: Sequence[ImageGrid]) -> None:
     """Raises where two ablations would write one preset."""
     places: dict[str, str] = {}
-    for exhibit in exhibits:
-        if exhibit.asked and (name := exhibit.asked.preset):
-            place = f"{exhibit.plan.place}.ablate.preset"
+    for grid in grids:
+        if grid.asked and (name := grid.asked.preset):
+            place = f"{grid.plan.place}.ablate.preset"
             if (other := places.setdefault(name.lower(), place)) != place:
                 raise ZitMergeError(f"{place}: {name} is also the name at {other}: give one of them another name")
 
 
-class _Looks:
-    """Equal looks of several steps as one, so that they are counted once."""
+class _Variants:
+    """Equal variants of several steps as one, so that they are counted once."""
 
     def __init__(self):
         self.base = AdapterVariant("base")
@@ -202,39 +202,41 @@ class _Looks:
         return self._inputs.setdefault(key, InputVariant(i.label, i))
 
 
-def _of_step(plan: StepPlan, section: Section, site: RunContext, scene: RenderSettings, looks: _Looks) -> Iterator[ImageGrid]:
+def _of_step(
+    plan: StepPlan, section: Section, context: RunContext, settings: RenderSettings, variants: _Variants
+) -> Iterator[ImageGrid]:
     step, asked = plan.spec, plan.spec.preview or section.preview or Preview()
-    place = site.at("preview") if asked == section.preview else f"{plan.place}.preview"
+    place = context.at("preview") if asked == section.preview else f"{plan.place}.preview"
     result = StepVariant(plan.name, plan)
     if step.preview or step.sweep:
-        shots = specs_of(asked, scene, site, place)
+        specs = specs_of(asked, settings, context, place)
     if step.preview:
-        inputs = list(dict.fromkeys(map(looks.of_input, plan.inputs)))
-        parts = {"base": [looks.base], "inputs": inputs, "result": [result]}
-        shown = [look for part in dict.fromkeys(asked.compare) for look in parts[part]]
-        yield ImageGrid("preview", plan, shown, shots, _across(len(shown)), f"{plan.name}: previews")
+        inputs = list(dict.fromkeys(map(variants.of_input, plan.inputs)))
+        parts = {"base": [variants.base], "inputs": inputs, "result": [result]}
+        shown = [variant for part in dict.fromkeys(asked.compare) for variant in parts[part]]
+        yield ImageGrid("preview", plan, shown, specs, _across(len(shown)), f"{plan.name}: previews")
     if step.sweep:
-        yield _sweep(plan, shots, section)
+        yield _sweep(plan, specs, section)
     if step.ablate:
         own = {} if step.ablate.prompts is None else {"prompts": step.ablate.prompts}
         listed = f"{plan.place}.ablate.prompts" if own else f"{place}.prompts"
-        shots = specs_of(asked.model_copy(update=own), scene, site, place, listed)
-        yield _ablation(plan, step.ablate, shots, looks, result)
+        specs = specs_of(asked.model_copy(update=own), settings, context, place, listed)
+        yield _ablation(plan, step.ablate, specs, variants, result)
 
 
-def _sweep(plan: StepPlan, shots: Sequence[ImageSpec], section: Section) -> ImageGrid:
+def _sweep(plan: StepPlan, specs: Sequence[ImageSpec], section: Section) -> ImageGrid:
     place = f"{plan.place}.sweep"
     axes = axes_of(plan.spec, place)
     number = prod(len(axis.values) for axis in axes)
-    _check_number(number * len(shots), number, len(shots), section, place)  # before every one of them is planned
+    _check_number(number * len(specs), number, len(specs), section, place)  # before every one of them is planned
     cells = cells_of(plan, axes, place)
     title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
     shown = [StepVariant(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
     across = len(axes[0].values) if len(axes) > 1 else _across(len(shown))
-    return ImageGrid("sweep", plan, shown, shots, across, title, cells=cells)
+    return ImageGrid("sweep", plan, shown, specs, across, title, cells=cells)
 
 
-def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[ImageSpec], looks: _Looks, whole: AdapterVariant) -> ImageGrid:
+def _ablation(plan: StepPlan, asked: Ablate, specs: Sequence[ImageSpec], variants: _Variants, whole: AdapterVariant) -> ImageGrid:
     place = f"{plan.place}.ablate"
     for n, name in enumerate(asked.metrics):
         metrics.metric(name, f"{place}.metrics[{n}]")
@@ -247,5 +249,5 @@ def _ablation(plan: StepPlan, asked: Ablate, shots: Sequence[ImageSpec], looks: 
     only = asked.mode == "only"
     shown = [MaskedVariant(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in found]
     title = f"{plan.name}: ablation by {asked.by}, {'each part alone' if only else 'each part left out in turn'}"
-    shown = [looks.base, whole, *shown]
-    return ImageGrid("ablate", plan, shown, shots, _across(len(shown)), title, groups=found, asked=asked)
+    shown = [variants.base, whole, *shown]
+    return ImageGrid("ablate", plan, shown, specs, _across(len(shown)), title, groups=found, asked=asked)

@@ -169,27 +169,27 @@ class ImageStore:
         return self._write(self.samples / name, content)
 
 
-def image_store(site: RunContext, row: int) -> ImageStore:
+def image_store(context: RunContext, row: int) -> ImageStore:
     """The folders of a section's pictures.
 
     Args:
-        site: Where it runs.
+        context: Where it runs.
         row: How many samples stand in a row.
 
     Raises:
         ZitMergeError: AI-Toolkit would take our folder for a checkpoint.
     """
-    home = site.home.folder if site.home else None
-    job = re.sub(r"[/\\]", "_", site.job)
-    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((site.prefix, *PREFIXES))]  # outputs may lie elsewhere
-    trainings = [training for training in (site.home, site.training) if training]
-    for folder in ((home or site.output_dir) / name for name in names):
+    home = context.home.folder if context.home else None
+    job = re.sub(r"[/\\]", "_", context.job)
+    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((context.prefix, *PREFIXES))]  # outputs may lie elsewhere
+    trainings = [training for training in (context.home, context.training) if training]
+    for folder in ((home or context.output_dir) / name for name in names):
         if not any(training.claims(folder) for training in trainings):
-            step = site.training.steps if site.training else 0
-            return ImageStore(folder, home / "samples" if home else None, step, row, site.job)
+            step = context.training.steps if context.training else 0
+            return ImageStore(folder, home / "samples" if home else None, step, row, context.job)
     raise ZitMergeError(
-        f"{site.at('preview')}: AI-Toolkit would take the folder {names[0]} for a checkpoint of {site.job}: give the job a name "
-        "without wildcards"
+        f"{context.at('preview')}: AI-Toolkit would take the folder {names[0]} for a checkpoint of {context.job}: give the job a "
+        "name without wildcards"
     )
 
 

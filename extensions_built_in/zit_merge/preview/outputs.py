@@ -26,10 +26,10 @@ from .variants import AdapterVariant
 
 @dataclass(frozen=True)
 class GridResult:
-    """An exhibit that hangs.
+    """What was written for a grid.
 
     Attributes:
-        exhibit: What was asked for.
+        grid: What was asked for.
         sheet: The contact sheet.
         pictures: (heading, label, YAML of the section that makes it or nothing, file), as on the sheet.
         ablation: What was measured.
@@ -37,7 +37,7 @@ class GridResult:
         notes: What a person should know, a sentence each.
     """
 
-    exhibit: ImageGrid
+    grid: ImageGrid
     sheet: Path
     pictures: tuple[tuple[str, str, str, Path], ...]
     ablation: Ablation | None
@@ -47,141 +47,141 @@ class GridResult:
     def text(self) -> str:
         """For the terminal."""
         lines = [
-            f"{self.exhibit.title}: {counted(len(self.pictures), 'picture')}",
+            f"{self.grid.title}: {counted(len(self.pictures), 'picture')}",
             *(f"    {copyable(path)}" for path in self.files),
         ]
         return "\n".join([*lines, *self.notes, *([self.ablation.text()] if self.ablation else [])])
 
 
-def write_grid(exhibit: ImageGrid, exhibition: PreviewPlan, studio: PreviewRunner, gallery: ImageStore) -> GridResult:
-    """Puts the pictures of an exhibit, all of which are there, into the job's samples, and writes what belongs to them.
+def write_grid(grid: ImageGrid, preview: PreviewPlan, runner: PreviewRunner, store: ImageStore) -> GridResult:
+    """Puts the pictures of a grid, all of which are there, into the job's samples, and writes what belongs to them.
 
     Args:
-        exhibit: What is shown.
-        exhibition: That it belongs to.
-        studio: That rendered it.
-        gallery: Where pictures lie.
+        grid: What is shown.
+        preview: That it belongs to.
+        runner: That rendered it.
+        store: Where pictures lie.
 
     Raises:
         ZitMergeError: Something can't be written.
     """
-    if exhibit.kind != "ablate":  # those are there to be measured: too many, and too alike, to look at one by one
-        _into_samples(exhibit, studio, gallery)
-    yamls = [section_yaml(exhibition.section, plain_step(cell.plan.spec)) for cell in exhibit.cells] or [""] * len(exhibit.looks)
-    ablation = _measured(exhibit, studio, gallery) if exhibit.kind == "ablate" else None
-    footer = ablation.caveat if ablation else f"{specs_text(exhibit.shots)}; {exhibition.scene.name}"
-    files, notes = [gallery.write(f"{exhibit.name}.png", _sheet(exhibit, studio, gallery, footer))], []
-    facts = _facts(exhibit, exhibition, studio, yamls) | ({"ablation": ablation.facts()} if ablation else {})
-    files.append(gallery.write(f"{exhibit.name}.json", json.dumps(facts, indent=1, default=str).encode()))
+    if grid.kind != "ablate":  # those are there to be measured: too many, and too alike, to look at one by one
+        _into_samples(grid, runner, store)
+    yamls = [section_yaml(preview.section, plain_step(cell.plan.spec)) for cell in grid.cells] or [""] * len(grid.variants)
+    ablation = _measured(grid, runner, store) if grid.kind == "ablate" else None
+    footer = ablation.caveat if ablation else f"{specs_text(grid.specs)}; {preview.settings.name}"
+    files, notes = [store.write(f"{grid.name}.png", _sheet(grid, runner, store, footer))], []
+    facts = _facts(grid, preview, runner, yamls) | ({"ablation": ablation.facts()} if ablation else {})
+    files.append(store.write(f"{grid.name}.json", json.dumps(facts, indent=1, default=str).encode()))
     if ablation:
-        extra, notes = _of_ablation(exhibit, ablation, gallery)
+        extra, notes = _of_ablation(grid, ablation, store)
         files += extra
     pictures = tuple(
-        (heading, label, text, gallery.path(studio.digests[Picture(look, shot)]))
-        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True)
-        for look, label, text in zip(exhibit.looks, exhibit.labels, yamls, strict=True)
+        (heading, label, text, store.path(runner.digests[Picture(variant, spec)]))
+        for spec, heading in zip(grid.specs, grid.headings, strict=True)
+        for variant, label, text in zip(grid.variants, grid.labels, yamls, strict=True)
     )
-    return GridResult(exhibit, files[0], pictures, ablation, tuple(files), tuple(notes))
+    return GridResult(grid, files[0], pictures, ablation, tuple(files), tuple(notes))
 
 
-def _into_samples(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore) -> None:
+def _into_samples(grid: ImageGrid, runner: PreviewRunner, store: ImageStore) -> None:
     labels: dict[str, str] = {}
-    for look, label in zip(exhibit.looks, exhibit.labels, strict=True):
-        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True):
-            labels.setdefault(studio.digests[Picture(look, shot)], f"{label}: {heading}")
-    gallery.show(list(labels), list(labels.values()))
+    for variant, label in zip(grid.variants, grid.labels, strict=True):
+        for spec, heading in zip(grid.specs, grid.headings, strict=True):
+            labels.setdefault(runner.digests[Picture(variant, spec)], f"{label}: {heading}")
+    store.show(list(labels), list(labels.values()))
 
 
-def _sheet(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore, footer: str) -> bytes:
-    edge = edge_of(len(exhibit.looks) * len(exhibit.shots), exhibit.across)
+def _sheet(grid: ImageGrid, runner: PreviewRunner, store: ImageStore, footer: str) -> bytes:
+    edge = edge_of(len(grid.variants) * len(grid.specs), grid.across)
     blocks = [
         Block(
             heading,
             [
-                (label, gallery.load(studio.digests[Picture(look, shot)], edge))
-                for look, label in zip(exhibit.looks, exhibit.labels, strict=True)
+                (label, store.load(runner.digests[Picture(variant, spec)], edge))
+                for variant, label in zip(grid.variants, grid.labels, strict=True)
             ],
         )
-        for shot, heading in zip(exhibit.shots, exhibit.headings, strict=True)
+        for spec, heading in zip(grid.specs, grid.headings, strict=True)
     ]
     content = BytesIO()
-    sheet(exhibit.title, blocks, exhibit.across, footer).save(content, "PNG")
+    sheet(grid.title, blocks, grid.across, footer).save(content, "PNG")
     return content.getvalue()
 
 
 class _Loading(Mapping[str, list[Image]]):
     """Group -> its pictures, loaded when they are asked for: all of them at once can take gigabytes."""
 
-    def __init__(self, looks: Mapping[str, AdapterVariant], load: Callable[[AdapterVariant], list[Image]]):
-        self._looks, self._load = looks, load
+    def __init__(self, variants: Mapping[str, AdapterVariant], load: Callable[[AdapterVariant], list[Image]]):
+        self._variants, self._load = variants, load
 
     def __getitem__(self, group: str) -> list[Image]:
-        return self._load(self._looks[group])
+        return self._load(self._variants[group])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._looks)
+        return iter(self._variants)
 
     def __len__(self) -> int:
-        return len(self._looks)
+        return len(self._variants)
 
 
-def _measured(exhibit: ImageGrid, studio: PreviewRunner, gallery: ImageStore) -> Ablation:
-    def load(look: AdapterVariant) -> list[Image]:
-        return [gallery.load(studio.digests[Picture(look, shot)]) for shot in exhibit.shots]
+def _measured(grid: ImageGrid, runner: PreviewRunner, store: ImageStore) -> Ablation:
+    def load(variant: AdapterVariant) -> list[Image]:
+        return [store.load(runner.digests[Picture(variant, spec)]) for spec in grid.specs]
 
-    base, full, *parts = exhibit.looks
+    base, full, *parts = grid.variants
     return measure(
-        _Loading(dict(zip((g.name for g in exhibit.groups), parts, strict=True)), load),
+        _Loading(dict(zip((g.name for g in grid.groups), parts, strict=True)), load),
         load(full),
         load(base),
-        groups=exhibit.groups,
-        by=exhibit.asked.by,
-        mode=exhibit.asked.mode,
-        lora=exhibit.plan.path.name,
-        shots=[(shot.prompt, shot.seed) for shot in exhibit.shots],
-        metrics=exhibit.asked.metrics,
-        place=f"{exhibit.plan.place}.ablate.metrics",
-        watched=studio.watched,
+        groups=grid.groups,
+        by=grid.asked.by,
+        mode=grid.asked.mode,
+        lora=grid.plan.path.name,
+        shots=[(spec.prompt, spec.seed) for spec in grid.specs],
+        metrics=grid.asked.metrics,
+        place=f"{grid.plan.place}.ablate.metrics",
+        watched=runner.watched,
     )
 
 
-def _of_ablation(exhibit: ImageGrid, ablation: Ablation, gallery: ImageStore) -> tuple[list[Path], list[str]]:
+def _of_ablation(grid: ImageGrid, ablation: Ablation, store: ImageStore) -> tuple[list[Path], list[str]]:
     """The chart, and the preset that was asked for."""
     from .chart import draw
 
     content = BytesIO()
     draw(ablation, content)
-    files, name = [gallery.write(f"{exhibit.name}_chart.png", content.getvalue())], exhibit.asked.preset
+    files, name = [store.write(f"{grid.name}_chart.png", content.getvalue())], grid.asked.preset
     if not name:
         return files, []
     try:
-        text = ablation.preset_yaml(name, exhibit.asked.metrics[0])
+        text = ablation.preset_yaml(name, grid.asked.metrics[0])
     except ZitMergeError as e:
         return files, [f"no preset {name}: {e}"]
-    path = gallery.write(f"{name}.yaml", text.encode())
+    path = store.write(f"{name}.yaml", text.encode())
     return [*files, path], [f"to use the preset {name}: preset: {copyable(path)}"]
 
 
-def _facts(exhibit: ImageGrid, exhibition: PreviewPlan, studio: PreviewRunner, yamls: list[str]) -> dict[str, Any]:
+def _facts(grid: ImageGrid, preview: PreviewPlan, runner: PreviewRunner, yamls: list[str]) -> dict[str, Any]:
     """What is on a sheet, for programs."""
-    looks = [
+    variants = [
         {
             "label": label,
-            "pictures": [f"pictures/{studio.digests[Picture(look, shot)]}.png" for shot in exhibit.shots],
-            "follows_from": studio.records[look],
+            "pictures": [f"pictures/{runner.digests[Picture(variant, spec)]}.png" for spec in grid.specs],
+            "follows_from": runner.records[variant],
             **({"section": text} if text else {}),
         }
-        for look, label, text in zip(exhibit.looks, exhibit.labels, yamls, strict=True)
+        for variant, label, text in zip(grid.variants, grid.labels, yamls, strict=True)
     ]
     return {
         "made_by": f"zit_merge {__version__}",
-        "job": exhibition.site.job,
-        "step": exhibit.plan.name,
-        "kind": exhibit.kind,
-        "title": exhibit.title,
-        "scene": exhibition.scene.record(),
-        "shots": [shot.record() for shot in exhibit.shots],
-        "looks": looks,
+        "job": preview.context.job,
+        "step": grid.plan.name,
+        "kind": grid.kind,
+        "title": grid.title,
+        "scene": preview.settings.record(),
+        "shots": [spec.record() for spec in grid.specs],
+        "looks": variants,
     }
 
 

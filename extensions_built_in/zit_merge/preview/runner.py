@@ -1,4 +1,4 @@
-"""From an exhibition to pictures in the gallery: what is missing is rendered, by as many processes as there are."""
+"""From a preview to pictures in the store: what is missing is rendered, by as many processes as there are."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .variants import AdapterVariant, ReadContext, digest
 Tick = Callable[[str, int, int], None]  # (what is shown, pictures done, of how many); called after each, may raise to stop
 
 
-class Painter(Protocol):
+class Renderer(Protocol):
     """A loaded model."""
 
     def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Puts a LoRA on it in the place of the one before."""
 
-    def render(self, shot: ImageSpec) -> Image:
+    def render(self, spec: ImageSpec) -> Image:
         """One picture."""
 
 
@@ -60,16 +60,16 @@ class Workers:
 
 
 class PreviewRunner:
-    """Renders the pictures of an exhibition. As a context it keeps the model loaded, once for all of them.
+    """Renders the pictures of a preview. As a context it keeps the model loaded, once for all of them.
 
     Args:
-        exhibition: What is shown.
-        gallery: Where pictures lie.
+        preview: What is shown.
+        store: Where pictures lie.
         device: Where the algebra runs.
         load: Loads the model; called when there is something to render.
         tick: Progress, and the place to stop from.
         watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
-        team: The processes that share the work.
+        workers: The processes that share the work.
 
     Attributes:
         watched: As it was given.
@@ -79,26 +79,26 @@ class PreviewRunner:
 
     def __init__(
         self,
-        exhibition: PreviewPlan,
-        gallery: ImageStore,
+        preview: PreviewPlan,
+        store: ImageStore,
         device: torch.device,
-        load: Callable[[RenderSettings], AbstractContextManager[Painter]],
+        load: Callable[[RenderSettings], AbstractContextManager[Renderer]],
         tick: Tick,
         watched: Watched = iter,
-        team: Workers | None = None,
+        workers: Workers | None = None,
     ):
-        self._gallery, self._load, self._tick, self._team = gallery, load, tick, team or Workers()
-        self.watched, self._scene, self._pictures = watched, exhibition.scene, exhibition.pictures()
-        looks = list(dict.fromkeys(p.look for p in self._pictures))
+        self._store, self._load, self._tick, self._workers = store, load, tick, workers or Workers()
+        self.watched, self._settings, self._pictures = watched, preview.settings, preview.pictures()
+        variants = list(dict.fromkeys(p.variant for p in self._pictures))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            files = dict.fromkeys(path for look in looks for path in look.files())
+            files = dict.fromkeys(path for variant in variants for path in variant.files())
             self._ctx = ReadContext({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
         hashes = {path: future.result() for path, future in self._ctx.hashes.items()}
-        self.records = {look: look.record(hashes) for look in looks}
-        shared = {"zit_merge": __version__, "scene": self._scene.record()}
-        self._whole = {p: {**shared, "look": self.records[p.look], "shot": p.shot.record()} for p in self._pictures}
+        self.records = {variant: variant.record(hashes) for variant in variants}
+        shared = {"zit_merge": __version__, "scene": self._settings.record()}
+        self._whole = {p: {**shared, "look": self.records[p.variant], "shot": p.spec.record()} for p in self._pictures}
         self.digests: Mapping[Picture, str] = {p: digest(record) for p, record in self._whole.items()}
-        self._painter: Painter | None = None
+        self._renderer: Renderer | None = None
         self._stack = ExitStack()
         self._done, self._total = 0, len(self.missing(self._pictures))
 
@@ -109,11 +109,11 @@ class PreviewRunner:
         self._stack.close()
 
     def missing(self, pictures: Iterable[Picture]) -> list[Picture]:
-        """Those that are not in the gallery, each once."""
+        """Those that are not in the store, each once."""
         first: dict[str, Picture] = {}
         for picture in pictures:
             first.setdefault(self.digests[picture], picture)
-        return [picture for name, picture in first.items() if not self._gallery.has(name)]
+        return [picture for name, picture in first.items() if not self._store.has(name)]
 
     def render(self, pictures: Iterable[Picture]) -> int:
         """Renders what is missing. Pictures that are done stay, whatever happens to the next.
@@ -125,24 +125,24 @@ class PreviewRunner:
             ZitMergeError: From whichever process could not go on.
         """
         missing = self.missing(pictures)
-        self._team.gather([])  # all have looked before the first one writes
+        self._workers.gather([])  # all have looked before the first one writes
         troubles = []
         try:
-            self._render(self._team.mine(missing))
+            self._render(self._workers.mine(missing))
         except ZitMergeError as e:
             troubles.append(str(e))
-        if troubles := self._team.gather(troubles):
+        if troubles := self._workers.gather(troubles):
             raise ZitMergeError(troubles[0])
         return len(missing)
 
     def _render(self, mine: Sequence[Picture]) -> None:
-        worn: AdapterVariant | None = None
+        current: AdapterVariant | None = None
         for picture in mine:
-            if self._painter is None:
-                self._painter = self._stack.enter_context(self._load(self._scene))
-            if picture.look is not worn:
-                self._painter.set_adapter(picture.look.deltas(self._ctx))
-                worn = picture.look
-            self._gallery.save(self.digests[picture], self._painter.render(picture.shot), self._whole[picture])
+            if self._renderer is None:
+                self._renderer = self._stack.enter_context(self._load(self._settings))
+            if picture.variant is not current:
+                self._renderer.set_adapter(picture.variant.deltas(self._ctx))
+                current = picture.variant
+            self._store.save(self.digests[picture], self._renderer.render(picture.spec), self._whole[picture])
             self._done += 1
-            self._tick(picture.look.label, self._done, self._team.share(self._total))
+            self._tick(picture.variant.label, self._done, self._workers.share(self._total))

@@ -1,4 +1,4 @@
-"""What pictures are made with: the model and the shots that the training job names, and what `preview` says instead."""
+"""What pictures are made with: the model and the specs that the training job names, and what `preview` says instead."""
 
 from __future__ import annotations
 
@@ -123,18 +123,18 @@ def _stats(name: str) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def settings_of(section: Section, site: RunContext) -> RenderSettings:
+def settings_of(section: Section, context: RunContext) -> RenderSettings:
     """The model of the section, else of the training before it, with the settings that the section gives instead.
 
     Raises:
         ZitMergeError: There is none, or it is not Z-Image.
     """
     own = section.model if isinstance(section.model, Mapping) else {}
-    training = site.training.config if site.training else {}
-    is_own = bool(own.get("name_or_path")) or not site.training
+    training = context.training.config if context.training else {}
+    is_own = bool(own.get("name_or_path")) or not context.training
     model = own if is_own else {**table(training, "model"), **own}
-    place = site.at("model") if is_own else f"{site.training.place}.model"
-    has_own = bool(_samples(section.sample)) or not site.training
+    place = context.at("model") if is_own else f"{context.training.place}.model"
+    has_own = bool(_samples(section.sample)) or not context.training
     samples = section.sample if has_own else table(training, "sample")
     _check_model(model, place)
     return RenderSettings(
@@ -144,8 +144,8 @@ def settings_of(section: Section, site: RunContext) -> RenderSettings:
         _trigger(section.trigger_word, training.get("trigger_word")),
         place,
         section.device,
-        site.at("sample") if has_own else f"{site.training.place}.sample",
-        _row(training.get("sample") if site.training else section.sample),
+        context.at("sample") if has_own else f"{context.training.place}.sample",
+        _row(training.get("sample") if context.training else section.sample),
     )
 
 
@@ -213,13 +213,15 @@ def _other_kind(path: Path) -> str:
     return ""
 
 
-def specs_of(asked: Preview, scene: RenderSettings, site: RunContext, place: str, listed: str = "") -> tuple[ImageSpec, ...]:
-    """The shots of a preview, each once.
+def specs_of(
+    asked: Preview, settings: RenderSettings, context: RunContext, place: str, listed: str = ""
+) -> tuple[ImageSpec, ...]:
+    """The specs of a preview, each once.
 
     Args:
         asked: What is not None takes the place of the samples' own.
-        scene: Has the training's samples.
-        site: Where relative files start.
+        settings: Has the training's samples.
+        context: Where relative files start.
         place: Of the preview.
         listed: Of the prompts, where they don't stand there.
 
@@ -228,35 +230,35 @@ def specs_of(asked: Preview, scene: RenderSettings, site: RunContext, place: str
     """
     listed = listed or f"{place}.prompts"
     if asked.prompts is None:
-        found = [shot for sample in _sampled(scene) for shot in _as_asked(sample, asked)]
+        found = [spec for sample in _sampled(settings) for spec in _as_asked(sample, asked)]
         if not found:
             raise ZitMergeError(f"{listed}: is missing, and the job has no samples whose prompts could be used: list some")
     else:
-        usual = next(_sampled(scene), _rounded(_usual(scene)))
+        usual = next(_sampled(settings), _rounded(_usual(settings)))
         found = [
-            _with_options(shot, listed, keep=True)  # an option of a prompt is nearer to it than those of all
-            for prompt in _prompts(asked.prompts, site, listed)
-            for shot in _as_asked(replace(usual, prompt=_with_trigger(prompt, scene)), asked)
+            _with_options(spec, listed, keep=True)  # an option of a prompt is nearer to it than those of all
+            for prompt in _prompts(asked.prompts, context, listed)
+            for spec in _as_asked(replace(usual, prompt=_with_trigger(prompt, settings)), asked)
         ]
-    for shot in found:
-        _check(shot, place)
+    for spec in found:
+        _check(spec, place)
     return tuple(dict.fromkeys(found))
 
 
-def _as_asked(shot: ImageSpec, asked: Preview) -> Iterator[ImageSpec]:
-    """The shot with the settings of the preview, once for each of its seeds."""
+def _as_asked(spec: ImageSpec, asked: Preview) -> Iterator[ImageSpec]:
+    """The spec with the settings of the preview, once for each of its seeds."""
     width, height = asked.size if isinstance(asked.size, list) else (asked.size, asked.size)
     settings = {"width": width, "height": height, "steps": asked.steps, "guidance": asked.guidance}
-    shot = replace(shot, **{key: value for key, value in settings.items() if value is not None})
+    spec = replace(spec, **{key: value for key, value in settings.items() if value is not None})
     for seed in asked.seed if isinstance(asked.seed, list) else [asked.seed]:
-        yield shot if seed is None else replace(shot, seed=seed)
+        yield spec if seed is None else replace(spec, seed=seed)
 
 
-def _prompts(asked: Sequence[str] | str, site: RunContext, place: str) -> list[str]:
+def _prompts(asked: Sequence[str] | str, context: RunContext, place: str) -> list[str]:
     if not isinstance(asked, str):
         return list(asked)
     wanted = user_path(asked, place)
-    candidates = list(dict.fromkeys((folder / wanted).absolute() for folder in site.folders))
+    candidates = list(dict.fromkeys((folder / wanted).absolute() for folder in context.folders))
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         looked = ", ".join(str(path.parent) for path in candidates)
@@ -273,13 +275,13 @@ def _prompts(asked: Sequence[str] | str, site: RunContext, place: str) -> list[s
     return found
 
 
-def _usual(scene: RenderSettings) -> ImageSpec:
+def _usual(settings: RenderSettings) -> ImageSpec:
     """What a sample that says nothing has: the settings that stand on `sample:` itself, else those of Turbo."""
-    return replace(ImageSpec(""), **_settings(scene.samples))
+    return replace(ImageSpec(""), **_settings(settings.samples))
 
 
 def _settings(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `sample:`, or an entry of it, says of a shot."""
+    """What a `sample:`, or an entry of it, says of a spec."""
     wholes = {"seed": "seed", "width": "width", "height": "height", "sample_steps": "steps"}
     found: dict[str, Any] = {ours: int(sample[key]) for key, ours in wholes.items() if _is_number(sample.get(key))}
     if found.get("seed") == -1:
@@ -296,37 +298,37 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _sampled(scene: RenderSettings) -> Iterator[ImageSpec]:
-    """The shots of the training's own samples, as BaseSDTrainProcess.sample makes them, but for the defaults."""
-    usual = _usual(scene)
+def _sampled(settings: RenderSettings) -> Iterator[ImageSpec]:
+    """The specs of the training's own samples, as BaseSDTrainProcess.sample makes them, but for the defaults."""
+    usual = _usual(settings)
     seed = usual.seed
-    for i, entry in enumerate(_samples(scene.samples)):
+    for i, entry in enumerate(_samples(settings.samples)):
         own = _settings(entry)
-        seed = own.get("seed", usual.seed + i if scene.samples.get("walk_seed") else seed)  # it stays for those that follow
-        shot = replace(usual, prompt=_with_trigger(entry["prompt"], scene), **own | {"seed": seed})
-        yield _rounded(_with_options(shot, scene.sampled))
+        seed = own.get("seed", usual.seed + i if settings.samples.get("walk_seed") else seed)  # it stays for those that follow
+        spec = replace(usual, prompt=_with_trigger(entry["prompt"], settings), **own | {"seed": seed})
+        yield _rounded(_with_options(spec, settings.sampled))
 
 
-def _rounded(shot: ImageSpec) -> ImageSpec:
+def _rounded(spec: ImageSpec) -> ImageSpec:
     """In the size that the toolkit makes of any other (ZImageModel.generate_single_image)."""
-    width, height = (max(SMALLEST, side // MULTIPLE * MULTIPLE) for side in (shot.width, shot.height))
-    return replace(shot, width=width, height=height)
+    width, height = (max(SMALLEST, side // MULTIPLE * MULTIPLE) for side in (spec.width, spec.height))
+    return replace(spec, width=width, height=height)
 
 
-def _with_trigger(prompt: str, scene: RenderSettings) -> str:
+def _with_trigger(prompt: str, settings: RenderSettings) -> str:
     """As the toolkit puts it in (toolkit/prompt_utils.py inject_trigger_into_prompt): in its places, and nowhere else."""
-    return prompt if scene.trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: scene.trigger, prompt)
+    return prompt if settings.trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: settings.trigger, prompt)
 
 
-def _with_options(shot: ImageSpec, place: str, *, keep: bool = False) -> ImageSpec:
-    """The shot that a prompt with `--seed 3` or `--w 512` means.
+def _with_options(spec: ImageSpec, place: str, *, keep: bool = False) -> ImageSpec:
+    """The spec that a prompt with `--seed 3` or `--w 512` means.
 
     Args:
-        shot: With the prompt as it was written.
+        spec: With the prompt as it was written.
         place: Of the prompt, for messages.
         keep: Words after dashes that are no option stay in the prompt; the toolkit drops them from a sample's.
     """
-    text, *parts = shot.prompt.strip().split("--")
+    text, *parts = spec.prompt.strip().split("--")
     settings: dict[str, Any] = {}
     for part in parts:
         flag = part.split(" ")[0].strip()
@@ -337,25 +339,25 @@ def _with_options(shot: ImageSpec, place: str, *, keep: bool = False) -> ImageSp
                 settings[name] = kind(value)
             except ValueError:
                 raise ZitMergeError(
-                    f"{place}: --{flag} in the prompt {shot.prompt[:60]!r} needs a number, not {value!r}: mend it"
+                    f"{place}: --{flag} in the prompt {spec.prompt[:60]!r} needs a number, not {value!r}: mend it"
                 ) from None
         elif keep and flag not in _UNUSED:
             text += f"--{part}"
-    return replace(shot, prompt=text.strip(), **settings)
+    return replace(spec, prompt=text.strip(), **settings)
 
 
-def _check(shot: ImageSpec, place: str) -> None:
+def _check(spec: ImageSpec, place: str) -> None:
     """Raises unless Z-Image can render it."""
-    for side in (shot.width, shot.height):
+    for side in (spec.width, spec.height):
         if side % MULTIPLE or not SMALLEST <= side <= LARGEST:
             near = min(max(round(side / MULTIPLE) * MULTIPLE, SMALLEST), LARGEST)
             raise ZitMergeError(
-                f"{place}.size: {shot.width} x {shot.height} pixels can't be rendered, a side is {SMALLEST} to {LARGEST} and a "
+                f"{place}.size: {spec.width} x {spec.height} pixels can't be rendered, a side is {SMALLEST} to {LARGEST} and a "
                 f"multiple of {MULTIPLE}: write {near} for {side}"
             )
-    if not 1 <= shot.steps <= MOST_STEPS:
-        raise ZitMergeError(f"{place}.steps: {shot.steps} steps can't be rendered: write a whole number from 1 to {MOST_STEPS}")
-    if not 0 <= shot.guidance <= MOST_GUIDANCE:
-        raise ZitMergeError(f"{place}.guidance: {shot.guidance:g} can't be rendered: write a number from 0 to {MOST_GUIDANCE}")
-    if not 0 <= shot.seed < 2**63:
-        raise ZitMergeError(f"{place}.seed: {shot.seed} is no seed that gives the same noise twice: write a number from 0")
+    if not 1 <= spec.steps <= MOST_STEPS:
+        raise ZitMergeError(f"{place}.steps: {spec.steps} steps can't be rendered: write a whole number from 1 to {MOST_STEPS}")
+    if not 0 <= spec.guidance <= MOST_GUIDANCE:
+        raise ZitMergeError(f"{place}.guidance: {spec.guidance:g} can't be rendered: write a number from 0 to {MOST_GUIDANCE}")
+    if not 0 <= spec.seed < 2**63:
+        raise ZitMergeError(f"{place}.seed: {spec.seed} is no seed that gives the same noise twice: write a number from 0")

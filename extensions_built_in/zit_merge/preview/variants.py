@@ -21,7 +21,7 @@ from .ablation import Group
 
 
 class ReadContext(NamedTuple):
-    """What it takes to read a look.
+    """What it takes to read a variant.
 
     Attributes:
         hashes: Path -> SHA-256 of the tensor data of every file in use.
@@ -36,7 +36,7 @@ class ReadContext(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AdapterVariant:
-    """The base model as it is, and what every other look begins with.
+    """The base model as it is, and what every other variant begins with.
 
     Attributes:
         label: What stands beside its pictures.
@@ -49,7 +49,7 @@ class AdapterVariant:
         return []
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
-        """Everything that its change follows from, for JSON; equal for looks that are equal."""
+        """Everything that its change follows from, for JSON; equal for variants that are equal."""
         return {}
 
     def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
@@ -106,10 +106,10 @@ class StepVariant(AdapterVariant):
 
 @dataclass(frozen=True, eq=False)
 class MaskedVariant(AdapterVariant):
-    """A look without a group of modules, or with nothing else.
+    """A variant without a group of modules, or with nothing else.
 
     Attributes:
-        whole: The look.
+        whole: The variant.
         group: The modules.
         only: Nothing but them.
     """

@@ -1,4 +1,4 @@
-"""What tests of pictures share: sections as they are planned, and a painter whose pictures follow from all that it is given."""
+"""What tests of pictures share: sections as they are planned, and a renderer whose pictures follow from all that it is given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def planned(work: Workspace, *steps: Mapping[str, Any], job: str = "cat", **keys
     return found
 
 
-def exhibited(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> PreviewPlan:
+def previewed(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> PreviewPlan:
     """Which pictures a job of one section asks for."""
     found = planned(work, *steps, **keys)
     return preview_plan(found.section, found.site, found.plans)
@@ -64,15 +64,15 @@ def run(found: Planned) -> list[Done]:
 
 
 def reading(plans: Iterable[StepPlan]) -> Reading:
-    """What it takes to read the looks of these steps."""
+    """What it takes to read the variants of these steps."""
     paths = dict.fromkeys(path for plan in plans for path in plan.hashed)
     with ThreadPoolExecutor(max_workers=1) as pool:
         return Reading({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
 
 
-def name_of(look: AdapterVariant) -> str:
-    """The digest of a look's record."""
-    return digest(look.record({path: tensor_hash(path) for path in look.files()}))
+def name_of(variant: AdapterVariant) -> str:
+    """The digest of a variant's record."""
+    return digest(variant.record({path: tensor_hash(path) for path in variant.files()}))
 
 
 def same(ours: Delta, theirs: Delta) -> bool:
@@ -87,21 +87,21 @@ def _stripped(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
     return factors.up[:, used].double(), factors.down[used].double()
 
 
-class Painter:
-    """A model that paints a plain picture, whose colours follow from the LoRA that it wears and from the shot.
+class FakeRenderer:
+    """A model that renders a plain picture, whose colours follow from its adapter and from the spec.
 
     Attributes:
-        worn: How often it was given a LoRA.
-        painted: (LoRA, shot) of every picture, in order.
-        closed: Whether it was let go.
+        adapters: How many adapters it was given.
+        pictures: (adapter, spec) of every picture, in order.
+        closed: Whether it was closed.
     """
 
-    def __init__(self, scene: RenderSettings):
-        self.scene, self.worn, self.closed = scene, 0, False
-        self.painted: list[tuple[str, ImageSpec]] = []
-        self._look = ""
+    def __init__(self, settings: RenderSettings):
+        self.settings, self.adapters, self.closed = settings, 0, False
+        self.pictures: list[tuple[str, ImageSpec]] = []
+        self._adapter = ""
 
-    def __enter__(self) -> Painter:
+    def __enter__(self) -> FakeRenderer:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -109,37 +109,37 @@ class Painter:
 
     def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Remembers the LoRA by its bits."""
-        self.worn += 1
+        self.adapters += 1
         found = hashlib.sha256()
         for module, delta in deltas:
             factors = delta.expand()
             if factors.up.any():
                 found.update(module.encode() + factors.up.float().numpy().tobytes() + factors.down.float().numpy().tobytes())
-        self._look = found.hexdigest()
+        self._adapter = found.hexdigest()
 
-    def render(self, shot: ImageSpec) -> Image.Image:
+    def render(self, spec: ImageSpec) -> Image.Image:
         """Four quarters in colours of their own, so that a picture upside down is another one."""
-        self.painted.append((self._look, shot))
-        colours = hashlib.sha256(f"{self._look} {shot}".encode()).digest()
+        self.pictures.append((self._adapter, spec))
+        colours = hashlib.sha256(f"{self._adapter} {spec}".encode()).digest()
         small = Image.frombytes("RGB", (2, 2), colours[:12])
-        return small.resize((shot.width, shot.height), Image.Resampling.NEAREST)
+        return small.resize((spec.width, spec.height), Image.Resampling.NEAREST)
 
 
-class Easel:
-    """Loads painters, and keeps them to be asked what they did."""
+class Loader:
+    """Loads renderers, and keeps them for assertions on what they did."""
 
-    def __init__(self, painter: type[Painter] = Painter):
-        self._painter = painter
-        self.loaded: list[Painter] = []
+    def __init__(self, renderer: type[FakeRenderer] = FakeRenderer):
+        self._renderer = renderer
+        self.loaded: list[FakeRenderer] = []
 
-    def __call__(self, scene: RenderSettings) -> Painter:
-        self.loaded.append(self._painter(scene))
+    def __call__(self, settings: RenderSettings) -> FakeRenderer:
+        self.loaded.append(self._renderer(settings))
         return self.loaded[-1]
 
     @property
-    def painted(self) -> Sequence[tuple[str, ImageSpec]]:
-        """What all of them painted."""
-        return [picture for painter in self.loaded for picture in painter.painted]
+    def pictures(self) -> Sequence[tuple[str, ImageSpec]]:
+        """Of all of them."""
+        return [picture for renderer in self.loaded for picture in renderer.pictures]
 
 
 def plain(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
