@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from extensions_built_in.zit_merge import ZitMergeError
+from extensions_built_in.zit_merge.config import schema
 from extensions_built_in.zit_merge.preview import metrics
 from extensions_built_in.zit_merge.preview.metrics import (
     METRICS,
@@ -302,8 +303,8 @@ def refused(name: str) -> str:
     return str(e.value).removeprefix(f"{PLACE}: ")
 
 
-def test_built_in_metrics_by_name():
-    assert list(METRICS) == ["pixels", "structure", "colour", "detail"]
+def test_built_in_metrics_are_those_of_the_schema_by_name():
+    assert tuple(METRICS) == schema.METRICS == ("pixels", "structure", "colour", "detail")
     assert all(metrics.metric(name, PLACE) is METRICS[name] for name in METRICS)
 
 
@@ -330,7 +331,7 @@ def test_names_that_are_no_metric(own):
     )
     module = own("def distance(p, r): return 0\nLIMIT = 3\n")
     assert refused(f"{module}:distanse") == f"'{module}:distanse': {module} has no distanse (did you mean distance?)"
-    assert "is no function of two pictures but int" in refused(f"{module}:LIMIT")
+    assert "is of type int, not a function" in refused(f"{module}:LIMIT")
 
 
 @pytest.mark.parametrize("content", ["def f(:\n", "1 / 0\n", "raise RuntimeError('two\\nlines')\n"])

@@ -1,1 +1,1 @@
-"""What a merge looks like: pictures of the base model, of the inputs, of the result, and of what lies between."""
+"""Pictures of a merge: the base model, inputs, results, sweeps over strengths and ablations."""

@@ -1,8 +1,8 @@
-"""Where pictures lie: in a folder of ours under what they follow from, and in the job's samples under names that its UI knows.
+"""Where pictures are stored: in a folder of ours by digest, and among the job's samples by names that AI-Toolkit's UI knows.
 
-merged_<job>_previews/pictures/<digest>.png    every picture once; one that is there is not rendered again
+merged_<job>_previews/pictures/<digest>.png    every picture once; existing ones are not rendered again
 merged_<job>_previews/<step>_<kind>.png        a contact sheet
-merged_<job>_previews/<step>_<kind>.json       what is on it, with everything that the pictures follow from
+merged_<job>_previews/<step>_<kind>.json       its content, with everything that the pictures are made from
 samples/<ms>__<step>_<n>.png                   the same pictures in AI-Toolkit's gallery, in full rows
 """
 
@@ -36,9 +36,9 @@ class ImageStore:
 
     Attributes:
         folder: Ours.
-        samples: AI-Toolkit's; None for a run that belongs to no job.
-        step: The training step that stands in the names of samples.
-        row: How many samples stand in a row.
+        samples: AI-Toolkit's; None for a run outside a job's folder.
+        step: The training step in the names of samples.
+        row: How many samples are in a row of AI-Toolkit's gallery.
         job: The job's name.
     """
 
@@ -49,11 +49,11 @@ class ImageStore:
     job: str
 
     def path(self, digest: str) -> Path:
-        """Where a picture lies."""
+        """The file of a picture."""
         return self.folder / "pictures" / f"{digest}.png"
 
     def has(self, digest: str) -> bool:
-        """Whether a picture is there, whole."""
+        """Whether a complete picture is stored."""
         try:
             content = self.path(digest).read_bytes()
             with Image.open(BytesIO(content)) as picture:
@@ -62,11 +62,11 @@ class ImageStore:
             return False
 
     def load(self, digest: str, edge: int | None = None) -> Image.Image:
-        """A picture that is there.
+        """A stored picture.
 
         Args:
             digest: Its name.
-            edge: Pixels of its longest side at most; None is as it is.
+            edge: Pixels of its longest side at most; None keeps its size.
 
         Raises:
             ZitMergeError: It can't be read any more.
@@ -81,7 +81,12 @@ class ImageStore:
         return found
 
     def save(self, digest: str, picture: Image.Image, record: Mapping[str, Any]) -> Path:
-        """Keeps a picture, with everything that it follows from in its text.
+        """Stores a picture.
+
+        Args:
+            digest: Its name.
+            picture: The pixels.
+            record: What it was made from, for the text of the PNG.
 
         Raises:
             ZitMergeError: It can't be written.
@@ -91,7 +96,11 @@ class ImageStore:
         return self._write(self.path(digest), _png(picture, text))
 
     def write(self, name: str, content: bytes) -> Path:
-        """Writes a sheet or a table.
+        """Writes a file beside the pictures.
+
+        Args:
+            name: Of the file.
+            content: Its bytes.
 
         Raises:
             ZitMergeError: It can't be written.
@@ -104,11 +113,11 @@ class ImageStore:
         return write_whole(path, [content])
 
     def show(self, digests: Sequence[str], labels: Sequence[str]) -> list[Path]:
-        """Puts pictures into the job's samples, in full rows; those that are there already stay where they are.
+        """Copies pictures into the job's samples, in full rows; those already there keep their places.
 
         Args:
             digests: Of the pictures, in order.
-            labels: What each shows, for the tile of text that fills the last row.
+            labels: Of the pictures, for the legend that fills the last row.
 
         Returns:
             The new files.
@@ -120,22 +129,22 @@ class ImageStore:
             return []
         record = self.folder / "samples.json"
         known = {digest: name for digest, name in _read(record).items() if isinstance(name, str) and _SAMPLE.fullmatch(name)}
-        absent = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._is_there(known.get(d))]
-        holes = {d: known[d] for d, _ in absent if self._is_hole(known.get(d))}
-        new = [(d, label) for d, label in absent if d not in holes]
+        missing = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._exists(known.get(d))]
+        gaps = {d: known[d] for d, _ in missing if self._is_gap(known.get(d))}
+        new = [(d, label) for d, label in missing if d not in gaps]
         first = max(int(time.time() * 1000), 1 + max(map(_time_of, _names(self.samples)), default=0))
         known |= {digest: self._name(first, n) for n, (digest, _) in enumerate(new)}
-        if new:  # before the pictures: what an interruption leaves out is a hole then
+        if new:  # before the pictures: what an interruption leaves out is a gap then
             self.write(record.name, json.dumps(known, indent=1).encode())
         tiles = [self._sample(self._name(first, n), tile) for n, tile in enumerate(self._tiles(new), len(new))]
-        return [self._sample(known[d], self._content(d)) for d in (*holes, *(d for d, _ in new))] + tiles
+        return [self._sample(known[d], self._content(d)) for d in (*gaps, *(d for d, _ in new))] + tiles
 
     def _name(self, first: int, number: int) -> str:
-        """Of picture `number` of those that are shown from a time on: milliseconds, training step, place in the row."""
+        """Of picture `number` of a batch: milliseconds, training step, position in the row."""
         return f"{first + number}__{self.step:09d}_{number % self.row}.png"
 
     def _tiles(self, new: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-        """What fills the last row: what is above, and empty tiles."""
+        """What fills the last row: a legend of the new pictures, then empty tiles."""
         for n in range(-len(new) % self.row):
             lines = [f"{k}. {label}" for k, (_, label) in enumerate(new, 1)] if n == 0 else []
             yield _png(legend(f"zit_merge: {self.job}" if n == 0 else "", lines, self.load(new[0][0]).size))
@@ -147,21 +156,21 @@ class ImageStore:
             raise self._gone(digest) from e
 
     def _gone(self, digest: str) -> ZitMergeError:
-        return ZitMergeError(f"{self.path(digest)}: was there and can't be read any more: run `preview` to render it again")
+        return ZitMergeError(f"{self.path(digest)}: can't be read any more: run `preview` to render it again")
 
-    def _is_there(self, name: str | None) -> bool:
+    def _exists(self, name: str | None) -> bool:
         return name is not None and (self.samples / name).is_file()
 
-    def _is_hole(self, name: str | None) -> bool:
-        """Whether a sample is missing in a row of which others are still there."""
+    def _is_gap(self, name: str | None) -> bool:
+        """Whether a sample is missing from a row that still has others."""
         if name is None:
             return False
         time, step, number = map(int, _SAMPLE.fullmatch(name).groups())
         row = (f"{time - number + n}__{step:09d}_{n}.png" for n in range(max(self.row, number)))
-        return any(map(self._is_there, row))
+        return any(map(self._exists, row))
 
     def _sample(self, name: str, content: bytes) -> Path:
-        """One sample; its thumbnail comes first, as the toolkit does it, so that the gallery never looks for it in vain."""
+        """Writes one sample, its thumbnail first as in the toolkit, so that the gallery always finds one."""
         thumb = BytesIO()
         with Image.open(BytesIO(content)) as picture:
             ImageOps.fit(picture.convert("RGB"), (_THUMB, _THUMB), Image.LANCZOS).save(thumb, "JPEG", quality=90)
@@ -174,14 +183,14 @@ def image_store(context: RunContext, row: int) -> ImageStore:
 
     Args:
         context: Where it runs.
-        row: How many samples stand in a row.
+        row: How many samples are in a row.
 
     Raises:
         ZitMergeError: AI-Toolkit would take our folder for a checkpoint.
     """
     home = context.home.folder if context.home else None
     job = re.sub(r"[/\\]", "_", context.job)
-    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((context.prefix, *PREFIXES))]  # outputs may lie elsewhere
+    names = [f"{prefix}{job}_previews" for prefix in dict.fromkeys((context.prefix, *PREFIXES))]  # outputs may be elsewhere
     trainings = [training for training in (context.home, context.training) if training]
     for folder in ((home or context.output_dir) / name for name in names):
         if not any(training.claims(folder) for training in trainings):
@@ -204,7 +213,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _time_of(name: str) -> int:
-    """The milliseconds that a sample's name begins with; 0 for any other file."""
+    """The milliseconds at the beginning of a sample's name; 0 for any other file."""
     found = re.fullmatch(r"(\d{13})__\d+_\d+\.\w+", name)
     return int(found[1]) if found else 0
 

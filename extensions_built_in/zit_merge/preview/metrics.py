@@ -1,8 +1,7 @@
-"""How different two pictures are, in numbers that need no downloaded weights; anyone's own metric can stand beside them.
+"""Distances between two pictures that need no downloaded weights, and metrics from the user's own modules.
 
-A metric takes a picture and the one that it is compared with, both (3, h, w) float32 in [0, 1], sRGB as on the screen. It is 0
-for equal pictures and larger for more different ones, on a scale on which a mean over pictures makes sense. It leaves its tensors
-as they are.
+A metric takes a picture and its reference, both (3, h, w) float32 in [0, 1], sRGB. It is 0 for equal pictures and larger for more
+different ones, on a scale on which a mean over pictures makes sense, and does not change its tensors.
 """
 
 from __future__ import annotations
@@ -94,10 +93,10 @@ def metric(name: str, place: str) -> Metric:
 
     Args:
         name: A built-in one, or `module:function`, which is imported.
-        place: Where it stands, for messages.
+        place: Of the name, for messages.
 
     Raises:
-        ZitMergeError: There is no such metric, or what is there can't be called.
+        ZitMergeError: There is no such metric, or it can't be called.
     """
     if name in METRICS:
         return METRICS[name]
@@ -107,19 +106,20 @@ def metric(name: str, place: str) -> Metric:
         raise ZitMergeError(f"{place}: no such metric: {name!r}{nearest(name, METRICS)}; {known}")
     try:
         module = import_module(form[1])
-    except Exception as e:  # whatever goes wrong in code that is not ours
+    except Exception as e:  # the user's own code
         raise ZitMergeError(
-            f"{place}: {name!r}: Python can't import {form[1]} ({_reason(e)}): mend it, or put its folder on PYTHONPATH"
+            f"{place}: {name!r}: Python can't import {form[1]} ({_reason(e)}): fix it, or put its folder on PYTHONPATH"
         ) from e
     if not hasattr(module, form[2]):
         raise ZitMergeError(f"{place}: {name!r}: {form[1]} has no {form[2]}{nearest(form[2], vars(module))}")
     if not callable(found := getattr(module, form[2])):
-        raise ZitMergeError(f"{place}: {name!r}: is no function of two pictures but {type(found).__name__}: name a function")
+        kind = type(found).__name__
+        raise ZitMergeError(f"{place}: {name!r}: is of type {kind}, not a function: name a function of two pictures")
     return found
 
 
 def described(function: Metric) -> dict[str, str]:
-    """What a metric says of itself in its docstring: {what, formula, source}, each one line, empty where it says nothing."""
+    """{what, formula, source} from a metric's docstring, each one line, empty where it has none."""
     parts = paragraphs(function.__doc__ or "")
     what = parts.get("", "").split("\n\n")[0]
     texts = {"what": what, "formula": parts.get("Formula", ""), "source": parts.get("Source", "")}
@@ -127,7 +127,7 @@ def described(function: Metric) -> dict[str, str]:
 
 
 def distance(name: str, function: Metric, picture: Tensor, reference: Tensor) -> float:
-    """The distance of two pictures by a metric that may be anyone's.
+    """The distance of two pictures by a built-in metric or the user's own.
 
     Args:
         name: Of the metric, for messages.
@@ -136,22 +136,24 @@ def distance(name: str, function: Metric, picture: Tensor, reference: Tensor) ->
         reference: (3, h, w).
 
     Raises:
-        ZitMergeError: It fails, or gives anything but a finite number from 0.
+        ZitMergeError: It fails, or does not return a finite number from 0.
     """
     try:
         with torch.no_grad():
             found = float(function(picture, reference))
     except ZitMergeError:
         raise
-    except Exception as e:  # whatever goes wrong in code that is not ours
-        raise ZitMergeError(f"the metric {name} fails on two pictures of {_size(picture)} ({_reason(e)}): mend it") from e
+    except Exception as e:  # the user's own code
+        raise ZitMergeError(f"the metric {name} fails on two pictures of {_size(picture)} ({_reason(e)}): fix the metric") from e
     if not isfinite(found) or found < 0:
-        raise ZitMergeError(f"the metric {name} gives {found:g} for two pictures: a distance is a finite number from 0: mend it")
+        raise ZitMergeError(
+            f"the metric {name} gives {found:g} for two pictures: a distance is a finite number from 0: fix the metric"
+        )
     return found
 
 
 def tensor_of(image: Image.Image) -> Tensor:
-    """(3, h, w) float32 in [0, 1] of a picture; what it has of transparency is left out."""
+    """(3, h, w) float32 in [0, 1] of a picture, without transparency."""
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1).contiguous() / 255
 
 

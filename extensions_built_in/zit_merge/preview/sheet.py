@@ -1,4 +1,4 @@
-"""A contact sheet: pictures side by side, each with what it shows above it."""
+"""A contact sheet: pictures side by side, each below its caption."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from unicodedata import east_asian_width
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH = 2048  # pixels that a row of pictures has to share
-_AREA = 24_000_000  # pixels that all pictures have to share: larger files are slow to look at, and some programs refuse them
-_EDGES = 192, 512  # longest edge of a picture on the sheet: at least, as long as the area allows it, and at most
-_SMALLEST = 96  # however many there are
+_WIDTH = 2048  # pixels of a row of pictures
+_AREA = 24_000_000  # pixels of all pictures: larger files are slow to open, and some programs refuse them
+_EDGES = 192, 512  # longest edge of a picture on the sheet: at least, if the area allows it, and at most
+_SMALLEST = 96  # longest edge, however many pictures there are
 _COLUMN, _LEAST = 144, 480  # width of a column, and of a block, at least
-_TALL = 4  # times as high as wide: what is higher is broken into columns
+_TALL = 4  # height / width above which a sheet is split into columns
 _GAP, _LINE, _SIZE = 12, 20, 15  # pixels: between pictures, of a line of text, of its letters
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
-_LETTERS = 2000  # of a text that are looked at
+_LETTERS = 2000  # of a text that is drawn
 # Fonts with Chinese, Japanese and Korean letters: Windows, macOS, and what Linux distributions have.
 _EASTERN = (
     *("msyh.ttc", "malgun.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf"),
@@ -30,7 +30,7 @@ _EASTERN = (
 
 
 class Block(NamedTuple):
-    """The pictures of one shot.
+    """The pictures of one image spec.
 
     Attributes:
         heading: Prompt and seed.
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 def edge_of(count: int, across: int) -> int:
-    """The longest side that a picture will have on a sheet; larger ones are shrunk to it.
+    """The longest side of a picture on a sheet; larger ones are scaled down to it.
 
     Args:
         count: Pictures on the sheet.
@@ -63,7 +63,7 @@ def sheet(title: str, blocks: Sequence[Block], across: int, footer: str = "") ->
         footer: A sentence below.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     edge = edge_of(sum(len(block.tiles) for block in blocks), across)
     body = _in_columns([_block(block, across, edge) for block in blocks])
@@ -74,7 +74,16 @@ def sheet(title: str, blocks: Sequence[Block], across: int, footer: str = "") ->
 
 
 def legend(title: str, lines: Sequence[str], size: tuple[int, int]) -> Image.Image:
-    """A tile of text in the size of a picture; of lines that it has no room for, the last one says so."""
+    """A tile of text in the size of a picture; the last line counts those that don't fit.
+
+    Args:
+        title: The first line.
+        lines: Below it.
+        size: (width, height) in pixels.
+
+    Returns:
+        An RGB image.
+    """
     width, height = size
     letters = max(9, min(width, height) // 34)
     step = letters + letters // 2
@@ -122,7 +131,7 @@ def _scaled(picture: Image.Image, scale: float) -> Image.Image:
 
 
 def _in_columns(parts: Sequence[Image.Image]) -> Image.Image:
-    """Parts below each other, in as many columns as keep the whole from being much higher than wide."""
+    """Parts below each other, in so many columns that the sheet is not much higher than wide."""
     width, height = max(part.width for part in parts), sum(part.height for part in parts)
     columns: list[list[Image.Image]] = [[]]
     for part in parts:
@@ -172,7 +181,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 
 def _cut(text: str, width: int, size: int = _SIZE) -> str:
-    """The text as far as it fits, with dots where it does not; what it says in brackets at its end, such as a seed, stays."""
+    """The text, cut with dots where it does not fit; brackets at its end, such as a seed, stay."""
     text = _plain(text)
     if _length(text, size) <= width:
         return text
@@ -184,7 +193,7 @@ def _cut(text: str, width: int, size: int = _SIZE) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what is not printable, and not longer than can be looked at."""
+    """Printable letters only, and not too many."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LETTERS else f"{text[: _LETTERS - 200]}... {text[-200:]}"
 
@@ -200,8 +209,8 @@ def _is_eastern(text: str) -> bool:
 
 @cache
 def _font(size: int, eastern: bool = False) -> ImageFont.FreeTypeFont:
-    """The one font that every machine with matplotlib has, with Greek, Cyrillic, Hebrew and Arabic letters; for others the first
-    that this machine has."""
+    """The font that comes with matplotlib, with Greek, Cyrillic, Hebrew and Arabic letters; for Chinese, Japanese and Korean the
+    first of `_EASTERN` on this machine."""
     import matplotlib
 
     for name in _EASTERN if eastern else ():
