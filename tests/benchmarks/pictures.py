@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.host.render import adding
 from extensions_built_in.zit_merge.model.zimage import MODULES
-from extensions_built_in.zit_merge.preview.ablation import groups, measure
+from extensions_built_in.zit_merge.preview.ablation import measure
+from extensions_built_in.zit_merge.preview.groups import module_groups
+from extensions_built_in.zit_merge.preview.settings import ImageSpec
 from extensions_built_in.zit_merge.preview.sheet import Block, sheet
 from extensions_built_in.zit_merge.report.page.galleries import Gallery, Preview
 from extensions_built_in.zit_merge.report.page.render import Page
@@ -80,9 +82,9 @@ def main() -> None:
     time_hook(args.runs, device)
     count = args.pictures
     pictures = [picture(seed) for seed in range(count)]
-    parts = groups("layers", count - 2, list(MODULES))[: count - 2]
+    parts = module_groups("layers", count - 2, list(MODULES))[: count - 2]
     shares = dict(zip((part.name for part in parts), ([p] for p in pictures[2:]), strict=False))
-    asked = {"groups": parts, "by": "layers", "mode": "leave_out", "lora": "x", "shots": [("a cat", 1)]}
+    asked = {"groups": parts, "by": "layers", "mode": "leave_out", "lora": "x", "specs": [ImageSpec("a cat", 1)]}
     cpu = torch.device("cpu")
     timed(f"measures of {len(shares)} parts", args.runs, lambda: measure(shares, pictures[:1], pictures[1:2], **asked), cpu)
     tiles = [(f"part {n}", p) for n, p in enumerate(pictures)]

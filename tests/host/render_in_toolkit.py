@@ -16,6 +16,7 @@ from toolkit.lora_special import LoRASpecialNetwork
 from extensions_built_in.zit_merge.algebra.delta import Kron
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
+from extensions_built_in.zit_merge.host.render import ToolkitRenderer
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 model, out, *loras, _ = [*sys.argv[1:5], ""]
@@ -44,7 +45,7 @@ def plain(weight):
 
 
 pictures = {}
-with Renderer(RenderSettings(settings, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
+with ToolkitRenderer(RenderSettings(settings, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
     transformer = renderer._model.unet
     before = {name: plain(p) for name, p in transformer.named_parameters()}
 

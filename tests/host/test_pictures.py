@@ -18,8 +18,8 @@ from host.ui import Launched, make_database, row
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from extensions_built_in.zit_merge.host.render import _cure
-from extensions_built_in.zit_merge.host.status import Status
+from extensions_built_in.zit_merge.host.render import _advice
+from extensions_built_in.zit_merge.host.status import PictureWatch, Status
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 
 pytestmark = pytest.mark.toolkit
@@ -159,7 +159,7 @@ def test_a_cell_of_the_sweep_is_the_file_that_its_section_makes(shown, run_pytho
     assert ran.returncode == 0, ran.stderr
     assert "by `preview`" in ran.stdout
     ran = run_python("-m", "extensions_built_in.zit_merge", "preview", again, timeout=300)
-    assert ran.returncode == 0 and "0 pictures rendered, 2 of 2 were there" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 0 and "0 pictures rendered, 2 of 2 reused" in ran.stdout, ran.stdout + ran.stderr
     (cell,) = [e for e in facts(folder, "both_sweep")["looks"] if e["label"].startswith("2:")]
     (result,) = facts(folder, "both_preview")["looks"]
     assert result["pictures"] == cell["pictures"]
@@ -171,7 +171,7 @@ def test_two_processes_render_the_same_and_nothing_twice(shown, run_python, tmp_
     words = ["-m", "extensions_built_in.zit_merge", "preview", config, "--output-dir", tmp_path / "two"]
     ran = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words, ACCELERATE_USE_CPU="true")
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
-    assert f"{PICTURES} pictures rendered, 0 of {PICTURES} were there" in ran.stdout
+    assert f"{PICTURES} pictures rendered, 0 of {PICTURES} reused" in ran.stdout
     assert ran.stdout.count("soft: previews") == 2, "only the main process tells, the plan and the result"
     one, two = folder / "merged_pa_previews", tmp_path / "two" / "merged_pa_previews"
     names = sorted(p.name for p in (two / "pictures").iterdir())
@@ -235,7 +235,7 @@ def test_a_stop_takes_effect_after_the_picture(toolkit, place, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"preview": {"prompts": "nowhere.txt"}}, "nowhere.txt is not there"),
+        ({"preview": {"prompts": "nowhere.txt"}}, "nowhere.txt does not exist"),
         ({"model": {"name_or_path": "broken", "arch": "zimage:turbo"}}, "can't be used"),
     ],
 )
@@ -261,10 +261,10 @@ def test_trouble_with_pictures_leaves_the_merge(toolkit, place, tmp_path, change
 OUT_OF_MEMORY = """
 import gc, resource, sys, torch
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.host.render import Renderer
+from extensions_built_in.zit_merge.host.render import ToolkitRenderer
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 model = {"name_or_path": "~/model", "arch": "zimage:turbo"}
-with Renderer(RenderSettings(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
+with ToolkitRenderer(RenderSettings(model, "bf16", {}, None, "process[0].model", "cpu")) as renderer:
     small = ImageSpec("a cat", width=64, height=64, steps=1)
     renderer.render(small)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -278,13 +278,13 @@ with Renderer(RenderSettings(model, "bf16", {}, None, "process[0].model", "cpu")
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 for path in sys.argv[1:]:
     try:
-        Renderer(RenderSettings(model | {"name_or_path": path}, "bf16", {}, None, "process[0].model", "cpu"))
+        ToolkitRenderer(RenderSettings(model | {"name_or_path": path}, "bf16", {}, None, "process[0].model", "cpu"))
     except ZitMergeError as e:
         print("BROKEN", e, torch.get_default_dtype())
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), -1))
 try:
-    Renderer(RenderSettings(model, "fp32", {}, None, "process[0].model", "cpu"))
+    ToolkitRenderer(RenderSettings(model, "fp32", {}, None, "process[0].model", "cpu"))
 except ZitMergeError as e:
     print("NO ROOM", e)
 kinds = ("ZImageTransformer2DModel", "Qwen3ForCausalLM", "AutoencoderKL", "ZImageModel")
@@ -327,7 +327,7 @@ def test_trouble_with_the_model_is_a_sentence_and_memory_is_given_back(toolkit, 
 
 def test_a_smaller_size_is_one_that_can_be_rendered():
     settings = RenderSettings({"name_or_path": "m", "quantize": True, "low_vram": True}, "bf16", {}, None, "process[0].model")
-    assert _cure(settings, ImageSpec("a", width=1040, height=112)) == "set size: [512, 64] in preview"
+    assert _advice(settings, ImageSpec("a", width=1040, height=112)) == "set size: [512, 64] in preview"
 
 
 class Told(Status):

@@ -16,15 +16,15 @@ from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
-from extensions_built_in.zit_merge.merging.made import Done
-from extensions_built_in.zit_merge.merging.runner import run_plans
-from extensions_built_in.zit_merge.planning.context import RunContext
-from extensions_built_in.zit_merge.planning.job import Planned, make_context, plan_job
-from extensions_built_in.zit_merge.planning.types import StepPlan
-from extensions_built_in.zit_merge.preview.grids import PreviewPlan, preview_plan
+from extensions_built_in.zit_merge.merging.runner import Done, run_plans
+from extensions_built_in.zit_merge.planning.job import Planned, plan_job
+from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.planning.sources import RunContext, make_context
+from extensions_built_in.zit_merge.preview.grids import preview_plan
+from extensions_built_in.zit_merge.preview.plan import PreviewPlan
+from extensions_built_in.zit_merge.preview.runner import ReadContext
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest
-from extensions_built_in.zit_merge.preview.variants import ReadContext as Reading
 
 CPU = torch.device("cpu")
 FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}
@@ -63,11 +63,11 @@ def run(found: Planned) -> list[Done]:
     return list(run_plans(found.plans, CPU))
 
 
-def reading(plans: Iterable[StepPlan]) -> Reading:
+def reading(plans: Iterable[StepPlan]) -> ReadContext:
     """What it takes to read the variants of these steps."""
     paths = dict.fromkeys(path for plan in plans for path in plan.hashed)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return Reading({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
+        return ReadContext({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
 
 
 def name_of(variant: AdapterVariant) -> str:

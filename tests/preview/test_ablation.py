@@ -19,7 +19,10 @@ from extensions_built_in.zit_merge.config.schema import Lora
 from extensions_built_in.zit_merge.model.strengths import Weights, strengths
 from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.preview import metrics
-from extensions_built_in.zit_merge.preview.ablation import Ablation, Group, groups, measure, number
+from extensions_built_in.zit_merge.preview.ablation import Ablation, measure, number
+from extensions_built_in.zit_merge.preview.ablation_text import ablation_text
+from extensions_built_in.zit_merge.preview.groups import ModuleGroup, module_groups
+from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
 INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
 NAMES = [entry["name"] for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))]
@@ -75,7 +78,7 @@ PRESENT = {
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
 @pytest.mark.parametrize("present", PRESENT.values(), ids=PRESENT)
 def test_every_module_is_in_the_one_group_that_its_name_says(by, count, present):
-    found = groups(by, count, present)
+    found = module_groups(by, count, present)
     members = [(module, group.name) for group in found for module in group.modules]
     assert sorted(members) == sorted((name, slow_group(name, by, RUNS[count])) for name in present)
     assert len({g.name for g in found}) == len(found) and all(g.modules for g in found)
@@ -85,18 +88,18 @@ def test_every_module_is_in_the_one_group_that_its_name_says(by, count, present)
 
 @pytest.mark.parametrize("count", range(1, 31))
 def test_runs_are_even_and_in_order(count):
-    sizes = [len({layer(m) for m in g.modules}) for g in groups("layers", count, NAMES)[:-3]]
+    sizes = [len({layer(m) for m in g.modules}) for g in module_groups("layers", count, NAMES)[:-3]]
     assert len(sizes) == count and sum(sizes) == 30 and max(sizes) - min(sizes) <= 1
-    order = [layer(g.modules[0]) for g in groups("layers", count, NAMES)[:-3]]
+    order = [layer(g.modules[0]) for g in module_groups("layers", count, NAMES)[:-3]]
     assert order == sorted(order)
 
 
 def test_names_and_order():
-    assert [g.name for g in groups("layers", 2, NAMES)] == [
+    assert [g.name for g in module_groups("layers", 2, NAMES)] == [
         *("layers 0-14", "layers 15-29", "noise_refiner", "context_refiner", "other"),
     ]
-    assert [g.name for g in groups("components", 10, NAMES)] == [*COMPONENTS, "other"]
-    cells = groups("cells", 10, NAMES)
+    assert [g.name for g in module_groups("components", 10, NAMES)] == [*COMPONENTS, "other"]
+    cells = module_groups("cells", 10, NAMES)
     assert len(cells) == 83 and cells[0].name == "0-2.adaLN" and cells[0].key == "0-2.adaLN_modulation"
     assert [g.name for g in cells[-3:]] == ["noise_refiner", "context_refiner", "other"]
 
@@ -104,7 +107,7 @@ def test_names_and_order():
 @pytest.mark.parametrize(("by", "count"), [("layers", 0), ("layers", 31), ("cells", -1), ("rows", 3)])
 def test_divisions_that_are_not_there(by, count):
     with pytest.raises(ValueError, match=f"{by} in {count} runs: there are layers, components and cells, in 1 to 30 runs"):
-        groups(by, count, NAMES)
+        module_groups(by, count, NAMES)
 
 
 # --- pictures whose distances are known ----------------------------------------------------------------------------------------
@@ -115,7 +118,10 @@ def grey(level: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.new("RGB", size, (level,) * 3)
 
 
-PARTS = (Group("a", ("layers.0.attention.to_q",), "layers", "0-9"), Group("b", ("cap_embedder.1",), "layers", "other"))
+PARTS = (
+    ModuleGroup("a", ("layers.0.attention.to_q",), "layers", "0-9"),
+    ModuleGroup("b", ("cap_embedder.1",), "layers", "other"),
+)
 BASE, FULL = (50, 50, 50), (150, 70, 50)  # the LoRA moves the first picture by 100, the second by 20, the third not at all
 SHOWN = {"a": (140, 60, 50), "b": (150, 70, 60)}
 
@@ -127,7 +133,7 @@ def measured(
     *,
     mode: str = "leave_out",
     by: str = "layers",
-    parts: Sequence[Group] = PARTS,
+    parts: Sequence[ModuleGroup] = PARTS,
     names: Sequence[str] = ("pixels",),
     **how: object,
 ) -> Ablation:
@@ -139,7 +145,7 @@ def measured(
         by=by,
         mode=mode,
         metrics=names,
-        **{"lora": "me.safetensors", "shots": [(f"prompt {k // 2}", 42 + k % 2) for k in range(len(full))]} | how,
+        **{"lora": "me.safetensors", "specs": [ImageSpec(f"prompt {k // 2}", 42 + k % 2) for k in range(len(full))]} | how,
     )
 
 
@@ -194,7 +200,7 @@ def test_a_lora_that_changes_nothing_has_no_shares(mode):
     for m in metrics.METRICS:
         assert found.share(m, "a") is None and found.shares(m, "a") == (None, None, None) and found.ranked(m) == []
     assert "The LoRA changes none of the pictures, so there is no share to tell." in found.notes()
-    assert "nothing to tell" in found.text() and "nan" not in found.text().lower()
+    assert "no change" in ablation_text(found) and "nan" not in ablation_text(found).lower()
     json.dumps(found.facts(), allow_nan=False)
     with pytest.raises(ZitMergeError, match="by the metric pixels no part of me.safetensors changes these pictures"):
         found.preset("pixels")
@@ -205,7 +211,7 @@ def test_rounding_is_no_change():
     base = np.full((16, 16, 3), 100, np.uint8)
 
     def changed(full: np.ndarray) -> bool:
-        one = {"mode": "only", "by": "layers", "lora": "x", "shots": [("", 0)], "groups": ()}
+        one = {"mode": "only", "by": "layers", "lora": "x", "specs": [ImageSpec("", 0)], "groups": ()}
         return measure({}, [Image.fromarray(full)], [Image.fromarray(base)], **one).is_changed[0]
 
     assert not changed(base + noisy * (np.arange(16)[:, None, None] < 6)) and changed(base + noisy)
@@ -218,16 +224,16 @@ def test_what_is_only_rounding_has_no_shares(mode):
         faint.putpixel((x, 3), (51, 51, 51))  # 8 of 256 pixels by one level: more than 1 % of a change by 10 levels
     how = {"groups": PARTS, "by": "layers", "mode": mode, "lora": "x", "metrics": ("pixels",)}
     shown = {"a": [grey(55), grey(52)], "b": [grey(60), grey(51)]}
-    found = measure(shown, [grey(60), faint], [grey(50)] * 2, shots=[("", 0), ("", 1)], **how)
+    found = measure(shown, [grey(60), faint], [grey(50)] * 2, specs=[ImageSpec("", 0), ImageSpec("", 1)], **how)
     assert found.is_changed == (True, False) and found.shares("pixels", "a") == (pytest.approx(0.5), None)
-    found = measure({name: row[1:] for name, row in shown.items()}, [faint], [grey(50)], shots=[("", 1)], **how)
+    found = measure({name: row[1:] for name, row in shown.items()}, [faint], [grey(50)], specs=[ImageSpec("", 1)], **how)
     assert found.share("pixels", "a") is None and found.shares("pixels", "a") == (None,)
 
 
 def test_ends_can_be_measured_before_the_parts_are_there():
     found = measured({}, names=tuple(metrics.METRICS))
     assert found.groups == () and found.distances["pixels"].full_to_base == pytest.approx([100 / 255, 20 / 255, 0])
-    found.text(), found.facts()
+    ablation_text(found), found.facts()
 
 
 def test_groups_are_watched_in_order():
@@ -245,12 +251,12 @@ def test_wrong_pictures_and_metrics():
     with pytest.raises(ZitMergeError, match="^steps.metrics: no such metric: 'pixel' .did you mean pixels"):
         measured(names=("pixel",), place="steps.metrics")
     with pytest.raises(ZitMergeError, match="picture 1 of a is 8 x 16, that of the whole LoRA 16 x 16: render them anew"):
-        one = {"groups": PARTS, "by": "layers", "mode": "only", "lora": "x", "shots": [("", 0)]}
+        one = {"groups": PARTS, "by": "layers", "mode": "only", "lora": "x", "specs": [ImageSpec("", 0)]}
         measure({"a": [grey(3, (8, 16))]}, [grey(1)], [grey(2)], **one)
     with pytest.raises(ValueError, match="zip"):
         measured({"a": (1, 2)})
     with pytest.raises(ValueError, match="zip"):
-        measured(shots=[("", 0)])
+        measured(specs=[ImageSpec("", 0)])
 
 
 # --- what is told --------------------------------------------------------------------------------------------------------------
@@ -271,15 +277,15 @@ def test_facts_are_finite_json_with_everything_that_was_measured():
 
 
 def many(
-    by: str, count: int, *, mode: str = "leave_out", shots: int = 4, present: Sequence[str] = NAMES, **how: object
+    by: str, count: int, *, mode: str = "leave_out", specs: int = 4, present: Sequence[str] = NAMES, **how: object
 ) -> Ablation:
     """An ablation whose part k has the share (k + 1) / (number of parts + 1) in all pictures but the last, there the reverse."""
-    parts = groups(by, count, present)
+    parts = module_groups(by, count, present)
     share = [(k + 1) / (len(parts) + 1) for k in range(len(parts))]
-    levels = {g.name: [round(240 * s)] * (shots - 1) + [round(240 * (1 - s))] for g, s in zip(parts, share, strict=True)}
+    levels = {g.name: [round(240 * s)] * (specs - 1) + [round(240 * (1 - s))] for g, s in zip(parts, share, strict=True)}
     if mode == "leave_out":
         levels = {name: [240 - level for level in row] for name, row in levels.items()}
-    return measured(levels, [240] * shots, [0] * shots, mode=mode, by=by, parts=parts, **how)
+    return measured(levels, [240] * specs, [0] * specs, mode=mode, by=by, parts=parts, **how)
 
 
 CASES = [("layers", 1), ("layers", 10), ("layers", 30), ("components", 10), ("cells", 1), ("cells", 10), ("cells", 30)]
@@ -289,7 +295,7 @@ CASES = [("layers", 1), ("layers", 10), ("layers", 30), ("components", 10), ("ce
 @pytest.mark.parametrize("mode", ["leave_out", "only"])
 def test_the_text_fits_80_columns_of_ascii_and_says_what_it_is_worth(by, count, mode):
     found = many(by, count, mode=mode, names=tuple(metrics.METRICS), lora="قطة_" * 60 + ".safetensors")
-    text = found.text()
+    text = ablation_text(found)
     assert text.isascii() and max(map(len, text.splitlines())) <= 79 and not re.search(r" $", text, re.MULTILINE)
     said = " ".join(text.split())
     assert "2 prompts and 2 seeds (4 pictures of each part)" in said and "and nothing else" in said and "are few" in said
@@ -299,7 +305,7 @@ def test_the_text_fits_80_columns_of_ascii_and_says_what_it_is_worth(by, count, 
 
 
 def test_the_table_has_share_and_spread():
-    text = many("layers", 3, names=("pixels", "structure")).text()
+    text = ablation_text(many("layers", 3, names=("pixels", "structure")))
     assert re.search(r"^  part             pixels         structure$", text, re.MULTILINE)
     first = many("layers", 3).share("pixels", "layers 0-9")
     assert number(first) == "32" == number((3 * 34 + 206) / 960)
@@ -308,8 +314,8 @@ def test_the_table_has_share_and_spread():
 
 
 def test_the_map_of_cells_has_each_share_at_its_place():
-    text = many("cells", 10, shots=2, present=[n for n in NAMES if "to_k" not in n]).text()
-    found = many("cells", 10, shots=2, present=[n for n in NAMES if "to_k" not in n])
+    text = ablation_text(many("cells", 10, specs=2, present=[n for n in NAMES if "to_k" not in n]))
+    found = many("cells", 10, specs=2, present=[n for n in NAMES if "to_k" not in n])
     (row,) = re.findall(r"^ +3-5 +(.*)$", text, re.MULTILINE)
     heads = ("adaLN", "to_q", "to_v", "to_out", "w1", "w2", "w3")
     assert row.split() == [number(found.share("pixels", f"3-5.{c}")) for c in heads]
@@ -323,13 +329,13 @@ def test_numbers():
 
 
 def test_few_pictures_are_said_to_be_few():
-    assert any("One picture of each part says little" in note for note in many("layers", 2, shots=1).notes())
-    assert any("7 pictures of each part are few" in note for note in many("layers", 2, shots=7).notes())
-    assert not any("few" in note or "little" in note for note in many("layers", 2, shots=8).notes())
+    assert any("One picture of each part says little" in note for note in many("layers", 2, specs=1).notes())
+    assert any("7 pictures of each part are few" in note for note in many("layers", 2, specs=7).notes())
+    assert not any("few" in note or "little" in note for note in many("layers", 2, specs=8).notes())
 
 
 def test_what_a_file_is_called_does_not_steer_the_terminal():
-    text = many("layers", 2, lora="a\x1b[2J\nb$x$.safetensors", names=("pixels",)).text()
+    text = ablation_text(many("layers", 2, lora="a\x1b[2J\nb$x$.safetensors", names=("pixels",)))
     assert "\x1b" not in text and text.isascii()
 
 

@@ -9,7 +9,8 @@ from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.grids import PreviewPlan, _distinct, asks_for_pictures, preview_plan, specs_text
+from extensions_built_in.zit_merge.preview.grids import asks_for_pictures, preview_plan
+from extensions_built_in.zit_merge.preview.plan import PreviewPlan, _distinct, specs_text
 from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
 ONE, BOTH = {"prompts": ["a cat"]}, (ME, STYLE)
@@ -84,7 +85,7 @@ def test_grids_in_the_order_of_steps(work, pair):
 def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
     (found,) = previewed(work, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE).grids
     assert found.labels == ["base", "soft", "only layers 0-14", "only layers 15-29"]
-    assert [g.name for g in found.groups] == ["layers 0-14", "layers 15-29"] and found.asked.by == "layers"
+    assert [g.name for g in found.groups] == ["layers 0-14", "layers 15-29"] and found.ablate.by == "layers"
 
 
 @pytest.mark.parametrize(
@@ -106,10 +107,7 @@ def test_variants_are_in_rows_of_about_one_length(work, pair, count, across):
 
 def test_an_ablation_of_nothing(work, pair):
     message = refused(work, step(ME | {"ratio": 0}, ablate={"by": "layers"}), preview=ONE)
-    assert (
-        message
-        == "process[0].steps[0].ablate: every strength of the step is 0, so it has no part that does anything: drop ablate"
-    )
+    assert message == "process[0].steps[0].ablate: every strength of the step is 0, so no part has an effect: drop ablate"
 
 
 def test_two_ablations_of_one_preset(work, pair):
@@ -157,8 +155,12 @@ def test_an_ablation_may_have_prompts_of_its_own(work, pair):
         ({}, {"sweep": {"ratio": [1]}}, "process[0].steps[0].preview.prompts: is missing"),
         ({}, {"ablate": {"by": "layers"}}, "process[0].steps[0].preview.prompts: is missing"),
         ({"preview": {"size": 100}}, {"ablate": {"by": "layers", "prompts": ["x"]}, "preview": False}, "process[0].preview.size"),
-        ({"preview": ONE}, {"ablate": {"by": "layers", "prompts": "p.txt"}}, "process[0].steps[0].ablate.prompts: p.txt is not"),
-        ({"preview": {"prompts": "p.txt"}}, {}, "process[0].preview.prompts: p.txt is not there"),
+        (
+            {"preview": ONE},
+            {"ablate": {"by": "layers", "prompts": "p.txt"}},
+            "process[0].steps[0].ablate.prompts: p.txt does not",
+        ),
+        ({"preview": {"prompts": "p.txt"}}, {}, "process[0].preview.prompts: p.txt does not exist"),
         ({"preview": {"prompts": ["a --w x"]}}, {}, "process[0].preview.prompts: --w in the prompt"),
         ({}, {"ablate": {"by": "layers", "prompts": ["a --w x"]}}, "process[0].steps[0].ablate.prompts: --w in the prompt"),
     ],
@@ -194,7 +196,7 @@ def test_200_pictures_are_not_too_many(work, pair):
 )
 def test_more_are_asked_about(work, loras, steps, place):
     message = refused(work, *steps)
-    assert message.startswith(place) and "set confirm: true in preview if you want them all, or take fewer prompts" in message
+    assert message.startswith(place) and "set confirm: true in preview if you want them all, or use fewer prompts" in message
 
 
 @pytest.mark.parametrize(

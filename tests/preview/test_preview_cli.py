@@ -41,10 +41,10 @@ def test_check_says_nothing_of_pictures_where_there_are_none(work, pair):
         ({"preview": ONE}, {"model": None}, "process[0].model.name_or_path: is missing, pictures need the base model"),
         ({"preview": ONE}, {"model": MODEL | {"arch": "flux"}}, "process[0].model.arch: flux is not Z-Image"),
         ({"preview": True}, {}, "process[0].steps[0].preview.prompts: is missing"),
-        ({"preview": {"prompts": "p.txt"}}, {}, "process[0].steps[0].preview.prompts: p.txt is not there"),
+        ({"preview": {"prompts": "p.txt"}}, {}, "process[0].steps[0].preview.prompts: p.txt does not exist"),
         ({"preview": ONE | {"size": 100}}, {}, "process[0].steps[0].preview.size: 100 x 100 pixels can't be rendered"),
         ({"preview": {"prompts": ["a"], "seed": list(range(70))}}, {}, "process[0].steps[0].preview: these are 210 pictures"),
-        ({"preview": ONE, "sweep": {"rati": [1]}}, {}, "process[0].steps[0].sweep.rati: is no strength of a LoRA"),
+        ({"preview": ONE, "sweep": {"rati": [1]}}, {}, "process[0].steps[0].sweep.rati: is not a strength of a LoRA"),
     ],
     ids=str,
 )

@@ -15,11 +15,13 @@ from preview.helpers import CPU, ME, MODEL, STYLE, FakeRenderer, Loader, names, 
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.grids import Picture, PreviewPlan, preview_plan
+from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.image_store import ImageStore, image_store
 from extensions_built_in.zit_merge.preview.metrics import pixels, tensor_of
-from extensions_built_in.zit_merge.preview.runner import PreviewRunner, Workers
-from extensions_built_in.zit_merge.preview.show import show
+from extensions_built_in.zit_merge.preview.page import on_page
+from extensions_built_in.zit_merge.preview.plan import Picture, PreviewPlan
+from extensions_built_in.zit_merge.preview.rendering import Workers
+from extensions_built_in.zit_merge.preview.runner import PreviewRunner, run_preview
 from extensions_built_in.zit_merge.report.page.run import RunPage, run_page
 
 SAMPLES = {"samples": [{"prompt": "a cat"}, {"prompt": "a dog", "seed": 7}], "width": 64, "height": 64, "sample_steps": 2}
@@ -35,8 +37,9 @@ def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **key
 
 
 def rendered(preview: PreviewPlan, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
-    """Shows a preview. Returns what was told."""
-    return list(show(preview, CPU, load or Loader(), page, **{"tick": lambda *told: None} | how))
+    """Renders a preview and writes its grids. Returns what was told."""
+    how = {"tick": lambda *told: None, "on_grid": on_page(page, preview) if page else None} | how
+    return list(run_preview(preview, CPU, load or Loader(), **how))
 
 
 def store(preview: PreviewPlan) -> ImageStore:
@@ -119,7 +122,7 @@ def test_a_model_is_not_loaded_where_all_pictures_are_there(work, pair):
     first = rendered(preview, loader)
     again = rendered(of(work, step(*BOTH, preview=True)), loader)
     assert len(loader.loaded) == 1
-    assert first[0] == "8 pictures rendered, 0 of 8 were there" and again[0] == "0 pictures rendered, 8 of 8 were there"
+    assert first[0] == "8 pictures rendered, 0 of 8 reused" and again[0] == "0 pictures rendered, 8 of 8 reused"
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut", "emptied", "replaced"])
@@ -130,7 +133,7 @@ def test_a_picture_that_is_harmed_is_rendered_again(work, pair, harm):
     path = store(preview).folder / "pictures" / pictures(preview)[3]
     content = {"cut": path.read_bytes()[:-30], "emptied": b"", "replaced": b"GIF89a"}.get(harm)
     path.unlink() if content is None else path.write_bytes(content)
-    assert rendered(preview, loader)[0] == "1 picture rendered, 7 of 8 were there"
+    assert rendered(preview, loader)[0] == "1 picture rendered, 7 of 8 reused"
     assert len(loader.pictures) == 1 and everything(preview) == before
 
 
@@ -149,7 +152,7 @@ def test_other_names_are_the_same_pictures(work, pair):
     (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
     you = ME | {"lora": "you.safetensors"}
     renamed = of(work, step(you, STYLE, name="c", preview=True), step({"lora": "c", "ratio": 0.5}, name="d", preview=True))
-    assert rendered(renamed)[0] == "0 pictures rendered, 8 of 8 were there"
+    assert rendered(renamed)[0] == "0 pictures rendered, 8 of 8 reused"
 
 
 def test_whether_a_file_is_there_makes_no_difference(work, pair):
@@ -183,7 +186,7 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, af
     assert len(pictures(preview)) == after == len(loader.pictures) and loader.loaded[0].closed
     labels = ["base", "base", "me.safetensors", "me.safetensors", "style.safetensors", "style.safetensors", "soft", "soft"]
     assert told == [(labels[n], n + 1, 8) for n in range(after)]
-    assert rendered(preview, loader)[0] == f"{8 - after} picture{'s' * (after != 7)} rendered, {after} of 8 were there"
+    assert rendered(preview, loader)[0] == f"{8 - after} picture{'s' * (after != 7)} rendered, {after} of 8 reused"
     assert len(loader.pictures) == 8 == len(set(loader.pictures))
 
 
@@ -201,7 +204,7 @@ def test_trouble_with_one_picture_is_told_and_the_others_stay(work, pair):
     with pytest.raises(ZitMergeError, match=r"^out of memory for 64 x 64 pixels: set low_vram: true$"):
         rendered(preview, loader)
     assert len(pictures(preview)) == 1 and loader.loaded[0].closed
-    assert rendered(preview)[0] == "7 pictures rendered, 1 of 8 were there"
+    assert rendered(preview)[0] == "7 pictures rendered, 1 of 8 reused"
 
 
 def test_grids_are_written_one_after_the_other(work, pair):
@@ -217,7 +220,8 @@ def test_grids_are_written_one_after_the_other(work, pair):
 
 def test_a_reader_that_stops_stops_the_rendering(work, pair):
     loader = Loader()
-    told = show(of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True)), CPU, loader, None, lambda *told: None)
+    preview = of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True))
+    told = run_preview(preview, CPU, loader, lambda *told: None)
     next(told)
     told.close()
     assert loader.loaded[0].closed and len(loader.pictures) == 8
@@ -283,7 +287,7 @@ class Pair(Workers):
 
 
 def together(make: Any, loaders: Sequence[Loader], page: RunPage | None = None, **how: Any) -> list[Any]:
-    """Shows a preview in as many threads as there are loaders. Returns what each told, or its error."""
+    """Runs a preview in as many threads as there are loaders. Returns what each told, or its error."""
     meeting, table = threading.Barrier(len(loaders)), [()] * len(loaders)
     told: list[Any] = [None] * len(loaders)
 
@@ -332,8 +336,8 @@ def test_more_processes_than_pictures(work, pair):
         [Loader() for _ in range(3)],
     )
     told = together(lambda: preview, loaders)
-    assert [len(loader.loaded) for loader in loaders] == [1, 0, 0] and told[0][0] == "1 picture rendered, 0 of 1 were there"
-    assert together(lambda: preview, loaders)[0][0] == "0 pictures rendered, 1 of 1 were there"
+    assert [len(loader.loaded) for loader in loaders] == [1, 0, 0] and told[0][0] == "1 picture rendered, 0 of 1 reused"
+    assert together(lambda: preview, loaders)[0][0] == "0 pictures rendered, 1 of 1 reused"
 
 
 def test_every_process_tells_how_far_it_is_with_its_own_part(work, pair):
@@ -351,7 +355,7 @@ def test_trouble_in_one_process_reaches_all(work, pair):
     assert all(isinstance(e, ZitMergeError) for e in told)
     assert len(pictures(preview)) == 5, "the main one did its four, the other one"
     assert not (store(preview).folder / "soft_preview.png").exists()
-    assert together(lambda: preview, [Loader(), Loader()])[0][0] == "3 pictures rendered, 5 of 8 were there"
+    assert together(lambda: preview, [Loader(), Loader()])[0][0] == "3 pictures rendered, 5 of 8 reused"
 
 
 # --- where it is shown ---------------------------------------------------------------------------------------------------------
@@ -523,14 +527,14 @@ def test_a_runner_asks_the_store_before_it_renders(work, pair):
         assert runner.missing([*every, *every]) == every
         assert runner.render(every[:3]) == 3 and runner.render(every[:3]) == 0
         assert runner.missing(every) == every[3:] and not loader.loaded[0].closed
-        assert {runner.digests[p] for p in every[:3]} == {name.removesuffix(".png") for name in pictures(preview)}
+        assert {runner.records.digests[p] for p in every[:3]} == {name.removesuffix(".png") for name in pictures(preview)}
     assert loader.loaded[0].closed
 
 
 def test_equal_variants_of_a_sweep_are_rendered_once(work, pair):
     preview, loader = of(work, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Loader()
     told = rendered(preview, loader)
-    assert told[0] == "4 pictures rendered, 0 of 4 were there" and len(loader.pictures) == 4
+    assert told[0] == "4 pictures rendered, 0 of 4 reused" and len(loader.pictures) == 4
     variants = facts(preview, "soft_sweep")["looks"]
     assert variants[0]["pictures"] == variants[2]["pictures"] != variants[1]["pictures"]
 

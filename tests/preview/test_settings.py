@@ -19,8 +19,9 @@ from preview.helpers import MODEL, settled, step
 
 from extensions_built_in.zit_merge.config.schema import Preview
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview import settings as module
-from extensions_built_in.zit_merge.preview.settings import SEED, ImageSpec, RenderSettings, settings_of, specs_of
+from extensions_built_in.zit_merge.preview import samples
+from extensions_built_in.zit_merge.preview.samples import settings_of, specs_of
+from extensions_built_in.zit_merge.preview.settings import SEED, ImageSpec, RenderSettings
 
 PLACE = "process[1].steps[0].preview"
 
@@ -194,7 +195,7 @@ def test_the_oracle_is_the_toolkits_own_code(toolkit_samples):
 @pytest.mark.toolkit
 def test_every_option_of_the_toolkit_is_known():
     source = (toolkit_source() / "toolkit" / "config_modules.py").read_text("utf-8")
-    assert set(re.findall(r"flag == '(\w+)'", source)) == {*module._OPTIONS, *module._UNUSED}
+    assert set(re.findall(r"flag == '(\w+)'", source)) == {*samples._OPTIONS, *samples._UNUSED}
 
 
 def test_what_a_sample_leaves_open_is_as_turbo_wants_it(work):
@@ -324,8 +325,8 @@ def test_an_option_without_its_number(work, option, named):
         ({"prompts": ["a --steps 201"]}, "steps: 201 steps can't be rendered"),
         ({"prompts": ["a --cfg -1"]}, "guidance: -1 can't be rendered"),
         ({"prompts": ["a --cfg nan"]}, "guidance: nan can't be rendered"),
-        ({"prompts": ["a --seed -1"]}, "seed: -1 is no seed"),
-        ({"prompts": [f"a --seed {2**63}"]}, f"seed: {2**63} is no seed"),
+        ({"prompts": ["a --seed -1"]}, "seed: -1 is not a fixed seed"),
+        ({"prompts": [f"a --seed {2**63}"]}, f"seed: {2**63} is not a fixed seed"),
     ],
     ids=str,
 )
@@ -379,12 +380,12 @@ def test_files_are_looked_for_beside_the_config_then_in_the_working_directory(wo
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "p.txt is not there (looked in "),
-        (b"", "has no line with a prompt"),
-        (b" \r\n\n\t", "has no line with a prompt"),
-        (b"\xef\xbb\xbf", "has no line with a prompt"),
-        (b"\xff\xfe\x00", "is no text that can be read"),
-        (b"\x81\x8d", "is no text that can be read"),
+        (None, "p.txt does not exist (looked in "),
+        (b"", "has no prompts"),
+        (b" \r\n\n\t", "has no prompts"),
+        (b"\xef\xbb\xbf", "has no prompts"),
+        (b"\xff\xfe\x00", "can't be read as text"),
+        (b"\x81\x8d", "can't be read as text"),
     ],
 )
 def test_a_file_without_prompts(work, content, says):
@@ -543,7 +544,7 @@ def test_a_section_alone_has_all_of_its_own(work):
     }
     section, context = settled(work, work.section(step(), **own))
     found = settings_of(section, context)
-    assert (found.dtype, found.trigger, found.place, found.sampled, found.device) == (
+    assert (found.dtype, found.trigger, found.place, found.samples_place, found.device) == (
         *("fp32", "ohwx", "process[0].model", "process[0].sample", "cpu"),
     )
     assert specs_of(Preview(), found, context, PLACE) == (ImageSpec("a ohwx cat", 3),)

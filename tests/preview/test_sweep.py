@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.planning.job import plan_job
 from extensions_built_in.zit_merge.planning.plan import StepPlan
 from extensions_built_in.zit_merge.preview import grids
-from extensions_built_in.zit_merge.preview.grids import ImageGrid, PreviewPlan
-from extensions_built_in.zit_merge.preview.outputs import plain_step, section_yaml
+from extensions_built_in.zit_merge.preview.plan import ImageGrid, PreviewPlan
+from extensions_built_in.zit_merge.preview.section_yaml import section_yaml
 
 PLACE = "process[0].steps[0].sweep"
 ONE = {"prompts": ["a cat"]}
@@ -110,25 +109,25 @@ def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, pai
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("Ratio", "is no strength of a LoRA (did you mean ratio?)"),
-        ("block.to_v", "is no strength of a LoRA (did you mean blocks?)"),
-        ("loras[0].layer.3", "is no strength of a LoRA (did you mean layers?)"),
-        ("blocks", "is no strength of a LoRA; write it like ratio, blocks.to_v"),
-        ("blocks.", "is no strength of a LoRA; write it like"),
-        ("ratio.x", "is no strength of a LoRA; write it like"),
-        ("loras[0]", "is no strength of a LoRA; write it like"),
-        ("loras[-1].ratio", "is no strength of a LoRA"),
-        ("loras[0].loras[0].ratio", "is no strength of a LoRA"),
-        ("preset", "is no strength of a LoRA"),
-        ("alpha", "is no strength of a LoRA"),
-        ("", "is no strength of a LoRA"),
-        (5, "is no strength of a LoRA"),
+        ("Ratio", "is not a strength of a LoRA (did you mean ratio?)"),
+        ("block.to_v", "is not a strength of a LoRA (did you mean blocks?)"),
+        ("loras[0].layer.3", "is not a strength of a LoRA (did you mean layers?)"),
+        ("blocks", "is not a strength of a LoRA; write it as ratio, blocks.to_v"),
+        ("blocks.", "is not a strength of a LoRA; write it as"),
+        ("ratio.x", "is not a strength of a LoRA; write it as"),
+        ("loras[0]", "is not a strength of a LoRA; write it as"),
+        ("loras[-1].ratio", "is not a strength of a LoRA"),
+        ("loras[0].loras[0].ratio", "is not a strength of a LoRA"),
+        ("preset", "is not a strength of a LoRA"),
+        ("alpha", "is not a strength of a LoRA"),
+        ("", "is not a strength of a LoRA"),
+        (5, "is not a strength of a LoRA"),
         ("blocks.to_w", "Z-Image has no such component (did you mean to_v?)"),
         ("effects.colour_light", "no such effect group (did you mean color_light?)"),
         ("layers.30", "Z-Image's layers are 0 to 29"),
         ("layers.9-0", "Z-Image's layers are 0 to 29"),
         ("overrides.to_q", "an override is LAYERS.COMPONENT"),
-        ("loras[1].ratio", "the step has 1 LoRA, the first is loras[0]: mend the number"),
+        ("loras[1].ratio", "the step has 1 LoRA, the first is loras[0]: correct the number"),
         ("loras[0].blocks.to_w", "Z-Image has no such component (did you mean to_v?)"),
     ],
 )
@@ -199,7 +198,7 @@ def test_values_that_the_other_keys_dont_allow(work, pair, lora, sweep, says):
 )
 def test_a_strength_that_makes_no_difference(work, pair, lora, key):
     message = refused(work, lora, sweep={key: [0.5, 1.0]})
-    assert message.startswith(f"{PLACE}.{key}: makes no difference, other keys of loras[0] decide")
+    assert message.startswith(f"{PLACE}.{key}: has no effect, other keys of loras[0] override it everywhere")
     assert len(swept(work, lora, sweep={key: [0.5]}).cells) == 1, "one value is nothing to go through"
 
 
@@ -224,7 +223,7 @@ def test_an_average_over_checkpoints_has_no_strengths(work, pair):
     ema = {"name": "ema", "checkpoints": {"last": 2}, "sweep": {"ratio": [1]}}
     config = work.config(training, work.section(ema, preview=ONE, model={"name_or_path": "a/b", "arch": "zimage"}))
     message = work.zit("check", config).refused()
-    assert message.startswith("process[1].steps[0].sweep: an average over checkpoints has no strengths to go through")
+    assert message.startswith("process[1].steps[0].sweep: an average over checkpoints has no strengths to vary")
 
 
 # --- cells ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +301,7 @@ def cell_sections(found: PreviewPlan) -> list[tuple[Any, str]]:
     (grid,) = [e for e in found.grids if e.kind == "sweep"]
     plans = [cell.plan for cell in grid.cells]
     assert [variant.plan for variant in grid.variants] == plans
-    return [(variant, section_yaml(found.section, plain_step(variant.plan.spec))) for variant in grid.variants]
+    return [(variant, section_yaml(found.section, variant.plan.spec)) for variant in grid.variants]
 
 
 def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
@@ -312,7 +311,7 @@ def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
         config = work.write(text, "cell.yaml")
         (plan,) = [p for p in next(iter(plan_job(load_job(config)))).plans if p.name == variant.plan.name]
         assert [dict(i.strengths) for i in plan.inputs] == [dict(i.strengths) for i in variant.plan.inputs]
-        computed = dict(variant.deltas(reading([variant.plan])))
+        computed = dict(variant.deltas(reading([variant.plan]).deltas))
         out = work.folder / "cell"
         work.zit("run", config, "--output-dir", out).ok()
         (path,) = [p for p in out.glob("*.safetensors") if p.stem.endswith(f"_{variant.plan.name}")]
@@ -408,6 +407,7 @@ def test_a_sweep_over_a_recipe(work, pair):
     assert all(same(a, b) for a, b in zip(written(one).values(), written(two).values(), strict=True))
 
 
-def test_what_is_said_of_a_cell_is_json(work, pair):
-    found = swept(work, ME, sweep={"ratio": [0.3], "layers.0-9": [[1, 0.5]]})
-    assert json.loads(json.dumps(plain_step(found.cells[0].plan.spec)))["loras"][0]["layers"] == {"0-9": [1.0, 0.5]}
+def test_the_section_of_a_cell_has_gradients_as_lists(work, pair):
+    preview = preview_of(work, ME, sweep={"ratio": [0.3], "layers.0-9": [[1, 0.5]]})
+    made = yaml.safe_load(section_yaml(preview.section, preview.grids[-1].cells[0].plan.spec))
+    assert made["steps"][0]["loras"][0]["layers"] == {"0-9": [1.0, 0.5]}

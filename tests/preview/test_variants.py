@@ -14,7 +14,7 @@ from workspace import SMALL, Workspace
 from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.merging.runner import Computed, reader_of
-from extensions_built_in.zit_merge.preview.ablation import groups
+from extensions_built_in.zit_merge.preview.groups import module_groups
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, InputVariant, MaskedVariant, StepVariant, digest
 
 PAIR = (ME, STYLE)
@@ -23,7 +23,7 @@ ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
 
 def changes(variant: AdapterVariant, *plans) -> dict:
     """Module -> change of a variant."""
-    return dict(variant.deltas(reading(plans)))
+    return dict(variant.deltas(reading(plans).deltas))
 
 
 def written(path: Path) -> dict:
@@ -140,13 +140,13 @@ def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
     found = planned(work, step(*PAIR, rank=2))
     plan, (done,) = found.plans[0], run(found)
     looked = []
-    desk_of = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
-    dict(StepVariant("soft", plan).deltas(desk_of))
+    context = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
+    dict(StepVariant("soft", plan).deltas(context.deltas))
     with ExitStack() as files:
-        assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), TensorReader)
+        assert isinstance(reader_of(plan, context.hashes, CPU, files), TensorReader)
     done.path.unlink()
     with ExitStack() as files:
-        assert isinstance(reader_of(plan, desk_of.hashes, CPU, files), Computed)
+        assert isinstance(reader_of(plan, context.hashes, CPU, files), Computed)
 
 
 def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
@@ -162,7 +162,7 @@ def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
     for keys in ({"rank": ENERGY}, {"method": "normalize"}):
         plan = planned(work, step(*PAIR, **keys)).plans[0]
         with pytest.raises(Stop):
-            dict(StepVariant("soft", plan).deltas(reading([plan])._replace(watched=watched)))
+            dict(StepVariant("soft", plan).deltas(reading([plan])._replace(watched=watched).deltas))
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_without_and_only_are_the_two_halves(work, pair, by):
     plan = planned(work, step(*PAIR)).plans[0]
     whole = StepVariant("soft", plan)
     everything, seen = changes(whole, plan), []
-    for group in groups(by, 3, list(everything)):
+    for group in module_groups(by, 3, list(everything)):
         without, only = (changes(MaskedVariant("x", whole, group, half), plan) for half in (False, True))
         assert set(only) == set(group.modules) and set(without) == set(everything) - set(group.modules)
         assert all(same(delta, everything[m]) for m, delta in (without | only).items())
@@ -221,7 +221,7 @@ def test_without_and_only_are_the_two_halves(work, pair, by):
 def test_parts_have_names_of_their_own(work, pair):
     plan = planned(work, step(*PAIR)).plans[0]
     whole, base = StepVariant("soft", plan), AdapterVariant("base")
-    parts = groups("layers", 3, plan.ranks)
+    parts = module_groups("layers", 3, plan.ranks)
     variants = [whole, base, *(MaskedVariant("x", whole, part, only) for part in parts for only in (True, False))]
     variants += [MaskedVariant("x", InputVariant("me", plan.inputs[0]), parts[0], False)]
     assert len(set(map(name_of, variants))) == len(variants)

@@ -90,23 +90,24 @@ def _preview(args: argparse.Namespace) -> None:
 
 
 def _cell_yaml(preview: Any, step: str, number: str) -> str:
-    from ..preview.outputs import plain_step, section_yaml
+    from ..preview.section_yaml import section_yaml
 
     cells = {str(cell.number): cell for grid in preview.grids for cell in grid.cells if grid.plan.name == step}
     if not cells:
         raise ZitMergeError(f"--yaml: the step {step} has no sweep, so no picture of it has a number: name one that has")
     if number not in cells:
         raise ZitMergeError(f"--yaml: the pictures of this sweep are numbered 1 to {len(cells)}: write --yaml {step}:1")
-    return section_yaml(preview.section, plain_step(cells[number].plan.spec))
+    return section_yaml(preview.section, cells[number].plan.spec)
 
 
 def _render(args: argparse.Namespace, preview: Any, planned: Any, page: Any) -> None:
     """Renders the pictures; the page, of the main process, shows what was merged too, as far as it is there."""
     from ..host.distributed import AccelerateWorkers
-    from ..host.render import Renderer
+    from ..host.render import ToolkitRenderer
     from ..host.status import PictureWatch, Status
     from ..host.toolkit import device_of, silence
-    from ..preview.show import show
+    from ..preview.page import on_page
+    from ..preview.runner import run_preview
     from ..report.progress import Pictures
 
     workers = AccelerateWorkers()
@@ -117,8 +118,10 @@ def _render(args: argparse.Namespace, preview: Any, planned: Any, page: Any) -> 
     try:
         with Pictures(args.quiet) as bar, PictureWatch(Status(), bar.tick) as watch:
             device = device_of(planned.section.device)
-            load = watch.loading(silence()(Renderer) if args.quiet else Renderer)
-            for text in show(preview, device, load, page, watch.tick, watched=watch.passing, workers=workers):
+            load = watch.loading(silence()(ToolkitRenderer) if args.quiet else ToolkitRenderer)
+            for text in run_preview(
+                preview, device, load, watch.tick, on_grid=on_page(page, preview), watched=watch.passing, workers=workers
+            ):
                 _say(args, text)
     except ZitMergeError as e:
         if workers.is_main or str(e) not in workers.heard:

@@ -1,4 +1,4 @@
-"""The processes of an `accelerate launch` as workers."""
+"""The processes of an `accelerate launch` as workers that render pictures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..preview.runner import Workers
+from ..preview.rendering import Workers
 from . import toolkit
 
-_PATIENCE = timedelta(days=1)  # some have more to render or a slower GPU; torch's own, ten minutes, ends the run
+_TIMEOUT = timedelta(days=1)  # some have more to render or a slower GPU; torch's default of ten minutes would end the run
 
 
 class AccelerateWorkers(Workers):
-    """Divides work with accelerate's own means, over the processes that the toolkit's accelerator knows.
+    """Divides work over the processes of the toolkit's accelerator.
 
     Attributes:
-        heard: What all processes have been told by one of them.
+        heard: Every answer that was gathered.
     """
 
     def __init__(self):
@@ -24,30 +24,32 @@ class AccelerateWorkers(Workers):
         toolkit.part("toolkit.accelerator", "get_accelerator")
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])  # the toolkit's, made now, shares its processes
+        Accelerator(
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)]
+        )  # the toolkit's, created next, shares its processes
         self._accelerator = toolkit.accelerator()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what all of them have made."""
+        """Whether this process writes the outputs."""
         return self._accelerator.is_main_process
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process to wait for."""
+        """Whether there are no other processes."""
         return self._accelerator.num_processes == 1
 
     def share(self, count: int) -> int:
-        """How much of so much work falls to this process, about."""
+        """How much of `count` pieces of work this process does, rounded up."""
         return -(-count // self._accelerator.num_processes)
 
     def mine(self, work: Sequence[Any]) -> Sequence[Any]:
-        """A run of neighbours, so that pictures of one LoRA stay together."""
+        """A contiguous part, so that pictures of one LoRA stay together."""
         with self._accelerator.split_between_processes(list(work)) as part:
             return part
 
     def gather(self, answers: Sequence[str]) -> list[str]:
-        """Waits for all."""
+        """The answers of all processes, in each of them; waits for the last one."""
         from accelerate.utils import gather_object
 
         found = gather_object(list(answers))

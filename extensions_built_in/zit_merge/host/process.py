@@ -112,11 +112,12 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _render(self) -> None:
         """The pictures; the merges of this section are done."""
-        from ..preview.grids import preview_plan
-        from ..preview.runner import render_section
-        from ..report.progress import Bar
+        from ..preview.grids import asks_for_pictures, preview_plan
+        from ..preview.page import on_page
+        from ..preview.runner import run_preview
+        from ..report.progress import Pictures
         from .render import ToolkitRenderer
-        from .watch import JobProgress
+        from .status import PictureWatch
 
         planned = self._planned
         if not planned.section.wants_pictures:
@@ -125,8 +126,10 @@ class ZitMergeProcess(BaseExtensionProcess):
         preview, device = preview_plan(self._section, self._site, plans), toolkit.device_of(self._section.device)
         try:
             with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
-                load = watch.loading(Renderer)
-                for text in show(preview, device, load, self.page, watch.tick, watched=watch.passing):
+                load = watch.loading(ToolkitRenderer)
+                for text in run_preview(
+                    preview, device, load, watch.tick, on_grid=on_page(self.page, preview), watched=watch.passing
+                ):
                     _say(text)
         finally:
             _say(self.page.write())

@@ -1,9 +1,9 @@
 """Pictures of Z-Image with a LoRA, the model loaded as AI-Toolkit loads it for a training.
 
-The LoRA is no network of the toolkit's: that one cuts files whose rank is larger than its own, keeps what a file before left in
-modules that the next one lacks, and by default is merged into the base weights and out again, which changes them in bf16. Here
-every linear layer gets a hook that adds what the change makes of its input, in float32 as the toolkit's network does. Weights
-are never touched, quantized or not; ranks, forms and modules may be any.
+The toolkit's own LoRA network is not used: it truncates files whose rank is larger than its own, keeps the weights of a previous
+file in modules that the next one lacks, and by default is merged into the base weights and out again, which changes them in bf16.
+Here a hook on every linear layer adds the delta of its output, in float32 as the toolkit's network does. The weights are never
+changed, quantized or not; ranks, forms and modules may be any.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import gc
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Renderer:
-    """The base model of the render settings, loaded once, and one LoRA at a time on it.
+class ToolkitRenderer:
+    """A `Renderer`: the base model, loaded once, and one LoRA at a time on it.
 
     Args:
         settings: The model.
 
     Raises:
-        ZitMergeError: The model can't be loaded, or is no Z-Image; there is not enough memory; the toolkit lacks a part.
+        ZitMergeError: The model can't be loaded, or is not Z-Image; there is not enough memory; the toolkit lacks a part.
     """
 
     def __init__(self, settings: RenderSettings):
@@ -48,29 +48,31 @@ class Renderer:
         self._linears = {name: m for name, m in transformer.named_modules() if hasattr(m, "in_features")}
         if "layers.0.attention.to_q" not in self._linears:
             self.close()
-            raise ZitMergeError(f"{settings.place}.name_or_path: {settings.model['name_or_path']} is no Z-Image: give one")
+            raise ZitMergeError(
+                f"{settings.place}.name_or_path: {settings.model['name_or_path']} is not Z-Image: give a Z-Image model"
+            )
 
-    def __enter__(self) -> Renderer:
+    def __enter__(self) -> ToolkitRenderer:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the model and of the memory that it took."""
+        """Releases the model and its memory."""
         self.set_adapter(())
         self._model, self._linears = None, {}
         gc.collect()
         toolkit.flush()
 
     def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
-        """Puts a LoRA on the model in the place of the one before.
+        """Replaces the LoRA on the model.
 
         Args:
-            deltas: (module, change); modules that are not named are those of the base model.
+            deltas: (module, delta); other modules are those of the base model.
 
         Raises:
-            ZitMergeError: A change that the model has no place for.
+            ZitMergeError: The model lacks a module, or it has another shape.
         """
         for hook in self._hooks:
             hook.remove()
@@ -92,7 +94,7 @@ class Renderer:
         return linear
 
     def render(self, spec: ImageSpec) -> Image:
-        """One picture. The same spec and LoRA give the same picture, whatever was rendered before.
+        """Renders one picture. The same spec and LoRA give the same picture, whatever was rendered before.
 
         Args:
             spec: What to render.
@@ -108,7 +110,7 @@ class Renderer:
 
 
 def _ups(delta: Delta) -> Iterator[Tensor]:
-    """Factors that are zero where the change is."""
+    """Factors that are zero if the delta is."""
     if isinstance(delta, Factors):
         yield delta.up
     else:
@@ -116,8 +118,13 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
         yield from [delta.left.up] if hasattr(delta, "left") else []
 
 
-def adding(delta: Delta, device: torch.device):
-    """A forward hook that adds a change to the output of a linear layer; the change waits on the device as it is stored."""
+def adding(delta: Delta, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds a delta to the output of a linear layer.
+
+    Args:
+        delta: (out, in) of the layer; kept on the device in its own dtype.
+        device: Of the layer.
+    """
     delta = delta.map(lambda t: (t.float() if t.dtype == torch.float64 else t).to(device).contiguous())  # MPS has no float64
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ def adding(delta: Delta, device: torch.device):
 
 def _load(settings: RenderSettings, device: torch.device) -> Any:
     """The toolkit's model of Z-Image, ready to render (the steps of BaseSDTrainProcess.run)."""
-    path = os.path.expanduser(settings.model["name_or_path"])  # as it was looked for; the toolkit itself knows no ~
+    path = os.path.expanduser(settings.model["name_or_path"])  # as it was checked; the toolkit itself does not expand ~
     changed = {"name_or_path": path, "dtype": settings.dtype, "assistant_lora_path": None, "inference_lora_path": None}
     config = toolkit.part("toolkit.config_modules", "ModelConfig")(**settings.model | changed)
     with toolkit.silence():
@@ -143,8 +150,8 @@ def _load(settings: RenderSettings, device: torch.device) -> Any:
 
 
 def _image_config() -> type:
-    """The toolkit's order for a picture, which keeps the picture instead of writing it: its own writing moves whatever else lies
-    in its temporary folder, that of another process too."""
+    """The toolkit's class for a picture to render, which keeps the picture instead of writing it: the toolkit's own writing moves
+    everything in its temporary folder, files of other processes too."""
     base = toolkit.part("toolkit.config_modules", "GenerateImageConfig")
 
     class Asked(base):
@@ -161,7 +168,7 @@ def _image_config() -> type:
                 seed=spec.seed,
                 output_path="picture.png",  # never written
             )
-            self.prompt = self.prompt_2 = spec.prompt  # not through its parser: the options are out of it
+            self.prompt = self.prompt_2 = spec.prompt  # not through its parser: the options are removed already
             self.image: Image | None = None
 
         def save_image(self, image: Image, count: int = 0, max_count: int = 0) -> None:
@@ -174,22 +181,22 @@ def _image_config() -> type:
 
 @contextmanager
 def _memory(settings: RenderSettings, when: str, spec: ImageSpec | None = None) -> Iterator[None]:
-    """Says what to change where there is not enough memory."""
+    """Tells what to change if there is not enough memory."""
     try:
         yield
     except Exception as e:
         if isinstance(e, ZitMergeError) or not _is_out_of_memory(e):
             raise
-        raise ZitMergeError(f"out of memory {when}: {_cure(settings, spec)}") from e
+        raise ZitMergeError(f"out of memory {when}: {_advice(settings, spec)}") from e
 
 
 @contextmanager
 def _loading(settings: RenderSettings) -> Iterator[None]:
-    """Says which model can't be loaded. Leaves torch's dtype as it was, which diffusers changes and forgets when it fails."""
+    """Tells which model can't be loaded. Restores torch's default dtype, which diffusers leaves changed when it fails."""
     dtype = torch.get_default_dtype()
     try:
         yield
-    except Exception as e:  # diffusers, transformers, safetensors and torch have no error in common for what a folder may lack
+    except Exception as e:  # diffusers, transformers, safetensors and torch share no error class for incomplete folders
         if isinstance(e, ZitMergeError) or _is_out_of_memory(e):
             raise
         kind = [] if isinstance(e, OSError | ValueError) else [type(e).__name__]
@@ -202,7 +209,7 @@ def _loading(settings: RenderSettings) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-# As torch says it, on Windows too, the libraries of a GPU, and a system that has no memory for a file.
+# In messages of torch, on Windows too, of GPU libraries, and of a system without memory for a file.
 _OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory"),
     *("(os error 12)", "(os error 1455)", "[winerror 1455]"),
@@ -210,21 +217,21 @@ _OUT_OF_MEMORY = (
 
 
 def _is_out_of_memory(e: BaseException | None) -> bool:
-    """Of a GPU, or of the machine: torch has no class of its own for the latter, and diffusers hides either in one of its own."""
+    """Whether a GPU or the machine is out of memory: torch has no class for the latter, and diffusers wraps both in its own."""
     while e is not None:
         text = str(e).lower()
-        if isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        if isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY):
             return True
         e = e.__cause__ or e.__context__
     return False
 
 
-def _cure(settings: RenderSettings, spec: ImageSpec | None) -> str:
-    """What can be changed, what helps most first."""
+def _advice(settings: RenderSettings, spec: ImageSpec | None) -> str:
+    """What to change, the most effective first."""
     model = settings.model
-    cures = [f"set quantize: true in {settings.place}"] if not model.get("quantize") else []
-    cures += [f"low_vram: true in {settings.place}"] if not model.get("low_vram") else []
+    changes = [f"set quantize: true in {settings.place}"] if not model.get("quantize") else []
+    changes += [f"low_vram: true in {settings.place}"] if not model.get("low_vram") else []
     if spec and max(spec.width, spec.height) > 512:
         width, height = (max(SMALLEST, side // 2 // MULTIPLE * MULTIPLE) for side in (spec.width, spec.height))
-        cures.insert(0, f"set size: [{width}, {height}] in preview")
-    return " or ".join(cures) or "close what else uses the memory, or render on a larger machine with `preview`"
+        changes.insert(0, f"set size: [{width}, {height}] in preview")
+    return " or ".join(changes) or "close what else uses the memory, or render on a larger machine with `preview`"

@@ -1,7 +1,7 @@
 """Draws an ablation: bars for the parts, a map of layers x components for cells; one panel for each metric. A4 wide.
 
 matplotlib is loaded only when a picture is drawn. Places are in inches from the upper left corner, on the
-paper of `report.paper`.
+canvas of `report.plots.canvas`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..errors import ZitMergeError
 from ..model.zimage import ALIASES, COMPONENTS
-from .ablation import LEAVE_OUT, Ablation, number
+from .ablation import Ablation, number
+from .groups import BY_CELLS, LEAVE_OUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
 
 
 def page(ablation: Ablation) -> Any:
-    """The page as `report.paper` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
+    """The page as `report.plots.canvas` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
     paper = _paper("ablate")
     head, foot = _head(ablation), _foot(ablation)
     top = _MARGIN + 0.27 + _LINE * 1.3 + len(head) * _LINE + 0.12
@@ -82,7 +83,7 @@ def page(ablation: Ablation) -> Any:
     for n, panel in enumerate(panels):
         made.named(panel.left, panel.top, panel.width, "", panel.metric, paper.NORMAL)
         made.text(panel.left, panel.top + _LINE, f"100 % is {ablation.whole(panel.metric):.3g}", color=_GREY)
-        if ablation.by == "cells":
+        if ablation.by == BY_CELLS:
             _map(made, paper, ablation, panel)
         else:
             _bars(made, ablation, panel, is_first=n % _across(ablation) == 0)
@@ -110,7 +111,7 @@ def _head(ablation: Ablation) -> list[str]:
 def _foot(ablation: Ablation) -> list[str]:
     """What the marks mean, what there is to know, and the caveat."""
     texts = []
-    if ablation.by != "cells" and len(ablation.shots) > 1:
+    if ablation.by != BY_CELLS and len(ablation.specs) > 1:
         texts.append("Bars: all pictures together. Dots: single pictures, those beyond the scale at its edge.")
     if _is_holey(ablation):
         texts.append("Hatched: the LoRA has nothing there.")
@@ -122,7 +123,7 @@ def _foot(ablation: Ablation) -> list[str]:
 
 def _across(ablation: Ablation) -> int:
     """Panels beside each other."""
-    most = 4 if ablation.by != "cells" else 2 if len(_runs(ablation)) + len(_wholes(ablation)) <= _COLUMNS else 1
+    most = 4 if ablation.by != BY_CELLS else 2 if len(_runs(ablation)) + len(_wholes(ablation)) <= _COLUMNS else 1
     return min(len(ablation.distances), most)
 
 
@@ -130,7 +131,7 @@ def _panels(ablation: Ablation, top: float) -> tuple[list[_Panel], float]:
     """The panels from `top` on, and the height of them all."""
     from ..report.plots.canvas import WIDTH
 
-    across, is_map = _across(ablation), ablation.by == "cells"
+    across, is_map = _across(ablation), ablation.by == BY_CELLS
     tall = _TITLE + _ROW * (len(COMPONENTS) if is_map else len(ablation.groups)) + _TICKS + (_BAR + 0.15 if is_map else 0.15)
     beside = _COMPONENTS * across if is_map else _NAMES  # bars have their names once in a row
     width = (WIDTH - 2 * _MARGIN - beside - (across - 1) * _BETWEEN) / across
@@ -160,7 +161,7 @@ def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> No
     dots = [(k, 100 * share) for k, share in singles if share is not None]
     limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 0.1)
     axes.barh(range(len(names)), percent, height=0.72, color=_FILL, linewidth=0)
-    if len(ablation.shots) > 1:
+    if len(ablation.specs) > 1:
         dot = {"s": 5, "facecolor": "none", "edgecolor": _DOT, "linewidth": 0.5, "clip_on": False}
         axes.scatter([min(x, limit) for _, x in dots], [k for k, _ in dots], **dot, zorder=3)
     _percent_axis(axes, limit)
@@ -199,10 +200,10 @@ def _wholes(ablation: Ablation) -> list[str]:
 
 
 def _is_holey(ablation: Ablation) -> bool:
-    return ablation.by == "cells" and len(_runs(ablation)) * len(COMPONENTS) + len(_wholes(ablation)) > len(ablation.groups)
+    return ablation.by == BY_CELLS and len(_runs(ablation)) * len(COMPONENTS) + len(_wholes(ablation)) > len(ablation.groups)
 
 
-class _Cell(NamedTuple):
+class _Rectangle(NamedTuple):
     """A rectangle of a map, in columns and rows."""
 
     left: float
@@ -211,12 +212,12 @@ class _Cell(NamedTuple):
     share: float | None  # None where the LoRA has nothing
 
 
-def _cells(ablation: Ablation, metric: str) -> list[_Cell]:
+def _cells(ablation: Ablation, metric: str) -> list[_Rectangle]:
     shares = {g.key: ablation.share(metric, g.name) for g in ablation.groups}
     runs = _runs(ablation)
-    found = [_Cell(x, y, 1, shares.get(f"{run}.{c}")) for x, run in enumerate(runs) for y, c in enumerate(COMPONENTS)]
+    found = [_Rectangle(x, y, 1, shares.get(f"{run}.{c}")) for x, run in enumerate(runs) for y, c in enumerate(COMPONENTS)]
     start = len(runs) + _GAP * bool(runs)
-    return found + [_Cell(start + k, 0, len(COMPONENTS), shares[key]) for k, key in enumerate(_wholes(ablation))]
+    return found + [_Rectangle(start + k, 0, len(COMPONENTS), shares[key]) for k, key in enumerate(_wholes(ablation))]
 
 
 def _map(made: Any, paper: ModuleType, ablation: Ablation, panel: _Panel) -> None:
@@ -251,7 +252,7 @@ def _name_cells(axes: Axes, ablation: Ablation, lefts: Sequence[float], width: f
     axes.spines[:].set_visible(False)
 
 
-def _fill(axes: Axes, paper: ModuleType, cells: Sequence[_Cell], scale: Any) -> None:
+def _fill(axes: Axes, paper: ModuleType, cells: Sequence[_Rectangle], scale: Any) -> None:
     colours = paper.ScalarMappable(scale.norm, scale.colours)
     absent = {"facecolor": paper.ABSENT.face, "hatch": paper.ABSENT.hatch, "edgecolor": paper.ABSENT.edge}
     for cell in cells:
@@ -261,7 +262,7 @@ def _fill(axes: Axes, paper: ModuleType, cells: Sequence[_Cell], scale: Any) -> 
         axes.bar(cell.left, cell.height, width=1, bottom=cell.top, align="edge", linewidth=0.3, **look)
 
 
-def _numbers(axes: Axes, cells: Sequence[_Cell], norm: Any) -> None:
+def _numbers(axes: Axes, cells: Sequence[_Rectangle], norm: Any) -> None:
     for cell in cells:
         if cell.share is not None:
             place = (cell.left + 0.5, cell.top + cell.height / 2)

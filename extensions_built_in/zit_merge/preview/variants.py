@@ -1,45 +1,28 @@
-"""What a picture can show: the base model, an input, a result, a part of a result - each of them a change of every module."""
+"""What a picture shows: the base model, an input, the result of a step, or a part of one, each as a delta of every module."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from ..algebra.delta import Delta
-from ..merging.runner import Reader, input_reader, reader_of
+from ..planning.plan import Input, StepPlan
 from ..planning.recipe import recipe_of
-from ..planning.types import Input, StepPlan
-from .ablation import Group
+from .groups import ModuleGroup
 
-
-class ReadContext(NamedTuple):
-    """What it takes to read a variant.
-
-    Attributes:
-        hashes: Path -> SHA-256 of the tensor data of every file in use.
-        device: Where the algebra runs.
-        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
-    """
-
-    hashes: Mapping[Path, Future[str]]
-    device: torch.device
-    watched: Watched = iter
+ReadDeltas = Callable[[Input | StepPlan], Iterable[tuple[str, Delta]]]  # (module, delta) of an input at strength 1, or of a step
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterVariant:
-    """The base model as it is, and what every other variant begins with.
+    """The base model without an adapter; the other variants derive from it.
 
     Attributes:
-        label: What stands beside its pictures.
+        label: The caption of its pictures.
     """
 
     label: str
@@ -49,17 +32,25 @@ class AdapterVariant:
         return []
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
-        """Everything that its change follows from, for JSON; equal for variants that are equal."""
+        """Everything that determines its deltas, for JSON; the same for equal variants.
+
+        Args:
+            hashes: Path -> SHA-256 of the tensor data, of `files`.
+        """
         return {}
 
-    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
-        """(module, change) for every module that it changes."""
+    def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
+        """(module, delta) of every module that it changes.
+
+        Args:
+            read: Reads inputs and steps.
+        """
         yield from ()
 
 
 @dataclass(frozen=True, eq=False)
 class InputVariant(AdapterVariant):
-    """An input of a step by itself, at strength 1.
+    """One input of a step at strength 1.
 
     Attributes:
         input: The input.
@@ -73,22 +64,21 @@ class InputVariant(AdapterVariant):
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         i = self.input
         if not i.lora:
-            return _steps(i.step, hashes)
+            return _numbers(i.step, hashes)
         answers = {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
         adapter = {"adapter": i.lora.adapter.record()} if i.lora.adapter else {}
         return {"lora": hashes[i.lora.path], **answers, **adapter}
 
-    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
-        with ExitStack() as files:
-            yield from _read(input_reader(self.input, ctx.hashes, ctx.device, files, ctx.watched), self.input.outline.ranks)
+    def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
+        yield from read(self.input)
 
 
 @dataclass(frozen=True, eq=False)
 class StepVariant(AdapterVariant):
-    """What a step makes.
+    """The result of a step.
 
     Attributes:
-        plan: The step, final; it may differ from that of the config in its strengths.
+        plan: The step, final; its strengths may differ from those of the config.
     """
 
     plan: StepPlan
@@ -97,11 +87,10 @@ class StepVariant(AdapterVariant):
         return self.plan.hashed
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
-        return _steps(self.plan, hashes)
+        return _numbers(self.plan, hashes)
 
-    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
-        with ExitStack() as files:
-            yield from _read(reader_of(self.plan, ctx.hashes, ctx.device, files, ctx.watched), self.plan.shapes)
+    def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
+        yield from read(self.plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +100,11 @@ class MaskedVariant(AdapterVariant):
     Attributes:
         whole: The variant.
         group: The modules.
-        only: Nothing but them.
+        only: Keeps the group instead of leaving it out.
     """
 
     whole: AdapterVariant
-    group: Group
+    group: ModuleGroup
     only: bool
 
     def files(self) -> list[Path]:
@@ -124,33 +113,27 @@ class MaskedVariant(AdapterVariant):
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         return {"only" if self.only else "without": sorted(self.group.modules), "of": self.whole.record(hashes)}
 
-    def deltas(self, ctx: ReadContext) -> Iterator[tuple[str, Delta]]:
+    def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
         chosen = set(self.group.modules)
-        yield from ((module, delta) for module, delta in self.whole.deltas(ctx) if (module in chosen) == self.only)
+        yield from ((module, delta) for module, delta in self.whole.deltas(read) if (module in chosen) == self.only)
 
 
-_NUMBERS = ("method", "params", "rank", "save")  # of a step
-_SPELLED = ("lora", "sha256", "blocks", "layers", "effects", "overrides", "unmatched")  # of an input: `strengths` has the sums
+_STEP_KEYS = ("method", "params", "rank", "save")
+_SPELLING = ("lora", "sha256", "blocks", "layers", "effects", "overrides", "unmatched")  # `strengths` has what they lead to
 
 
-def _steps(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    """A step's recipe without what has no part in its numbers: the names of files and steps, and how strengths are spelled."""
+def _numbers(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """A step's recipe as far as it affects the numbers: without the names of files and steps and the spelling of strengths."""
     steps = recipe_of(plan, hashes)["steps"]
-    numbers = {step["name"]: n for n, step in enumerate(steps)}
+    index = {step["name"]: n for n, step in enumerate(steps)}
 
-    def source(lora: Mapping[str, Any]) -> dict[str, Any]:
-        known = {key: value for key, value in lora.items() if key not in _SPELLED}
-        return {"lora": lora.get("sha256") or numbers[lora["lora"]], **known}
+    def lora_numbers(lora: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in lora.items() if key not in _SPELLING}
+        return {"lora": lora.get("sha256") or index[lora["lora"]], **kept}
 
-    return {"steps": [{k: s[k] for k in _NUMBERS if k in s} | {"loras": list(map(source, s["loras"]))} for s in steps]}
-
-
-def _read(reader: Reader, modules: Mapping[str, Any]) -> Iterator[tuple[str, Delta]]:
-    for module in modules:
-        scale, delta = reader.delta(module)
-        yield module, delta.times(scale)
+    return {"steps": [{k: s[k] for k in _STEP_KEYS if k in s} | {"loras": list(map(lora_numbers, s["loras"]))} for s in steps]}
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """A short name for a record: equal records have equal ones, on every machine."""
+    """A short name of a record: the same for equal records, on every machine."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:24]

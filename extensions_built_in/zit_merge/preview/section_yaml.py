@@ -1,0 +1,34 @@
+"""The section of a config that makes one step, as YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config.schema import RankRule, Section, Step
+from ..planning.recipe import to_yaml
+
+_HOST_KEYS = ("device", "output_dir", "training_folder", "name")
+
+
+def section_yaml(section: Section, step: Step) -> str:
+    """The section that makes one step and the earlier steps that it uses, without pictures.
+
+    Args:
+        section: As it was read.
+        step: One of its steps, whose strengths may differ; its file is kept.
+    """
+    steps = [{key: value for key, value in _plain(step).items() if key != "keep"}]
+    used = [lora.lora for lora in step.loras]
+    for earlier in reversed(section.steps):
+        if earlier.name in used and earlier.name != step.name:
+            steps.insert(0, _plain(earlier))
+            used += [lora.lora for lora in earlier.loras]
+    settings = {key: value for key in _HOST_KEYS if (value := getattr(section, key)) not in (None, "auto")}
+    return to_yaml({"type": "zit_merge", **settings, "steps": steps})
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    """A step as in a config, without the keys that ask for pictures."""
+    rank = {"rank": step.rank.record()} if isinstance(step.rank, RankRule) else {}
+    plain = step.model_dump(exclude_defaults=True, exclude={"sweep", "ablate", "preview", "file", *rank})
+    return {"name": step.name, **plain, **rank}
