@@ -43,11 +43,11 @@ def store(home: Path, row: int = 3, step_number: int = 3000) -> ImageStore:
     return ImageStore(home / "merged_cat_previews", home / "samples", step_number, row, "cat")
 
 
-def write_grid(found: ImageStore, *colours: str, size: tuple[int, int] = (64, 64)) -> list[str]:
-    """Keeps pictures of these colours and shows them. Returns the names of the new samples, by name."""
+def add_samples(found: ImageStore, *colours: str, size: tuple[int, int] = (64, 64)) -> list[str]:
+    """Stores pictures of these colours and adds them to the samples. Returns the names of the new samples, by name."""
     for colour in colours:
         found.save(colour, plain(colour, size), {"colour": colour})
-    return sorted(path.name for path in found.show(colours, [f"a {colour} picture" for colour in colours]))
+    return sorted(path.name for path in found.add_samples(colours, [f"a {colour} picture" for colour in colours]))
 
 
 def colours(folder: Path, shown: list[str]) -> list[str]:
@@ -112,7 +112,7 @@ def test_a_picture_of_somebody_else_is_none(home, kind):
 
 def test_a_picture_that_is_gone_when_it_is_looked_at(home):
     found = store(home)
-    for what in (lambda: found.load("a"), lambda: found.show(["a"], ["a"])):
+    for what in (lambda: found.load("a"), lambda: found.add_samples(["a"], ["a"])):
         with pytest.raises(ZitMergeError, match=r"a\.png: can't be read any more: run `preview` to render it again"):
             what()
 
@@ -122,7 +122,7 @@ def test_a_picture_that_is_gone_when_it_is_looked_at(home):
 
 def test_samples_have_names_that_the_viewer_splits_in_the_order_in_which_they_are_shown(home):
     before = names(home / "samples")
-    shown = write_grid(store(home), *COLOURS[:6])
+    shown = add_samples(store(home), *COLOURS[:6])
     assert [viewer(name) for name in shown] == [(3000, n % 3) for n in range(6)]
     after = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
     assert after == before + shown, "ours come last"
@@ -134,7 +134,7 @@ def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(h
     found = store(home)
     picture = Image.linear_gradient("L").resize((640, 320)).convert("RGB")
     found.save("a", picture, {})
-    (path,) = store(home, row=1).show(["a"], ["a"])
+    (path,) = store(home, row=1).add_samples(["a"], ["a"])
     assert path.read_bytes() == found.path("a").read_bytes()
     thumb = Image.open(home / "samples" / ".thumbs" / f"{path.name}.jpg")
     assert thumb.size == (300, 300) and thumb.format == "JPEG"
@@ -146,7 +146,7 @@ def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(h
 @pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
-    shown = write_grid(store(home, row), *COLOURS[:count], size=(96, 64))
+    shown = add_samples(store(home, row), *COLOURS[:count], size=(96, 64))
     assert len(shown) % row == 0 and len(shown) - count < row
     assert [viewer(name)[1] for name in shown] == [n % row for n in range(len(shown))]
     assert colours(home / "samples", shown[:count]) == COLOURS[:count]
@@ -159,43 +159,43 @@ def test_rows_are_full_with_a_legend_and_empty_tiles(home, row, count):
 
 def test_what_is_there_is_not_shown_again(home):
     found = store(home)
-    first = write_grid(found, "red", "green")
-    assert write_grid(found, "red", "green") == [] and write_grid(store(home), "green") == []
-    more = write_grid(found, "red", "blue", "green")
+    first = add_samples(found, "red", "green")
+    assert add_samples(found, "red", "green") == [] and add_samples(store(home), "green") == []
+    more = add_samples(found, "red", "blue", "green")
     assert len(more) == 3 and colours(home / "samples", more[:1]) == ["blue"]
     assert max(first) < min(more)
 
 
 def test_another_training_step_is_another_row_but_no_other_picture(home):
-    write_grid(store(home), "red")
-    assert write_grid(store(home, step_number=6000), "red") == []
-    assert {viewer(name)[0] for name in write_grid(store(home, step_number=6000), "green")} == {6000}
+    add_samples(store(home), "red")
+    assert add_samples(store(home, step_number=6000), "red") == []
+    assert {viewer(name)[0] for name in add_samples(store(home, step_number=6000), "green")} == {6000}
 
 
 def test_a_sample_that_was_deleted_comes_back_to_its_place(home):
     found = store(home)
-    shown = write_grid(found, *COLOURS[:6])
+    shown = add_samples(found, *COLOURS[:6])
     before = names(home / "samples")
     for name in (shown[1], shown[2], shown[5]):
         (home / "samples" / name).unlink()
-    assert write_grid(found, *COLOURS[:6]) == [shown[1], shown[2], shown[5]]
+    assert add_samples(found, *COLOURS[:6]) == [shown[1], shown[2], shown[5]]
     assert names(home / "samples") == before and colours(home / "samples", shown) == COLOURS[:6]
 
 
 def test_samples_that_were_deleted_in_whole_rows_come_last_again(home):
     found = store(home)
-    shown = write_grid(found, *COLOURS[:6])
+    shown = add_samples(found, *COLOURS[:6])
     for name in shown[:3]:
         (home / "samples" / name).unlink()
     put(home / "samples" / f"{int(time.time() * 1000) + 5000}__000006000_0.jpg")
-    again = write_grid(found, *COLOURS[:6])
+    again = add_samples(found, *COLOURS[:6])
     assert colours(home / "samples", again) == COLOURS[:3] and min(again) > max(set(names(home / "samples")) - set(again))
     for name in names(home / "samples")[1:]:
         (home / "samples" / name).unlink()
-    assert len(write_grid(found, *COLOURS[:6])) == 6
+    assert len(add_samples(found, *COLOURS[:6])) == 6
 
 
-def test_an_interrupted_show_is_completed_by_the_next(home, monkeypatch):
+def test_interrupted_samples_are_completed_by_the_next_run(home, monkeypatch):
     found = store(home)
     for colour in COLOURS[:5]:
         found.save(colour, plain(colour), {})
@@ -209,9 +209,9 @@ def test_an_interrupted_show_is_completed_by_the_next(home, monkeypatch):
 
     monkeypatch.setattr(ImageStore, "_sample", killed)
     with pytest.raises(KeyboardInterrupt):
-        found.show(COLOURS[:5], COLOURS[:5])
+        found.add_samples(COLOURS[:5], COLOURS[:5])
     monkeypatch.undo()
-    found.show(COLOURS[:5], COLOURS[:5])
+    found.add_samples(COLOURS[:5], COLOURS[:5])
     ours = [name for name in names(home / "samples") if name.endswith(".png")]
     assert [viewer(name)[1] for name in ours] == [0, 1, 2, 0, 1, 2]
     assert colours(home / "samples", ours)[:5] == COLOURS[:5]
@@ -220,8 +220,8 @@ def test_an_interrupted_show_is_completed_by_the_next(home, monkeypatch):
 def test_names_never_collide_nor_go_back_in_time(home, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1763563000.0)  # a clock that stands still, and was put back
     found = store(home)
-    first = write_grid(found, *COLOURS[:3])
-    second = write_grid(found, *COLOURS[3:6])
+    first = add_samples(found, *COLOURS[:3])
+    second = add_samples(found, *COLOURS[3:6])
     every = [name for name in names(home / "samples") if name.endswith((".png", ".jpg"))]
     assert every[-6:] == first + second and len(set(every)) == 12
 
@@ -232,7 +232,7 @@ def test_other_files_among_the_samples_mean_nothing(home, name):
         (home / "samples" / "9999999999999__").mkdir(parents=True)
     else:
         (home / "samples" / name).write_text("x")
-    (first, *_) = write_grid(store(home), "red")
+    (first, *_) = add_samples(store(home), "red")
     assert re.match(r"\d{13}__000003000_0\.png$", first)
 
 
@@ -241,12 +241,12 @@ def test_a_broken_record_of_samples_is_as_none(home, content):
     found = store(home)
     found.folder.mkdir(parents=True)
     (found.folder / "samples.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    assert len(write_grid(found, "red")) == 3
+    assert len(add_samples(found, "red")) == 3
 
 
 def test_a_run_that_is_no_jobs_shows_nothing(tmp_path):
     found = ImageStore(tmp_path / "merged_x_previews", None, 0, 3, "x")
-    assert write_grid(found, "red") == [] and names(tmp_path) == ["merged_x_previews"]
+    assert add_samples(found, "red") == [] and names(tmp_path) == ["merged_x_previews"]
 
 
 def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
@@ -255,7 +255,7 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     def one():
         try:
             for _ in range(3):
-                write_grid(store(home), *COLOURS[:4])
+                add_samples(store(home), *COLOURS[:4])
         except ZitMergeError as e:  # the other one is writing this very file
             troubles.append(e)
 
@@ -265,7 +265,7 @@ def test_two_runs_at_once_leave_whole_pictures_and_full_rows(home):
     for thread in threads:
         thread.join()
     assert all("another" in str(e) for e in troubles) and len(troubles) < 3
-    write_grid(store(home), *COLOURS[:4])
+    add_samples(store(home), *COLOURS[:4])
     found = store(home)
     assert all(found.has(colour) for colour in COLOURS[:4]) and not list(home.rglob("*.part"))
     for path in (home / "samples").glob("*.png"):
@@ -291,7 +291,7 @@ def test_a_folder_that_cant_be_written(home, blocked):
 def test_samples_that_cant_be_written(tmp_path):
     (tmp_path / "samples").write_text("a file")
     with pytest.raises(ZitMergeError, match="can't be written"):
-        write_grid(store(tmp_path), "red")
+        add_samples(store(tmp_path), "red")
 
 
 # --- where they lie ------------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_whatever_a_job_is_called_the_toolkit_takes_nothing_of_ours_for_a_checkp
     """Its globs are tried on the real files, whether the LoRAs lie beside the pictures or elsewhere."""
     section = {} if own else {"output_dir": None}
     found = of_job(work, job, section=section)
-    write_grid(found, "red")
+    add_samples(found, "red")
     home = found.samples.parent
     for pattern in (f"{job}*.safetensors", f"{job}*.pt", f"{job}*", f"{job}_*", f"CRITIC_{job}_*"):
         claimed = glob.glob(str(glob.escape(str(home))) + f"/{pattern}")  # the name unescaped, as the toolkit does it

@@ -112,7 +112,7 @@ class ImageStore:
             path.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(path, [content])
 
-    def show(self, digests: Sequence[str], labels: Sequence[str]) -> list[Path]:
+    def add_samples(self, digests: Sequence[str], labels: Sequence[str]) -> list[Path]:
         """Copies pictures into the job's samples, in full rows; those already there keep their places.
 
         Args:

@@ -36,6 +36,10 @@ def pixels(picture: Tensor, reference: Tensor) -> float:
 
     Formula: root of the mean of (p - r)^2 over all pixels and R, G, B; 1 is black against white
     Source: root mean square error
+
+    Args:
+        picture: (3, h, w) in [0, 1].
+        reference: (3, h, w) in [0, 1].
     """
     return float((picture.double() - reference.double()).square().mean().sqrt())
 
@@ -52,6 +56,10 @@ def structure(picture: Tensor, reference: Tensor) -> float:
     Source: SSIM (Wang et al. 2004), reduced by round(side / 256) first as its authors suggest; views as in MS-SSIM (Wang et
         al. 2003)
 
+    Args:
+        picture: (3, h, w) in [0, 1].
+        reference: (3, h, w) in [0, 1].
+
     Raises:
         ZitMergeError: A side is shorter than the window.
     """
@@ -67,6 +75,10 @@ def colour(picture: Tensor, reference: Tensor) -> float:
     Formula: root of the sum over L*, a*, b* of W^2, with W the 1-D Wasserstein distance of the values of that channel; in Delta E
         units, and the Delta E of the two colours where each picture has only one
     Source: CIELAB under D65 and Delta E 1976 (ISO/CIE 11664-4), sRGB (IEC 61966-2-1)
+
+    Args:
+        picture: (3, h, w) in [0, 1].
+        reference: (3, h, w) in [0, 1].
     """
     channels = zip(lab(picture), lab(reference), strict=True)
     return sum(_wasserstein(p, r) ** 2 for p, r in channels) ** 0.5
@@ -77,6 +89,10 @@ def detail(picture: Tensor, reference: Tensor) -> float:
 
     Formula: 1-D Wasserstein distance of the values of |Y - blurred Y|, Y luma from 0 to 1, the blur Gaussian, sigma 1.5 pixels
     Source: the amplitudes of the finest level of a Laplacian pyramid (Burt and Adelson 1983)
+
+    Args:
+        picture: (3, h, w) in [0, 1].
+        reference: (3, h, w) in [0, 1].
 
     Raises:
         ZitMergeError: A side is shorter than the window.

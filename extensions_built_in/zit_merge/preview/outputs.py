@@ -132,7 +132,7 @@ class GridWriter:
         for variant, label in zip(grid.variants, grid.labels, strict=True):
             for spec, heading in zip(grid.specs, grid.headings, strict=True):
                 labels.setdefault(self._digest(variant, spec), f"{label}: {heading}")
-        self._store.show(list(labels), list(labels.values()))
+        self._store.add_samples(list(labels), list(labels.values()))
 
     def _sheet(self, grid: ImageGrid, ablation: Ablation | None) -> bytes:
         """The contact sheet as PNG."""

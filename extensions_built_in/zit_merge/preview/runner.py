@@ -83,8 +83,8 @@ class PreviewRunner:
         self._settings, pictures = preview.settings, preview.pictures()
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict.fromkeys(path for variant in dict.fromkeys(p.variant for p in pictures) for path in variant.files())
-            self._context = ReadContext({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
-        self.records = PictureRecords(preview, {path: future.result() for path, future in self._context.hashes.items()})
+            self._read_context = ReadContext({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
+        self.records = PictureRecords(preview, {path: future.result() for path, future in self._read_context.hashes.items()})
         self._renderer: Renderer | None = None
         self._stack = ExitStack()
         self._done, self._total = 0, len(self.missing(pictures))
@@ -131,7 +131,7 @@ class PreviewRunner:
             if self._renderer is None:
                 self._renderer = self._stack.enter_context(self._load(self._settings))
             if picture.variant is not current:
-                self._renderer.set_adapter(picture.variant.deltas(self._context.deltas))
+                self._renderer.set_adapter(picture.variant.deltas(self._read_context.deltas))
                 current = picture.variant
             image = self._renderer.render(picture.spec)
             self._store.save(self.records.digests[picture], image, self.records.pictures[picture])
