@@ -18,7 +18,7 @@ from ..planning.job import Planned, plan_job
 from ..preview.grids import preview_plan
 from ..preview.plan import PreviewPlan
 from ..preview.runner import render_section
-from ..preview.sections import plain_step, section_yaml
+from ..preview.section_yaml import section_yaml
 from ..report.page.run import RunPage, run_page
 from ..report.progress import Bar
 from .console import say
@@ -54,7 +54,7 @@ def _cell_yaml(pictures: PreviewPlan, step: str, number: str) -> str:
         raise SettingError(f"the step {step} has no sweep, so no picture of it has a number: name one that has", "--yaml")
     if number not in cells:
         raise SettingError(f"the pictures of this sweep are numbered 1 to {len(cells)}: write --yaml {step}:1", "--yaml")
-    return section_yaml(pictures.section, plain_step(cells[number].plan.spec))
+    return section_yaml(pictures.section, cells[number].plan.spec)
 
 
 def _render(args: argparse.Namespace, pictures: PreviewPlan, planned: Planned, page: RunPage) -> None:

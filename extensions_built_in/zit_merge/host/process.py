@@ -112,39 +112,34 @@ class ZitMergeProcess(BaseExtensionProcess):
 
     def _render(self) -> None:
         """The pictures; the merges of this section are done."""
-        from ..preview.grids import asks_for_pictures, preview_plan
-        from ..preview.page import on_page
-        from ..preview.runner import run_preview
-        from ..report.progress import Pictures
+        from ..preview.grids import preview_plan
+        from ..preview.runner import render_section
+        from ..report.progress import Bar
         from .render import ToolkitRenderer
-        from .status import PictureWatch
+        from .watch import JobProgress
 
         planned = self._planned
         if not planned.section.wants_pictures:
             return
         self._status.say("Merged, pictures next")
-        preview, device = preview_plan(self._section, self._site, plans), toolkit.device_of(self._section.device)
+        made = {done.plan.name: done.plan for done in self.done}
+        preview = preview_plan(planned.section, planned.context, [made.get(p.name, p) for p in planned.plans])
+        with JobProgress(self._status, Bar()) as progress:
+            render_section(preview, planned, self.page, _say, progress, progress.loading(ToolkitRenderer))
+
+    def _pictures_to_come(self) -> list[str]:
+        """The pictures of the section; what prevents them stops no merge."""
+        from ..preview.grids import preview_plan
+
+        planned = self._planned
+        if not planned.section.wants_pictures:
+            return []
         try:
-            with Pictures() as bar, PictureWatch(self._status, bar.tick) as watch:
-                load = watch.loading(ToolkitRenderer)
-                for text in run_preview(
-                    preview, device, load, watch.tick, on_grid=on_page(self.page, preview), watched=watch.passing
-                ):
-                    _say(text)
-        finally:
-            _say(self.page.write())
-
-
-def _pictures(planned: Planned) -> list[str]:
-    """The pictures to come; what stands in their way stops no merge."""
-    from ..preview.grids import asks_for_pictures, preview_plan
-
-    if not asks_for_pictures(planned.section):
-        return []
-    try:
-        return [preview_plan(planned.section, planned.site, planned.plans).text()]
-    except ZitMergeError as e:
-        return [f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; stop it now to mend the config first"]
+            return [preview_plan(planned.section, planned.context, planned.plans).text()]
+        except ZitMergeError as e:
+            return [
+                f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; to fix the config first, stop it now"
+            ]
 
 
 def _say(text: str) -> None:

@@ -49,7 +49,7 @@ class ToolkitRenderer:
         if "layers.0.attention.to_q" not in self._linears:
             self.close()
             raise ZitMergeError(
-                f"{settings.place}.name_or_path: {settings.model['name_or_path']} is not Z-Image: give a Z-Image model"
+                f"{settings.loc}.name_or_path: {settings.model['name_or_path']} is not Z-Image: give a Z-Image model"
             )
 
     def __enter__(self) -> ToolkitRenderer:
@@ -88,7 +88,7 @@ class ToolkitRenderer:
         if have != delta.shape:
             what = f"{have[0]} x {have[1]}" if have else "missing"
             raise ZitMergeError(
-                f"{self._settings.place}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in "
+                f"{self._settings.loc}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in "
                 "the LoRA: give the model that it was trained on"
             )
         return linear
@@ -202,7 +202,7 @@ def _loading(settings: RenderSettings) -> Iterator[None]:
         kind = [] if isinstance(e, OSError | ValueError) else [type(e).__name__]
         reason = ": ".join([*kind, *filter(None, [" ".join(str(e).split())[:300]])])
         raise ZitMergeError(
-            f"{settings.place}.name_or_path: {settings.model['name_or_path']} can't be used ({reason}): check the path and the "
+            f"{settings.loc}.name_or_path: {settings.model['name_or_path']} can't be used ({reason}): check the path and the "
             "settings beside it, or that it can be downloaded"
         ) from e
     finally:
@@ -229,8 +229,8 @@ def _is_out_of_memory(e: BaseException | None) -> bool:
 def _advice(settings: RenderSettings, spec: ImageSpec | None) -> str:
     """What to change, the most effective first."""
     model = settings.model
-    changes = [f"set quantize: true in {settings.place}"] if not model.get("quantize") else []
-    changes += [f"low_vram: true in {settings.place}"] if not model.get("low_vram") else []
+    changes = [f"set quantize: true in {settings.loc}"] if not model.get("quantize") else []
+    changes += [f"low_vram: true in {settings.loc}"] if not model.get("low_vram") else []
     if spec and max(spec.width, spec.height) > 512:
         width, height = (max(SMALLEST, side // 2 // MULTIPLE * MULTIPLE) for side in (spec.width, spec.height))
         changes.insert(0, f"set size: [{width}, {height}] in preview")

@@ -5,7 +5,7 @@ Notation: d(a, b) is a metric's distance of picture a from picture b, `full` a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import ZitMergeError, counted, nearest
+from ..progress import SILENT, Progress
 from ..wording import plain, ranges, squeezed
 from .groups import LEAVE_OUT, ModuleGroup
 from .metrics import METRICS, Metric, described, distance, metric, pixels, tensor_of
@@ -235,8 +236,7 @@ def measure(
     lora: str,
     specs: Sequence[ImageSpec],
     metrics: Sequence[str] = tuple(METRICS),
-    place: str = "metrics",
-    watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+    progress: Progress = SILENT,
 ) -> Ablation:
     """Measures how far the pictures are from those of the whole LoRA and from those without it.
 
@@ -250,19 +250,18 @@ def measure(
         lora: The LoRA's name, for the reader.
         specs: What the pictures were rendered with.
         metrics: Built-in names, or `module:function`.
-        place: Of the metrics, for messages.
-        watched: Passes the names of the groups on one by one; may raise to stop.
+        progress: Shows the groups, and may stop the work.
 
     Raises:
         ZitMergeError: A metric is unknown or fails, or the pictures of a spec differ in size.
         ValueError: The numbers of pictures and specs differ.
     """
-    functions = {name: metric(name, place) for name in metrics}
+    functions = {name: metric(name) for name in metrics}
     full, base = [*map(tensor_of, full)], [*map(tensor_of, base)]
     measured = [group for group in groups if group.name in pictures]
     _check_sizes("the base", base, full)
     distances = {m: Distances(_apart(m, f, full, base), _apart(m, f, base, full), {}, {}) for m, f in functions.items()}
-    for group in watched([g.name for g in measured]):
+    for group in progress.track([g.name for g in measured], "distances", "part", str):
         found = [*map(tensor_of, pictures[group])]  # of one group at a time
         _check_sizes(group, found, full)
         for m, function in functions.items():

@@ -42,18 +42,6 @@ class _Panel(NamedTuple):
     width: float
 
 
-def check(place: str) -> None:
-    """Raises unless pictures can be drawn, to be asked before anything is rendered.
-
-    Args:
-        place: Of what asks for one, for messages.
-
-    Raises:
-        ZitMergeError: matplotlib is not installed.
-    """
-    _paper(place)
-
-
 def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
     """Writes the picture as PNG.
 
@@ -64,14 +52,14 @@ def draw(ablation: Ablation, file: Path | BinaryIO) -> None:
     Raises:
         ZitMergeError: matplotlib is not installed.
     """
-    paper = _paper("ablate")
+    paper = _paper()
     with paper.settings():
         page(ablation).figure.savefig(file, format="png")
 
 
 def page(ablation: Ablation) -> Any:
     """The page as `report.plots.canvas` has it, with its matplotlib figure as `figure`; in the settings of the caller."""
-    paper = _paper("ablate")
+    paper = _paper()
     head, foot = _head(ablation), _foot(ablation)
     top = _MARGIN + 0.27 + _LINE * 1.3 + len(head) * _LINE + 0.12
     panels, height = _panels(ablation, top)
@@ -91,11 +79,11 @@ def page(ablation: Ablation) -> Any:
     return made
 
 
-def _paper(place: str) -> ModuleType:
+def _paper() -> ModuleType:
     try:
         from ..report.plots import canvas as paper
     except ImportError as e:
-        raise ZitMergeError(f"{place}: its picture needs matplotlib ({e}): python -m pip install matplotlib") from e
+        raise ZitMergeError(f"ablate: its picture needs matplotlib ({e}): python -m pip install matplotlib") from e
     return paper
 
 

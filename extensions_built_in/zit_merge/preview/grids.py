@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from math import ceil, prod
 
 from ..config.schema import SHOWN, Ablate, Preview, Section, Step
-from ..errors import ZitMergeError
-from ..planning.plan import Input, StepPlan
-from ..planning.sources import RunContext
+from ..errors import SettingError, joined, located
+from ..planning.context import RunContext
+from ..planning.types import Input, StepPlan
 from .groups import BY_COMPONENTS, ONLY, module_groups
 from .image_store import image_store
 from .metrics import metric
@@ -21,11 +21,6 @@ from .variants import AdapterVariant, InputVariant, MaskedVariant, StepVariant
 LIMIT = 200  # pictures that need no `confirm: true`
 GROUPS = 10
 _ACROSS = 8  # pictures in a row of a sheet at most, unless a sweep has more values
-
-
-def asks_for_pictures(section: Section) -> bool:
-    """Whether any step has a preview, a sweep or an ablation."""
-    return any(step.preview or step.sweep or step.ablate for step in section.steps)
 
 
 def preview_plan(section: Section, context: RunContext, plans: Sequence[StepPlan]) -> PreviewPlan:
@@ -44,34 +39,34 @@ def preview_plan(section: Section, context: RunContext, plans: Sequence[StepPlan
     builder = _GridBuilder(section, context, settings)
     grids = [grid for plan in plans for grid in builder.grids(plan)]
     if not grids:
-        steps = ", ".join(plan.place or plan.name for plan in plans)
-        raise ZitMergeError(f"{steps}: asks for no pictures: write preview: true, sweep or ablate there")
+        steps = ", ".join(plan.loc or plan.name for plan in plans)
+        raise SettingError("asks for no pictures: write preview: true, sweep or ablate there", steps)
     _check_presets(grids)
     preview = PreviewPlan(context, settings, grids, section)
     largest = max(grids, key=lambda grid: len(grid.variants) * len(grid.specs))
-    place = f"{largest.plan.place}.{largest.kind}"
-    _check_count(len(preview.pictures()), len(largest.variants), len(largest.specs), section, place)
+    with located(joined(largest.plan.loc, largest.kind)):
+        _check_count(len(preview.pictures()), len(largest.variants), len(largest.specs), section)
     return preview
 
 
-def _check_count(pictures: int, variants: int, specs: int, section: Section, place: str) -> None:
+def _check_count(pictures: int, variants: int, specs: int, section: Section) -> None:
     """Raises where there are many pictures and nobody has confirmed them."""
     confirmable = [section.preview, *(part for step in section.steps for part in (step.preview, step.ablate))]
     if pictures > LIMIT and not any(part and part.confirm for part in confirmable):
-        raise ZitMergeError(
-            f"{place}: these are {pictures} pictures, {variants} x {specs} of them here: set confirm: true in preview if you "
+        raise SettingError(
+            f"these are {pictures} pictures, {variants} x {specs} of them here: set confirm: true in preview if you "
             "want them all, or use fewer prompts, values or groups"
         )
 
 
 def _check_presets(grids: Sequence[ImageGrid]) -> None:
     """Raises where two ablations would write one preset."""
-    places: dict[str, str] = {}
+    locs: dict[str, str] = {}
     for grid in grids:
         if grid.ablate and (name := grid.ablate.preset):
-            place = f"{grid.plan.place}.ablate.preset"
-            if (other := places.setdefault(name.lower(), place)) != place:
-                raise ZitMergeError(f"{place}: {name} is also the name at {other}: rename one of them")
+            loc = joined(grid.plan.loc, "ablate.preset")
+            if (other := locs.setdefault(name.lower(), loc)) != loc:
+                raise SettingError(f"{name} is also the name at {other}: rename one of them", loc)
 
 
 def _across(count: int) -> int:
@@ -107,12 +102,12 @@ class _GridBuilder:
         """The settings of a step's pictures: its own `preview`, else the section's."""
         return step.preview or self._section.preview or Preview()
 
-    def _place(self, plan: StepPlan) -> str:
+    def _loc(self, plan: StepPlan) -> str:
         """Where these settings were written."""
-        return self._context.at("preview") if self._asked(plan.spec) == self._section.preview else f"{plan.place}.preview"
+        return self._context.at("preview") if self._asked(plan.spec) == self._section.preview else joined(plan.loc, "preview")
 
     def _specs(self, plan: StepPlan) -> tuple[ImageSpec, ...]:
-        return specs_of(self._asked(plan.spec), self._settings, self._context, self._place(plan))
+        return specs_of(self._asked(plan.spec), self._settings, self._context, self._loc(plan))
 
     def _input(self, i: Input) -> InputVariant:
         key = (i.step.name if i.step else i.path, i.spec.alpha, i.spec.qkv, tuple(i.spec.drop))
@@ -125,26 +120,28 @@ class _GridBuilder:
         return ImageGrid("preview", plan, variants, self._specs(plan), _across(len(variants)), f"{plan.name}: previews")
 
     def _sweep(self, plan: StepPlan) -> ImageGrid:
-        specs, place = self._specs(plan), f"{plan.place}.sweep"
-        axes = axes_of(plan.spec, place)
-        count = prod(len(axis.values) for axis in axes)
-        _check_count(count * len(specs), count, len(specs), self._section, place)  # before all of them are planned
-        cells = cells_of(plan, axes, place)
+        specs = self._specs(plan)
+        with located(joined(plan.loc, "sweep")):
+            axes = axes_of(plan.spec)
+            count = prod(len(axis.values) for axis in axes)
+            _check_count(count * len(specs), count, len(specs), self._section)  # before all of them are planned
+        cells = cells_of(plan, axes)
         variants = [StepVariant(f"{cell.number}: {', '.join(cell.labels)}", cell.plan) for cell in cells]
         across = len(axes[0].values) if len(axes) > 1 else _across(len(variants))
         title = f"{plan.name}: {' and '.join(axis.key for axis in axes)}"
         return ImageGrid("sweep", plan, variants, specs, across, title, cells=cells)
 
     def _ablation(self, plan: StepPlan, ablate: Ablate, whole: StepVariant) -> ImageGrid:
-        place = f"{plan.place}.ablate"
         specs = self._ablation_specs(plan, ablate)
-        for n, name in enumerate(ablate.metrics):
-            metric(name, f"{place}.metrics[{n}]")
-        if ablate.by == BY_COMPONENTS and ablate.groups:
-            raise ZitMergeError(f"{place}.groups: are runs of layers, by: components has none: drop groups, or use by: cells")
         present = [m for m in plan.ranks if any(i.counts(m) for i in plan.inputs)]
-        if plan.ranks and not present:
-            raise ZitMergeError(f"{place}: every strength of the step is 0, so no part has an effect: drop ablate")
+        with located(joined(plan.loc, "ablate")):
+            for n, name in enumerate(ablate.metrics):
+                with located(f"metrics[{n}]"):
+                    metric(name)
+            if ablate.by == BY_COMPONENTS and ablate.groups:
+                raise SettingError("are runs of layers, by: components has none: drop groups, or use by: cells", "groups")
+            if plan.ranks and not present:
+                raise SettingError("every strength of the step is 0, so no part has an effect: drop ablate")
         groups, only = module_groups(ablate.by, ablate.groups or GROUPS, present), ablate.mode == ONLY
         parts = [MaskedVariant(f"{'only' if only else 'without'} {group.name}", whole, group, only) for group in groups]
         variants = [self._base, whole, *parts]
@@ -156,4 +153,4 @@ class _GridBuilder:
         if ablate.prompts is None:
             return self._specs(plan)
         asked = self._asked(plan.spec).model_copy(update={"prompts": ablate.prompts})
-        return specs_of(asked, self._settings, self._context, self._place(plan), f"{plan.place}.ablate.prompts")
+        return specs_of(asked, self._settings, self._context, self._loc(plan), joined(plan.loc, "ablate.prompts"))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ..config.schema import DIVISIONS, MODES
-from ..model.strengths import Weights, row_name, strengths
+from ..model.strengths import Weights, factors, row_name
 from ..model.zimage import ALIASES, COMPONENTS, MODULES, N_LAYERS, REFINERS
 
 BY_LAYERS, BY_COMPONENTS, BY_CELLS = DIVISIONS
@@ -49,7 +49,7 @@ def module_groups(by: str, count: int, present: Collection[str]) -> tuple[Module
     found = []
     for name, table, key in _keys(by, count):
         # the modules that a preset with only this key scales
-        chosen = strengths(Weights(1.0, **{table: {key: 0.0}}))
+        chosen = factors(Weights(**{table: {key: 0.0}}))
         if modules := tuple(m for m in MODULES if m in present and chosen[m] == 0):
             found.append(ModuleGroup(name, modules, table, key))
     return tuple(found)

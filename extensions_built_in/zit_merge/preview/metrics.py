@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
 from ..algebra.parameters import paragraphs
-from ..errors import ZitMergeError, nearest
+from ..errors import SettingError, ZitMergeError, nearest
 
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -104,33 +104,32 @@ def detail(picture: Tensor, reference: Tensor) -> float:
 METRICS: Mapping[str, Metric] = {f.__name__: f for f in (pixels, structure, colour, detail)}
 
 
-def metric(name: str, place: str) -> Metric:
+def metric(name: str) -> Metric:
     """A metric by its name in a config.
 
     Args:
         name: A built-in one, or `module:function`, which is imported.
-        place: Of the name, for messages.
 
     Raises:
-        ZitMergeError: There is no such metric, or it can't be called.
+        SettingError: There is no such metric, or it can't be called.
     """
     if name in METRICS:
         return METRICS[name]
     form = re.fullmatch(r"(\w[\w.]*):(\w+)", name)
     if not form:
         known = f"there are {', '.join(METRICS)}, and module:function for one of your own"
-        raise ZitMergeError(f"{place}: no such metric: {name!r}{nearest(name, METRICS)}; {known}")
+        raise SettingError(f"no such metric: {name!r}{nearest(name, METRICS)}; {known}")
     try:
         module = import_module(form[1])
     except Exception as e:  # the user's own code
-        raise ZitMergeError(
-            f"{place}: {name!r}: Python can't import {form[1]} ({_reason(e)}): fix it, or put its folder on PYTHONPATH"
+        raise SettingError(
+            f"{name!r}: Python can't import {form[1]} ({_reason(e)}): fix it, or put its folder on PYTHONPATH"
         ) from e
     if not hasattr(module, form[2]):
-        raise ZitMergeError(f"{place}: {name!r}: {form[1]} has no {form[2]}{nearest(form[2], vars(module))}")
+        raise SettingError(f"{name!r}: {form[1]} has no {form[2]}{nearest(form[2], vars(module))}")
     if not callable(found := getattr(module, form[2])):
         kind = type(found).__name__
-        raise ZitMergeError(f"{place}: {name!r}: is of type {kind}, not a function: name a function of two pictures")
+        raise SettingError(f"{name!r}: is of type {kind}, not a function: name a function of two pictures")
     return found
 
 

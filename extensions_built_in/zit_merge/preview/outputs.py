@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 from PIL.Image import Image
 
 from .. import __version__
-from ..errors import ZitMergeError, counted
+from ..errors import ZitMergeError, counted, located
+from ..progress import SILENT, Progress
 from ..wording import copyable
 from .ablation import Ablation, measure
 from .ablation_text import ablation_text
@@ -77,17 +78,11 @@ class GridWriter:
         preview: The plan of the grids.
         store: Has the pictures.
         records: What they were made from.
-        watched: Passes the groups of an ablation on one by one; may raise to stop.
+        progress: Shows the groups of an ablation, and may stop the work.
     """
 
-    def __init__(
-        self,
-        preview: PreviewPlan,
-        store: ImageStore,
-        records: PictureRecords,
-        watched: Callable[[Sequence[str]], Iterable[str]] = iter,
-    ):
-        self._preview, self._store, self._records, self._watched = preview, store, records, watched
+    def __init__(self, preview: PreviewPlan, store: ImageStore, records: PictureRecords, progress: Progress = SILENT):
+        self._preview, self._store, self._records, self._progress = preview, store, records, progress
 
     def write(self, grid: ImageGrid) -> GridResult:
         """Writes everything of a grid.
@@ -157,19 +152,19 @@ class GridWriter:
             return [self._store.load(self._digest(variant, spec)) for spec in grid.specs]
 
         base, full, *parts = grid.variants
-        return measure(
-            _LazyPictures(dict(zip((g.name for g in grid.groups), parts, strict=True)), load),
-            load(full),
-            load(base),
-            groups=grid.groups,
-            by=grid.ablate.by,
-            mode=grid.ablate.mode,
-            lora=grid.plan.path.name,
-            specs=grid.specs,
-            metrics=grid.ablate.metrics,
-            place=f"{grid.plan.place}.ablate.metrics",
-            watched=self._watched,
-        )
+        with located(f"{grid.plan.loc}.ablate.metrics"):
+            return measure(
+                _LazyPictures(dict(zip((g.name for g in grid.groups), parts, strict=True)), load),
+                load(full),
+                load(base),
+                groups=grid.groups,
+                by=grid.ablate.by,
+                mode=grid.ablate.mode,
+                lora=grid.plan.path.name,
+                specs=grid.specs,
+                metrics=grid.ablate.metrics,
+                progress=self._progress,
+            )
 
     def _facts(self, grid: ImageGrid, yamls: Sequence[str]) -> dict[str, Any]:
         """The content of a sheet, for programs."""

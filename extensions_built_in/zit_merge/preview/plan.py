@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..config.schema import Ablate, Section
 from ..errors import counted
-from ..planning.plan import StepPlan
-from ..planning.sources import RunContext
+from ..planning.context import RunContext
+from ..planning.types import StepPlan
 from ..wording import row, wrapped
 from .groups import ModuleGroup
 from .settings import ImageSpec, RenderSettings

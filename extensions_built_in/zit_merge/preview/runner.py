@@ -2,151 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..algebra.delta import Delta
 from ..errors import ZitMergeError, counted
-from ..formats.reader import tensor_hash
-from ..merging.merger import Watched
-from ..merging.runner import input_reader, reader_of
-from ..planning.plan import Input, StepPlan
+from ..merging.made import Hashes
+from ..merging.readers import StepReaders
+from ..planning.job import Planned
+from ..planning.types import Input, StepPlan
+from ..progress import SILENT, Progress
+from ..report.page.run import RunPage
 from .image_store import ImageStore, image_store
 from .outputs import GridResult, GridWriter
+from .page import on_page
 from .plan import Picture, PictureRecords, PreviewPlan
-from .rendering import Load, Renderer, Workers
-from .variants import AdapterVariant
+from .rendering import Load, Workers
+from .variants import AdapterVariant, ReadDeltas
 
-Tick = Callable[[str, int, int], None]  # (variant, pictures done, of how many), after each picture; may raise to stop
-
-
-class ReadContext(NamedTuple):
-    """Reads inputs and steps, from files or by computing them.
-
-    Attributes:
-        hashes: Path -> SHA-256 of the tensor data, for every file in use.
-        device: Where the algebra runs.
-        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
-    """
-
-    hashes: dict[Path, Future[str]]
-    device: torch.device
-    watched: Watched = iter
-
-    def deltas(self, source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
-        """(module, delta) for every module of an input at strength 1, or of a step's result.
-
-        Args:
-            source: The input or the step; its files are open until the last module.
-        """
-        is_input = isinstance(source, Input)
-        modules, open_reader = (source.outline.ranks, input_reader) if is_input else (source.shapes, reader_of)
-        with ExitStack() as files:
-            reader = open_reader(source, self.hashes, self.device, files, self.watched)
-            for module in modules:
-                scale, delta = reader.delta(module)
-                yield module, delta.times(scale)
+Say = Callable[[str], None]
 
 
-class PreviewRunner:
-    """Renders pictures of a preview. As a context it keeps the model loaded, which is loaded once, when first needed.
+def render_section(
+    preview: PreviewPlan,
+    planned: Planned,
+    page: RunPage,
+    say: Say,
+    progress: Progress,
+    load: Load,
+    workers: Workers | None = None,
+) -> None:
+    """Renders a section's pictures, tells what was done, and writes the page.
 
     Args:
-        preview: The plan of the pictures.
-        store: Where pictures are kept.
-        device: Where the algebra runs.
+        preview: The pictures.
+        planned: The section, its steps as they came out.
+        page: Of the run, the section begun.
+        say: Prints a text.
+        progress: Shows how far it is, and may stop it.
         load: Loads the model.
-        tick: Called after each picture; may raise to stop.
-        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
         workers: The processes that share the work.
 
-    Attributes:
-        records: What the pictures are made from.
+    Raises:
+        ZitMergeError: A picture could not be rendered or written.
     """
-
-    def __init__(
-        self,
-        preview: PreviewPlan,
-        store: ImageStore,
-        device: torch.device,
-        load: Load,
-        tick: Tick,
-        watched: Watched = iter,
-        workers: Workers | None = None,
-    ):
-        self._store, self._load, self._tick, self._workers = store, load, tick, workers or Workers()
-        self._settings, pictures = preview.settings, preview.pictures()
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            files = dict.fromkeys(path for variant in dict.fromkeys(p.variant for p in pictures) for path in variant.files())
-            self._read_context = ReadContext({path: pool.submit(tensor_hash, path) for path in files}, device, watched)
-        self.records = PictureRecords(preview, {path: future.result() for path, future in self._read_context.hashes.items()})
-        self._renderer: Renderer | None = None
-        self._stack = ExitStack()
-        self._done, self._total = 0, len(self.missing(pictures))
-
-    def __enter__(self) -> PreviewRunner:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def missing(self, pictures: Iterable[Picture]) -> list[Picture]:
-        """The pictures that are not in the store, without duplicates."""
-        first: dict[str, Picture] = {}
-        for picture in pictures:
-            first.setdefault(self.records.digests[picture], picture)
-        return [picture for name, picture in first.items() if not self._store.has(name)]
-
-    def render(self, pictures: Iterable[Picture]) -> int:
-        """Renders the missing pictures. Each is stored when it is done, whatever happens to the next.
-
-        Args:
-            pictures: Of the preview.
-
-        Returns:
-            How many were rendered, by all processes.
-
-        Raises:
-            ZitMergeError: The first error of any process.
-        """
-        missing = self.missing(pictures)
-        self._workers.gather([])  # all processes have looked before the first one writes
-        errors = []
-        try:
-            self._render(self._workers.mine(missing))
-        except ZitMergeError as e:
-            errors.append(str(e))
-        if errors := self._workers.gather(errors):
-            raise ZitMergeError(errors[0])
-        return len(missing)
-
-    def _render(self, mine: Sequence[Picture]) -> None:
-        current: AdapterVariant | None = None
-        for picture in mine:
-            if self._renderer is None:
-                self._renderer = self._stack.enter_context(self._load(self._settings))
-            if picture.variant is not current:
-                self._renderer.set_adapter(picture.variant.deltas(self._read_context.deltas))
-                current = picture.variant
-            image = self._renderer.render(picture.spec)
-            self._store.save(self.records.digests[picture], image, self.records.pictures[picture])
-            self._done += 1
-            self._tick(picture.variant.label, self._done, self._workers.share(self._total))
+    try:
+        for text in render(preview, planned.device, load, progress, on_grid=on_page(page, preview), workers=workers):
+            say(text)
+    finally:
+        if page.has_pictures:  # else an older page, which may have them all, stays
+            say(page.write())
 
 
-def run_preview(
+def render(
     preview: PreviewPlan,
     device: torch.device,
     load: Load,
-    tick: Tick,
+    progress: Progress = SILENT,
     *,
-    on_grid: Callable[[GridResult], None] | None = None,
-    watched: Watched = iter,
+    on_grid: Callable[[GridResult], None] = lambda result: None,
     workers: Workers | None = None,
 ) -> Iterator[str]:
     """Renders the missing pictures of a preview and writes its grids.
@@ -155,9 +71,8 @@ def run_preview(
         preview: The plan.
         device: Where the algebra runs.
         load: Loads the model.
-        tick: Called after each picture; may raise to stop.
+        progress: Shows how far it is, and may stop it.
         on_grid: Called with each grid that was written.
-        watched: Passes the modules of a pass over all of them on one by one; may raise to stop.
         workers: The processes that share the work; the main one writes.
 
     Yields:
@@ -167,19 +82,116 @@ def run_preview(
         ZitMergeError: A picture can't be rendered, or a file can't be written.
     """
     store, workers = image_store(preview.context, preview.settings.row), workers or Workers()
-    # Grid by grid, so that finished ones can be looked at; several processes render all first and wait for each other once.
-    batches = [[grid] for grid in preview.grids] if workers.is_alone else [preview.grids]
-    with PreviewRunner(preview, store, device, load, tick, watched, workers) as runner:
-        writer = GridWriter(preview, store, runner.records, watched)
-        for batch in batches:
-            pictures = dict.fromkeys(p for grid in batch for p in grid.pictures())
-            count = runner.render(pictures)
-            if not workers.is_main:
-                continue
-            total = len({runner.records.digests[p] for p in pictures})
-            yield f"{counted(count, 'picture')} rendered, {total - count} of {total} reused"
-            for grid in batch:
-                result = writer.write(grid)
-                if on_grid:
-                    on_grid(result)
-                yield result.text()
+    pictures = preview.pictures()
+    files = [path for variant in dict.fromkeys(p.variant for p in pictures) for path in variant.files()]
+    with Hashes(files) as hashes:
+        records = PictureRecords(preview, hashes.of(files))
+        missing = _missing(pictures, records, store)
+        workers.gather([])  # all processes have looked before the first one writes
+        grids = _Grids(preview, GridWriter(preview, store, records, progress), records, missing, on_grid)
+        read = _reader(hashes, device, progress)
+        rendered = _rendered(preview, workers.mine(missing), store, records, read, load, progress)
+        if workers.is_alone:
+            yield from grids.finished(())
+            for picture in rendered:
+                yield from grids.finished([picture])
+            return
+        errors = []
+        try:
+            for _ in rendered:
+                pass
+        except ZitMergeError as e:
+            errors.append(str(e))
+        if errors := workers.gather(errors):
+            raise ZitMergeError(errors[0])
+        if workers.is_main:
+            yield from grids.finished(missing)
+
+
+def _missing(pictures: Sequence[Picture], records: PictureRecords, store: ImageStore) -> list[Picture]:
+    """The pictures that are not in the store, one for each digest."""
+    first: dict[str, Picture] = {}
+    for picture in pictures:
+        first.setdefault(records.digests[picture], picture)
+    return [picture for digest, picture in first.items() if not store.has(digest)]
+
+
+def _reader(hashes: Hashes, device: torch.device, progress: Progress) -> ReadDeltas:
+    """Reads every module of an input at strength 1, or of a step's result; the files are open until the last module."""
+
+    def read(source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
+        with StepReaders(hashes, device, progress) as readers:
+            reader = readers.of_input(source) if isinstance(source, Input) else readers.of_step(source)
+            for module in source.known.ranks if isinstance(source, Input) else source.shapes:
+                scale, delta = reader.delta(module)
+                yield module, delta.times(scale)
+
+    return read
+
+
+def _rendered(
+    preview: PreviewPlan,
+    mine: Sequence[Picture],
+    store: ImageStore,
+    records: PictureRecords,
+    read: ReadDeltas,
+    load: Load,
+    progress: Progress,
+) -> Iterator[Picture]:
+    """Renders pictures; each is stored before the next one begins. The model is loaded once, if there is anything to render."""
+    if not mine:
+        return
+    current: AdapterVariant | None = None
+    with ExitStack() as stack:
+        renderer = None
+        for picture in progress.track(mine, "pictures", "picture", describe=lambda p: p.variant.label):
+            renderer = renderer or stack.enter_context(load(preview.settings))
+            if picture.variant is not current:
+                renderer.set_adapter(picture.variant.deltas(read))
+                current = picture.variant
+            image = renderer.render(picture.spec)
+            store.save(records.digests[picture], image, records.pictures[picture])
+            yield picture
+
+
+class _Grids:
+    """Writes each grid as soon as its pictures are there, so that finished ones can be looked at.
+
+    Args:
+        preview: The plan.
+        writer: Writes them.
+        records: The names of the pictures.
+        missing: The pictures that are still to be rendered.
+        on_grid: Called with each grid that was written.
+    """
+
+    def __init__(
+        self,
+        preview: PreviewPlan,
+        writer: GridWriter,
+        records: PictureRecords,
+        missing: Sequence[Picture],
+        on_grid: Callable[[GridResult], None],
+    ):
+        self._writer, self._on_grid = writer, on_grid
+        self._waiting = [(grid, {records.digests[p] for p in grid.pictures()}) for grid in preview.grids]
+        self._digests, self._missing = records.digests, {records.digests[p] for p in missing}
+        self._new = set[str]()  # rendered, and in no grid yet
+
+    def finished(self, pictures: Sequence[Picture]) -> Iterator[str]:
+        """Writes the grids that are complete with these pictures, in order.
+
+        Args:
+            pictures: They are in the store now.
+        """
+        digests = {self._digests[picture] for picture in pictures}
+        self._missing -= digests
+        self._new |= digests
+        while self._waiting and not self._waiting[0][1] & self._missing:
+            grid, wanted = self._waiting.pop(0)
+            count = len(wanted & self._new)
+            self._new -= wanted
+            yield f"{counted(count, 'picture')} rendered, {len(wanted) - count} of {len(wanted)} reused"
+            result = self._writer.write(grid)
+            self._on_grid(result)
+            yield result.text()

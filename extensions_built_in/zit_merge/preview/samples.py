@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Preview, Section
-from ..errors import ZitMergeError
+from ..errors import SettingError, ZitMergeError, joined, located
+from ..files.paths import user_path
 from ..files.text import TextFile
-from ..planning.sources import RunContext, user_path
+from ..planning.context import RunContext
 from ..planning.training import ARCHS, table
 from .settings import MULTIPLE, SMALLEST, ImageSpec, RenderSettings
 
@@ -52,18 +53,19 @@ def settings_of(section: Section, context: RunContext) -> RenderSettings:
     training = context.training.config if context.training else {}
     is_own = bool(own.get("name_or_path")) or not context.training
     model = own if is_own else {**table(training, "model"), **own}
-    place = context.at("model") if is_own else f"{context.training.place}.model"
+    loc = context.at("model") if is_own else joined(context.training.loc, "model")
     has_own = bool(_samples(section.sample)) or not context.training
     samples = section.sample if has_own else table(training, "sample")
-    _check_model(model, place)
+    with located(loc):
+        _check_model(model)
     return RenderSettings(
         model,
         _dtype(section, training, is_own),
         samples if isinstance(samples, Mapping) else {},
         _trigger(section.trigger_word, training.get("trigger_word")),
-        place,
+        loc,
         section.device,
-        context.at("sample") if has_own else f"{context.training.place}.sample",
+        context.at("sample") if has_own else joined(context.training.loc, "sample"),
         _row(training.get("sample") if context.training else section.sample),
     )
 
@@ -97,29 +99,30 @@ def _samples(sample: object) -> list[Mapping[str, Any]]:
     return [entry for entry in found if isinstance(entry, Mapping) and isinstance(entry.get("prompt"), str)]
 
 
-def _check_model(model: Mapping[str, Any], place: str) -> None:
+def _check_model(model: Mapping[str, Any]) -> None:
     """Raises unless a model is named that is, as far as its files tell, Z-Image."""
     name = model.get("name_or_path")
     if not isinstance(name, str) or not name.strip():
-        raise ZitMergeError(
-            f"{place}.name_or_path: is missing, pictures need the base model: write name_or_path: Tongyi-MAI/Z-Image-Turbo and "
-            "arch: zimage:turbo there, as in a training"
+        raise SettingError(
+            "is missing, pictures need the base model: write name_or_path: Tongyi-MAI/Z-Image-Turbo and arch: zimage:turbo "
+            "there, as in a training",
+            "name_or_path",
         )
     arch = str(model.get("arch") or "")
     if not arch.startswith(ARCHS):
-        raise ZitMergeError(
-            f"{place}.arch: {arch or 'is missing, which'} is not Z-Image and can't be rendered here: set arch: zimage:turbo"
+        raise SettingError(
+            f"{arch or 'is missing, which'} is not Z-Image and can't be rendered here: set arch: zimage:turbo", "arch"
         )
-    path = user_path(name, f"{place}.name_or_path")
-    if not path.exists():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):  # a repository need not be on this machine
-            raise ZitMergeError(
-                f"{place}.name_or_path: {name} does not exist: give a folder, a file or a Hugging Face repository"
-            )
-    elif kind := _other_kind(path):
-        raise ZitMergeError(f"{place}.name_or_path: {name} is a {kind}, not Z-Image: give the folder of a Z-Image model")
+    with located("name_or_path"):
+        path = user_path(name)
+        if not path.exists():
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):  # a repository need not be on this machine
+                raise SettingError(f"{name} does not exist: give a folder, a file or a Hugging Face repository")
+        elif kind := _other_kind(path):
+            raise SettingError(f"{name} is a {kind}, not Z-Image: give the folder of a Z-Image model")
     if isinstance(extras := model.get("extras_name_or_path"), str):
-        user_path(extras, f"{place}.extras_name_or_path")
+        with located("extras_name_or_path"):
+            user_path(extras)
 
 
 def _other_kind(path: Path) -> str:
@@ -135,7 +138,7 @@ def _other_kind(path: Path) -> str:
 
 
 def specs_of(
-    asked: Preview, settings: RenderSettings, context: RunContext, place: str, prompts_place: str = ""
+    asked: Preview, settings: RenderSettings, context: RunContext, loc: str, prompts_loc: str = ""
 ) -> tuple[ImageSpec, ...]:
     """The image specs of a preview, without duplicates.
 
@@ -143,26 +146,28 @@ def specs_of(
         asked: What is not None replaces the samples' own settings.
         settings: With the training's samples.
         context: Where relative files start.
-        place: Of the preview.
-        prompts_place: Of the prompts, if it is not `prompts` of the preview.
+        loc: Of the preview.
+        prompts_loc: Of the prompts, if it is not `prompts` of the preview.
 
     Raises:
-        ZitMergeError: There is no prompt, or Z-Image can't render a spec.
+        SettingError: There is no prompt, or Z-Image can't render a spec.
     """
-    prompts_place = prompts_place or f"{place}.prompts"
+    prompts_loc = prompts_loc or joined(loc, "prompts")
     if asked.prompts is None:
         found = [spec for sample in _sample_specs(settings) for spec in _as_asked(sample, asked)]
         if not found:
-            raise ZitMergeError(f"{prompts_place}: is missing, and the job has no samples with prompts: list some")
+            raise SettingError("is missing, and the job has no samples with prompts: list some", prompts_loc)
     else:
         first = next(_sample_specs(settings), _rounded(_defaults(settings)))
-        found = [
-            _with_options(spec, prompts_place, keep=True)  # last: an option of a prompt overrides the settings of all
-            for prompt in _prompts(asked.prompts, context, prompts_place)
-            for spec in _as_asked(replace(first, prompt=_with_trigger(prompt, settings)), asked)
-        ]
-    for spec in found:
-        _check(spec, place)
+        with located(prompts_loc):
+            found = [
+                _with_options(spec, keep=True)  # last: an option of a prompt overrides the settings of all
+                for prompt in _prompts(asked.prompts, context)
+                for spec in _as_asked(replace(first, prompt=_with_trigger(prompt, settings)), asked)
+            ]
+    with located(loc):
+        for spec in found:
+            _check(spec)
     return tuple(dict.fromkeys(found))
 
 
@@ -175,25 +180,23 @@ def _as_asked(spec: ImageSpec, asked: Preview) -> Iterator[ImageSpec]:
         yield spec if seed is None else replace(spec, seed=seed)
 
 
-def _prompts(asked: Sequence[str] | str, context: RunContext, place: str) -> list[str]:
+def _prompts(asked: Sequence[str] | str, context: RunContext) -> list[str]:
     """The prompts, read from the file that a string names."""
     if not isinstance(asked, str):
         return list(asked)
-    wanted = user_path(asked, place)
+    wanted = user_path(asked)
     candidates = list(dict.fromkeys((folder / wanted).absolute() for folder in context.folders))
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         folders = ", ".join(str(path.parent) for path in candidates)
-        raise ZitMergeError(
-            f"{place}: {asked} does not exist (looked in {folders}): give a text file with one prompt per line, or a list"
-        )
+        raise SettingError(f"{asked} does not exist (looked in {folders}): give a text file with one prompt per line, or a list")
     try:
         text = TextFile.read(path).text
     except ZitMergeError as e:
-        raise ZitMergeError(f"{place}: {path} can't be read as text: give a text file with one prompt per line") from e
+        raise SettingError(f"{path} can't be read as text: give a text file with one prompt per line") from e
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise ZitMergeError(f"{place}: {path} has no prompts: write one per line")
+        raise SettingError(f"{path} has no prompts: write one per line")
     return found
 
 
@@ -229,7 +232,8 @@ def _sample_specs(settings: RenderSettings) -> Iterator[ImageSpec]:
         walked = defaults.seed + i if settings.samples.get("walk_seed") else seed
         seed = own.get("seed", walked)  # it stays for the samples that follow
         spec = replace(defaults, prompt=_with_trigger(entry["prompt"], settings), **own | {"seed": seed})
-        yield _rounded(_with_options(spec, settings.samples_place))
+        with located(settings.samples_loc):
+            yield _rounded(_with_options(spec))
 
 
 def _rounded(spec: ImageSpec) -> ImageSpec:
@@ -243,12 +247,11 @@ def _with_trigger(prompt: str, settings: RenderSettings) -> str:
     return prompt if settings.trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: settings.trigger, prompt)
 
 
-def _with_options(spec: ImageSpec, place: str, *, keep: bool = False) -> ImageSpec:
+def _with_options(spec: ImageSpec, *, keep: bool = False) -> ImageSpec:
     """The spec with the options of its prompt, such as `--seed 3` or `--w 512`, applied and removed from the text.
 
     Args:
         spec: With the prompt as it was written.
-        place: Of the prompt, for messages.
         keep: Unknown words after dashes stay in the prompt; the toolkit drops them from a sample's.
     """
     text, *parts = spec.prompt.strip().split("--")
@@ -261,26 +264,27 @@ def _with_options(spec: ImageSpec, place: str, *, keep: bool = False) -> ImageSp
             try:
                 options[name] = kind(value)
             except ValueError:
-                raise ZitMergeError(
-                    f"{place}: --{flag} in the prompt {spec.prompt[:60]!r} needs a number, not {value!r}: correct it"
+                raise SettingError(
+                    f"--{flag} in the prompt {spec.prompt[:60]!r} needs a number, not {value!r}: correct it"
                 ) from None
         elif keep and flag not in _UNUSED:
             text += f"--{part}"
     return replace(spec, prompt=text.strip(), **options)
 
 
-def _check(spec: ImageSpec, place: str) -> None:
+def _check(spec: ImageSpec) -> None:
     """Raises unless Z-Image can render it."""
     for side in (spec.width, spec.height):
         if side % MULTIPLE or not SMALLEST <= side <= LARGEST:
             near = min(max(round(side / MULTIPLE) * MULTIPLE, SMALLEST), LARGEST)
-            raise ZitMergeError(
-                f"{place}.size: {spec.width} x {spec.height} pixels can't be rendered, a side is {SMALLEST} to {LARGEST} and a "
-                f"multiple of {MULTIPLE}: write {near} for {side}"
+            raise SettingError(
+                f"{spec.width} x {spec.height} pixels can't be rendered, a side is {SMALLEST} to {LARGEST} and a multiple of "
+                f"{MULTIPLE}: write {near} for {side}",
+                "size",
             )
     if not 1 <= spec.steps <= MOST_STEPS:
-        raise ZitMergeError(f"{place}.steps: {spec.steps} steps can't be rendered: write a whole number from 1 to {MOST_STEPS}")
+        raise SettingError(f"{spec.steps} steps can't be rendered: write a whole number from 1 to {MOST_STEPS}", "steps")
     if not 0 <= spec.guidance <= MOST_GUIDANCE:
-        raise ZitMergeError(f"{place}.guidance: {spec.guidance:g} can't be rendered: write a number from 0 to {MOST_GUIDANCE}")
+        raise SettingError(f"{spec.guidance:g} can't be rendered: write a number from 0 to {MOST_GUIDANCE}", "guidance")
     if not 0 <= spec.seed < 2**63:
-        raise ZitMergeError(f"{place}.seed: {spec.seed} is not a fixed seed: write a number from 0")
+        raise SettingError(f"{spec.seed} is not a fixed seed: write a number from 0", "seed")

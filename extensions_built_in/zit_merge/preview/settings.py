@@ -52,9 +52,9 @@ class RenderSettings:
         dtype: Of the model.
         samples: `sample:` of the training or the section.
         trigger: The trigger word; None if there is none.
-        place: Of the model in the config.
+        loc: Of the model in the config.
         device: `device:` of the section.
-        samples_place: Of the samples in the config.
+        samples_loc: Of the samples in the config.
         row: How many samples a training makes at a time, which is the length of a row in AI-Toolkit's gallery.
     """
 
@@ -62,9 +62,9 @@ class RenderSettings:
     dtype: str
     samples: Mapping[str, Any]
     trigger: str | None
-    place: str
+    loc: str
     device: str = "auto"
-    samples_place: str = "sample"
+    samples_loc: str = "sample"
     row: int = 1
 
     def record(self) -> dict[str, Any]:

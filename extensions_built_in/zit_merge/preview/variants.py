@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algebra.delta import Delta
-from ..planning.plan import Input, StepPlan
-from ..planning.recipe import recipe_of
+from ..planning.types import Input, StepPlan, with_hashes
 from .groups import ModuleGroup
 
 ReadDeltas = Callable[[Input | StepPlan], Iterable[tuple[str, Delta]]]  # (module, delta) of an input at strength 1, or of a step
@@ -124,7 +123,7 @@ _SPELLING = ("lora", "sha256", "blocks", "layers", "effects", "overrides", "unma
 
 def _numbers(plan: StepPlan, hashes: Mapping[Path, str]) -> dict[str, Any]:
     """A step's recipe as far as it affects the numbers: without the names of files and steps and the spelling of strengths."""
-    steps = recipe_of(plan, hashes)["steps"]
+    steps = with_hashes(plan.recipe, hashes)["steps"]
     index = {step["name"]: n for n, step in enumerate(steps)}
 
     def lora_numbers(lora: Mapping[str, Any]) -> dict[str, Any]:
