@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import partial
 
 from ..errors import ZitMergeError
 from .parser import build_parser
@@ -52,9 +53,11 @@ def _plain_number(word: str) -> str:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .merge import demo
+    from ..demo import run_demo
+    from ..report.progress import Bar
+    from .console import say
 
-    demo(args)
+    run_demo(args.out, partial(say, args), Bar(args.quiet))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`merge`, the one-liner, and `demo`."""
+"""`merge`: the one-liner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from ..api import merge as describe
-from ..demo import run_demo
 from ..errors import SettingError, counted
 from ..report.progress import Bar
 from ..report.text.plan import plan_text
@@ -21,13 +20,8 @@ from .parser import WEIGHT_FLAGS
 _SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
 
 
-def demo(args: argparse.Namespace) -> None:
-    """Makes two small LoRAs, merges them, checks the result."""
-    run_demo(args.out, partial(say, args), Bar(args.quiet))
-
-
 def merge(args: argparse.Namespace) -> None:
-    """Merges files with the weights that stand in flags."""
+    """Merges files with the weights of the flags."""
     settings = {key: getattr(args, key) for key in _SETTINGS}
     settings |= {"rank": _rank(args.rank), "params": _pairs(args.params, "--params"), "uniform": args.uniform == "true"}
     with _as_flags(len(args.files)):
