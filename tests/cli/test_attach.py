@@ -22,7 +22,7 @@ from extensions_built_in.zit_merge.cli.attach import Attached, attach
 from extensions_built_in.zit_merge.config import edit as textedit
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.planning.recipe import to_yaml
+from extensions_built_in.zit_merge.files.text import to_yaml
 
 ROOT = Path(__file__).parents[2]
 TOOLKIT = Path(os.environ.get("AI_TOOLKIT_ROOT", Path.home() / "ai-toolkit"))

@@ -83,7 +83,7 @@ def _track(args: argparse.Namespace, label: str) -> Callable[[Any], Any]:
 
 def recipe(args: argparse.Namespace) -> None:
     """Prints the section that made a file."""
-    from ..planning.recipe import to_yaml
+    from ..files.text import to_yaml
 
     found = read_recipe(load_lora(args.file).metadata)
     if found is None:

@@ -17,8 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import ZitMergeError
-from ..files.text import TextFile, parse
-from ..planning.recipe import _Dumper
+from ..files.text import TextFile, _Dumper, parse
 
 _ENVIRONMENT = re.compile(r"\$\{[^}]+\}")
 BREAKS = "\n\r\x85\u2028\u2029"  # YAML 1.1

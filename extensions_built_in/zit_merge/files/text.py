@@ -1,4 +1,4 @@
-"""Text files as AI-Toolkit reads them: YAML and JSON, 1e-3 as a number. Duplicate keys are errors."""
+"""Text files as AI-Toolkit reads them, and YAML for them: 1e-3 is a number. A duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -129,3 +129,31 @@ Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+def to_yaml(data: Any, *, unicode: bool = False) -> str:
+    """Data as YAML that is read back as the same; lists of numbers stay on one line.
+
+    Args:
+        data: A section, a recipe, or a part of one.
+        unicode: Letters beyond ASCII stay readable. Consoles disagree about them: not for text that is printed.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=unicode)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers in flow style, no aliases; words that the toolkit reads as numbers, such as 1e3, in quotes."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Equal tables are written out."""
+        return True
+
+
+def _list(dumper: _Dumper, data: list) -> yaml.Node:
+    flow = all(isinstance(v, int | float) for v in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _list)

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from .. import __version__
 from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, RankRule, Save, Step
-from ..files.text import Loader
 from .types import Input, StepBasis
 
 
@@ -69,28 +66,3 @@ def _input(i: Input) -> dict[str, Any]:
     if i.lora and i.lora.unmatched:
         entry["unmatched"] = list(i.lora.unmatched)
     return entry
-
-
-def to_yaml(recipe: Mapping[str, Any]) -> str:
-    """The recipe as YAML that `run` takes; rows of numbers stay on one line.
-
-    ASCII throughout, since it is made to be redirected into a file and consoles disagree about the rest."""
-    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists of numbers in flow style, no aliases; words that the toolkit reads as numbers, such as 1e3, in quotes."""
-
-    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Equal tables are written out."""
-        return True
-
-
-def _list(dumper: _Dumper, data: list) -> yaml.Node:
-    flow = all(isinstance(v, int | float) for v in data)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
-
-
-_Dumper.add_representer(list, _list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.schema import RankRule, Section, Step
-from ..planning.recipe import to_yaml
+from ..files.text import to_yaml
 
 _HOST_KEYS = ("device", "output_dir", "training_folder", "name")
 
