@@ -104,11 +104,16 @@ def _install(args: argparse.Namespace) -> None:
 
 
 def _attach(args: argparse.Namespace) -> None:
+    from ..config.edit import CannotEdit
     from ..host.toolkit import found
     from .attach import attach
     from .console import say
 
-    say(args, attach(args.config, args.section, replace=args.replace, toolkit=found()).text())
+    try:
+        say(args, attach(args.config, args.section, replace=args.replace, toolkit=found()).text())
+    except CannotEdit as e:
+        print(e.paste, end="")
+        raise
 
 
 COMMANDS = {
