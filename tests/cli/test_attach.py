@@ -234,6 +234,7 @@ def test_a_list_in_brackets_gets_json_by_hand(files, name):
 
 ELSEWHERE = {
     "an alias": "p: &p\n    - type: a\njob: extension\nconfig:\n  name: cat\n  process: *p\n",
+    "an alias of the config": "c: &c\n  name: cat\n  process:\n    - type: a\njob: extension\nconfig: *c\n",
     "a merge key": "c: &c {name: cat, process: [{type: a}]}\njob: extension\nconfig:\n  <<: *c\n",
     "an anchor": CONFIG.replace("process:", "process: &p"),
     "a tag": CONFIG.replace("process:", "process: !!seq"),
