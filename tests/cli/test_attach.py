@@ -23,8 +23,8 @@ from extensions_built_in.zit_merge.cli.attach import attach
 from extensions_built_in.zit_merge.config.edit import CannotEdit
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.files.atomic import publish_file
 from extensions_built_in.zit_merge.files.text import to_yaml
-from extensions_built_in.zit_merge.formats.writer import publish_file
 
 ROOT = Path(__file__).parents[2]
 TOOLKIT = Path(os.environ.get("AI_TOOLKIT_ROOT", Path.home() / "ai-toolkit"))
@@ -109,7 +109,7 @@ def done(work: Workspace, text: str | bytes, name: str = "config.yaml", section:
     assert result.backup.read_bytes() == old
     assert set(work.folder.iterdir()) - before == {result.backup}
     now = load_job(config)
-    at = int(result.place[len("process[") : -1])
+    at = int(result.loc[len("process[") : -1])
     kept = [p for i, p in enumerate(now.processes) if i != at]
     assert list(map(repr, kept)) == [repr(p) for i, p in enumerate(was) if not result.replaced or i != at]
     assert now.sections()[0][0] == at
@@ -360,7 +360,7 @@ WRONG = [
     ("config.yaml", None, "config.yaml: can't be read"),
     ("config.yaml", CONFIG.replace("extension", "train"), "job: extension"),
     ("config.yaml", "job: extension\nconfig:\n  name: cat\n  process:\n", "config.process must be a list"),
-    ("config.yaml", CONFIG + "job: extension\n", "twice"),
+    ("config.yaml", CONFIG + "job: extension\n", "duplicate key"),
     ("config.yaml", SECTION, "is a zit_merge section, not an AI-Toolkit job"),
     ("config.yaml", CONFIG + "---\na: 1\n", "line 12: but found another document"),
     ("config.yaml", "[" * 5000, "nested too deeply"),
@@ -375,7 +375,7 @@ WRONG = [
     ("section.yaml", CONFIG, "has 0 zit_merge sections"),
     ("section.yaml", whole_job(ATTACHED + ATTACHED), "has 2 zit_merge sections"),
     ("section.yaml", SECTION.replace("ratio", "ration"), "section.yaml: steps[0].loras[0].ration"),
-    ("section.yaml", SECTION + "device: cpu\n", "twice"),
+    ("section.yaml", SECTION + "device: cpu\n", "duplicate key"),
     ("section.yaml", SECTION.replace("me.safe", "you.safe"), "you.safetensors is not there"),
     ("section.yaml", SECTION.replace("me.safetensors", "trained@7"), "step 7"),
     ("section.yaml", SECTION.replace("me.safe", "${ZIT_NOT_SET}.safe"), "ZIT_NOT_SET"),
@@ -561,7 +561,7 @@ def test_any_yaml(shared_lora, processes, flow, style, wide, end, meta, comments
         new = config.read_text(encoding="utf-8")
         rest = iter(new)
         assert all(c in rest for c in text)
-        assert result.place == f"process[{len(processes)}]"
+        assert result.loc == f"process[{len(processes)}]"
         assert load_job(config).processes[:-1] == load_job(result.backup.rename(Path(folder) / "old.yaml")).processes
         section.write_text(SECTION.replace("me.safetensors", str(shared_lora)).replace("0.9", "0.75"), encoding="utf-8")
         attach(config, section, replace=True)

@@ -16,7 +16,7 @@ from ..config.edit import put
 from ..config.job import RECIPE, Job, fill_environment, fill_name, job_of
 from ..config.parse import parse_section
 from ..config.schema import PROCESS_TYPE
-from ..errors import SettingError, ZitMergeError, located
+from ..errors import ZitMergeError
 from ..files.atomic import open_exclusively, os_errors, part_path, publish_file
 from ..files.text import TextFile, parse
 from ..planning.job import plan_job
@@ -113,8 +113,10 @@ def _one_section(document: Any, path: Path) -> Mapping[str, Any]:
 
 def _check(section: Mapping[str, Any], path: Path, job: Job, position: int, config: Path, toolkit: Toolkit) -> None:
     """What `check` does with the job that has the section."""
-    with located(str(path)):
+    try:
         parse_section(section, first=position == 0, folder=path.parent)
+    except ZitMergeError as e:
+        raise ZitMergeError(f"{path}: {e}") from None
     new = Job(job.name, [*job.processes[:position], section, *job.processes[position + 1 :]], job.folder)
     for planned in plan_job(new, before_training=True, toolkit=toolkit):
         training = planned.context.training

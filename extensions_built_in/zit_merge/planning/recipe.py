@@ -6,7 +6,6 @@ ones carries them before itself, as steps that are not kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
