@@ -78,7 +78,7 @@ def run_demo(folder: Path, say: Say, progress: Progress) -> None:
     for done in run_section(planned, None, say, progress):
         page.add(step_facts(done))
     found = residuals(plan, path)
-    worst = max(found, key=found.get)
+    worst = max(found, key=lambda module: found[module])
     dense = dense_residual(plan, path, CHECKED_DENSE)
     say("once more, apart from the code that merges: |written - wanted| / |wanted|")
     say(f"  {len(found)} modules through Gram matrices: {found[worst]:.1e} at most, in")

@@ -41,7 +41,7 @@ def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 def row(label: str, text: str) -> list[str]:
     """A label and a text beside it, wrapped; words that are too long for a line are broken."""
-    lines = _wrap(plain(text), WIDTH - _LABEL, subsequent_indent="  " * text.startswith("- "))
+    lines = _wrap(plain(text), WIDTH - _LABEL, rest="  " * text.startswith("- "))
     return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(lines)]
 
 
@@ -54,12 +54,13 @@ def plain(text: str) -> str:
 def wrapped(text: str, indent: int = 2) -> list[str]:
     """A sentence in lines of their own, those after the first further in; words that are too long for a line are broken."""
     first, rest = " " * indent, " " * (indent + 2)
-    return _wrap(plain(text), WIDTH, initial_indent=first, subsequent_indent=rest)
+    return _wrap(plain(text), WIDTH, first, rest)
 
 
-def _wrap(text: str, width: int, **how: str) -> list[str]:
+def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
     """textwrap's lines, which may end in a space where a word that was broken fills one to the last letter."""
-    return [line.rstrip() for line in textwrap.wrap(text, width, break_on_hyphens=False, **how)]
+    lines = textwrap.wrap(text, width, break_on_hyphens=False, initial_indent=first, subsequent_indent=rest)
+    return [line.rstrip() for line in lines]
 
 
 def beside(left: str, parts: Sequence[str], width: int = WIDTH) -> list[str]:
@@ -72,7 +73,7 @@ def beside(left: str, parts: Sequence[str], width: int = WIDTH) -> list[str]:
 
 def aligned(texts: Sequence[str]) -> list[str]:
     """Numbers in a column of equal width, their units below each other: `0.45 `, `0.495`, `   - `."""
-    heads = [re.match(r"-?\d+|.*", text)[0] for text in texts]
+    heads = [re.findall(r"-?\d+|.*", text)[0] for text in texts]
     before = max(map(len, heads))
     lines = [" " * (before - len(head)) + text for head, text in zip(heads, texts, strict=True)]
     width = max(map(len, lines))

@@ -11,6 +11,7 @@ float64: their error is squared away when a norm is drawn from them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -116,7 +117,8 @@ class Sum(NamedTuple):
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """delta @ x: (in, n) -> (out, n)."""
-        return sum(p @ x for p in self.parts)
+        first, *rest = (p @ x for p in self.parts)
+        return sum(rest, first)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Sum:
         """The same function applied to all tensors."""
@@ -185,12 +187,14 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     if stacked:
         at = torch.tensor(stacked)
-        found[at[:, None], at] = _stacked_gram([deltas[n] for n in stacked], dtype)
+        found[at[:, None], at] = _stacked_gram([d for n in stacked if isinstance(d := deltas[n], Factors)], dtype)
     for i, x in enumerate(deltas):
         for j, y in enumerate(deltas[: i + 1]):
             if i not in stacked or j not in stacked:
-                is_flat = flat[i] is not None and flat[j] is not None
-                found[i, j] = found[j, i] = float((wide(flat[i]) * wide(flat[j])).sum()) if is_flat else inner(x, y)
+                one, other = flat[i], flat[j]
+                found[i, j] = found[j, i] = (
+                    inner(x, y) if one is None or other is None else float((wide(one) * wide(other)).sum())
+                )
     return found
 
 
@@ -224,13 +228,14 @@ def _squares(x: Tensor) -> Tensor:
 
 def norm(x: Delta) -> float:
     """Frobenius norm of the delta."""
-    return max(inner(x, x), 0.0) ** 0.5
+    return math.sqrt(max(inner(x, x), 0.0))
 
 
 def distance(x: Delta, y: Delta) -> float:
     """Frobenius norm of the difference of two deltas; its floor is about 1e-8 of their norms (float64 Grams)."""
     parts = (*_parts(x.map(wide)), *_parts(y.map(wide).times(-1.0)))
-    return norm(stack(parts) if all(isinstance(p, Factors) for p in parts) else Sum(parts))
+    thin = [p for p in parts if isinstance(p, Factors)]
+    return norm(stack(thin) if len(thin) == len(parts) else Sum(parts))
 
 
 def _parts(x: Delta) -> tuple[Factors | Kron, ...]:

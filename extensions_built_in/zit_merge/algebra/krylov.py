@@ -19,8 +19,13 @@ _GAIN = 1e-13  # relative; a pass that adds less energy than this has only found
 class Operator(Protocol):
     """A matrix that need not be written out: a `Delta`, or a dense one."""
 
-    shape: Any
-    device: torch.device
+    @property
+    def shape(self) -> Any:
+        """(out, in)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
 
     @property
     def T(self) -> Any:  # noqa: N802 - as torch calls it

@@ -55,8 +55,8 @@ class Parameter:
         """Why a value can't be; empty if it can."""
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(self.choices)}, not {value!r}"
-        is_number = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) < float("inf"):
+        is_number = isinstance(value, int if self.kind is int else (int, float)) and not isinstance(value, bool)
+        if not (is_number and isinstance(value, int | float) and abs(value) < float("inf")):
             return f"must be a {'whole' if self.kind is int else 'finite'} number, not {value!r}"
         return "" if not self.within or self.within.holds(value) else f"must be {self.within}, not {value!r}"
 

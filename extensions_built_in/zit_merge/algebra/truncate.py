@@ -53,7 +53,7 @@ def singular_values(x: Delta, most: int | None = None) -> Tensor:
     x = x.map(wide)
     if isinstance(x, Kron):
         return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values[:most]
-    return _spectrum(fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most)[1]
+    return _spectrum(fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most or x.rank)[1]
 
 
 def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,12 +88,12 @@ def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
         "literal_error": f"must be {limits.get('expected')}, not {value}",
         "string_pattern_mismatch": f"has a form that is not allowed: {value} ({form} allowed)",
     }
-    return messages.get(kind, error["msg"].removeprefix("Value error, "))
+    return messages.get(kind) or str(error["msg"]).removeprefix("Value error, ")
 
 
 def _unknown(loc: Sequence[int | str], owners: Mapping[str, type[BaseModel]], top: type[BaseModel]) -> str:
     """The message for a key that the schema does not have at its place."""
-    owner, key = next((owners[part] for part in reversed(loc[:-1]) if part in owners), top), str(loc[-1])
+    owner, key = next((owners[str(part)] for part in reversed(loc[:-1]) if part in owners), top), str(loc[-1])
     if owner is top and "steps" in owners and key in owners["steps"].model_fields and key not in _RECIPE_KEYS:
         return "belongs to a step, not to the section: move it into one"
     shown = [k for k in owner.model_fields if k not in (*_HOST_KEYS, *_RECIPE_KEYS)]

@@ -39,13 +39,13 @@ def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) ->
     """
     if not isinstance(raw, Mapping):
         raise SettingError(f"must be a mapping with type: {PROCESS_TYPE}, not {raw!r}")
-    raw = plain_keys(raw)
-    _refuse_later(raw)
-    if first and raw.get("device") == "cuda":
-        raw["device"] = "auto"
-    section = _validate(raw)  # as it is, so that a message names where a setting was written
-    shared = {k: raw[k] for k in Settings.model_fields if k in raw}
-    section = _validate(raw | {"steps": [_inherit(shared, step) for step in raw["steps"]]})
+    settings: dict[str, Any] = plain_keys(raw)
+    _refuse_later(settings)
+    if first and settings.get("device") == "cuda":
+        settings["device"] = "auto"
+    section = _validate(settings)  # as it is, so that a message names where a setting was written
+    shared = {k: settings[k] for k in Settings.model_fields if k in settings}
+    section = _validate(settings | {"steps": [_inherit(shared, step) for step in settings["steps"]]})
     check_names(section.steps)
     check_method(section)
     for i, step in enumerate(section.steps):

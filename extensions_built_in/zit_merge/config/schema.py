@@ -16,7 +16,7 @@ from ..errors import nearest
 from ..formats.reading import ALPHA_FORMS, TWINS, VECTORS, is_alpha
 from ..formats.spec import DTYPES
 from ..formats.writer import FORMS
-from ..model.strengths import TABLES, Weights, entries, union
+from ..model.strengths import TABLES, Weights, union
 
 PROCESS_TYPE = "zit_merge"
 TRAINED = "trained"
@@ -44,8 +44,7 @@ class RankRule:
 def _rank(value: object) -> object:
     if isinstance(value, Mapping):
         return _rank_rule(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (whole and value >= 1) or value in ("exact", "same"):
+    if value in ("exact", "same") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError(f"must be exact, same, a whole number from 1, {{energy: 0.99}} or {{size_mb: 150}}, not {value!r}")
 
@@ -150,7 +149,7 @@ def union_of(preset: Preset, own: Mapping[str, Any]) -> dict[str, Any]:
         preset: What lies below.
         own: `blocks`, `layers`, `effects`, `overrides`, as far as they are there.
     """
-    return {table: union(entries(getattr(preset, table)), own.get(table, {}), table) for table in TABLES}
+    return {table: union(getattr(preset, table), own.get(table, {}), table) for table in TABLES}
 
 
 class Lora(_Model):
@@ -249,6 +248,11 @@ class Settings(_Model):
     allow_unmatched: bool = False
     confirm_size: bool = False
     preview: Annotated[Preview | None, BeforeValidator(_asked)] = None
+
+    @property
+    def rank_rule(self) -> RankRule | None:
+        """The rank, where it follows from the numbers or from a size."""
+        return self.rank if isinstance(self.rank, RankRule) else None
 
 
 class Checkpoints(_Model):

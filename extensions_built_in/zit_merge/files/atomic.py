@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -114,7 +114,7 @@ def _lock(file: BinaryIO) -> bool:
         if os.name == "nt":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]  # of Windows
         else:
             import fcntl
 
@@ -125,7 +125,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def os_errors(path: Path):
+def os_errors(path: Path) -> Iterator[None]:
     """The system's errors as one sentence that says what to do."""
     try:
         yield

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import SettingError, ZitMergeError
 from .paths import NO_PICKLES, PICKLES
@@ -180,7 +181,7 @@ def _reason_unreached(cause: BaseException | None, file: HubFile, hub: ModuleTyp
     return f"{file} is not in the local cache, and {endpoint} can't be reached: check the network, or give the path of a file"
 
 
-def _reason_refused(error: Exception, file: HubFile) -> str:
+def _reason_refused(error: Any, file: HubFile) -> str:
     """What an answer of the hub means that is no 'not found'."""
     status = error.response.status_code
     if status == 401:

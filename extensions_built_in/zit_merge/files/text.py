@@ -96,7 +96,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _refuse_twins(loader: yaml.Loader, node: yaml.Node | None, seen: set[int]) -> None:
+def _refuse_twins(loader: yaml.SafeLoader, node: yaml.Node | None, seen: set[int]) -> None:
     """A duplicate key in a mapping is an error; YAML would drop the first one silently."""
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
@@ -151,7 +151,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _list(dumper: _Dumper, data: list) -> yaml.Node:
+def _list(dumper: _Dumper, data: list[Any]) -> yaml.Node:
     flow = all(isinstance(v, int | float) for v in data)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import ZitMergeError
 from ..model.zimage import infer_sizes
@@ -40,7 +40,7 @@ class Header:
         parts: Key -> what it is.
     """
 
-    def __init__(self, path: Path, file: safe_open):
+    def __init__(self, path: Path, file: Any):  # safe_open, which has no types
         self.path, self._file = path, file
         self.metadata = dict(file.metadata() or {})
         self.parts: dict[str, Part] = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
@@ -104,7 +104,7 @@ class Header:
     def _find_whole_differences(self, groups: Sequence[Group]) -> None:
         """AI-Toolkit's `type: fullrank` stores the whole difference as lora_A, without any lora_B in the file."""
         downs = [g for g in groups if g.algorithm == "LoRA"]
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for g in downs:
             key = g.keys.get("down", "")
             shape = self.shape(key) if key else ()

@@ -105,7 +105,7 @@ def alpha(change: Change) -> float:
 
 
 def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for name, factor in zip(("w1", "w2"), delta, strict=True):
         wide: Factors = factor.map(single)
         parts |= {name: wide.up @ wide.down, f"{name}_a": factor.up, f"{name}_b": factor.down}

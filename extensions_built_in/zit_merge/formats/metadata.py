@@ -6,8 +6,9 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
@@ -38,20 +39,20 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     return _unique(tag for tags in tag_frequency(metadata).values() if len(tags) == 1 for tag in tags)
 
 
-def read_recipe(metadata: Mapping[str, str]) -> dict | None:
+def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The recipe that zit_merge left in a file, or None."""
     recipe = _json(metadata.get(RECIPE_KEY))
     return recipe if isinstance(recipe, dict) else None
 
 
-def read_check(metadata: Mapping[str, str]) -> dict | None:
+def read_check(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What zit_merge found when it wrote a file, or None where that is absent or not of that form."""
     found = _json(metadata.get(CHECK_KEY))
     if not isinstance(found, dict):
         return None
     numbers = [found.get("error"), found.get("kept")]
-    lists = [found.get("asked"), found.get("got")]
-    is_whole = all(map(_is_number, numbers)) and all(isinstance(part, list) for part in lists)
+    lists = [part for part in (found.get("asked"), found.get("got")) if isinstance(part, list)]
+    is_whole = all(map(_is_number, numbers)) and len(lists) == 2
     return found if is_whole and all(v is None or _is_number(v) for part in lists for v in part) else None
 
 
@@ -99,8 +100,11 @@ class Adapter:
         """
         alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
         if self.kind == "LOKR":  # peft multiplies whole factors too (tuners/lokr/layer.py get_delta_weight)
-            rank = _of_pattern(self.rank_pattern, module, self.r or rank)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            return alpha / self._root(_of_pattern(self.rank_pattern, module, self.r or rank))
+        return alpha / self._root(rank)
+
+    def _root(self, rank: float) -> float:
+        return math.sqrt(rank) if self.use_rslora else rank
 
     def record(self) -> dict[str, object]:
         """For a recipe: `read_adapter` makes the same again of it."""
@@ -185,7 +189,7 @@ def adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
 
 
 def merged_metadata(
-    output_name: str, recipe: Mapping, version: str, inputs: Sequence[tuple[str, Mapping[str, str]]]
+    output_name: str, recipe: Mapping[str, Any], version: str, inputs: Sequence[tuple[str, Mapping[str, str]]]
 ) -> dict[str, str]:
     """The metadata of a merged file.
 
@@ -236,5 +240,5 @@ def _json(text: str | None) -> object:
         return None
 
 
-def _unique(items) -> list[str]:
+def _unique(items: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(items))

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -264,7 +265,7 @@ def _settle_twins(lora: LoraFile) -> LoraFile:
     with TensorReader(lora) as tensors:
         for name, changes in twins.items():
             split, fused = ([c for c in changes if c.native is native] for native in (False, True))
-            chosen = {"split": split, "fused": fused}.get(lora.reading.qkv) or list(changes)
+            chosen = {"split": split, "fused": fused}.get(lora.reading.qkv or "") or list(changes)
             if len({c.shape for c in chosen}) > 1:
                 shapes = " and ".join(f"a {c.shape[0]} x {c.shape[1]} matrix ({_a_key(c)})" for c in chosen[:2])
                 raise ZitMergeError(f"{lora.path}: changes {name} as {shapes}, which belong to no one model: get a whole file")
@@ -310,7 +311,7 @@ def unmatched_error(lora: LoraFile) -> SettingError:
     )
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     """safe_open with one sentence for each way in which it can fail."""
     if not path.exists():
         raise ZitMergeError(f"{path}: there is no such file")

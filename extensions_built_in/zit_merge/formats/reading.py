@@ -31,7 +31,7 @@ class Reading:
     drop: Sequence[str] = ()
     adapter: Adapter | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises ZitMergeError for an answer that is none."""
         if not is_alpha(self.alpha) and self.alpha is not None:
             raise ZitMergeError(f"alpha: must be {ALPHA_FORMS}, not {self.alpha!r}")
@@ -44,5 +44,6 @@ class Reading:
 
 def is_alpha(value: object) -> bool:
     """Whether this is an answer to `alpha:`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value in ("key", "metadata", "none") or (number and math.isfinite(value) and value != 0)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return math.isfinite(value) and value != 0
+    return value in ("key", "metadata", "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Alphas(Protocol):
     """What a file's header says of alpha; see `header.Header`."""
 
     path: Path
-    metadata: Mapping[str, str]
+    metadata: dict[str, str]
 
     def alpha(self, key: str) -> float:
         """An alpha as stored, finite or not."""
@@ -65,10 +65,8 @@ class Scales:
             if (is_peft or self._header.path.name == "adapter_model.safetensors") and beside.is_file():
                 return read_adapter(beside.read_text(encoding="utf-8"), ADAPTER_FILE)
         except (ValueError, OSError) as e:
-            e = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else e
-            self.questions.append(
-                f"alpha stands outside of the tensors, but {e}: set alpha: none (alpha is the rank) or a number"
-            )
+            why = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else e
+            self.questions.append(f"alpha is outside of the tensors, but {why}: set alpha: none (alpha is the rank) or a number")
             return None
         if asked:
             self.questions.append(
@@ -77,7 +75,7 @@ class Scales:
             )
         elif is_peft:
             self.questions.append(
-                f"a PEFT adapter's alpha stands in {ADAPTER_FILE}, which is not beside the file: put it there, or set "
+                f"a PEFT adapter's alpha is in {ADAPTER_FILE}, which is not beside the file: put it there, or set "
                 "alpha: none (alpha is the rank) or a number"
             )
         return None
@@ -88,12 +86,14 @@ class Scales:
         if not group.is_scaled and not (self.adapter and self.adapter.kind == "LOKR"):
             return 1.0, stored  # AI-Toolkit writes 9999999999 there, which is inf in fp16
         asked = self._reading.alpha
-        if asked == "none" or isinstance(asked, int | float):
-            return (1.0 if asked == "none" else asked / rank), stored
+        if asked == "none":
+            return 1.0, stored
+        if isinstance(asked, int | float):
+            return asked / rank, stored
         if stored is None or asked == "metadata":
             scale = self.adapter.scale(module, rank) if self.adapter else 1.0
             self._adapter_scales.add(scale)
-            if scale == 0 and asked is None:
+            if self.adapter and scale == 0 and asked is None:
                 self._zeros.append(f"alpha of {module} in {self.adapter.source}")
             return scale, stored
         if not math.isfinite(stored):
@@ -101,7 +101,7 @@ class Scales:
                 f"{group.alpha} is {stored}, so the LoRA has no defined strength: get a whole file, or set alpha: none (alpha is "
                 "the rank) or a number"
             )
-        if stored == 0 and asked is None and group.alpha not in self._zeros:
+        if stored == 0 and asked is None and group.alpha and group.alpha not in self._zeros:
             self._zeros.append(group.alpha)
         self._negative += stored < 0
         return stored / rank, stored

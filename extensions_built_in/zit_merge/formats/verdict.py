@@ -90,6 +90,16 @@ class Verdict:
         hidden = {n for group in self.alike for n in group}
         return [n for n, asked in enumerate(self.asked) if asked and n not in hidden]
 
+    def share(self, n: int) -> float:
+        """How much of an input's strength went in: got / asked.
+
+        Args:
+            n: One of `told`.
+        """
+        asked, got = self.asked[n], self.got[n]
+        assert asked is not None and got is not None, "an input in `told` has both"
+        return got / asked
+
     def metadata(self) -> dict[str, str]:
         """For the file."""
         lists = {key: [None if v is None else _short(v) for v in getattr(self, key)] for key in ("asked", "got")}
@@ -118,7 +128,7 @@ def judged(found: Verdict, *, energy: float | None = None, most: int | None = No
         most: The highest rank that the rule allows.
         averaged: The inputs are saves of one training: what a cut takes from one, it takes from its neighbours too.
     """
-    shares = {} if averaged else {n: found.got[n] / found.asked[n] for n in found.told}
+    shares = {} if averaged else {n: found.share(n) for n in found.told}
     lost = [n for n, share in shares.items() if share < LOST]
     stronger = [n for n, share in shares.items() if share > STRONGER]
 

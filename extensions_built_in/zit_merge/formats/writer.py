@@ -113,7 +113,8 @@ def fuse(parts: Sequence[Factors]) -> Factors:
     """The changes of the modules of one unit as one: down stacked (sum r, in), up block-diagonal (sum out, sum r)."""
     if len(parts) == 1:
         return parts[0]
-    return Factors(torch.block_diag(*(p.up for p in parts)), torch.cat([p.down for p in parts]))
+    up: Tensor = torch.block_diag(*(p.up for p in parts))
+    return Factors(up, torch.cat([p.down for p in parts]))
 
 
 def file_size(entries: Layout, metadata: Mapping[str, str]) -> int:
@@ -158,12 +159,11 @@ class LoraWriter:
         self._entries = entries
         self._header = len(_header(entries, reserve))
         self._pending = iter(entries.items())
-        self._file: BinaryIO | None = None
 
     def __enter__(self) -> LoraWriter:
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open_exclusively(self._part)
+            self._file: BinaryIO = open_exclusively(self._part)
             self._file.seek(8 + self._header)
         return self
 

@@ -161,7 +161,7 @@ class Merger:
 
     def _sum_grams(self, progress: Progress) -> dict[tuple, Tensor]:
         """Scope -> (n, n) Gram matrix of the changes without their ratios."""
-        numbers, grams = list(self._ratios), {}
+        numbers, grams = list(self._ratios), dict[tuple[object, ...], Tensor]()
         for module in progress.track(list(self._plan.shapes), f"angles of {self._plan.name}"):
             parts = self._parts(module)
             here = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)

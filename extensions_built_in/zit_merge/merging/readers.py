@@ -36,7 +36,9 @@ class StepReaders:
 
     def of_input(self, i: Input) -> Reader:
         """Reads an input of a step: its file, or what an earlier step makes."""
-        return self._files.enter_context(TensorReader(i.lora)) if i.lora else self.of_step(i.step)
+        if i.step:
+            return self.of_step(i.step)
+        return self._files.enter_context(TensorReader(i.lora or load_lora(i.path)))
 
     def of_step(self, plan: StepPlan) -> Reader:
         """Reads a step's result: from its file where that is there from the same recipe, else computed."""

@@ -12,8 +12,10 @@ from ..algebra.delta import Delta, norm
 from ..algebra.factors import Factors, is_finite, pad
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
+from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats import lokr
+from ..formats.reader import TensorReader
 from ..formats.spec import DTYPE_NAMES
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
@@ -58,7 +60,9 @@ class Result:
         if not self.plan.kept_lokr:
             return Made(merged, self._finished(merged.delta, module))
         change, strength = self.plan.kept_lokr.changes[module][0], self.plan.inputs[0].strengths[module]
-        tensors = lokr.scaled(change, self._readers[0], strength, self.plan.dtype)
+        reader = self._readers[0]
+        assert isinstance(reader, TensorReader), "a LoKr that is kept is read from its file"
+        tensors = lokr.scaled(change, reader, strength, self.plan.dtype)
         tensors = {name: self._checked(tensor, module) for name, tensor in tensors.items()}
         return Made(merged, lokr.delta(tensors), tensors)
 
@@ -88,10 +92,10 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
         plan: The first one, whose ranks are bounds.
         merged: Every module that it writes.
     """
-    rule, spectra, total = plan.spec.rank, {}, 0.0
+    rule, spectra, total = plan.spec.rank_rule or RankRule(), dict[str, torch.Tensor](), 0.0
 
     def fits(chosen: Mapping[str, int]) -> bool:
-        return plan.revised(chosen).bytes <= rule.size_mb * 1e6
+        return plan.revised(chosen).bytes <= (rule.size_mb or 0.0) * 1e6
 
     for module, _, _, delta in merged:
         spectra[module] = torch.zeros(1, dtype=torch.float64)
@@ -102,7 +106,7 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
     if rule.size_mb:
         chosen = ranks.ranks_that_fit(spectra, costs, fits)
     elif plan.spec.save.uniform:
-        chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy, total))
+        chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy or 1.0, total))
     else:
-        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy, total)
+        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy or 1.0, total)
     return plan.revised(chosen)

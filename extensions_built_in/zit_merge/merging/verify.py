@@ -123,7 +123,7 @@ class Verifier:
         if merged is None:
             return
         is_linear = coefficients is not None
-        weights = [(coefficients[n] if is_linear else p.ratio) * p.factor for n, p in parts.items()]
+        weights = [(p.ratio if coefficients is None else coefficients[n]) * p.factor for n, p in parts.items()]
         vectors = [*(p.bare for p in parts.values()), *([] if is_linear else [merged])]
         vectors.append(written.map(lambda t: t.to(merged.device)))
         want = torch.tensor(weights if is_linear else [0.0] * len(parts) + [1.0], dtype=torch.float64)
@@ -135,13 +135,13 @@ class Verifier:
         is_cut = module in self._cut and got > 0
         rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
         if module in self._cut:
-            wanted_parts = [p.weighted(coefficients[n]) for n, p in parts.items()] if is_linear else [merged]
+            wanted_parts = [merged] if coefficients is None else [p.weighted(coefficients[n]) for n, p in parts.items()]
             _check_cut(module, wanted_parts, vectors[-1], rounding)
         self._sums.add(module, parts, found, want, (wanted, missed, got))
 
     def verdict(self) -> Verdict:
         """Of the whole file."""
-        rule = self._spec.rank if isinstance(self._spec.rank, RankRule) else RankRule()
+        rule = self._spec.rank_rule or RankRule()
         found = self._sums.verdict(bool(self._cut))
         return judged(found, energy=rule.energy, most=rule.max, averaged=bool(self._spec.checkpoints))
 
@@ -171,7 +171,7 @@ class Verifier:
         raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
 
 
-def _check_cut(module: str, parts: Sequence[Delta], written: Factors, rounding: float) -> None:
+def _check_cut(module: str, parts: Sequence[Delta], written: Delta, rounding: float) -> None:
     """Raises if a truncation left out something larger than the smallest component that it kept."""
     left_out = _largest([p.map(lambda t: t.float()) for p in (*parts, written.times(-1.0))])
     kept = float(_sizes(written).min())
@@ -195,9 +195,10 @@ def _coherent(written: Delta) -> float:
     return float(((up.T @ up).abs() * (down @ down.T).abs()).sum()) ** 0.5
 
 
-def _sizes(written: Factors) -> Tensor:
+def _sizes(written: Delta) -> Tensor:
     """|up_k| |down_k| of each component: the singular values of what `truncate` made."""
-    ups, downs = (torch.linalg.vector_norm(t, dim=d, dtype=torch.float32) for t, d in ((written.up, 0), (written.down, 1)))
+    up, down = written.expand()
+    ups, downs = (torch.linalg.vector_norm(t, dim=d, dtype=torch.float32) for t, d in ((up, 0), (down, 1)))
     return ups * downs
 
 

@@ -68,7 +68,7 @@ def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: P
     for stem, made in result.units(progress):
         for one in made:
             verifier.add(one)
-        whole = fuse([one.written for one in made])
+        whole = fuse([one.written.expand() for one in made])
         out.write(stem + form.down, whole.down)
         out.write(stem + form.up, whole.up)
         del made, one, whole  # they may be views of an input's mapped file, which a caller's traceback would keep open
@@ -76,7 +76,7 @@ def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: P
 
 def _write_lokr(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
     """Writes a LoKr that stays one."""
-    changes = result.plan.kept_lokr.changes
+    changes = result.plan.kept_lokr.changes if result.plan.kept_lokr else {}
     for key, module in lokr.alpha_keys(changes).items():
         out.write(key, torch.tensor(lokr.alpha(changes[module][0])))
     for _, (made,) in result.units(progress):

@@ -131,16 +131,16 @@ def _canonical_layers(key: str) -> str:
     return _row(int(match[1]), int(match[2] or match[1])) if match else key
 
 
-def union(below: Mapping[str, Any], above: Mapping[str, Any] | Sequence[float], table: str) -> Any:
+def union(below: Mapping[str, Any] | Sequence[float], above: Mapping[str, Any] | Sequence[float], table: str) -> Any:
     """Two strength tables of one kind as one; where both name the same set, the entry of `above` counts.
 
     Args:
-        below: Such as a preset's.
+        below: Such as a preset's; a list is replaced.
         above: Such as the user's own. A list of 30 layers counts as 30 entries of one layer each.
         table: One of TABLES.
     """
-    above = entries(above)
-    if not isinstance(above, Mapping):
+    below, above = entries(below), entries(above)
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above  # a list of another length is no set of entries; `factor_table` says what is wrong with it
     named = {canonical_key(table, key) for key in above}
     return {key: value for key, value in below.items() if canonical_key(table, key) not in named} | dict(above)

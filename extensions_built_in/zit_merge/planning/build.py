@@ -152,6 +152,7 @@ class _Builder:
             name = hub.parse(spec.lora).name
             return Input(spec, name, LoraSpec({}, {}, torch.bfloat16), table, Path(name))
         training = self.context.training
+        assert training, "only a training's LoRA has no path before it is there"
         path = training.file(trained_step(spec.lora))
         return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path)
 

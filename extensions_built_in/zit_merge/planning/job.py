@@ -158,7 +158,8 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
             own = index, context.at(f"steps[{i}]")
             for j, lora in enumerate(step.loras):
                 paths = [] if lora.lora in names or lora.sha256 else [folder / lora.lora for folder in context.folders]
-                for writer, other in (owners.get(_alike(path), own) for path in paths):
+                for path in paths:
+                    writer, other = owners.get(_alike(path), own)
                     if writer != index:
                         raise SettingError(
                             f"{other} writes {lora.lora}, which is not there before the job runs: put both steps into one "
@@ -166,8 +167,8 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
                             f"{own[1]}.loras[{j}].lora",
                         )
             path = context.output(step)
-            if (other := owners.setdefault(_alike(path), own)) != own:
-                raise SettingError(f"{other[1]} writes {path.name} too: give one of them another name", f"{own[1]}.name")
+            if (first := owners.setdefault(_alike(path), own)) != own:
+                raise SettingError(f"{first[1]} writes {path.name} too: give one of them another name", f"{own[1]}.name")
 
 
 def _alike(path: Path) -> str:

@@ -57,7 +57,7 @@ def _could_stay(plan: StepPlan) -> bool:
 def _check_copy(plan: StepPlan, context: RunContext) -> None:
     if not plan.spec.keep:
         raise SettingError("the step is not kept (keep: false), so there is nothing to copy: drop one of the two")
-    folder = user_path(plan.spec.copy_to)
+    folder = user_path(plan.spec.copy_to or "")
     if context.training and context.training.claims(folder / plan.path.name):
         raise SettingError(f"AI-Toolkit would take the copy for a checkpoint of {plan.job}: give another folder")
     if not folder.is_dir():

@@ -249,7 +249,7 @@ def _of_data(train: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], st
         found.append("cache_text_embeddings: true encodes each caption once and frees the text encoder's memory")
     if any(not (d.get("cache_latents") or d.get("cache_latents_to_disk")) for d in datasets):
         found.append("cache_latents_to_disk: true encodes each image once instead of at every step")
-    sizes = [d.get("resolution") for d in datasets if isinstance(d.get("resolution"), list)]
+    sizes = [size for d in datasets if isinstance(size := d.get("resolution"), list)]
     if any(len(set(map(str, size))) > 1 for size in sizes):
         found.append("several resolutions train every image at every size: one, 1024, serves")
     seen = steps * prod(n for key in ("batch_size", "gradient_accumulation") if isinstance(n := train.get(key, 1), int))

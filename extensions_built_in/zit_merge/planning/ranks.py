@@ -59,11 +59,13 @@ def ranks_of(step: StepBasis, most: Mapping[str, int]) -> dict[str, int]:
         step: The step.
         most: Module -> the highest rank that it may have.
     """
-    asked = step.spec.rank
+    asked, limit = step.spec.rank, None
     if isinstance(asked, RankRule):
         limit = asked.max
-    else:
-        limit = {"exact": None, "same": max((i.known.rank for i in step.inputs), default=1)}.get(asked, asked)
+    elif isinstance(asked, int):
+        limit = asked
+    elif asked == "same":
+        limit = max((i.known.rank for i in step.inputs), default=1)
     ranks = {m: max(1, n if limit is None else min(n, limit)) for m, n in most.items()}
     largest = max(ranks.values(), default=1)
     if step.spec.save.uniform:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..algebra.methods import METHODS
-from ..config.schema import PROCESS_TYPE, RankRule, Save, Step
+from ..config.schema import PROCESS_TYPE, Save, Step
 from .types import Input, StepBasis
 
 
@@ -30,7 +30,7 @@ def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool =
     entry: dict[str, Any] = {"name": spec.name}
     entry |= {"keep": False} if feeds else {"file": step.path.name}
     entry |= {"method": spec.method, **_params(spec)}
-    entry |= {"rank": spec.rank.record() if isinstance(spec.rank, RankRule) else spec.rank, "save": _save(spec.save)}
+    entry |= {"rank": spec.rank_rule.record() if spec.rank_rule else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
         entry["shapes"] = spec.shapes
     if spec.allow_unmatched:

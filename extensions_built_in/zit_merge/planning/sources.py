@@ -14,6 +14,7 @@ from ..files import hub
 from ..files.paths import NO_PICKLES, PICKLES, user_path
 from ..formats.reader import tensor_hash
 from .context import RunContext
+from .training import Training
 
 SIGMA_REL = 0.1  # of a checkpoints step that says nothing: the paper's wider example, about the last third of the training
 
@@ -34,7 +35,7 @@ def checkpoint_loras(asked: Checkpoints, context: RunContext, before_training: b
         raise SettingError("needs a training process before this section in the job, whose saves can be averaged")
     steps = training.kept() if before_training else training.saved()
     if training.steps not in steps:
-        raise SettingError(f"{training.file()} is missing, the folder holds {_there(context)}: finish the training first")
+        raise SettingError(f"{training.file()} is missing, the folder holds {_there(training)}: finish the training first")
     count = asked.last or (len(asked.weights) if asked.weights else len(steps))
     if count > len(steps):
         reason = training.how_kept() if before_training else f"{training.folder} holds those of {', '.join(map(str, steps))}"
@@ -48,8 +49,10 @@ def checkpoint_loras(asked: Checkpoints, context: RunContext, before_training: b
         shares = [w / sum(asked.weights) for w in asked.weights]
     else:
         shares = profile(steps, gamma_of(asked.sigma_rel or SIGMA_REL) if asked.gamma is None else asked.gamma)
-    answers = {"alpha": asked.alpha, "qkv": asked.qkv, "drop": asked.drop}
-    return [Lora(lora=f"{TRAINED}@{step}", ratio=share, **answers) for step, share in zip(steps, shares, strict=True)]
+    return [
+        Lora(lora=f"{TRAINED}@{step}", ratio=share, alpha=asked.alpha, qkv=asked.qkv, drop=asked.drop)
+        for step, share in zip(steps, shares, strict=True)
+    ]
 
 
 def trained_step(source: str) -> int | None:
@@ -96,8 +99,8 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
     raise SettingError(f"{source} is not there (looked in {looked}): give the path of the file")
 
 
-def _there(context: RunContext) -> str:
-    return ", ".join(context.training.files()) or "no .safetensors file"
+def _there(training: Training) -> str:
+    return ", ".join(training.files()) or "no .safetensors file"
 
 
 def _resolve_trained(source: str, context: RunContext, before_training: bool) -> Path | None:
@@ -110,7 +113,9 @@ def _resolve_trained(source: str, context: RunContext, before_training: bool) ->
         return None
     path = context.training.file(step)
     if not path.exists():
-        raise SettingError(f"{path} is not there, the folder holds {_there(context)}: finish the training, or name one of these")
+        raise SettingError(
+            f"{path} is not there, the folder holds {_there(context.training)}: finish the training, or name one of these"
+        )
     return path
 
 

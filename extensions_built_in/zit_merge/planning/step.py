@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from math import ceil
 from typing import Any, NamedTuple
 
-from ..config.schema import RankRule
 from ..errors import SettingError, located
 from ..formats import lokr, writer
 from .metadata import draft_metadata
@@ -28,12 +27,13 @@ def step_plan(step: StepBasis, chosen: Mapping[str, int] | None = None) -> StepP
     Raises:
         SettingError: The inputs don't belong together, or the rank has no meaning for them; located by `step.loc`.
     """
-    is_open = isinstance(step.spec.rank, RankRule) and not chosen
+    rule = step.spec.rank_rule
+    is_open = bool(rule) and not chosen
     with located(step.loc):
         extent = extent_of(step, chosen)
         output = _output(step, extent)
-        if isinstance(step.spec.rank, RankRule) and step.spec.rank.size_mb and output.bytes:
-            extent, output, is_open = _fitted(step, extent, output, is_open)
+        if rule and rule.size_mb and output.bytes:
+            extent, output, is_open = _fitted(step, extent, output, int(rule.size_mb * 1e6), is_open)
     basis = {f.name: getattr(step, f.name) for f in fields(StepBasis)}
     warnings = warnings_of(step, extent.stacked, extent.ranks, is_open)
     return StepPlan(**basis, **vars(extent), **output._asdict(), is_open=is_open, warnings=warnings, planner=step_plan)
@@ -59,15 +59,14 @@ def _output(step: StepBasis, extent: Extent) -> _Output:
     return _Output(recipe, draft, layout, writer.file_size(layout, draft) if layout else 0)
 
 
-def _fitted(step: StepBasis, extent: Extent, whole: _Output, is_open: bool) -> tuple[Extent, _Output, bool]:
-    """The largest common rank that has room in `size_mb`, its output, and whether the ranks are still open.
+def _fitted(step: StepBasis, extent: Extent, whole: _Output, limit: int, is_open: bool) -> tuple[Extent, _Output, bool]:
+    """The largest common rank that has room in `limit` bytes, its output, and whether the ranks are still open.
 
     With `uniform: false` the ranks that are found here are bounds: the components are chosen by their singular values.
 
     Raises:
         SettingError: Rank 1 takes more.
     """
-    limit = int(step.spec.rank.size_mb * 1e6)
 
     def capped(rank: int) -> tuple[Extent, _Output]:
         lower = replace(extent, ranks=ranks_of(step, {m: min(n, rank) for m, n in extent.ranks.items()}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
-from ..config.schema import RankRule
 from ..formats.writer import ALWAYS
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
@@ -48,15 +47,15 @@ def _of_method(step: StepBasis) -> list[str]:
 
 def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]:
     """Of a rank where `exact` would hold everything."""
-    save, asked = step.spec.save, step.spec.rank
+    save, asked, rule = step.spec.save, step.spec.rank, step.spec.rank_rule
     if save.keep_lokr:
         return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
     found = []
-    if is_open:
-        limit = f"{asked.energy:.6g} of the energy" if asked.energy else f"{asked.size_mb:g} MB"
+    if is_open and rule:
+        limit = f"{rule.energy:.6g} of the energy" if rule.energy else f"{rule.size_mb:g} MB"
         found.append(f"the rank follows from the singular values, for {limit}: {rank} at most")
-    elif isinstance(asked, RankRule) and asked.size_mb and rank < exact:
-        found.append(f"rank {rank} is what {asked.size_mb:g} MB hold, rank {exact} would hold everything")
+    elif rule and rule.size_mb and rank < exact:
+        found.append(f"rank {rank} is what {rule.size_mb:g} MB hold, rank {exact} would hold everything")
     elif asked != "exact" and rank < exact:
         found.append(f"rank {exact} holds everything, the best approximation of rank {rank} is written")
     elif isinstance(asked, int) and asked > exact:

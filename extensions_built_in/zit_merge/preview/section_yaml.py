@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config.schema import RankRule, Section, Step
+from ..config.schema import Section, Step
 from ..files.text import to_yaml
 
 _HOST_KEYS = ("device", "output_dir", "training_folder", "name")
@@ -29,6 +29,6 @@ def section_yaml(section: Section, step: Step) -> str:
 
 def _plain(step: Step) -> dict[str, Any]:
     """A step as in a config, without the keys that ask for pictures."""
-    rank = {"rank": step.rank.record()} if isinstance(step.rank, RankRule) else {}
+    rank = {"rank": step.rank_rule.record()} if step.rank_rule else {}
     plain = step.model_dump(exclude_defaults=True, exclude={"sweep", "ablate", "preview", "file", *rank})
     return {"name": step.name, **plain, **rank}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...algebra.methods import METHODS
-from ...config.schema import RankRule
 from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import LOST, STRONGER, Reason, Verdict
 from ...merging.made import Done
@@ -34,7 +33,7 @@ def done_text(done: Done) -> str:
         lines += ["  copied to", f"    {copyable(plan.targets[1].parent)}"]
     if plan.cut and verdict.errors:
         lines += _energy_kept(verdict)
-    if isinstance(plan.spec.rank, RankRule):
+    if plan.spec.rank_rule:
         lines += [f"  {line}".rstrip() for line in _rank_tables(plan, verdict)]
     return "\n".join(lines) + "\n"  # the report of the next step is apart
 
