@@ -104,7 +104,7 @@ def _read_section(file: TextFile) -> tuple[Mapping[str, Any], str]:
 
 def _one_section(document: Any, path: Path) -> Mapping[str, Any]:
     job = document.get("config") if isinstance(document, Mapping) else None
-    processes = job.get("process") if isinstance(job, Mapping) else document if isinstance(document, list) else [document]
+    processes: Any = job.get("process") if isinstance(job, Mapping) else document if isinstance(document, list) else [document]
     found = _ours(processes)
     if len(found) != 1:
         raise ZitMergeError(f"{path}: has {len(found)} {PROCESS_TYPE} sections: give a file with one, alone or in a job")
@@ -142,7 +142,7 @@ def _write(file: TextFile, text: str) -> Path:
         backups = (path.with_name(f"{path.name}.bak{number or ''}") for number in itertools.count())
         backup = next(path for path in backups if not os.path.lexists(path))
         with backup.open("xb") as copy:
-            undo.callback(lambda: path.read_bytes() == old and backup.unlink())
+            undo.callback(lambda: backup.unlink() if path.read_bytes() == old else None)
             _fill(copy, backup, old, path)
         publish_file(whole, part, path)
         undo.pop_all()

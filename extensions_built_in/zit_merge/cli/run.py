@@ -8,6 +8,7 @@ from textwrap import wrap
 
 from ..config.job import load_job
 from ..host.toolkit import found
+from ..merging.made import Done
 from ..planning.job import plan_job
 from ..report.page.run import RunPage, run_page
 from ..report.progress import Bar
@@ -18,7 +19,7 @@ from .console import say, tell_what_is_not_right
 
 def run(args: argparse.Namespace) -> None:
     """Runs the sections of a config, or a recipe."""
-    job, pages, done = load_job(args.config), list[RunPage](), []
+    job, pages, done = load_job(args.config), list[RunPage](), list[Done]()
     for planned in plan_job(
         job, only=args.step, output_dir=args.output_dir, lora_folders=args.loras, may_download=not args.dry_run
     ):

@@ -10,11 +10,16 @@ import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.process import BaseExtensionProcess
 
 from ..errors import ZitMergeError
 from . import toolkit
+
+if TYPE_CHECKING:
+    from ..merging.made import Done
+    from ..report.page.run import RunPage
 
 
 class ZitMergeProcess(BaseExtensionProcess):
@@ -25,8 +30,8 @@ class ZitMergeProcess(BaseExtensionProcess):
         # Not at the top: a package that is missing must stop this job only, with its name, not every job of the toolkit.
         from .status import Status, status_of
 
-        self.page = None  # of report.page.run, once it runs
-        self.done = []  # merging.made.Done of each step
+        self.page: RunPage | None = None  # once it runs
+        self.done: list[Done] = []
         self.trouble = ""  # with the pictures, for the last section to end the job with
         self._raw = config
         self._status = status_of(job, process_id, config) if _is_main() else Status()
@@ -92,10 +97,10 @@ class ZitMergeProcess(BaseExtensionProcess):
             release(process)
         context, section = self._planned.context, self._planned.section
         self._planned = replace(self._planned, plans=plan_section(section, context), device=toolkit.device_of(section.device))
-        self.page = run_page(context, [p.page for p in self._ours(self.process_id) if p.page])
-        self.page.begin(context, self._raw, self.process_id)
+        self.page = page = run_page(context, [p.page for p in self._ours(self.process_id) if p.page])
+        page.begin(context, self._raw, self.process_id)
         with JobProgress(self._status, Bar(), self._planned.plans) as progress:
-            self.done += run_section(self._planned, self.page, _say, progress)
+            self.done += run_section(self._planned, page, _say, progress)
 
     def _show(self) -> None:
         """Renders the pictures that the section asks for. Trouble with them stops no merge of the sections that follow."""
@@ -118,14 +123,14 @@ class ZitMergeProcess(BaseExtensionProcess):
         from .render import ToolkitRenderer
         from .watch import JobProgress
 
-        planned = self._planned
-        if not planned.section.wants_pictures:
+        planned, page = self._planned, self.page
+        if not (planned.section.wants_pictures and page):
             return
         self._status.say("Merged, pictures next")
         made = {done.plan.name: done.plan for done in self.done}
         preview = preview_plan(planned.section, planned.context, [made.get(p.name, p) for p in planned.plans])
         with JobProgress(self._status, Bar()) as progress:
-            render_section(preview, planned, self.page, _say, progress, progress.loading(ToolkitRenderer))
+            render_section(preview, planned, page, _say, progress, progress.loading(ToolkitRenderer))
 
     def _pictures_to_come(self) -> list[str]:
         """The pictures of the section; what prevents them stops no merge."""

@@ -85,7 +85,7 @@ class ToolkitRenderer:
     def _linear(self, module: str, delta: Delta) -> nn.Module:
         linear = self._linears.get(module)
         have = (linear.out_features, linear.in_features) if linear else None
-        if have != delta.shape:
+        if linear is None or have != delta.shape:
             what = f"{have[0]} x {have[1]}" if have else "missing"
             raise ZitMergeError(
                 f"{self._settings.loc}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in "
@@ -113,9 +113,10 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
     """Factors that are zero if the delta is."""
     if isinstance(delta, Factors):
         yield delta.up
+    elif isinstance(delta, Kron):
+        yield delta.left.up
     else:
-        yield from (up for part in getattr(delta, "parts", ()) for up in _ups(part))
-        yield from [delta.left.up] if hasattr(delta, "left") else []
+        yield from (up for part in delta.parts for up in _ups(part))
 
 
 def adding(delta: Delta, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -137,7 +138,7 @@ def _load(settings: RenderSettings, device: torch.device) -> Any:
     """The toolkit's model of Z-Image, ready to render (the steps of BaseSDTrainProcess.run)."""
     path = os.path.expanduser(settings.model["name_or_path"])  # as it was checked; the toolkit itself does not expand ~
     changed = {"name_or_path": path, "dtype": settings.dtype, "assistant_lora_path": None, "inference_lora_path": None}
-    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**settings.model | changed)
+    config = toolkit.part("toolkit.config_modules", "ModelConfig")(**{**settings.model, **changed})
     with toolkit.silence():
         kind = toolkit.part("toolkit.util.get_model", "get_model_class")(config)
     model = kind(device=device, model_config=config, dtype=settings.dtype, noise_scheduler=kind.get_train_scheduler())
@@ -154,7 +155,7 @@ def _image_config() -> type:
     everything in its temporary folder, files of other processes too."""
     base = toolkit.part("toolkit.config_modules", "GenerateImageConfig")
 
-    class Asked(base):
+    class Asked(base):  # type: ignore[valid-type,misc]  # known only at run time
         """One picture, in memory."""
 
         def __init__(self, spec: ImageSpec):

@@ -122,7 +122,7 @@ class RowStatus(Status):
     def __init__(self, path: Path, job_id: str, is_last: bool, next_total: int | None = None):
         self._path, self._job_id = path, job_id
         # what we have counted is not what the process that follows counts
-        self._handover = {} if is_last else {"step": 0, "total_steps": next_total, "speed_string": ""}
+        self._handover: dict[str, Any] = {} if is_last else {"step": 0, "total_steps": next_total, "speed_string": ""}
         self._broken = False
         self._write(status="running", info="Starting")
 

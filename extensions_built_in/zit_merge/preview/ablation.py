@@ -82,7 +82,8 @@ class Ablation:
             From 0; None where the LoRA changes nothing.
         """
         moved, whole = self._moved(metric)
-        return sum(moved[group]) / sum(whole) if any(self.is_changed) and sum(whole) else None
+        total = sum(whole)
+        return sum(moved[group]) / total if any(self.is_changed) and total else None
 
     def shares(self, metric: str, group: str) -> tuple[float | None, ...]:
         """The share in the picture of each spec; None where the LoRA changes next to nothing, so that a ratio means nothing.
@@ -257,25 +258,25 @@ def measure(
         ValueError: The numbers of pictures and specs differ.
     """
     functions = {name: metric(name) for name in metrics}
-    full, base = [*map(tensor_of, full)], [*map(tensor_of, base)]
+    whole, without = [*map(tensor_of, full)], [*map(tensor_of, base)]
     measured = [group for group in groups if group.name in pictures]
-    _check_sizes("the base", base, full)
-    distances = {m: Distances(_apart(m, f, full, base), _apart(m, f, base, full), {}, {}) for m, f in functions.items()}
+    _check_sizes("the base", without, whole)
+    distances = {m: Distances(_apart(m, f, whole, without), _apart(m, f, without, whole), {}, {}) for m, f in functions.items()}
     for group in progress.track([g.name for g in measured], "distances", "part", str):
         found = [*map(tensor_of, pictures[group])]  # of one group at a time
-        _check_sizes(group, found, full)
+        _check_sizes(group, found, whole)
         for m, function in functions.items():
-            distances[m].to_full[group] = _apart(m, function, found, full)
-            distances[m].to_base[group] = _apart(m, function, found, base)
+            distances[m].to_full[group] = _apart(m, function, found, whole)
+            distances[m].to_base[group] = _apart(m, function, found, without)
     return Ablation(
         lora=lora,
         by=by,
         mode=mode,
-        specs=tuple(spec for spec, _ in zip(specs, full, strict=True)),
+        specs=tuple(spec for spec, _ in zip(specs, whole, strict=True)),
         groups=tuple(measured),
         distances=distances,
         about={m: described(function) for m, function in functions.items()},
-        is_changed=tuple(pixels(f, b) > _UNCHANGED for f, b in zip(full, base, strict=True)),
+        is_changed=tuple(pixels(f, b) > _UNCHANGED for f, b in zip(whole, without, strict=True)),
     )
 
 

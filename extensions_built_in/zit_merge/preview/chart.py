@@ -140,11 +140,10 @@ def _bars(made: Any, ablation: Ablation, panel: _Panel, *, is_first: bool) -> No
     axes = made.axes(panel.left, panel.top + _TITLE, panel.width, _ROW * len(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names if is_first else [""] * len(names))
-    shares = [ablation.share(panel.metric, name) for name in names]
-    if None in shares:
+    percent = [100 * share for name in names if (share := ablation.share(panel.metric, name)) is not None]
+    if len(percent) < len(names):
         _nothing(axes)
         return
-    percent = [100 * share for share in shares]
     singles = ((k, share) for k, name in enumerate(names) for share in ablation.shares(panel.metric, name))
     dots = [(k, 100 * share) for k, share in singles if share is not None]
     limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 0.1)

@@ -115,7 +115,8 @@ class _GridBuilder:
 
     def _preview(self, plan: StepPlan, asked: Preview, result: StepVariant) -> ImageGrid:
         inputs = list(dict.fromkeys(map(self._input, plan.inputs)))
-        known = dict(zip(SHOWN, ([self._base], inputs, [result]), strict=True))
+        shown: list[Sequence[AdapterVariant]] = [[self._base], inputs, [result]]
+        known = dict(zip(SHOWN, shown, strict=True))
         variants = [variant for name in dict.fromkeys(asked.compare) for variant in known[name]]
         return ImageGrid("preview", plan, variants, self._specs(plan), _across(len(variants)), f"{plan.name}: previews")
 

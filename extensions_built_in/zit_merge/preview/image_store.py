@@ -57,7 +57,7 @@ class ImageStore:
         try:
             content = self.path(digest).read_bytes()
             with Image.open(BytesIO(content)) as picture:
-                return content.endswith(_END) and _KEY in picture.text  # reads all of it
+                return content.endswith(_END) and _KEY in getattr(picture, "text", ())  # reads all of it
         except (OSError, SyntaxError, ValueError, AttributeError):  # broken, or another format
             return False
 
@@ -159,21 +159,22 @@ class ImageStore:
         return ZitMergeError(f"{self.path(digest)}: can't be read any more: run `preview` to render it again")
 
     def _exists(self, name: str | None) -> bool:
-        return name is not None and (self.samples / name).is_file()
+        return self.samples is not None and name is not None and (self.samples / name).is_file()
 
     def _is_gap(self, name: str | None) -> bool:
         """Whether a sample is missing from a row that still has others."""
         if name is None:
             return False
-        time, step, number = map(int, _SAMPLE.fullmatch(name).groups())
+        time, step, number = map(int, _SAMPLE.findall(name)[0])
         row = (f"{time - number + n}__{step:09d}_{n}.png" for n in range(max(self.row, number)))
         return any(map(self._exists, row))
 
     def _sample(self, name: str, content: bytes) -> Path:
         """Writes one sample, its thumbnail first as in the toolkit, so that the gallery always finds one."""
+        assert self.samples, "only a job's folder has samples"
         thumb = BytesIO()
         with Image.open(BytesIO(content)) as picture:
-            ImageOps.fit(picture.convert("RGB"), (_THUMB, _THUMB), Image.LANCZOS).save(thumb, "JPEG", quality=90)
+            ImageOps.fit(picture.convert("RGB"), (_THUMB, _THUMB), Image.Resampling.LANCZOS).save(thumb, "JPEG", quality=90)
         self._write(self.samples / ".thumbs" / f"{name}.jpg", thumb.getvalue())
         return self._write(self.samples / name, content)
 

@@ -235,8 +235,8 @@ def _high_pass(luma: Tensor) -> Tensor:
 
 def _wasserstein(x: Tensor, y: Tensor) -> float:
     """Of two sets of equally many values: the mean distance of the k-th smallest of one from the k-th smallest of the other."""
-    x, y = (np.sort(values.numpy(), axis=None) for values in (x, y))  # many times as fast as torch's
-    return float(np.abs(x - y).mean(dtype=np.float64))
+    one, other = (np.sort(values.numpy(), axis=None) for values in (x, y))  # many times as fast as torch's
+    return float(np.abs(one - other).mean(dtype=np.float64))
 
 
 def _size(picture: Tensor) -> str:

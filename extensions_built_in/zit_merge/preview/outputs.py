@@ -12,6 +12,7 @@ from typing import Any
 from PIL.Image import Image
 
 from .. import __version__
+from ..config.schema import Ablate
 from ..errors import ZitMergeError, counted, located
 from ..progress import SILENT, Progress
 from ..wording import copyable
@@ -93,9 +94,9 @@ class GridWriter:
         Raises:
             ZitMergeError: A picture can't be read, or a file can't be written.
         """
-        if not grid.ablate:  # an ablation's are to be measured: too many, and too similar, to look at one by one
+        ablation = self._measure(grid, grid.ablate) if grid.ablate else None
+        if not ablation:  # an ablation's are to be measured: too many, and too similar, to look at one by one
             self._add_samples(grid)
-        ablation = self._measure(grid) if grid.ablate else None
         yamls = [section_yaml(self._preview.section, cell.plan.spec) for cell in grid.cells]
         yamls = yamls or [""] * len(grid.variants)
         facts = self._facts(grid, yamls) | ({"ablation": ablation.facts()} if ablation else {})
@@ -103,13 +104,13 @@ class GridWriter:
             self._store.write(f"{grid.name}.png", self._sheet(grid, ablation)),
             self._store.write(f"{grid.name}.json", json.dumps(facts, indent=1, default=str).encode()),
         ]
-        notes, preset = [], ""
-        if ablation:
+        notes, preset = list[str](), ""
+        if ablation and grid.ablate:
             files.append(self._store.write(f"{grid.name}_chart.png", _chart(ablation)))
-            preset, notes = _preset(grid, ablation)
-        if preset:
-            files.append(self._store.write(f"{grid.ablate.preset}.yaml", preset.encode()))
-            notes = [f"to use the preset {grid.ablate.preset}: preset: {copyable(files[-1])}"]
+            preset, notes = _preset(grid.ablate, ablation)
+            if preset:
+                files.append(self._store.write(f"{grid.ablate.preset}.yaml", preset.encode()))
+                notes = [f"to use the preset {grid.ablate.preset}: preset: {copyable(files[-1])}"]
         return GridResult(grid, self._pictures(grid, yamls), ablation, files, notes, preset)
 
     def _digest(self, variant: AdapterVariant, spec: ImageSpec) -> str:
@@ -147,7 +148,7 @@ class GridWriter:
         sheet(grid.title, blocks, grid.across, footer).save(content, "PNG")
         return content.getvalue()
 
-    def _measure(self, grid: ImageGrid) -> Ablation:
+    def _measure(self, grid: ImageGrid, ablate: Ablate) -> Ablation:
         def load(variant: AdapterVariant) -> list[Image]:
             return [self._store.load(self._digest(variant, spec)) for spec in grid.specs]
 
@@ -158,11 +159,11 @@ class GridWriter:
                 load(full),
                 load(base),
                 groups=grid.groups,
-                by=grid.ablate.by,
-                mode=grid.ablate.mode,
+                by=ablate.by,
+                mode=ablate.mode,
                 lora=grid.plan.path.name,
                 specs=grid.specs,
-                metrics=grid.ablate.metrics,
+                metrics=ablate.metrics,
                 progress=self._progress,
             )
 
@@ -214,12 +215,12 @@ def _chart(ablation: Ablation) -> bytes:
     return content.getvalue()
 
 
-def _preset(grid: ImageGrid, ablation: Ablation) -> tuple[str, list[str]]:
+def _preset(ablate: Ablate, ablation: Ablation) -> tuple[str, list[str]]:
     """The YAML of the preset that was asked for, or why there is none."""
-    name = grid.ablate.preset
+    name = ablate.preset
     if not name:
         return "", []
     try:
-        return ablation.preset_yaml(name, grid.ablate.metrics[0]), []
+        return ablation.preset_yaml(name, ablate.metrics[0]), []
     except ZitMergeError as e:
         return "", [f"no preset {name}: {e}"]

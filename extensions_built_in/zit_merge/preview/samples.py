@@ -50,22 +50,22 @@ def settings_of(section: Section, context: RunContext) -> RenderSettings:
         ZitMergeError: There is no model, or it is not Z-Image.
     """
     own = section.model if isinstance(section.model, Mapping) else {}
-    training = context.training.config if context.training else {}
+    training, loc = (context.training.config, context.training.loc) if context.training else ({}, "")
     is_own = bool(own.get("name_or_path")) or not context.training
     model = own if is_own else {**table(training, "model"), **own}
-    loc = context.at("model") if is_own else joined(context.training.loc, "model")
+    model_loc = context.at("model") if is_own else joined(loc, "model")
     has_own = bool(_samples(section.sample)) or not context.training
     samples = section.sample if has_own else table(training, "sample")
-    with located(loc):
+    with located(model_loc):
         _check_model(model)
     return RenderSettings(
         model,
         _dtype(section, training, is_own),
         samples if isinstance(samples, Mapping) else {},
         _trigger(section.trigger_word, training.get("trigger_word")),
-        loc,
+        model_loc,
         section.device,
-        context.at("sample") if has_own else joined(context.training.loc, "sample"),
+        context.at("sample") if has_own else joined(loc, "sample"),
         _row(training.get("sample") if context.training else section.sample),
     )
 
@@ -174,7 +174,7 @@ def specs_of(
 def _as_asked(spec: ImageSpec, asked: Preview) -> Iterator[ImageSpec]:
     """The spec with the settings of the preview, once for each of its seeds."""
     width, height = asked.size if isinstance(asked.size, list) else (asked.size, asked.size)
-    changes = {"width": width, "height": height, "steps": asked.steps, "guidance": asked.guidance}
+    changes: dict[str, Any] = {"width": width, "height": height, "steps": asked.steps, "guidance": asked.guidance}
     spec = replace(spec, **{key: value for key, value in changes.items() if value is not None})
     for seed in asked.seed if isinstance(asked.seed, list) else [asked.seed]:
         yield spec if seed is None else replace(spec, seed=seed)
@@ -244,7 +244,8 @@ def _rounded(spec: ImageSpec) -> ImageSpec:
 
 def _with_trigger(prompt: str, settings: RenderSettings) -> str:
     """With the trigger word in its placeholders only (toolkit/prompt_utils.py inject_trigger_into_prompt)."""
-    return prompt if settings.trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: settings.trigger, prompt)
+    trigger = settings.trigger
+    return prompt if trigger is None else re.sub(r"\[(name|trigger)\]", lambda _: trigger, prompt)
 
 
 def _with_options(spec: ImageSpec, *, keep: bool = False) -> ImageSpec:

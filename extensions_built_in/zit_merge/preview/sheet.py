@@ -126,7 +126,8 @@ def _grid(block: Block, across: int, edge: int) -> Image.Image:
 
 
 def _scaled(picture: Image.Image, scale: float) -> Image.Image:
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    size = width, height
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -171,7 +172,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
     """A text in lines of at most `width` pixels, the last one cut where there are more than `most`."""
     rest, lines = _plain(text), list[str]()
     while _length(rest) > width and len(lines) < most - 1:
-        fitting = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: _length(rest[:n])))
+        fitting = max(1, bisect_right(range(1, len(rest)), float(width), key=lambda n: _length(rest[:n])))
         comma = rest.rfind(", ", 0, fitting) + 1 if most == 2 else 0  # between the two strengths of a caption
         space = comma if comma > fitting // 2 else rest.rfind(" ", 0, fitting + 1)
         at = space if space > fitting // 2 else fitting  # long words, and scripts without spaces
@@ -188,7 +189,7 @@ def _cut(text: str, width: int, size: int = _SIZE) -> str:
     end = re.search(r" \([^()]*\)$", text)
     tail = f"...{end[0]}" if end and _length(f"...{end[0]}", size) <= width * 0.7 else "..."
     head = text[: end.start()] if end and end[0] in tail else text
-    fitting = bisect_right(range(1, len(head) + 1), width, key=lambda n: _length(head[:n] + tail, size))
+    fitting = bisect_right(range(1, len(head) + 1), float(width), key=lambda n: _length(head[:n] + tail, size))
     return head[:fitting] + tail
 
 

@@ -65,7 +65,7 @@ def axes_of(step: Step) -> list[SweepAxis]:
             "an average over checkpoints has no strengths to vary: use it as a LoRA of another step and sweep that"
         )
     found = []
-    for key, values in step.sweep.items():
+    for key, values in (step.sweep or {}).items():
         with located(key):
             found.append(_axis(key, values, step))
     whole = {axis.lora for axis in found if axis.table == "layers" and not axis.entry}  # a list of 30 sets every range

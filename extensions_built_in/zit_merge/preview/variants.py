@@ -58,15 +58,15 @@ class InputVariant(AdapterVariant):
     input: Input
 
     def files(self) -> list[Path]:
-        return [self.input.lora.path] if self.input.lora else self.input.step.hashed
+        return self.input.step.hashed if self.input.step else [self.input.path]
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         i = self.input
-        if not i.lora:
+        if i.step:
             return _numbers(i.step, hashes)
         answers = {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
-        adapter = {"adapter": i.lora.adapter.record()} if i.lora.adapter else {}
-        return {"lora": hashes[i.lora.path], **answers, **adapter}
+        adapter = {"adapter": i.lora.adapter.record()} if i.lora and i.lora.adapter else {}
+        return {"lora": hashes[i.path], **answers, **adapter}
 
     def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
         yield from read(self.input)
