@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, applied
+from ..algebra.delta import Delta, Kron, applied
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
 from ..preview.settings import MULTIPLE, SMALLEST, ImageSpec, RenderSettings
