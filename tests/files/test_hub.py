@@ -19,6 +19,7 @@ import pytest
 from workspace import empty_hub_cache, put_into_hub_cache
 
 from extensions_built_in.zit_merge import ZitMergeError
+from extensions_built_in.zit_merge.errors import located
 from extensions_built_in.zit_merge.files import hub
 from extensions_built_in.zit_merge.files.hub import HubFile
 
@@ -133,8 +134,8 @@ def keep(cache: Path, commit: str, name: str = FILE.file, content: bytes = b"kep
 
 def refused(file: HubFile = FILE) -> str:
     """The sentence of a download that fails."""
-    with pytest.raises(ZitMergeError) as e:
-        hub.download(file, PLACE)
+    with pytest.raises(ZitMergeError) as e, located(PLACE):
+        hub.download(file)
     text = str(e.value)
     assert text.startswith(f"{PLACE}: ")
     assert "\n" not in text and "Client Error" not in text and "/resolve/" not in text
@@ -159,13 +160,13 @@ def refused(file: HubFile = FILE) -> str:
     ],
 )
 def test_a_source_says_repository_file_and_revision(source: str, file: HubFile):
-    assert hub.parse(source, PLACE) == file
+    assert hub.parse(source) == file
     assert str(file) == source
-    assert hub.parse(file.pinned(NEW), PLACE) == HubFile(file.repo, file.file, NEW)
+    assert hub.parse(file.pinned(NEW)) == HubFile(file.repo, file.file, NEW)
 
 
 def test_a_file_is_called_by_the_last_part_of_its_path():
-    assert hub.parse("hf:user/repo/deep/er/style.safetensors@refs/pr/1", PLACE).name == "style.safetensors"
+    assert hub.parse("hf:user/repo/deep/er/style.safetensors@refs/pr/1").name == "style.safetensors"
     assert FILE.name == "style.safetensors"
 
 
@@ -206,8 +207,8 @@ def test_a_file_is_called_by_the_last_part_of_its_path():
     ],
 )
 def test_another_form_is_answered_with_the_right_one(source: str):
-    with pytest.raises(ZitMergeError) as e:
-        hub.parse(source, PLACE)
+    with pytest.raises(ZitMergeError) as e, located(PLACE):
+        hub.parse(source)
     assert str(e.value).startswith(f"{PLACE}: {source[:120]!r} ")
     assert "write hf:user/repo/file.safetensors, and @revision" in str(e.value)
     assert "\n" not in str(e.value)
@@ -215,18 +216,18 @@ def test_another_form_is_answered_with_the_right_one(source: str):
 
 def test_what_parse_lets_through_huggingface_hub_takes(cache: Path):
     for source in ("hf:a/b/c.safetensors", f"hf:_a/{'r' * 96}/c d.safetensors@refs/pr/1", "hf:a.b-c/d__e/f.safetensors@x"):
-        assert hub.cached(hub.parse(source, PLACE)) is None  # it validates names before it looks
+        assert hub.cached(hub.parse(source)) is None  # it validates names before it looks
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.PTH", "deep/a.ckpt", "a.bin@main", "a.pkl@refs/pr/1"])
 def test_pickles_are_refused_with_the_reason(name: str):
     with pytest.raises(ZitMergeError, match="pickles can run code when they are opened"):
-        hub.parse(f"hf:user/repo/{name}", PLACE)
+        hub.parse(f"hf:user/repo/{name}")
 
 
 def test_reading_a_source_does_not_load_huggingface_hub():
     code = (
-        "import sys; from extensions_built_in.zit_merge.hub import parse; parse('hf:user/repo/a.safetensors@x', 'lora'); "
+        "import sys; from extensions_built_in.zit_merge.files.hub import parse; parse('hf:user/repo/a.safetensors@x'); "
         "sys.exit('huggingface_hub' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
@@ -293,37 +294,37 @@ def test_cached_opens_no_socket(cache: Path, server: Answers, monkeypatch: pytes
 
 
 def test_download_keeps_the_file_under_its_commit(cache: Path, server: Answers):
-    path = hub.download(FILE, PLACE)
+    path = hub.download(FILE)
     assert path.read_bytes() == b"old"
     assert path.name == FILE.name and path.is_relative_to(cache)
     assert hub.commit_of(path) == OLD
     assert hub.cached(FILE) == path
-    assert hub.cached(hub.parse(FILE.pinned(OLD), PLACE)) == path
+    assert hub.cached(hub.parse(FILE.pinned(OLD))) == path
 
 
 def test_download_asks_for_names_as_they_are_written(server: Answers):
     server.branches["refs/pr/1"] = NEW
     server.files[NEW, "de ep/My #1 (50%).safetensors"] = b"new"
     file = HubFile("user/repo", "de ep/My #1 (50%).safetensors", "refs/pr/1")
-    path = hub.download(file, PLACE)
+    path = hub.download(file)
     assert (path.read_bytes(), hub.commit_of(path)) == (b"new", NEW)
     assert hub.cached(file) == path
 
 
 def test_download_uses_the_token_of_the_environment(server: Answers, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    hub.download(FILE, PLACE)
+    hub.download(FILE)
     assert {token for _, _, token in server.asked} == {"Bearer hf_mine"}
 
 
 def test_download_uses_the_stored_login(server: Answers):
     Path(constants.HF_TOKEN_PATH).write_text("hf_stored\n")
-    hub.download(FILE, PLACE)
+    hub.download(FILE)
     assert {token for _, _, token in server.asked} == {"Bearer hf_stored"}
 
 
 def test_download_without_a_login_sends_no_token(server: Answers):
-    hub.download(FILE, PLACE)
+    hub.download(FILE)
     assert {token for _, _, token in server.asked} == {None}
 
 
@@ -334,30 +335,30 @@ def move(server: Answers) -> None:
 
 
 def test_a_branch_that_moves_does_not_change_the_answer(cache: Path, server: Answers):
-    first = hub.download(FILE, PLACE)
+    first = hub.download(FILE)
     move(server)
-    second = hub.download(FILE, "elsewhere")
+    second = hub.download(FILE)
     assert second == first and second.read_bytes() == b"old"
     # not even where another process has fetched the new version meanwhile
     keep(cache, NEW, content=b"new", ref="main")
     assert hub.cached(FILE) == first
-    assert hub.download(FILE, PLACE) == first
+    assert hub.download(FILE) == first
 
 
 def test_the_next_process_sees_the_moved_branch(server: Answers, monkeypatch: pytest.MonkeyPatch):
-    hub.download(FILE, PLACE)
+    hub.download(FILE)
     move(server)
     monkeypatch.setattr(hub, "_pins", {})
-    path = hub.download(FILE, PLACE)
+    path = hub.download(FILE)
     assert (path.read_bytes(), hub.commit_of(path)) == (b"new", NEW)
 
 
 def test_a_file_deleted_from_the_cache_comes_back_in_the_same_version(server: Answers):
-    path = hub.download(FILE, PLACE)
+    path = hub.download(FILE)
     move(server)
     path.resolve().unlink()
     path.unlink()
-    assert hub.download(FILE, PLACE) == path
+    assert hub.download(FILE) == path
     assert path.read_bytes() == b"old"
 
 
@@ -365,16 +366,16 @@ def test_a_failed_download_is_tried_again(server: Answers):
     server.refusals["/user/repo"] = (401, {"X-Error-Code": "RepoNotFound"})
     refused()
     server.refusals.clear()
-    assert hub.download(FILE, PLACE).read_bytes() == b"old"
+    assert hub.download(FILE).read_bytes() == b"old"
 
 
 def test_what_is_in_the_cache_serves_while_the_hub_is_away(cache: Path, server: Answers, monkeypatch: pytest.MonkeyPatch):
     path = keep(cache, OLD, ref="main")
     server.refusals["/"] = (503, {})
-    assert hub.download(FILE, PLACE) == path
+    assert hub.download(FILE) == path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "_pins", {})
-    assert hub.download(FILE, PLACE) == path
+    assert hub.download(FILE) == path
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_without_the_package_the_sentence_names_it(monkeypatch: pytest.MonkeyPat
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert refused() == "the package huggingface_hub, which hf: sources need, does not load: pip install huggingface_hub"
-    with pytest.raises(ZitMergeError, match=f"{FILE}: the package huggingface_hub"):
+    with pytest.raises(ZitMergeError, match="^lora: the package huggingface_hub"), located("lora"):
         hub.cached(FILE)
 
 
@@ -495,5 +496,5 @@ def test_a_cache_without_links_is_read_the_same(cache: Path):
     refs.mkdir()
     (refs / "main").write_text(OLD)
     assert hub.cached(FILE) == path
-    assert hub.download(FILE, PLACE) == path
+    assert hub.download(FILE) == path
     assert hub.commit_of(path) == OLD

@@ -1,21 +1,17 @@
 """strengths() against a second reading of the interface's table, module by module and with sets spelled out."""
 
 import itertools
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from oracles.inventory import NAMES
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.errors import located
 from extensions_built_in.zit_merge.model.strengths import Weights, compact, factors, strengths
-
-INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
-NAMES = [entry["name"] for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))]
 
 # Written out again on purpose: the oracle shares no table with the package.
 PATHS = {

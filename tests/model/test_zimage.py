@@ -1,16 +1,12 @@
 """The anatomy against the list that the real model gave (tests/data/z_image_linears.json)."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
+from oracles.inventory import LINEARS
 
 from extensions_built_in.zit_merge.formats.names import parse_key
 from extensions_built_in.zit_merge.model import zimage
-
-INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
-LINEARS = {entry["name"]: tuple(entry["shape"]) for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))}
 
 
 def flat(name):
