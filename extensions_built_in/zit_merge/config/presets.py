@@ -85,8 +85,10 @@ def _read(preset: str, folder: Path) -> Preset:
         raise SettingError(f"{path}: is nested too deeply, or contains itself") from None
     except ZitMergeError as e:
         raise SettingError(str(e)) from None
-    with located(str(path)):
+    try:
         return _only_preset(raw)
+    except SettingError as e:  # its location is one in that file, not in the config
+        raise SettingError(f"{path}: {e}") from None
 
 
 def _path(preset: str, folder: Path) -> Path:
