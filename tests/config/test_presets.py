@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -13,17 +12,18 @@ import pytest
 import yaml
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from oracles.inventory import NAMES
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config import presets
 from extensions_built_in.zit_merge.config.job import load_job
-from extensions_built_in.zit_merge.config.presets import Preset, is_file, load, origin_of, preset_names
-from extensions_built_in.zit_merge.config.schema import Lora
-from extensions_built_in.zit_merge.model.strengths import Weights, strengths
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.config.presets import find_preset, is_file, origin_of
+from extensions_built_in.zit_merge.config.schema import Lora, Preset, union_of
+from extensions_built_in.zit_merge.errors import located
+from extensions_built_in.zit_merge.model.strengths import Weights, factors, strengths
 
 PLACE = "process[1].steps[0].loras[0]"
-INVENTORY = Path(__file__).parents[1] / "data" / "z_image_linears.json"
-NAMES = [entry["name"] for entry in json.loads(INVENTORY.read_text(encoding="utf-8"))]
 
 
 def layer(name: str) -> int:
@@ -57,8 +57,29 @@ MEANING: dict[str, Callable[[str], float]] = {
 }
 
 
+def find(preset: str) -> Preset:
+    with located(f"{PLACE}.preset"):
+        return find_preset(preset)
+
+
+def expand(preset: str, own: dict | None = None) -> dict:
+    return union_of(find(preset), own or {})
+
+
 def table(preset: str, own: dict | None = None, ratio: float = 1.0) -> dict[str, float]:
-    return strengths(Weights(ratio, **expand(preset, own or {}, PLACE), place=PLACE))
+    weights = Weights(**expand(preset, own))
+    with located(PLACE):
+        return strengths(ratio, factors(weights))
+
+
+def origins(preset: str, own: dict) -> dict[str, str]:
+    with located(PLACE):
+        return origin_of(find_preset(preset), own)
+
+
+def read(lora: dict) -> Lora:
+    """The LoRA of a config."""
+    return parse_section({"type": "zit_merge", "steps": [{"name": "a", "loras": [lora]}]}).steps[0].loras[0]
 
 
 @pytest.fixture
@@ -68,7 +89,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Preset], None]:
 
 
 def test_every_preset_has_its_meaning_written_here():
-    assert preset_names() == list(MEANING)
+    assert list(presets.presets()) == list(MEANING)
 
 
 @pytest.mark.parametrize("preset", MEANING)
@@ -103,17 +124,17 @@ def test_keys_are_text_as_in_a_config():
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all():
     with pytest.raises(ZitMergeError) as e:
-        expand("late_20-29", {}, PLACE)
+        expand("late_20-29")
     assert str(e.value) == (
         f"{PLACE}.preset: no such preset: 'late_20-29' (did you mean late_20_29?); there are {', '.join(MEANING)}, "
         "and .yaml files of your own"
     )
     with pytest.raises(ZitMergeError, match=r"no such preset: 'face'; there are early_0_9"):
-        origin_of("face", {}, PLACE)
+        expand("face")
 
 
 def test_without_entries_of_ones_own_the_preset_stands():
-    assert expand("no_adaln", {}, PLACE) == {
+    assert expand("no_adaln") == {
         "blocks": {"adaLN_modulation": 0},
         "layers": {},
         "effects": {},
@@ -122,14 +143,14 @@ def test_without_entries_of_ones_own_the_preset_stands():
 
 
 def test_entries_are_united_table_by_table(shipped):
-    shipped(Preset("", {"qk": 0.5, "w1": 2}, {"0-9": 0}, {"prompt": 0.9}, {"3.to_q": 1}))
+    shipped(Preset(blocks={"qk": 0.5, "w1": 2}, layers={"0-9": 0}, effects={"prompt": 0.9}, overrides={"3.to_q": 1}))
     own = {
         "blocks": {"w1": 3, "vo": 4},
         "layers": {"0-9": [1, 2], "other": 0},
         "effects": {"detail": 5},
         "overrides": {"3.to_q": 7, "*.w2": 8},
     }
-    assert expand("mine", own, PLACE) == {
+    assert expand("mine", own) == {
         "blocks": {"qk": 0.5, "w1": 3, "vo": 4},
         "layers": {"0-9": [1, 2], "other": 0},
         "effects": {"prompt": 0.9, "detail": 5},
@@ -139,9 +160,9 @@ def test_entries_are_united_table_by_table(shipped):
 
 @pytest.mark.parametrize(("theirs", "mine"), [("adaLN_modulation", "adaLN"), ("adaLN", "adaLN_modulation")])
 def test_an_alias_names_the_same_entry(shipped, theirs: str, mine: str):
-    shipped(Preset("", blocks={theirs: 0}, overrides={f"3.{theirs}": 0, f"noise_refiner.{theirs}": 0}))
+    shipped(Preset(blocks={theirs: 0}, overrides={f"3.{theirs}": 0, f"noise_refiner.{theirs}": 0}))
     own = {"blocks": {mine: 0.5}, "overrides": {f"3.{mine}": 2, f"noise_refiner.{mine}": 3}}
-    assert expand("mine", own, PLACE) == {"layers": {}, "effects": {}, **own}
+    assert expand("mine", own) == {"layers": {}, "effects": {}, **own}
     found = table("mine", own)
     assert found["layers.0.adaLN_modulation.0"] == 0.5
     assert found["layers.3.adaLN_modulation.0"] == 2
@@ -168,12 +189,27 @@ def test_a_smaller_set_of_the_preset_wins_over_ones_own():
     assert found["layers.7.attention.to_q"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [
+        ({"layers": {"0-9": 0}}, {"layers": {"0 - 9": 0.5}}),
+        ({"layers": {"3": 0}}, {"layers": {"3-3": 0.5}}),
+        ({"layers": {"3-3": 0}}, {"layers": {"3": 0.5}}),
+        ({"overrides": {"3.adaLN_modulation": 0}}, {"overrides": {"3-3.adaLN": 0.5}}),
+        ({"overrides": {"0-9.to_q": 0}}, {"overrides": {"0 - 9.to_q": 0.5}}),
+    ],
+    ids=str,
+)
+def test_an_entry_of_ones_own_replaces_the_presets_in_whichever_spelling(shipped, theirs: dict, mine: dict):
+    shipped(Preset(**theirs))
+    assert expand("mine", mine) == {"blocks": {}, "layers": {}, "effects": {}, "overrides": {}} | mine
+    assert table("mine", mine) == strengths(1.0, factors(Weights(**mine)))
+    assert set(origins("mine", mine).values()) == {"own", "-"}
+
+
 def test_equally_wide_ranges_overlap_as_they_do_without_a_preset():
     with pytest.raises(ZitMergeError, match=r"layers: 0-19 and 10-29 overlap and are equally wide"):
         table("late_20_29", {"layers": {"10-29": 0.5}})
-    with pytest.raises(ZitMergeError, match=r"layers: 3 and 3-3 overlap"):  # as written, not as meant
-        table("even_layers", {"layers": {"3-3": 0.5}})
-    assert table("even_layers", {"layers": {"3": 0.5}})["layers.3.attention.to_q"] == 0.5
 
 
 @pytest.mark.parametrize("preset", ["late_20_29", "even_layers", "fade_in", "attention_only"])
@@ -190,7 +226,7 @@ def test_a_list_of_30_is_one_entry_for_each_layer(preset: str):
 
 
 @pytest.mark.parametrize("count", [0, 1, 29, 31])
-@pytest.mark.parametrize("act", [table, origin_of])
+@pytest.mark.parametrize("act", [table, origins])
 def test_a_list_of_another_length_is_refused(act: Callable, count: int):
     with pytest.raises(
         ZitMergeError, match=f"layers: a plain list has one number for each of the 30 layers, this one has {count}"
@@ -199,28 +235,28 @@ def test_a_list_of_another_length_is_refused(act: Callable, count: int):
 
 
 def test_a_preset_is_not_changed_by_its_use():
-    before = expand("mid_10_19", {}, PLACE)
-    for entries in expand("mid_10_19", {"blocks": {"to_q": 0}}, PLACE).values():
+    before = expand("mid_10_19")
+    for entries in expand("mid_10_19", {"blocks": {"to_q": 0}}).values():
         entries["3"] = 0
-    assert expand("mid_10_19", {}, PLACE) == before
+    assert expand("mid_10_19") == before
 
 
 def test_ones_own_entries_are_not_changed():
     own = {"blocks": {"adaLN": 1}, "layers": [1.0] * 30}
-    expand("no_adaln", own, PLACE)
+    expand("no_adaln", own)
     assert own == {"blocks": {"adaLN": 1}, "layers": [1.0] * 30}
 
 
 def test_origins_of_a_preset_alone():
-    for name, origin in origin_of("late_20_29", {}).items():
+    for name, origin in origins("late_20_29", {}).items():
         assert origin == ("-" if layer(name) >= 20 else "preset"), name
-    for name, origin in origin_of("no_refiners", {}).items():
+    for name, origin in origins("no_refiners", {}).items():
         assert origin == ("preset" if is_refiner(name) else "-"), name
 
 
 def test_origins_of_a_mixture():
     own = {"blocks": {"to_q": 0.5}, "layers": {"0-4": 1, "25": 1}, "overrides": {"2.to_q": 1, "28.w2": 1}}
-    found = origin_of("late_20_29", own)
+    found = origins("late_20_29", own)
     assert set(found) == set(NAMES)
     assert found["layers.0.attention.to_k"] == "own"  # 0-4 of one's own replaces 0-19 of the preset
     assert found["layers.10.attention.to_k"] == "preset"
@@ -234,28 +270,28 @@ def test_origins_of_a_mixture():
 
 
 def test_an_override_of_the_preset_decides_alone():
-    found = origin_of("no_adaln", {"layers": {"other": 0.5}})
+    found = origins("no_adaln", {"layers": {"other": 0.5}})
     assert found["all_final_layer.2-1.adaLN_modulation.1"] == "preset"
     assert found["all_final_layer.2-1.linear"] == "own"
 
 
 def test_the_value_of_an_entry_has_no_part_in_its_origin():
     own = {"blocks": {"to_q": 1.0, "to_k": 0.0}, "layers": {"0": 1.0}}  # factors that change nothing, or everything
-    found = origin_of("late_20_29", own)
+    found = origins("late_20_29", own)
     assert found["layers.22.attention.to_q"] == "own"
     assert found["layers.5.attention.to_k"] == "both"
     assert found["layers.0.attention.to_v"] == "own"
 
 
 def test_origins_know_aliases_lists_and_several_effects(shipped):
-    shipped(Preset("", {"adaLN_modulation": 0}, {"other": 0}, {"prompt": 2, "composition": 3}))
+    shipped(Preset(blocks={"adaLN_modulation": 0}, layers={"other": 0}, effects={"prompt": 2, "composition": 3}))
     own = {"blocks": {"adaLN": 1}, "effects": {"background": 5, "composition": 1}}
-    found = origin_of("mine", own)
+    found = origins("mine", own)
     assert found["layers.0.adaLN_modulation.0"] == "both"  # the block is one's own, the effect `prompt` is not
     assert found["layers.0.attention.to_q"] == "both"
     assert found["layers.0.attention.to_out.0"] == "own"
     assert found["layers.0.feed_forward.w1"] == "-"
-    found = origin_of("mine", {"layers": [1.0] * 30})
+    found = origins("mine", {"layers": [1.0] * 30})
     assert found["layers.0.feed_forward.w1"] == "own"
     assert found["noise_refiner.0.feed_forward.w1"] == "-"
 
@@ -318,7 +354,12 @@ def of_override(key: str) -> set[str]:
 
 
 def same(left: str, right: str) -> bool:
-    return left.replace("adaLN_modulation", "adaLN") == right.replace("adaLN_modulation", "adaLN")
+    return plain(left) == plain(right)
+
+
+def plain(key: str) -> str:
+    key = re.sub(r"^(\d+)-\1(?!\d)", r"\1", key.replace(" ", ""))
+    return key.replace("adaLN_modulation", "adaLN")
 
 
 def slow_origin(name: str, preset: Preset, own: dict) -> str:
@@ -345,7 +386,7 @@ OWN = st.fixed_dictionaries(
     {},
     optional={
         "blocks": some(list(BLOCKS)),
-        "layers": some(["0", "3", "7-8", "0-9", "5-15", "0-29", "20-29", "noise_refiner", "context_refiner", "other"]),
+        "layers": some(["0", "3", "4-4", "7-8", "0 - 9", "5-15", "0-29", "20-29", "noise_refiner", "context_refiner", "other"]),
         "effects": some(list(EFFECTS)),
         "overrides": some(["3.to_q", "*.adaLN", "0-9.feed_forward", "noise_refiner.w2", "other.final_layer.adaLN_modulation"]),
     },
@@ -359,7 +400,7 @@ def test_origins_agree_with_a_slow_reading(preset: str, own: dict):
         table(preset, own)
     except ZitMergeError:  # equally wide
         assume(False)
-    found = origin_of(preset, own)
+    found = origins(preset, own)
     for name in NAMES:
         assert found[name] == slow_origin(name, presets.presets()[preset], own), name
     event(" ".join(sorted(set(found.values()))))
@@ -395,7 +436,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def refused(preset: str) -> str:
     with pytest.raises(ZitMergeError) as e:
-        expand(preset, {}, PLACE)
+        expand(preset)
     message = str(e.value)
     assert message.startswith(f"{PLACE}.preset: ") and "\n" not in message
     return message.removeprefix(f"{PLACE}.preset: ")
@@ -408,13 +449,13 @@ def test_a_preset_that_ends_like_a_file_is_one(name):
 
 
 def test_a_file_holds_a_preset_as_the_shipped_ones_are(write):
-    found = load(write(OWN_FILE), PLACE)
+    found = find(write(OWN_FILE))
     assert found == Preset(
-        "my own",
-        {"adaLN": 0.5, "to_q": 0.1},
-        {"0-9": 0.0, "10": 2.0, "20-29": [1.0, 0.5], "other": -1.0},
-        {"detail": 1.5},
-        {"3.to_k": 0.25},
+        idea="my own",
+        blocks={"adaLN": 0.5, "to_q": 0.1},
+        layers={"0-9": 0.0, "10": 2.0, "20-29": [1.0, 0.5], "other": -1.0},
+        effects={"detail": 1.5},
+        overrides={"3.to_k": 0.25},
     )
     assert all(type(number) is float for number in (*found.blocks.values(), found.layers["0-9"], *found.layers["20-29"]))
 
@@ -428,12 +469,12 @@ def test_a_file_gives_the_strengths_of_its_entries_written_out(write):
         "effects": {"detail": 1.5},
         "overrides": {"3.to_k": 3, "4.to_k": 4},
     }
-    assert found == strengths(Weights(0.5, **entries))
+    assert found == strengths(0.5, factors(Weights(**entries)))
     assert found["layers.10.feed_forward.w1"] == 0.5 * 0.5 * 1.5 and found["layers.0.feed_forward.w1"] == 0
 
 
 def test_origins_of_a_file(write):
-    found = origin_of(write(OWN_FILE), {"layers": {"10": 0.5}})
+    found = origins(write(OWN_FILE), {"layers": {"10": 0.5}})
     assert found["layers.10.attention.to_v"] == "own" and found["layers.10.attention.to_q"] == "both"
     assert found["layers.5.attention.to_v"] == "preset" and found["layers.15.attention.to_v"] == "-"
 
@@ -442,20 +483,20 @@ def test_every_shipped_preset_works_as_a_file(write):
     shipped = (Path(presets.__file__).with_name("presets.yaml")).read_text(encoding="utf-8")
     for entry in re.split(r"(?m)^(?=\w)", shipped)[1:]:
         name = entry.partition(":")[0]
-        assert load(write(entry), PLACE) == presets.presets()[name]
-        assert expand(load(write(entry), PLACE), {}, PLACE) == expand(name, {}, PLACE)
-        assert origin_of(load(write(entry), PLACE), {}) == origin_of(name, {})
+        assert find(write(entry)) == presets.presets()[name]
+        assert expand(write(entry)) == expand(name)
+        assert origins(write(entry), {}) == origins(name, {})
 
 
 def test_thirty_numbers_are_thirty_layers(write):
     path = write(f"mine: {{layers: {[k / 10 for k in range(30)]}}}")
-    assert expand(path, {"layers": {"4": 7}}, PLACE)["layers"] == {str(k): 7 if k == 4 else k / 10 for k in range(30)}
+    assert expand(path, {"layers": {"4": 7}})["layers"] == {str(k): 7 if k == 4 else k / 10 for k in range(30)}
 
 
 @pytest.mark.parametrize("name", ["layers", "idea", "3", "1e3", "no", "né #1"])
 def test_a_preset_may_have_any_name(write, name):
     content = yaml.safe_dump({name: {"idea": "", "layers": {"0-9": 0.5}, "blocks": {"to_q": 2}}})
-    assert load(write(content), PLACE) == Preset("", {"to_q": 2.0}, {"0-9": 0.5})
+    assert find(write(content)) == Preset(blocks={"to_q": 2.0}, layers={"0-9": 0.5})
 
 
 def test_a_file_is_read_again_each_time(write):
@@ -470,18 +511,18 @@ def test_files_by_other_names_from_the_working_directory_and_at_home(write, tmp_
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for path in (name, f"./{name}", f"~/{name}"):
-        assert load(path, PLACE).blocks == {"to_q": 0.5}
+        assert find(path).blocks == {"to_q": 0.5}
 
 
 @pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
 def test_files_as_editors_on_windows_store_them(write, codec):
-    assert load(write("mine:\r\n  blocks: {to_q: 0.5}\r\n".encode(codec)), PLACE).blocks == {"to_q": 0.5}
+    assert find(write("mine:\r\n  blocks: {to_q: 0.5}\r\n".encode(codec))).blocks == {"to_q": 0.5}
 
 
 def test_a_config_with_a_file(write):
-    lora = Lora(lora="x.safetensors", ratio=2.0, preset=write(OWN_FILE), effects={"detail": 1.0})
-    assert strengths(lora.weights(PLACE))["layers.15.feed_forward.w1"] == 2.0
-    assert lora.tables(PLACE)["layers"]["20-29"] == [1.0, 0.5]
+    lora = read({"lora": "x.safetensors", "ratio": 2.0, "preset": write(OWN_FILE), "effects": {"detail": 1.0}})
+    assert strengths(lora.ratio, factors(Weights(**lora.tables)))["layers.15.feed_forward.w1"] == 2.0
+    assert lora.tables["layers"]["20-29"] == [1.0, 0.5]
 
 
 def test_a_merge_with_a_file_keeps_its_entries_in_the_recipe(work, loras):
@@ -511,22 +552,22 @@ WRONG = {
     "mine: {layer: {0-9: 1}}": "mine.layer: unknown key (did you mean layers?); known here: idea, blocks, layers, effects",
     "mine: {ratio: 1, blocks: {to_q: 1}}": "mine.ratio: unknown key; known here",
     "mine: {idea: 3, blocks: {to_q: 1}}": "mine.idea: must be text, not 3",
-    "mine: {blocks: [1, 2]}": "mine.blocks: must be a mapping, such as {to_q: 0.5}, not [1, 2]",
-    "mine: {layers: [1, 2]}": "mine.layers: must be a mapping, such as {0-9: 0.5}, not [1, 2]",
-    "mine: {layers: 0.5}": "mine.layers: must be a mapping",
+    "mine: {blocks: [1, 2]}": "mine.blocks: must be a mapping, not [1, 2]",
+    "mine: {layers: [1, 2]}": "mine.layers: a plain list has one number for each of the 30 layers, this one has 2",
+    "mine: {layers: 0.5}": "mine.layers: must be ranges, such as {0-9: 0.5}, or 30 numbers, not 0.5",
     "mine: {blocks: {to_q: .nan}}": "mine.blocks.to_q: must be a finite number, not nan",
     "mine: {blocks: {to_q: -.inf}}": "mine.blocks.to_q: must be a finite number, not -inf",
-    "mine: {blocks: {to_q: '1'}}": "mine.blocks.to_q: must be a finite number, not '1'",
-    "mine: {blocks: {to_q: yes}}": "mine.blocks.to_q: must be a finite number, not True",
-    "mine: {blocks: {to_q: [1, 2]}}": "mine.blocks.to_q: must be a finite number, not [1, 2]",
-    "mine: {blocks: {to_q: }}": "mine.blocks.to_q: must be a finite number, not None",
-    f"mine: {{blocks: {{to_q: {10**400}}}}}": "mine.blocks.to_q: must be a finite number, not 1000",
-    "mine: {layers: {0-9: [1, .nan]}}": "mine.layers.0-9: must be a finite number, not nan",
+    "mine: {blocks: {to_q: '1'}}": "mine.blocks.to_q: must be a number, not '1'",
+    "mine: {blocks: {to_q: yes}}": "mine.blocks.to_q: must be a number, not True",
+    "mine: {blocks: {to_q: [1, 2]}}": "mine.blocks.to_q: must be a number, not [1, 2]",
+    "mine: {blocks: {to_q: }}": "mine: sets nothing",
+    f"mine: {{blocks: {{to_q: {10**400}}}}}": "mine.blocks.to_q: must be a number, not 1000",
+    "mine: {layers: {0-9: [1, .nan]}}": "mine.layers.0-9[1]: must be a finite number, not nan",
     "mine: {layers: {0-9: [1]}}": "mine.layers.0-9: a gradient is a list of two or more numbers",
     "mine: {layers: {0-30: 1}}": "mine.layers.0-30: Z-Image's layers are 0 to 29",
     "mine: {layers: {1.5: 1}}": "mine.layers.1.5: a key must be text",
     "mine: {blocks: {yes: 1}}": "mine.blocks.True: a key must be text",
-    "mine: {layers: {'3': 1, 3: 2}}": "mine.layers: 3 stands there twice: keep one of them",
+    "mine: {layers: {'3': 1, 3: 2}}": "mine.layers: duplicate key 3: keep one of them",
     "mine: {layers: {0-9: 1, 5-14: 2}}": "mine.layers: 0-9 and 5-14 overlap and are equally wide",
     "mine: {blocks: {adaLN: 1, adaLN_modulation: 2}}": "mine.blocks: adaLN and adaLN_modulation overlap",
     "mine: {blocks: {to_w: 1}}": "mine.blocks.to_w: Z-Image has no such component (did you mean to_v?)",
@@ -542,14 +583,14 @@ def test_wrong_files(write, content):
 
 
 def test_files_that_can_not_be_read(write, tmp_path):
-    assert "there is no such file: mend the path" in refused(str(tmp_path / "gone.yaml"))
+    assert "there is no such file: correct the path" in refused(str(tmp_path / "gone.yaml"))
     (tmp_path / "folder.yaml").mkdir()
     assert "there is no such file" in refused(str(tmp_path / "folder.yaml"))
     assert "there is no such file" in refused("a\0b.yaml")
     assert "there is no such file" in refused("n" * 5000 + ".yaml")
     assert "mine.yaml: is not a text file" in refused(write(b"\x89PNG\xff"))
     assert re.match(
-        r".*mine.yaml: line 2: the key to_q stands there twice", refused(write("mine: {blocks: {to_q: 1,\n to_q: 2}}"))
+        r".*mine.yaml: line 2: duplicate key to_q: keep one of them", refused(write("mine: {blocks: {to_q: 1,\n to_q: 2}}"))
     )
     assert "mine.yaml: line 1: " in refused(write("mine: {blocks: {to_q: 1}"))
     assert "mine.yaml: line 1: could not determine a constructor" in refused(write("mine: !!python/name:os.system x"))
@@ -569,11 +610,11 @@ def test_a_file_is_found_beside_the_config_and_read_once(work, loras):
     config = work.job({"name": "a", "loras": [lora]}, name="configs/job.yaml")
     ((_, section),) = load_job(config).sections()
     (work.folder / "configs" / "late.yaml").unlink()
-    weights = section.steps[0].loras[0].weights("here")
-    assert (weights.blocks, weights.layers) == ({"to_q": 2, "w1": 3}, {"0-9": 0.5})
+    tables = section.steps[0].loras[0].tables
+    assert (tables["blocks"], tables["layers"]) == ({"to_q": 2, "w1": 3}, {"0-9": 0.5})
     work.write({"late": {"idea": "mine", "layers": {"0-9": 0.25}}}, "late.yaml")
     ((_, section),) = load_job(config).sections()
-    assert section.steps[0].loras[0].weights("here").layers == {"0-9": 0.25}, "else from the working directory"
+    assert section.steps[0].loras[0].tables["layers"] == {"0-9": 0.25}, "else from the working directory"
     out = work.zit("run", config).ok()
     assert "preset late.yaml, your own" in out
 

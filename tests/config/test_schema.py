@@ -177,7 +177,7 @@ def test_layer_keys_may_be_integers_or_strings():
 @pytest.mark.parametrize("key", ["layers", "overrides", "blocks"])
 def test_an_integer_and_a_string_key_are_one_key(key):
     message = refusal(section({key: {3: 0.5, "3": 0.6}}))
-    assert message == f"process[1].steps[0].loras[0].{key}: 3 stands there twice: keep one of them"
+    assert message == f"process[1].steps[0].loras[0].{key}: duplicate key 3: keep one of them"
 
 
 def test_the_order_of_keys_has_no_meaning(work, loras):
@@ -227,14 +227,14 @@ config:
         (TWICE.replace("to_k: 0.7, to_q: 0.6", "to_k: 0.7") + "job: extension\n", 12, "job"),
     ],
 )
-def test_a_key_that_stands_twice_in_yaml_is_named_with_its_line(work, loras, text, line, key):
+def test_a_key_that_is_twice_in_yaml_is_named_with_its_line(work, loras, text, line, key):
     message = work.zit("check", work.write(text)).refused()
-    assert message.endswith(f"config.yaml: line {line}: the key {key} stands there twice: keep one of them")
+    assert message.endswith(f"config.yaml: line {line}: duplicate key {key}: keep one of them")
 
 
-def test_a_key_that_stands_twice_in_json_is_named(work, loras):
+def test_a_key_that_is_twice_in_json_is_named(work, loras):
     text = '{"job": "extension", "config": {"name": "cat", "process": [\n{"type": "zit_merge", "steps": [], "steps": []}]}}'
-    assert "steps stands there twice" in work.zit("check", work.write(text, "config.json")).refused()
+    assert "duplicate key steps: keep one of them" in work.zit("check", work.write(text, "config.json")).refused()
 
 
 def test_a_yaml_merge_key_may_be_overridden(work, loras):
@@ -350,14 +350,14 @@ def test_trained_is_reserved(name):
 @pytest.mark.parametrize("names", [("soft", "soft"), ("soft", "SOFT")])
 def test_step_names_are_unique_without_regard_to_case(names):
     message = refusal(section(steps=[STEP | {"name": n} for n in names]))
-    assert message.startswith("process[1].steps[1].name: ") and "process[1].steps[0]" in message
+    assert message.startswith("process[1].steps[1].name: ") and "also the name of steps[0]" in message
 
 
 @pytest.mark.parametrize(
     ("raw", "place"), [(section(bake={"anything": 1}), ""), (section(step={"bake": {"anything": 1}}), "steps[0].")]
 )
 def test_reserved_keys_are_not_available_yet(raw, place):
-    assert refusal(raw).startswith(f"process[1].{place}bake is not available yet")
+    assert refusal(raw).startswith(f"process[1].{place}bake: is not available yet")
 
 
 def test_what_a_training_leaves_open_may_be_answered():
