@@ -19,7 +19,7 @@ from workspace import Workspace, write_lora
 
 from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
 from extensions_built_in.zit_merge.config.parse import parse_section
-from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.errors import ZitMergeError, located
 
 SHAPES = {
     name: shape
@@ -304,7 +304,7 @@ def test_a_training_without_its_final_file_is_not_finished(work, steps):
     there = ", ".join(map(name_of, steps)) or "no .safetensors file"
     for asked in ({}, {"last": 1}, {"weights": [1]}):
         assert refused(work, "run", asked) == (
-            f"{PLACE}: {folder / 'cat.safetensors'} is not there, the folder holds {there}: finish the training first"
+            f"{PLACE}: {folder / 'cat.safetensors'} is missing, the folder holds {there}: finish the training first"
         )
 
 
@@ -349,8 +349,8 @@ def test_a_broken_checkpoint_is_named(work):
         ({"checkpoints": {"last": 0}}, ".checkpoints.last: must be at least 1, not 0"),
         ({"checkpoints": {"last": 2.5}}, ".checkpoints.last: must be a whole number, not 2.5"),
         ({"checkpoints": {"last": "all"}}, ".checkpoints.last: must be a whole number, not 'all'"),
-        ({"checkpoints": {"sigma_rel": 0.1, "gamma": 2}}, ".checkpoints: sigma_rel and gamma both say how to weigh: keep one"),
-        ({"checkpoints": {"gamma": 2, "weights": [1]}}, ".checkpoints: gamma and weights both say how to weigh: keep one"),
+        ({"checkpoints": {"sigma_rel": 0.1, "gamma": 2}}, ".checkpoints: sigma_rel and gamma both set the weights: keep one"),
+        ({"checkpoints": {"gamma": 2, "weights": [1]}}, ".checkpoints: gamma and weights both set the weights: keep one"),
         ({"checkpoints": {"weights": [1, 2], "last": 3}}, ".checkpoints.weights: 2 weights for last: 3: give one for each"),
         ({"checkpoints": {"weights": []}}, ".checkpoints.weights: must have at least one entry"),
         ({"checkpoints": {"weights": [1, -1]}}, ".checkpoints.weights: sum to 0"),
@@ -374,19 +374,18 @@ def test_a_broken_checkpoint_is_named(work):
     ],
 )
 def test_what_makes_no_average(step, says):
-    with pytest.raises(ZitMergeError) as error:
-        parse_section({"type": "zit_merge", "steps": [{"name": "ema"} | step]}, "process[1]")
+    with pytest.raises(ZitMergeError) as error, located("process[1]"):
+        parse_section({"type": "zit_merge", "steps": [{"name": "ema"} | step]})
     assert str(error.value).startswith(f"process[1].steps[0]{says}") and "\n" not in str(error.value)
 
 
 def test_a_method_of_the_section_is_refused_on_a_step_of_checkpoints():
     steps = [{"name": "ema", "checkpoints": {}}]
-    with pytest.raises(ZitMergeError, match=r"process\[1\]\.steps\[0\]\.method: .* set method: sum on this step"):
-        parse_section({"type": "zit_merge", "method": "ties", "params": {"density": 0.3}, "steps": steps}, "process[1]")
+    raw = {"type": "zit_merge", "method": "ties", "params": {"density": 0.3}, "steps": steps}
+    with pytest.raises(ZitMergeError, match=r"^steps\[0\]\.method: .* set method: sum on this step"):
+        parse_section(raw)
     steps[0]["method"] = "sum"
-    (step,) = parse_section(
-        {"type": "zit_merge", "method": "ties", "params": {"density": 0.3}, "steps": steps}, "process[1]"
-    ).steps
+    (step,) = parse_section(raw).steps
     assert (step.method, step.params, step.rank) == ("sum", {}, "same")
 
 

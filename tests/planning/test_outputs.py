@@ -11,7 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +24,7 @@ from workspace import Workspace
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats import writer
-from extensions_built_in.zit_merge.merging import runner as execute
-from extensions_built_in.zit_merge.report import progress
+from extensions_built_in.zit_merge.report.progress import Bar
 
 ROOT = Path(__file__).parents[2]
 OUT = "merged_cat_a.safetensors"
@@ -189,38 +188,45 @@ def test_merge_onto_its_own_input(work, real_loras):
     assert real_loras[0].read_bytes() == before
 
 
-def interrupt_at(module: int, error: BaseException):
-    """A `Bar.tick` that stops the run."""
+def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[str, int], None]) -> None:
+    """Calls `see` with the step and the number of its modules that are done, after each of them."""
 
-    def tick(bar: progress.Bar, plan: object, done: int) -> None:
-        if done == module:
+    def track(bar: Bar, items: Collection, label: str, *_: object) -> Iterator:
+        for done, item in enumerate(items, 1):
+            yield item
+            see(label, done)
+
+    monkeypatch.setattr(Bar, "track", track)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: str, module: int, error: BaseException) -> None:
+    """Stops the run when so many modules of a step are done."""
+
+    def see(label: str, done: int) -> None:
+        if (label, done) == (step, module):
             raise error
 
-    return tick
+    watch(monkeypatch, see)
 
 
 @pytest.mark.parametrize("module", [1, 100, 240])
 def test_an_interrupted_run_leaves_the_old_file_and_no_litter(work, loras, monkeypatch, module):
     work.zit("run", work.job(STEP)).ok()
     old = (work.out / OUT).read_bytes()
-    monkeypatch.setattr(progress.Bar, "tick", interrupt_at(module, KeyboardInterrupt()))
+    interrupt_at(monkeypatch, "a", module, KeyboardInterrupt())
     assert work.zit("run", work.job({"name": "a", "loras": [STYLE, ME]})).code == 130
     assert work.files() == [OUT] and (work.out / OUT).read_bytes() == old
 
 
 def test_an_interruption_in_a_later_step_keeps_what_was_whole(work, loras, monkeypatch):
-    def tick(bar: progress.Bar, plan: execute.StepPlan, done: int) -> None:
-        if (plan.name, done) == ("c", 50):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(progress.Bar, "tick", tick)
+    interrupt_at(monkeypatch, "c", 50, KeyboardInterrupt())
     steps = [STEP, STEP | {"name": "b", "keep": False}, {"name": "c", "loras": [{"lora": "b", "ratio": 1.0}]}]
     assert work.zit("run", work.job(*steps)).code == 130
     assert work.files() == [OUT] and load_lora(work.out / OUT)
 
 
 def test_an_unexpected_error_leaves_no_litter_either(work, loras, monkeypatch):
-    monkeypatch.setattr(progress.Bar, "tick", interrupt_at(100, RuntimeError("a bug")))
+    interrupt_at(monkeypatch, "a", 100, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         work.zit("run", work.job(STEP | {"keep": False}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
     assert work.files() == []
@@ -261,10 +267,12 @@ def test_a_killed_run_leaves_the_old_file_and_the_next_run_clears_up(work, loras
         "import os, sys\n"
         "from extensions_built_in.zit_merge.cli.main import main\n"
         "from extensions_built_in.zit_merge.report.progress import Bar\n"
-        "def tick(bar, plan, done):\n"
-        "    if (plan.name, done) == ('b', 100):\n"
-        f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "Bar.tick = tick\n"
+        "def track(bar, items, label, *_):\n"
+        "    for done, item in enumerate(items):\n"
+        "        if (label, done) == ('b', 100):\n"
+        f"            os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
+        "        yield item\n"
+        "Bar.track = track\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -353,12 +361,12 @@ def run_beside_the_trainer(work: Workspace, monkeypatch: pytest.MonkeyPatch, job
     seen: set[str] = set()
     folder = work.folder / "output" / job
 
-    def look(bar: progress.Bar, plan: object, done: int) -> None:
-        if done == 100:
+    def look(label: str, done: int) -> None:
+        if (label, done) == ("a", 100):
             seen.update(taken_for_checkpoints(job, folder), ["looked"])
             assert any(p.name.endswith(".part") for p in folder.iterdir())
 
-    monkeypatch.setattr(progress.Bar, "tick", look)
+    watch(monkeypatch, look)
     section = work.section({"name": "a", "loras": [ME]}, **keys)
     if not keys:
         del section["output_dir"]
@@ -562,7 +570,7 @@ def test_the_files_mode_follows_the_umask(work, loras, umask, mode):
 def test_no_input_stays_mapped_or_open(work, loras, monkeypatch, end):
     lora = broken(work) if end == "NaN" else ME
     if end == "interrupted":
-        monkeypatch.setattr(progress.Bar, "tick", interrupt_at(100, KeyboardInterrupt()))
+        interrupt_at(monkeypatch, "a", 100, KeyboardInterrupt())
     ran = work.zit("run", work.job({"name": "a", "loras": [lora, STYLE]}, {"name": "b", "loras": [{"lora": "a", "ratio": 1.0}]}))
     assert ran.code == {"whole": 0, "interrupted": 130, "NaN": 1}[end]
     maps = Path("/proc/self/maps").read_text()

@@ -25,6 +25,7 @@ from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.algebra import ranks
 from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.config.schema import RankRule
+from extensions_built_in.zit_merge.errors import located
 
 F64 = torch.float64
 TO_K = "layers.0.attention.to_k"  # AI-Toolkit reads the rank there, so it has the largest
@@ -543,8 +544,8 @@ def test_rules_that_mean_nothing(rank, says, level):
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}]}
     keys = {"rank": rank}
     raw = {"type": "zit_merge", "steps": [step | keys if level == "step" else step]} | (keys if level == "section" else {})
-    with pytest.raises(ZitMergeError) as error:
-        parse_section(raw, "process[1]")
+    with pytest.raises(ZitMergeError) as error, located("process[1]"):
+        parse_section(raw)
     place = "process[1].steps[0].rank" if level == "step" else "process[1].rank"
     assert str(error.value).startswith(f"{place}: {says}") and "\n" not in str(error.value)
 
@@ -552,7 +553,7 @@ def test_rules_that_mean_nothing(rank, says, level):
 def test_rules_that_mean_something():
     for rank in ({"energy": 1}, {"energy": 1e-9}, {"energy": 0.5, "max": 1}, {"size_mb": 150}, {"size_mb": 0.5}):
         raw = {"type": "zit_merge", "rank": rank, "steps": [{"name": "a", "loras": [{"lora": "x", "ratio": 1}]}]}
-        (step,) = parse_section(raw, "").steps
+        (step,) = parse_section(raw).steps
         assert step.rank == RankRule(**rank) and step.rank.record() == rank
 
 
@@ -560,4 +561,4 @@ def test_a_rule_for_a_lokr_that_stays_one(work):
     work.lora("me.safetensors", "ai-toolkit-lokr")
     step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1}], "save": {"keep_lokr": True}, "rank": {"energy": 0.9}}
     message = work.zit("check", work.job(step)).refused()
-    assert message.startswith("process[0].steps[0].save.keep_lokr: only one LoKr that is weighed can stay a LoKr")
+    assert message.startswith("process[0].steps[0].save.keep_lokr: only one LoKr that is scaled can stay a LoKr")
