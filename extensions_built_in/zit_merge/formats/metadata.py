@@ -52,7 +52,7 @@ def read_check(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     numbers = [found.get("error"), found.get("kept")]
     lists = [part for part in (found.get("asked"), found.get("got")) if isinstance(part, list)]
-    is_whole = all(map(_is_number, numbers)) and len(lists) == 2
+    is_whole = all(map(_is_number, numbers)) and len(lists) == 2 and len(lists[0]) == len(lists[1])
     return found if is_whole and all(v is None or _is_number(v) for part in lists for v in part) else None
 
 

@@ -29,6 +29,7 @@ from .metadata import CHECK_KEY, dumps, read_check
 RIGHT, OFF, EMPTY = "right", "off", "empty"
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 LOST, STRONGER = 0.5, 1.5  # got / asked
+_MOST = 1e99  # of got / asked, where next to nothing was asked
 
 Reason = Mapping[str, Any]
 Strengths = tuple["float | None", ...]
@@ -88,17 +89,18 @@ class Verdict:
     def told(self) -> list[int]:
         """The inputs whose strengths can be told, by their numbers."""
         hidden = {n for group in self.alike for n in group}
-        return [n for n, asked in enumerate(self.asked) if asked and n not in hidden]
+        pairs = enumerate(zip(self.asked, self.got, strict=True))
+        return [n for n, (asked, got) in pairs if asked and got is not None and n not in hidden]
 
     def share(self, n: int) -> float:
-        """How much of an input's strength went in: got / asked.
+        """How much of an input's strength went in: got / asked, at most 1e99, as JSON has no infinity.
 
         Args:
             n: One of `told`.
         """
         asked, got = self.asked[n], self.got[n]
         assert asked is not None and got is not None, "an input in `told` has both"
-        return got / asked
+        return max(-_MOST, min(got / asked, _MOST))
 
     def metadata(self) -> dict[str, str]:
         """For the file."""
@@ -146,7 +148,7 @@ def judged(found: Verdict, *, energy: float | None = None, most: int | None = No
         return of_inputs("lost", lost)
     if stronger:
         return of_inputs("stronger", stronger)
-    if found.cut and energy and found.kept < energy:
+    if found.cut and energy and most and found.kept < energy:  # without `most` only rounding can be what is missing
         return status(RIGHT, "capped", kept=found.kept, asked=energy, max=most)
     return status(RIGHT, "cut", kept=found.kept) if found.cut else status(RIGHT, "rounding", error=found.error)
 
