@@ -18,7 +18,8 @@ def user_path(text: str | Path) -> Path:
         SettingError: The system can't have a file of that name.
     """
     try:
-        str(text).encode()  # a name that is no Unicode can't go into a recipe
+        if b"\0" in str(text).encode():  # a name that is no Unicode can't go into a recipe
+            raise ValueError("it holds a null byte")
         path = Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as e:
