@@ -11,7 +11,7 @@ from oracles.inventory import NAMES
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.errors import located
-from extensions_built_in.zit_merge.model.strengths import Weights, compact, factors, strengths
+from extensions_built_in.zit_merge.model.strengths import Weights, canonical_key, compact, factors, strengths, union
 
 # Written out again on purpose: the oracle shares no table with the package.
 PATHS = {
@@ -413,6 +413,55 @@ def test_a_wrong_key_names_its_place_and_the_nearest_right_one(key, value, words
     with pytest.raises(ZitMergeError) as error:
         table(**{key: value})
     assert [word for word in words if word not in str(error.value)] == []
+
+
+# --- one spelling, and one table above another ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table_", "key", "one"),
+    [
+        ("blocks", "adaLN", "adaLN_modulation"),
+        ("blocks", "to_q", "to_q"),
+        ("effects", "prompt", "prompt"),
+        ("layers", "0 - 9", "0-9"),
+        ("layers", "03", "3"),
+        ("layers", "3-3", "3"),
+        ("layers", "noise_refiner", "noise_refiner"),
+        ("overrides", "3-3.adaLN", "3.adaLN_modulation"),
+        ("overrides", "0 - 9.w2", "0-9.w2"),
+        ("overrides", "*.adaLN", "*.adaLN_modulation"),
+        ("overrides", "noise_refiner.0.to_k", "noise_refiner.0.to_k"),
+        ("overrides", "other.final_layer.adaLN_modulation", "other.final_layer.adaLN_modulation"),
+    ],
+)
+def test_a_key_has_one_spelling(table_, key, one):
+    assert canonical_key(table_, key) == canonical_key(table_, one) == one
+    assert table(**{table_: {key: 0.25}}) == table(**{table_: {one: 0.25}})
+
+
+@pytest.mark.parametrize(("table_", "key"), [("blocks", "to_w"), ("layers", "x-3"), ("layers", ""), ("overrides", "to_q")])
+def test_a_key_that_selects_nothing_stays_as_it_is(table_, key):
+    assert canonical_key(table_, key) == key
+
+
+@pytest.mark.parametrize(
+    ("table_", "below", "above", "both"),
+    [
+        ("layers", {"0-9": 1.0, "15": 2.0}, {"0 - 9": 3.0}, {"15": 2.0, "0 - 9": 3.0}),
+        ("layers", {"3": 1.0}, {"3-3": 2.0}, {"3-3": 2.0}),
+        ("layers", {"0-9": 1.0}, {"0-8": 2.0}, {"0-9": 1.0, "0-8": 2.0}),
+        ("blocks", {"adaLN_modulation": 1.0, "qk": 2.0}, {"adaLN": 3.0}, {"qk": 2.0, "adaLN": 3.0}),
+        ("overrides", {"3.adaLN_modulation": 1.0, "3.to_q": 2.0}, {"3-3.adaLN": 3.0}, {"3.to_q": 2.0, "3-3.adaLN": 3.0}),
+        ("effects", {"prompt": 1.0}, {"detail": 2.0}, {"prompt": 1.0, "detail": 2.0}),
+        ("layers", {"3-3": 1.0, "3-4": 2.0}, [0.5] * 30, {"3-4": 2.0} | {str(i): 0.5 for i in range(30)}),
+        ("layers", {"3": 1.0}, [0.5] * 29, [0.5] * 29),
+    ],
+)
+def test_an_entry_above_replaces_the_one_below_that_names_the_same_set(table_, below, above, both):
+    before = dict(below)
+    assert union(below, above, table_) == both
+    assert below == before
 
 
 # --- compact -------------------------------------------------------------------------------------------------------------------
