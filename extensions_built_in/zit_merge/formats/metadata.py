@@ -188,6 +188,17 @@ def adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
     return {"lora_adapter_metadata": dumps({f"transformer.{key}": value for key, value in config.items()})}
 
 
+def adapter_ranks(metadata: Mapping[str, str], modules: Iterable[str]) -> dict[str, int]:
+    """Module -> rank, from the metadata of a file for which `adapter_metadata` was made.
+
+    Args:
+        metadata: Of the file.
+        modules: Canonical names.
+    """
+    adapter = read_adapter(metadata["lora_adapter_metadata"], "lora_adapter_metadata")
+    return {module: int(_of_pattern(adapter.rank_pattern, module, adapter.r)) for module in modules}
+
+
 def merged_metadata(
     output_name: str, recipe: Mapping[str, Any], version: str, inputs: Sequence[tuple[str, Mapping[str, str]]]
 ) -> dict[str, str]:

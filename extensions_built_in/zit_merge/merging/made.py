@@ -62,20 +62,21 @@ def made_file(plan: StepPlan, hashes: Hashes, path: Path) -> LoraFile | None:
     """
     if not path.is_file():
         return None
-    open_keys = {CHECK_KEY, *(OF_RANKS if plan.follows_from_numbers else ())}
-    wanted = {key: text for key, text in plan.metadata(hashes.of(plan.hashed)).items() if key not in open_keys}
+    wanted = plan.metadata(hashes.of(plan.hashed))
     try:
         lora = load_lora(path)
     except ZitMergeError:
         return None
-    return lora if {k: v for k, v in lora.metadata.items() if k not in open_keys} == wanted else None
+    found = {key: text for key, text in lora.metadata.items() if key != CHECK_KEY}
+    fixed = wanted.keys() - set(OF_RANKS if plan.follows_from_numbers else ())
+    return lora if found.keys() == wanted.keys() and all(found[key] == wanted[key] for key in fixed) else None
 
 
 def made_before(plan: StepPlan) -> Done | None:
     """A step whose file is there from the same recipe; None where it is not."""
     with Hashes(plan.hashed) as hashes:
         lora = made_file(plan, hashes, plan.path) if plan.spec.keep else None
-    return Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict) if lora else None
+    return Done(plan.as_found(lora), plan.path, False, lora.verdict) if lora else None
 
 
 class Inventory(NamedTuple):

@@ -38,7 +38,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
             if plan.name in inventory.steps:
                 step = write_step(plan, hashes, device, progress)
             elif lora:
-                step = Done(plan.as_found(lora.ranks), plan.path, False, lora.verdict)
+                step = Done(plan.as_found(lora), plan.path, False, lora.verdict)
             else:
                 continue  # nothing that is left to do uses it
             done[plan.name] = step.plan

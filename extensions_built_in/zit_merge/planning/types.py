@@ -12,7 +12,7 @@ import torch
 
 from ..config.schema import Lora, Step
 from ..files.atomic import part_path
-from ..formats.metadata import CHECK_KEY, RECIPE_KEY, dumps
+from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
@@ -195,15 +195,13 @@ class StepPlan(StepBasis):
         inputs = [replace(i, step=e, known=e.result) if e else i for i, e in zip(self.inputs, earlier, strict=True)]
         return self.revised(inputs=tuple(inputs))
 
-    def as_found(self, ranks: Mapping[str, int]) -> StepPlan:
-        """The plan of a file that is there, where its ranks followed from the numbers.
-
-        Args:
-            ranks: Module -> rank, as read from the file; three times as large in a module that is fused with two others.
-        """
+    def as_found(self, file: LoraFile) -> StepPlan:
+        """The plan of its file, which is there, with the ranks that followed from the numbers."""
         if not self.is_open:
             return self
-        return self.revised({m: ranks[m] * rank // self.result.ranks[m] for m, rank in self.ranks.items()})
+        if self.spec.save.uniform:
+            return self.revised(dict.fromkeys(self.ranks, min(file.ranks.values())))  # fused modules have the sum of theirs
+        return self.revised(adapter_ranks(file.metadata, self.ranks))
 
     @property
     def rank(self) -> int:
@@ -235,5 +233,6 @@ class StepPlan(StepBasis):
         if self.spec.save.keep_lokr:
             known = self.inputs[0].known
             return LoraSpec(known.ranks, known.shapes, self.dtype, known.algorithms)
-        fused = {m for unit in self.form.units(self.ranks).values() if len(unit) > 1 for m in unit}  # block-diagonal
-        return LoraSpec({m: 3 * r if m in fused else r for m, r in self.ranks.items()}, self.shapes, self.dtype)
+        units = self.form.units(self.ranks).values()
+        ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
+        return LoraSpec(ranks, self.shapes, self.dtype)
