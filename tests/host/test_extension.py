@@ -68,7 +68,7 @@ def test_install_puts_it_in_place_and_loads_it(toolkit, run_python, tmp_path, co
         done = run_python("-m", "extensions_built_in.zit_merge", "install", view, *(["--copy"] if copy else []), cwd=REPO)
         assert done.returncode == 0, done.stderr
         assert "it loads there" in done.stdout
-    assert target.is_symlink() is not copy and (target / "zimage.py").is_file()
+    assert target.is_symlink() is not copy and (target / "model" / "zimage.py").is_file()
 
 
 def test_install_refuses_what_is_no_toolkit(tmp_path, capsys):
@@ -114,8 +114,8 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     own.touch()
     section = parse_section({"type": "zit_merge", "steps": [{"name": "soft", "loras": [{"lora": "trained", "ratio": 1}]}]})
     processes = [{"type": "diffusion_trainer", "training_folder": str(tmp_path), "network": {"type": "lora"}}, {}]
-    site = make_context(Job(name, processes, tmp_path), 1, section)
-    ours = site.output(section.steps[0]), part_path(site.output(section.steps[0]))
+    context = make_context(Job(name, processes, tmp_path), 1, section)
+    ours = context.output(section.steps[0]), part_path(context.output(section.steps[0]))
     for path in ours:
         path.touch()
         os.utime(path, (2e9, 2e9))

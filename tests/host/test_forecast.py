@@ -25,7 +25,7 @@ def forecast(work, *steps):
     """The plans of a section in the real model's sizes, whose training is still to come."""
     raw = work.section(*steps, shapes="strict")
     processes = [work.training(network={"type": "lora", "linear": RANK, "linear_alpha": RANK}), raw]
-    section = parse_section(raw, "process[1]")
+    section = parse_section(raw)
     return plan_section(section, make_context(Job("cat", processes, work.folder), 1, section), before_training=True)
 
 

@@ -82,7 +82,7 @@ def test_the_page_lies_where_the_ui_shows_it(trained):
     """JobPlugin.tsx shows plugin.html of the job's folder; the toolkit's search for checkpoints passes it by."""
     folder, done = trained
     html = (folder / "plugin.html").read_text(encoding="utf-8")
-    assert f"page to look at:\n    {folder / 'plugin.html'}\n" in done.stdout
+    assert f"report:\n    {folder / 'plugin.html'}\n" in done.stdout
     shown = json.loads(re.search(r'id="facts">(.*?)</script>', html)[1])
     assert [step["name"] for step in shown["sections"][0]["steps"]] == ["soft", "with_style", "early"]
     assert shown["sections"][0]["raw"]["steps"] == merging()["steps"]

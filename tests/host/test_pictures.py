@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge.host.render import _advice
-from extensions_built_in.zit_merge.host.status import PictureWatch, Status
+from extensions_built_in.zit_merge.host.status import Status
+from extensions_built_in.zit_merge.host.watch import JobProgress
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
+from extensions_built_in.zit_merge.progress import SILENT
 
 pytestmark = pytest.mark.toolkit
 
@@ -204,7 +206,7 @@ def test_a_page_with_pictures_outlives_a_run_without(shown, run_python, place, t
     before = (folder / "plugin.html").read_bytes()
     ran = run_python("-m", "extensions_built_in.zit_merge", "preview", write(place, "pa_broken", whole))
     assert ran.returncode == 1 and "can't be used" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr[-2000:]
-    assert (folder / "plugin.html").read_bytes() == before and "page" not in ran.stdout
+    assert (folder / "plugin.html").read_bytes() == before and "report:" not in ran.stdout
 
 
 def alone(place, database, **keys):
@@ -359,7 +361,7 @@ def test_a_stop_while_the_model_is_loaded(loses):
         return model()
 
     status = Told()
-    with pytest.raises(KeyboardInterrupt), PictureWatch(status, lambda *told: None) as watch, watch.loading(load)(None):
+    with pytest.raises(KeyboardInterrupt), JobProgress(status, SILENT) as progress, progress.loading(load)(None):
         went_on.append(2)
     assert not went_on and closed == [1] * loses
     assert status.infos == ["Loading the model for pictures"]

@@ -26,8 +26,8 @@ def test_a_lock_that_outlasts_our_wait_costs_that_one_write(tmp_path, monkeypatc
     assert "is locked, it may show an older state" in capsys.readouterr().out
     shown.progress("Merging a: 2/2", 2, 2, "1 modules/s")
     assert (row(database)["status"], row(database)["info"], row(database)["step"]) == ("running", "Merging a: 2/2", 2)
-    shown.complete()
-    assert (row(database)["status"], row(database)["info"]) == ("completed", "Merge completed")
+    shown.complete("2 merged")
+    assert (row(database)["status"], row(database)["info"]) == ("completed", "2 merged")
     other.execute("UPDATE Job SET stop = 1")
     with pytest.raises(status.JobStopped):  # and a stop is seen again
         shown.check()
@@ -48,7 +48,7 @@ def locked(tmp_path):
 @pytest.mark.parametrize(
     "end, told",
     [
-        (lambda shown: shown.complete(), ("completed", "Merge completed")),
+        (lambda shown: shown.complete("2 merged"), ("completed", "2 merged")),
         (lambda shown: shown.fail(ValueError("no room")), ("error", "no room")),
         (lambda shown: shown.fail(KeyboardInterrupt()), ("stopped", "Job stopped")),
     ],
@@ -73,7 +73,7 @@ def test_a_last_write_that_never_gets_through_is_said_once(locked, monkeypatch, 
     database, other = locked
     shown = status.RowStatus(database, "j1", is_last=True)
     other.execute("BEGIN EXCLUSIVE")
-    shown.complete()
+    shown.complete("2 merged")
     (line,) = capsys.readouterr().out.splitlines()
     assert "is locked" in line and "may show the job as running from now on; it is completed" in line
 
@@ -85,7 +85,7 @@ def test_the_last_write_can_be_interrupted(locked, capsys):
     start = time.monotonic()
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
-        shown.complete()
+        shown.complete("2 merged")
     assert time.monotonic() - start < 10
     (line,) = capsys.readouterr().out.splitlines()
     assert "it is completed" in line
@@ -98,7 +98,7 @@ def numbers(database):
 @pytest.mark.parametrize("next_total", [400, None])
 def test_what_follows_does_not_inherit_our_count(tmp_path, next_total):
     database = make_database(tmp_path / "aitk_db.db")
-    for end in (lambda s: s.complete(), lambda s: s.fail(ValueError("x")), lambda s: s.fail(KeyboardInterrupt())):
+    for end in (lambda s: s.complete("2 merged"), lambda s: s.fail(ValueError("x")), lambda s: s.fail(KeyboardInterrupt())):
         shown = status.RowStatus(database, "j1", is_last=False, next_total=next_total)
         shown.progress("Merging a: 7/210", 7, 210, "1 modules/s")
         assert numbers(database) == (7, 210, "1 modules/s")

@@ -56,6 +56,7 @@ def test_the_row_says_running_until_the_last_merge_is_done(toolkit, place, datab
     assert ran.code == 0, ran.log[-3000:]
     assert ran.statuses == ["running", "completed"], ran.seen
     infos = ran.infos
+    assert infos[-1] == "Training completed, 3 merged"
     after = next(i for i, info in enumerate(infos) if "erging LoRAs" in info)
     assert "Training completed" not in infos[:after]
     assert any(i.startswith("Merging soft: ") and i.endswith("/240") for i in infos[after:])
@@ -101,7 +102,7 @@ def test_a_merge_only_job_fills_the_row(toolkit, place, style, database):
     assert ran.statuses == ["running", "completed"]
     last = row(database)
     assert (last["step"], last["total_steps"]) == (2 * len(style.deltas),) * 2
-    assert last["speed_string"].endswith(" modules/s") and last["info"] == "Merge completed"
+    assert last["speed_string"].endswith(" modules/s") and last["info"] == "2 merged"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_a_missing_database_is_no_error(toolkit, place, tmp_path, run_python):
 INTERRUPTED = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from extensions_built_in.zit_merge import plan
-plan.plan_section = lambda *_, **__: signal.raise_signal(signal.SIGINT)
+from extensions_built_in.zit_merge.planning import job
+job.plan_section = lambda *_, **__: signal.raise_signal(signal.SIGINT)
 sys.argv = ["run.py", sys.argv[1]]
 runpy.run_path("run.py", run_name="__main__")
 """
@@ -271,7 +272,6 @@ def test_an_error_after_a_training_between_two_sections_is_shown(toolkit, place,
 LIVE = """
 import gc, sys
 sys.argv = ["run.py", sys.argv[1]]
-import torch
 from toolkit.job import get_job
 
 job = get_job(sys.argv[1], None)

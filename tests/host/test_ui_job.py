@@ -35,8 +35,8 @@ def test_the_uis_own_migration_leaves_a_section_that_we_accept(toolkit, mac):
     done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     migrated = json.loads(done.stdout)["config"]["process"][0]
-    section = parse_section(migrated, "process[0]", first=True)
+    section = parse_section(migrated, first=True)
     assert section.device == ("mps" if mac else "auto")
     assert [s.model_dump() for s in section.steps] == [
-        s.model_dump() for s in parse_section(config["config"]["process"][0], "process[0]", first=True).steps
+        s.model_dump() for s in parse_section(config["config"]["process"][0], first=True).steps
     ]
