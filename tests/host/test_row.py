@@ -4,11 +4,13 @@ import signal
 import sqlite3
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from host.ui import make_database, row
 
-from extensions_built_in.zit_merge.host import status
+from extensions_built_in.zit_merge.host import status, watch
+from extensions_built_in.zit_merge.progress import SILENT
 
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])  # under the first one the row can be read while it can't be written
@@ -113,6 +115,29 @@ def test_a_section_that_is_refused_leaves_the_steps_of_an_earlier_run(tmp_path):
     db.close()
     status.RowStatus(database, "j1", is_last=False, next_total=400).refuse(ValueError("no such file"))
     assert (row(database)["status"], row(database)["step"]) == ("error", 100)
+
+
+class Noted(status.Status):
+    """A status that notes how far the job is."""
+
+    def __init__(self):
+        self.told = []
+
+    def progress(self, info, done, total, speed):
+        self.told.append((info, done, total, speed))
+
+
+def test_the_pace_of_pictures_leaves_out_the_loading_of_the_model(monkeypatch):
+    clock, noted = SimpleNamespace(now=100.0), Noted()
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock.now)
+    with watch.JobProgress(noted, SILENT) as progress:
+        for seconds in progress.track([600, 10, 20], "pictures", "picture", describe=lambda n: f"shot {n}"):
+            clock.now += seconds
+    assert noted.told == [
+        ("Picture 1/3: shot 600", 1, 3, ""),
+        ("Picture 2/3: shot 10", 2, 3, "10.0 s/picture"),
+        ("Picture 3/3: shot 20", 3, 3, "15.0 s/picture"),
+    ]
 
 
 class Told:

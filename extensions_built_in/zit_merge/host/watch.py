@@ -76,13 +76,12 @@ class JobProgress(DeferredInterrupt, Progress):
             JobStopped: In a job without a trainer; a trainer raises its own exception.
         """
         passed = self._picture if unit == "picture" else self._module
-        start = time.monotonic()
         for done, item in enumerate(self._bar.track(items, label, unit, describe), 1):
             yield item
             self._stop_if_interrupted()
-            passed(done, len(items), describe(item) if describe else label, start)
+            passed(done, len(items), describe(item) if describe else label)
 
-    def _module(self, done: int, total: int, label: str, start: float) -> None:
+    def _module(self, done: int, total: int, label: str) -> None:
         """A module of a pass is done: the UI is told, and asked, about twice a second and at the end."""
         now, is_counted = time.monotonic(), label in self._modules
         if now - self._told < _PAUSE and not (is_counted and done == total):
@@ -94,10 +93,13 @@ class JobProgress(DeferredInterrupt, Progress):
             speed = f"{overall / max(now - self._start, 1e-3):.0f} modules/s"
             self._status.progress(f"Merging {label}: {done}/{total}", overall, sum(self._modules.values()), speed)
 
-    def _picture(self, done: int, total: int, label: str, start: float) -> None:
-        """A picture is done."""
+    def _picture(self, done: int, total: int, label: str) -> None:
+        """A picture is done. The first one waited for the model too, so the pace is that of the others."""
         self._status.check()
-        pace = f"{(time.monotonic() - start) / done:.1f} s/picture"
+        now = time.monotonic()
+        if done == 1:
+            self._start = now
+        pace = f"{(now - self._start) / (done - 1):.1f} s/picture" if done > 1 else ""
         self._status.progress(f"Picture {done}/{total}: {label}", done, total, pace)
 
     def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
