@@ -71,6 +71,30 @@ def test_install_puts_it_in_place_and_loads_it(toolkit, run_python, tmp_path, co
     assert target.is_symlink() is not copy and (target / "model" / "zimage.py").is_file()
 
 
+@pytest.mark.toolkit
+def test_a_copy_replaces_the_files_of_an_older_one(toolkit, run_python, tmp_path):
+    """Before 0.4 most modules lay at the top; none of them is left beside the folders of today."""
+    view = tmp_path / "ai-toolkit"
+    shutil.copytree(toolkit, view, symlinks=True)
+    target = view / "extensions_built_in" / "zit_merge"
+    target.unlink()
+    (target / "report").mkdir(parents=True)
+    for name in ("__init__.py", "zimage.py", "cli.py", "merging.py", "plan.py", "report/text.py"):
+        (target / name).write_text("raise ImportError('an old module')\n")
+    done = run_python("-m", "extensions_built_in.zit_merge", "install", view, "--copy", cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"copied to {target}\nit loads there: process type zit_merge is ready\n"
+    assert _files(target) == _files(REPO / "extensions_built_in" / "zit_merge")
+    code = "from toolkit.extension import get_all_extensions_process_dict as d; print('found', d()['zit_merge'].__module__)"
+    done = run_python("-c", f"{code}; import extensions_built_in.zit_merge as z; print(z.__file__)", cwd=view)
+    assert done.stdout.endswith(f"found extensions_built_in.zit_merge.host.process\n{target / '__init__.py'}\n"), done.stderr
+
+
+def _files(folder: Path) -> set[Path]:
+    """Below a folder, without what Python has compiled."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
 def test_install_refuses_what_is_no_toolkit(tmp_path, capsys):
     assert cli.main(["install", str(tmp_path)]) == 1
     assert "is no AI-Toolkit folder" in capsys.readouterr().err

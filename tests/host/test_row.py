@@ -4,6 +4,7 @@ import signal
 import sqlite3
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,38 @@ def test_a_section_that_is_refused_leaves_the_steps_of_an_earlier_run(tmp_path):
     db.close()
     status.RowStatus(database, "j1", is_last=False, next_total=400).refuse(ValueError("no such file"))
     assert (row(database)["status"], row(database)["step"]) == ("error", 100)
+
+
+class Trainer:
+    """A trainer whose training is done, as AI-Toolkit's ends it."""
+
+    step_num = 3
+
+    def __init__(self, trouble=None):
+        self.told, self.trouble = [], trouble
+
+    def update_status(self, status, info=None):
+        self.told.append((status, info))
+
+    def done_hook(self):
+        self.update_status("completed", "Training completed")
+        if self.trouble:
+            raise self.trouble
+
+
+@pytest.mark.parametrize("trouble", [None, ValueError("the database")])
+def test_the_trainers_last_words_end_with_what_came_of_the_merges(trouble):
+    trainer = Trainer(trouble)
+    first, last = (status.TrainerStatus(trainer, is_last=is_last) for is_last in (False, True))
+    trainer.done_hook()
+    assert trainer.told == [("running", "Training finished, merging LoRAs")]
+    first.complete("1 merged")
+    assert len(trainer.told) == 1, "the last section tells"
+    with pytest.raises(ValueError) if trouble else nullcontext():
+        last.complete("2 merged, soft is off: see the Plugin tab")
+    assert trainer.told[1:] == [("completed", "Training completed, 2 merged, soft is off: see the Plugin tab")]
+    trainer.update_status("error", "x")  # what it says afterwards is its own again
+    assert trainer.told[2:] == [("error", "x")]
 
 
 class Noted(status.Status):

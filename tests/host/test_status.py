@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from host.job import job, training
 from host.test_job import write
 from host.ui import Launched, make_database, row
@@ -103,6 +104,20 @@ def test_a_merge_only_job_fills_the_row(toolkit, place, style, database):
     last = row(database)
     assert (last["step"], last["total_steps"]) == (2 * len(style.deltas),) * 2
     assert last["speed_string"].endswith(" modules/s") and last["info"] == "2 merged"
+
+
+def test_a_result_that_is_off_is_named_in_the_rows_last_words(place, style, run_python, database):
+    """A rank that holds the strong LoRA only, in a job as its section alone makes it."""
+    shapes = {module: tuple(delta.shape) for module, delta in style.deltas.items()}
+    producers.save(producers.PRODUCERS["musubi"].make(shapes, 3, 7, torch.bfloat16), place / "weak.safetensors")
+    section = alone(place, database, "right", "soft")
+    section["steps"][1] |= {"rank": 3}
+    section["steps"][1]["loras"] = [*section["steps"][1]["loras"], {"lora": str(place / "weak.safetensors"), "ratio": 0.01}]
+    done = run_python("run.py", write(place, "su", job("su", section)), AITK_JOB_ID="j1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "soft is off: weak is mostly cut away, a larger rank keeps it" in done.stdout
+    told = row(database)
+    assert (told["status"], told["info"]) == ("completed", "2 merged, soft is off: see the Plugin tab")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +287,7 @@ def test_an_error_after_a_training_between_two_sections_is_shown(toolkit, place,
 LIVE = """
 import gc, sys
 sys.argv = ["run.py", sys.argv[1]]
+import torch
 from toolkit.job import get_job
 
 job = get_job(sys.argv[1], None)
