@@ -87,13 +87,12 @@ class _Lines:
 
     def __init__(self, title: str, total: int, clock: Clock, unit: str):
         self._title, self._total, self._clock, self._unit = title, total, clock, unit
-        self._first: int | None = None  # modules that were done when their pace began, at `_since`
-        self._since = clock()
+        self._first, self._since = 0, clock()  # items that were done when their pace began, and when that was
         self._not_before, self._from = self._since + DELAY, 0.0  # the time and the module of the next line, at the earliest
 
     def to(self, done: int) -> None:
         now = self._clock()
-        if self._first is None or done <= self._first:  # ranks are settled before the first module, which is no part of the pace
+        if done == 0 or (done == 1 and self._unit == "picture"):  # the first picture waits for the model: no part of the pace
             self._first, self._since = done, now
         if now >= self._not_before and self._from <= done < self._total and sys.stderr is not None:
             self._not_before, self._from = now + _APART, done + _SHARE * self._total
