@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .analysis.residuals import dense_residual, residuals
 from .api import Merge, merge
 from .errors import ZitMergeError
 from .files.atomic import os_errors
+from .merging.residuals import dense_residual, residuals
 from .model.zimage import MODULES
 from .progress import Progress
 from .report.page.facts import step_facts

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from workspace import Workspace, merge_into
 
 from extensions_built_in.zit_merge.algebra.least_squares import groups
-from extensions_built_in.zit_merge.analysis.attribution import trace, trace_text
+from extensions_built_in.zit_merge.analysis.attribute import attribute
+from extensions_built_in.zit_merge.analysis.attribution import Attribution
 from extensions_built_in.zit_merge.formats.reader import load_lora
+from extensions_built_in.zit_merge.report.text.attribution import attribution_text
 
 Q, V, W2 = "layers.0.attention.to_q", "layers.0.attention.to_v", "layers.0.feed_forward.w2"
 ONE, TWO, THREE = (lora(8, seed) for seed in range(3))
@@ -39,12 +41,16 @@ def cut(one: dict[str, Pair], rank: int) -> dict[str, Pair]:
     return found
 
 
-def traced(folder: Path, out: dict[str, Pair], *sources: dict[str, Pair]) -> dict:
+def attributed(folder: Path, out: dict[str, Pair], *sources: dict[str, Pair]) -> Attribution:
     paths = [write(folder / f"{i}.safetensors", one) for i, one in enumerate((out, *sources))]
-    facts = trace(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
-    json.dumps(facts, allow_nan=False)
-    assert fits(trace_text(facts))
-    return facts
+    found = attribute(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
+    json.dumps(found.to_json(), allow_nan=False)
+    assert fits(attribution_text(found))
+    return found
+
+
+def traced(folder: Path, out: dict[str, Pair], *sources: dict[str, Pair]) -> dict:
+    return attributed(folder, out, *sources).to_json()
 
 
 def verdict(facts: dict) -> str:
@@ -120,8 +126,9 @@ def test_with_files_of_other_algorithms(work: Workspace, other):
     assert facts["strengths"] == pytest.approx([0.5, -0.7], abs=1e-4)
 
 
-def test_a_lokr_in_a_lokr(work: Workspace):
-    path = work.lora("b.safetensors", "ai-toolkit-lokr", seed=1)
+@pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "musubi-lokr", "ai-toolkit-lokr-split"])  # two of them with an alpha
+def test_a_lokr_in_a_lokr(work: Workspace, producer):
+    path = work.lora("b.safetensors", producer, seed=1)
     facts = json.loads(work.zit("inspect", path, "--sources", work.lora("a.safetensors"), path, "--json", "--quiet").ok())
     assert facts["strengths"] == pytest.approx([0, 1], abs=1e-6)
     assert facts["verdict"][0].startswith("the file is 1.00 of source 2:")
@@ -130,12 +137,13 @@ def test_a_lokr_in_a_lokr(work: Workspace):
 def test_weights_by_block(tmp_path):
     out = of((ONE, 1.0), (TWO, 1.0))
     out |= {Q: of((ONE, 0.2), (TWO, 1.0))[Q], W2: of((ONE, -1.5), (TWO, 1.0))[W2]}
-    facts = traced(tmp_path, out, ONE, TWO)
+    found = attributed(tmp_path, out, ONE, TWO)
+    facts = found.to_json()
     assert facts["kind"] == "by module"
     assert facts["rest"] > 0.1 > 1e-4 > facts["rest_by_module"]
     assert facts["modules"][Q] == pytest.approx([0.2, 1], abs=1e-5)
     assert facts["modules"][W2] == pytest.approx([-1.5, 1], abs=1e-5)
-    text = trace_text(facts)
+    text = attribution_text(found)
     assert re.search(r"^0 +1.00 +0.20 +1.00 +1.00 +1.00 +1.00 +-1.50 +1.00$", text, re.M)
     assert "strength of source 2 in each module: 1.00 in all 8 modules" in text
 
@@ -147,14 +155,15 @@ def test_weights_by_block(tmp_path):
 def test_a_truncated_merge_is_told_with_the_strengths_before_the_cut(tmp_path, rank):
     whole = of((ONE, 1.0), (TWO, 0.5))
     out = cut(whole, rank)
-    facts = traced(tmp_path, out, ONE, TWO)
+    found = attributed(tmp_path, out, ONE, TWO)
+    facts = found.to_json()
     assert facts["kind"] == "truncated"
     assert facts["strengths"][0] < 0.999  # the plain answer is low
     assert facts["before_cut"]["strengths"] == pytest.approx([1, 0.5], abs=1e-4)
     energy = [sum(float(d.square().sum()) for d in deltas(one).values()) for one in (out, whole)]
     assert facts["before_cut"]["kept"] == pytest.approx(energy[0] / energy[1], rel=1e-4)
     assert f"1.00 of source 1 and 0.50 of source 2, truncated to rank {rank}, which kept" in verdict(facts)
-    assert "in each module before the cut: 0.50 in all 8 modules" in trace_text(facts) or rank == 2
+    assert "in each module before the cut: 0.50 in all 8 modules" in attribution_text(found) or rank == 2
 
 
 def test_our_own_truncated_merge_in_bf16(work: Workspace, loras):
@@ -309,10 +318,11 @@ def test_modules_that_one_side_lacks(tmp_path, which):
 def test_a_source_that_has_some_of_the_modules(tmp_path):
     part = {m: p for m, p in TWO.items() if "attention" in m}
     out = of((ONE, 0.5)) | {m: of((ONE, 0.5), (TWO, 0.7))[m] for m in part}
-    facts = traced(tmp_path, out, ONE, part)
+    found = attributed(tmp_path, out, ONE, part)
+    facts = found.to_json()
     assert facts["kind"] == "strengths" and facts["strengths"] == pytest.approx([0.5, 0.7], abs=1e-5)
     assert facts["modules"][W2] == [pytest.approx(0.5, abs=1e-5), None]
-    assert "strength of source 2 in each module: 0.70 in all 4 modules" in trace_text(facts)
+    assert "strength of source 2 in each module: 0.70 in all 4 modules" in attribution_text(found)
 
 
 def test_no_module_in_common_and_zeros(tmp_path):
@@ -330,13 +340,14 @@ def test_no_module_in_common_and_zeros(tmp_path):
 
 def test_of_sources_too_alike_only_the_sum_is_told(tmp_path):
     near = later_save(ONE, 1e-3)
-    facts = traced(tmp_path, of((ONE, 0.9), (near, 0.1), (TWO, 0.3)), ONE, near, TWO)
+    found = attributed(tmp_path, of((ONE, 0.9), (near, 0.1), (TWO, 0.3)), ONE, near, TWO)
+    facts = found.to_json()
     assert facts["alike"] == [[0, 1]]
     text = verdict(facts)
     assert "sources 1 and 2 are too alike (cosine 1.00)" in text or "(cosine 0.9999)" in text
     assert "only what they add up to can be, 1.00 of source 1" in text
     assert all(own[0] is own[1] is None and own[2] == pytest.approx(0.3, abs=1e-3) for own in facts["modules"].values())
-    shown = trace_text(facts)
+    shown = attribution_text(found)
     assert "strength of source 1 in each module: not to be told in all 8 modules" in shown
     assert shown.count("one of many that fit") == 2
 
@@ -400,9 +411,9 @@ def test_usage(work: Workspace):
 
 def test_json_has_the_documented_keys_and_comes_back(work: Workspace):
     paths = [write(work.folder / f"{i}.safetensors", one) for i, one in enumerate((cut(of((ONE, 1.0), (TWO, 0.5)), 8), ONE, TWO))]
-    documented = re.findall(r"^ {8}(\w+): ", trace.__doc__.split("Returns:")[1].split("Raises:")[0], re.M)
+    documented = re.findall(r"^ {8}(\w+): ", Attribution.__doc__, re.M)
     facts = json.loads(work.zit("inspect", paths[0], "--sources", *paths[1:], "--json", "--quiet").ok())
     assert list(facts) == documented
-    again = trace(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
-    assert facts == json.loads(json.dumps(again, allow_nan=False))
-    assert f"`{facts['kind']}`" in trace.__doc__
+    again = attribute(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
+    assert facts == json.loads(json.dumps(again.to_json(), allow_nan=False))
+    assert f"`{facts['kind']}`" in Attribution.__doc__

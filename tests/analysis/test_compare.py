@@ -17,8 +17,10 @@ from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.algebra import overlap as algebra
-from extensions_built_in.zit_merge.analysis.compare import compare, compare_text
+from extensions_built_in.zit_merge.analysis.compare import Comparison, compare
+from extensions_built_in.zit_merge.analysis.measure import measure
 from extensions_built_in.zit_merge.formats.reader import load_lora
+from extensions_built_in.zit_merge.report.text.compare import comparison_text
 
 Q, W2 = "layers.0.attention.to_q", "layers.0.feed_forward.w2"
 BIG = {"layers.0.attention.to_q": (300, 300), "layers.0.attention.to_v": (300, 300), "layers.7.attention.to_q": (300, 300)}
@@ -28,8 +30,12 @@ def files(folder: Path, *loras: dict[str, Pair]) -> list[Path]:
     return [write(folder / f"{i}.safetensors", one) for i, one in enumerate(loras)]
 
 
+def compared(folder: Path, *loras: dict[str, Pair]) -> Comparison:
+    return compare(measure([load_lora(p) for p in files(folder, *loras)]))
+
+
 def facts_of(folder: Path, *loras: dict[str, Pair]) -> dict:
-    return compare([load_lora(p) for p in files(folder, *loras)])
+    return compared(folder, *loras).to_json()
 
 
 def times(one: dict[str, Pair], strength: float) -> dict[str, Pair]:
@@ -100,7 +106,7 @@ def test_files_of_other_trainers_and_algorithms(work: Workspace, other):
     assert facts["sum"]["norm"] == pytest.approx(float(sum(flats).norm()), rel=1e-5)
     assert facts["files"][1]["modules"] == len(made[1])
     assert {m for m, f in facts["modules"].items() if f["files"] == [0, 1]} == set(made[0]) & set(made[1])
-    assert fits(compare_text(facts))
+    assert fits(work.zit("inspect", *paths, "--quiet").ok())
 
 
 def drift(count: int, same: int = 4, own: int = 4, strength: float = 1.0) -> list[dict[str, Pair]]:
@@ -150,19 +156,19 @@ def test_what_only_some_share_is_counted_by_how_many(tmp_path):
 
 def test_a_short_side_that_is_full_tells_nothing(tmp_path):
     wide = {"layers.0.adaLN_modulation.0": (64, 16)}
-    facts = facts_of(tmp_path, lora(16, 0, modules=wide), lora(16, 1, modules=wide))
-    found = facts["modules"]["layers.0.adaLN_modulation.0"]["directions"]
-    assert (found["rows"]["told"], found["rows"]["common"], found["rows"]["shared"]) == (False, 0, {})
-    assert "nothing can be told in 1 module" in one_line(compare_text(facts))
+    found = compared(tmp_path, lora(16, 0, modules=wide), lora(16, 1, modules=wide))
+    rows = found.to_json()["modules"]["layers.0.adaLN_modulation.0"]["directions"]["rows"]
+    assert (rows["told"], rows["common"], rows["shared"]) == (False, 0, {})
+    assert "nothing can be told in 1 module" in one_line(comparison_text(found))
 
 
 def test_of_a_change_of_high_rank_the_leading_directions(tmp_path, monkeypatch):
     monkeypatch.setattr(algebra, "THIN", 6)
     monkeypatch.setattr(algebra, "LEADING", 4)
-    facts = facts_of(tmp_path, lora(8, 0), lora(4, 1))
-    assert facts["leading"] == list(facts["modules"])
-    assert {f["directions"]["columns"]["of"] for f in facts["modules"].values()} == {8}
-    assert "8 modules (e.g. layers.0.adaLN_modulation.0) a change has a rank above" in one_line(compare_text(facts))
+    found = compared(tmp_path, lora(8, 0), lora(4, 1))
+    assert found.measured.leading == list(found.measured.modules)
+    assert {common.columns.of for common in found.measured.common.values()} == {8}
+    assert "8 modules (e.g. layers.0.adaLN_modulation.0) a change has a rank above" in one_line(comparison_text(found))
     monkeypatch.undo()
     assert facts_of(tmp_path, lora(8, 0), lora(4, 1))["leading"] == []
 
@@ -171,14 +177,15 @@ def test_of_a_change_of_high_rank_the_leading_directions(tmp_path, monkeypatch):
 
 
 def test_unrelated_ones_are_summed(tmp_path):
-    facts = facts_of(tmp_path, lora(8, 0), lora(8, 1))
+    found = compared(tmp_path, lora(8, 0), lora(8, 1))
+    facts = found.to_json()
     assert kinds(facts) == ["unrelated"]
     growth = facts["sum"]["norm"] / facts["sum"]["strongest"]
     assert f"to {growth:.2f} times the strongest one; if that is too much, method: normalize, or ratios of about" in said(
         facts, "unrelated"
     )
     assert f"{1 / growth:.2f}" in said(facts, "unrelated")
-    text = one_line(compare_text(facts))
+    text = one_line(comparison_text(found))
     assert f"plain sum at a ratio of 1 each {growth:.2f} times as strong as the strongest one" in text
 
 
@@ -208,9 +215,9 @@ def test_opposed_ones_cancel(tmp_path):
     facts = facts_of(tmp_path, one, times(plus(one, times(lora(8, 1), 0.5)), -1.0))
     assert kinds(facts) == ["opposed"]
     assert "LoRAs 1 and 2 (cosine -0.8" in said(facts, "opposed")
-    facts = facts_of(tmp_path, one, times(one, -1.0))
-    assert facts["sum"]["norm"] == pytest.approx(0, abs=1e-6) and "opposed" in kinds(facts)
-    assert fits(compare_text(facts))
+    found = compared(tmp_path, one, times(one, -1.0))
+    assert found.sum_norm == pytest.approx(0, abs=1e-6) and "opposed" in kinds(found.to_json())
+    assert fits(comparison_text(found))
 
 
 def test_common_directions_of_ones_that_are_otherwise_unrelated(tmp_path):
@@ -218,11 +225,12 @@ def test_common_directions_of_ones_that_are_otherwise_unrelated(tmp_path):
     common = lora(4, 100, modules=BIG)
     turned = {m: Pair(p.up.flip(1), p.down) for m, p in common.items()}  # the same columns and rows, paired differently
     loras = [plus(c, lora(6, 10 + i, modules=BIG)) for i, c in enumerate((common, turned))]
-    facts = facts_of(tmp_path, *loras)
+    found = compared(tmp_path, *loras)
+    facts = found.to_json()
     assert kinds(facts) == ["unrelated", "common"]
     text = said(facts, "common")
     assert "on average 4.0 of 16 columns and 4.0 of 16 rows" in text and "tsv, or shared_once (experimental)" in text
-    table = compare_text(facts).split("common directions of each module, columns/rows\n")[1]
+    table = comparison_text(found).split("common directions of each module, columns/rows\n")[1]
     assert re.search(r"^0 +- +4/4 +- +4/4 ", table, re.M) and re.search(r"^7 +- +4/4 +- +- ", table, re.M)
 
 
@@ -245,8 +253,8 @@ def test_a_lora_of_zeros(tmp_path):
     facts = facts_of(tmp_path, lora(8, 0), times(lora(8, 1), 0.0))
     assert kinds(facts) == ["empty"] and said(facts, "empty").startswith("LoRA 2 changes nothing")
     json.dumps(facts, allow_nan=False)
-    both = facts_of(tmp_path, *[times(lora(8, i), 0.0) for i in range(2)])
-    assert kinds(both) == ["empty"] and "all of them are zero" in compare_text(both)
+    both = compared(tmp_path, *[times(lora(8, i), 0.0) for i in range(2)])
+    assert kinds(both.to_json()) == ["empty"] and "all of them are zero" in comparison_text(both)
 
 
 def test_three_of_which_two_are_alike(tmp_path):
@@ -263,10 +271,11 @@ def test_three_of_which_two_are_alike(tmp_path):
 def test_modules_that_one_lacks(tmp_path):
     one, other = lora(8, 0), lora(8, 1)
     del other[Q]
-    facts = facts_of(tmp_path, one, other)
+    found = compared(tmp_path, one, other)
+    facts = found.to_json()
     assert facts["modules"][Q]["files"] == [0] and facts["modules"][Q]["directions"] is None
     assert facts["cosines"][0][1] == pytest.approx(cosine(flat(deltas(one)), flat(deltas(other))), abs=1e-6)
-    text = compare_text(facts)
+    text = comparison_text(found)
     assert "together in   7 of 8 modules" in text
     assert re.search(r"^0 +-?0\.\d\d +- +-?0\.\d\d", text, re.M)
 
@@ -274,9 +283,9 @@ def test_modules_that_one_lacks(tmp_path):
 def test_no_module_in_common(tmp_path):
     one = lora(8, 0)
     parts = [{m: p for m, p in one.items() if ("attention" in m) is attention} for attention in (True, False)]
-    facts = facts_of(tmp_path, *parts)
-    assert kinds(facts) == ["apart"] and facts["cosines"][0][1] == 0
-    assert "no module is changed by both" in compare_text(facts)
+    found = compared(tmp_path, *parts)
+    assert kinds(found.to_json()) == ["apart"] and found.cosines[0][1] == 0
+    assert "no module is changed by both" in comparison_text(found)
 
 
 def test_shapes_that_differ_name_both_files_and_the_module(work: Workspace):
@@ -300,7 +309,7 @@ def test_a_change_too_large_for_a_number(tmp_path):
     tensors = {k: t.double() * 1e200 for k, t in load_file(paths[1]).items()}
     save_file(tensors, paths[1])
     with pytest.raises(ZitMergeError, match=r"1\.safetensors: layers\.0\.\S+: the norm of its change is too large"):
-        compare([load_lora(p) for p in paths])
+        measure([load_lora(p) for p in paths])
 
 
 def test_a_file_that_leaves_something_open_is_compared_by_what_is_known(work: Workspace):
@@ -334,7 +343,7 @@ def test_twenty_loras(work: Workspace):
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_tables_of_pairs(tmp_path, count):
-    text = compare_text(facts_of(tmp_path, *[lora(4, i) for i in range(count)]))
+    text = comparison_text(compared(tmp_path, *[lora(4, i) for i in range(count)]))
     assert text.count("per layer and component") == {2: 1, 3: 3, 4: 1}[count]
     assert ("cosine of the whole files" in text) is (count > 3)
     assert fits(text)
@@ -343,7 +352,7 @@ def test_tables_of_pairs(tmp_path, count):
 def test_where_a_pair_is_most_alike(tmp_path):
     one, other = lora(8, 0), lora(8, 1)
     other[W2] = one[W2]
-    text = compare_text(facts_of(tmp_path, one, other))
+    text = comparison_text(compared(tmp_path, one, other))
     assert "most alike in w2 (1.00), least in " in text
 
 
@@ -362,11 +371,11 @@ def test_hostile_names(work: Workspace, name):
 
 def test_json_has_the_documented_keys_and_comes_back(work: Workspace):
     paths = files(work.folder, lora(8, 0), lora(4, 1))
-    documented = re.findall(r"^ {8}(\w+): ", compare.__doc__.split("Returns:")[1].split("Raises:")[0], re.M)
+    named = Comparison.to_json.__doc__
+    documented = re.findall(r"^ {12}(\w+): ", named, re.M)
     facts = json.loads(work.zit("inspect", *paths, "--json", "--quiet").ok())
     assert list(facts) == documented
-    assert facts == json.loads(json.dumps(compare([load_lora(p) for p in paths]), allow_nan=False))
-    named = compare.__doc__
+    assert facts == json.loads(json.dumps(compare(measure([load_lora(p) for p in paths])).to_json(), allow_nan=False))
     for found in (
         facts["files"][0],
         facts["modules"][Q],

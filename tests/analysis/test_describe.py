@@ -16,9 +16,11 @@ from oracles import producers
 from oracles.producers import PRODUCERS, Made
 from workspace import REAL, SMALL, Workspace
 
-from extensions_built_in.zit_merge.analysis.describe import describe, inspect_text
+from extensions_built_in.zit_merge.analysis.describe import Description, describe
+from extensions_built_in.zit_merge.analysis.measure import measure
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.formats.trainers import recognise
+from extensions_built_in.zit_merge.report.text.describe import description_text
 
 RANK = 2
 TO_COMFY = "musubi-tuner (convert_z_image_lora_to_comfy.py)"
@@ -120,8 +122,16 @@ def write(folder: Path, made: Made, name: str = "f.safetensors") -> Path:
     return folder / name
 
 
+def described(folder: Path, made: Made, **answers: str) -> Description:
+    return describe(measure([load_lora(write(folder, made), **answers)]))
+
+
 def facts_of(folder: Path, made: Made) -> dict:
-    return describe(load_lora(write(folder, made)))
+    return described(folder, made).to_json()
+
+
+def text_of(folder: Path, made: Made) -> str:
+    return description_text(described(folder, made))
 
 
 def pairs(*modules: str, prefix: str = "diffusion_model.", rank: int = RANK, alpha: float | None = None) -> Made:
@@ -233,9 +243,9 @@ def test_norms_against_the_float64_deltas(tmp_path, name):
     ],
 )
 def test_algorithm_and_rank(tmp_path, name, algorithms, rank):
-    facts = facts_of(tmp_path, made_by(name))
-    assert facts["algorithms"] == algorithms
-    text = inspect_text(facts)
+    found = described(tmp_path, made_by(name))
+    assert found.algorithms == algorithms
+    text = description_text(found)
     assert re.search(rf"^rank {{10}}{rank}$", text, re.M)
     assert all(kind in re.search(r"^algorithm .*$", text, re.M)[0] for kind in algorithms)
 
@@ -245,11 +255,11 @@ def test_algorithm_and_rank(tmp_path, name, algorithms, rank):
     [("ai-toolkit", None, 1), ("musubi", 1, 0.5), ("diffusers-alpha", None, 0.125), ("ai-toolkit-lokr-fp16", math.inf, 1)],
 )
 def test_alpha_as_stored_and_the_scale_that_is_applied(tmp_path, name, alpha, scale):
-    facts = facts_of(tmp_path, made_by(name))
-    stored = set(facts["alphas"].values())
+    found = described(tmp_path, made_by(name))
+    stored = set(found.alphas.values())
     assert stored == (set() if alpha is None else {None if alpha == math.inf else alpha})
-    assert set(facts["scales"].values()) == {scale}
-    text = inspect_text(facts)
+    assert set(found.scales.values()) == {scale}
+    text = description_text(found)
     assert re.search(rf"^alpha/rank {{4}}{scale}$", text, re.M)
     assert f"{'alpha':<14}{'not in the keys' if alpha is None else f'{alpha:g}'}" in text
     assert ("without a meaning" in text) is (alpha == math.inf)
@@ -267,15 +277,13 @@ def test_changes_that_add_up_at_two_scales_have_no_one_scale(tmp_path):
     fused = {"lora_A.weight": torch.ones(RANK, 8), "lora_B.weight": torch.ones(24, RANK), "alpha": torch.tensor(1.0)}
     made = pairs(Q, K, V, alpha=2.0)
     made.tensors.update({f"diffusion_model.layers.0.attention.qkv.{part}": tensor for part, tensor in fused.items()})
-    path = write(tmp_path, made)
-    facts = describe(load_lora(path, qkv="sum"))
-    assert facts["scales"] == {Q: None, K: None, V: None} and facts["ranks"][Q] == 2 * RANK
-    assert facts["norms"][Q] == pytest.approx(8 * RANK * 1.5)  # ones: the entries are RANK * (1 + 1 / 2)
-    assert "alpha/rank    differs in changes that add up\n" in inspect_text(facts)
-    facts["scales"][Q] = 0.5
-    assert "alpha/rank    0.5, differs in changes that add up\n" in inspect_text(facts)
-    assert inspect_text(facts).count("mixed") == 2
-    assert describe(load_lora(path))["norms"][Q] == pytest.approx(8 * RANK)
+    found = described(tmp_path, made, qkv="sum")
+    assert found.scales == {Q: None, K: None, V: None} and found.ranks[Q] == 2 * RANK
+    assert found.norms[Q] == pytest.approx(8 * RANK * 1.5)  # ones: the entries are RANK * (1 + 1 / 2)
+    assert "alpha/rank    differs in changes that add up\n" in description_text(found)
+    text = description_text(replace(found, scales=found.scales | {Q: 0.5}))
+    assert "alpha/rank    0.5, differs in changes that add up\n" in text and text.count("mixed") == 2
+    assert described(tmp_path, made).norms[Q] == pytest.approx(8 * RANK)
 
 
 def test_several_dtypes(tmp_path):
@@ -464,9 +472,9 @@ CASES: dict[str, tuple[str, Callable[[], Made], Callable[[], Made]]] = {
 def test_odd(tmp_path, case):
     words, has, has_not = CASES[case]
     for make, expected in ((has, 1), (has_not, 0)):
-        facts = facts_of(tmp_path, make())
-        assert len(said(facts["odd"], words)) == expected, facts["odd"]
-        assert (" ".join(words.split()) in " ".join(inspect_text(facts).split())) is bool(expected)
+        found = described(tmp_path, make())
+        assert len(said(found.odd, words)) == expected, found.odd
+        assert (" ".join(words.split()) in " ".join(description_text(found).split())) is bool(expected)
 
 
 def test_a_whole_file_of_the_real_sizes_has_nothing_odd(tmp_path):
@@ -492,7 +500,7 @@ def test_a_product_that_overflows_is_no_number_in_json(tmp_path):
 
 @pytest.mark.parametrize("name", READABLE)
 def test_it_fits_a_terminal(tmp_path, name):
-    text = inspect_text(facts_of(tmp_path, made_by(name)))
+    text = text_of(tmp_path, made_by(name))
     assert text.isascii() and max(map(len, text.splitlines())) <= 80
     assert all(c.isprintable() or c == "\n" for c in text)
 
@@ -502,14 +510,14 @@ LABELS = ("file", "made by", "format", "algorithm", "modules", "rank", "alpha", 
 
 @pytest.mark.parametrize("name", ["ai-toolkit", "peft", "lora-dot", "comfyui-train-all"])
 def test_the_head_has_every_line_in_order(tmp_path, name):
-    lines = inspect_text(facts_of(tmp_path, made_by(name))).split("\n\n")[0].splitlines()
+    lines = text_of(tmp_path, made_by(name)).split("\n\n")[0].splitlines()
     found = [line[:14].strip() for line in lines if line[:14].strip()]
     assert found == [*LABELS, "trigger words"]
 
 
 def test_who_wrote_it_and_how_that_is_known(tmp_path):
     def line(name: str) -> str:
-        return re.search(r"^made by +(.*)$", inspect_text(facts_of(tmp_path, made_by(name))), re.M)[1]
+        return re.search(r"^made by +(.*)$", text_of(tmp_path, made_by(name)), re.M)[1]
 
     assert line("ai-toolkit") == "AI-Toolkit 0.12.26, by its metadata"
     assert line("diffusion-pipe") == "diffusion-pipe, by its key style"
@@ -525,7 +533,7 @@ def table(text: str, title: str) -> list[str]:
 def test_tables_of_rank_and_scale_where_they_vary(tmp_path):
     made = halves(made_by("ai-toolkit"), "layers.0.attention.to_q", "layers.29.feed_forward.w2")
     made.tensors["diffusion_model.layers.1.feed_forward.w3.alpha"] = torch.tensor(0.5)
-    text = inspect_text(facts_of(tmp_path, made))
+    text = text_of(tmp_path, made)
     ranks = [row.split() for row in table(text, "rank")]
     assert ranks == [["0", "2", "1", *"222222"], ["1-28", *"22222222"], ["29", *"222222", "1", "2"]]
     scales = [row.split() for row in table(text, "alpha / rank, as it is applied")]
@@ -535,16 +543,14 @@ def test_tables_of_rank_and_scale_where_they_vary(tmp_path):
 
 @pytest.mark.parametrize("name", ["ai-toolkit", "musubi", "diffusers-alpha"])
 def test_no_such_tables_where_they_do_not(tmp_path, name):
-    text = inspect_text(facts_of(tmp_path, made_by(name)))
+    text = text_of(tmp_path, made_by(name))
     assert "\n\nrank" not in text and "as it is applied\n" not in text
     assert len(table(text, "norm of the change, per layer and component")) >= 30
 
 
 def test_ranks_of_many_letters_still_fit(tmp_path):
-    facts = facts_of(tmp_path, pairs(Q, K, V))
-    facts["ranks"] = {Q: 10**9, K: 65536, V: 1}
-    facts["scales"] = {Q: 1e-9, K: 123456.0, V: None}
-    text = inspect_text(facts)
+    scales = {Q: 1e-9, K: 123456.0, V: None}
+    text = description_text(replace(described(tmp_path, pairs(Q, K, V)), ranks={Q: 10**9, K: 65536, V: 1}, scales=scales))
     assert max(map(len, text.splitlines())) <= 80
     assert table(text, "rank")[0].split()[1:5] == ["-", "1e+09", "65536", "1"]
     assert table(text, "alpha / rank, as it is applied")[0].split()[1:5] == ["-", "1e-09", "1e+05", "mixed"]
@@ -561,8 +567,7 @@ def test_long_names_and_words_are_cut_with_a_count(tmp_path):
     made = replace(pairs(Q, K, V), metadata=metadata)
     made.tensors.update({f"text_encoder.{long}.{i}": torch.ones(1) for i in range(4)})
     made.tensors.update({f"x.{long}.{i}": torch.ones(1) for i in range(9)})
-    facts = facts_of(tmp_path, made) | {"file": f"a{long}c.safetensors"}
-    text = inspect_text(facts)
+    text = description_text(replace(described(tmp_path, made), file=f"a{long}c.safetensors"))
     assert len(text.splitlines()) < 70 and max(map(len, text.splitlines())) <= 80 and text.isascii()
     flat = "".join(text.split())
     for part in ("c.safetensors(314letters)", "(5,000inall)", "(1,000,000letters)", "4keysthatnomergetakes", "9keys,e.g.x.bbb"):
@@ -572,22 +577,22 @@ def test_long_names_and_words_are_cut_with_a_count(tmp_path):
 
 def test_one_trigger_phrase_of_a_megabyte(tmp_path):
     phrase = "word " * 200_000
-    text = inspect_text(facts_of(tmp_path, replace(pairs(Q), metadata={"modelspec.trigger_phrase": phrase})))
+    text = text_of(tmp_path, replace(pairs(Q), metadata={"modelspec.trigger_phrase": phrase}))
     assert "... (999,999 letters)" in " ".join(text.split())
     assert len(text) < 5000
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path):
     metadata = {"modelspec.trigger_phrase": "\x1b[2J red\x07\r\nfile  fake \u4e2d\u2028x\x7f", "ss_base_model_version": "\x00"}
-    text = inspect_text(facts_of(tmp_path, replace(pairs(Q), metadata=metadata)))
+    text = text_of(tmp_path, replace(pairs(Q), metadata=metadata))
     assert all(c.isprintable() or c == "\n" for c in text) and text.isascii()
     assert "trigger words ?[2J red? file fake \\u4e2d x?\n" in text
 
 
 def test_what_is_open_and_what_was_decided(tmp_path):
-    text = " ".join(inspect_text(facts_of(tmp_path, made_by("lycoris-norm"))).split())
+    text = " ".join(text_of(tmp_path, made_by("lycoris-norm")).split())
     assert re.search(r"open - lycoris_\S+\.w_norm and 179 more change a norm", text)
-    text = " ".join(inspect_text(facts_of(tmp_path, made_by("diffusers-alpha"))).split())
+    text = " ".join(text_of(tmp_path, made_by("diffusers-alpha")).split())
     assert "noted - alpha stands only in lora_adapter_metadata: alpha / rank = 0.125 is applied" in text
 
 
@@ -599,8 +604,7 @@ def test_a_merged_file_points_to_its_recipe(work: Workspace, loras):
 
 
 def documented_keys() -> list[str]:
-    returns = describe.__doc__.split("Returns:")[1].split("Raises:")[0]
-    return re.findall(r"^ {8}(\w+): ", returns, re.M)
+    return re.findall(r"^ {8}(\w+): ", Description.__doc__, re.M)
 
 
 def test_the_documentation_lists_the_keys():
@@ -609,16 +613,15 @@ def test_the_documentation_lists_the_keys():
 
 @pytest.mark.parametrize("name", READABLE)
 def test_json_has_the_documented_keys_and_comes_back(tmp_path, name):
-    path = write(tmp_path, made_by(name))
-    facts = describe(load_lora(path))
+    facts = facts_of(tmp_path, made_by(name))
     assert list(facts) == documented_keys()
     text = json.dumps(facts, allow_nan=False)
     assert json.loads(text) == facts
-    assert json.dumps(describe(load_lora(path)), allow_nan=False) == text
+    assert json.dumps(facts_of(tmp_path, made_by(name)), allow_nan=False) == text
     assert set(facts["norms"]) == set(facts["scales"]) == set(facts["ranks"]) >= set(facts["alphas"])
 
 
 def test_the_command_prints_these_facts(work, loras):
     facts = json.loads(work.zit("inspect", loras[1], "--json").ok())
-    assert facts == json.loads(json.dumps(describe(load_lora(loras[1]))))
+    assert facts == json.loads(json.dumps(describe(measure([load_lora(loras[1])])).to_json()))
     assert facts["trainer"] == {"name": "musubi-tuner", "version": None, "by": "metadata"}

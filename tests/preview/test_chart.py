@@ -14,45 +14,58 @@ import pytest
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.preview import chart
-from extensions_built_in.zit_merge.preview.ablation import Ablation, Distances, number
-from extensions_built_in.zit_merge.preview.groups import module_groups
-from extensions_built_in.zit_merge.preview.settings import ImageSpec
+from extensions_built_in.zit_merge.preview.ablation import Ablation, Distances, Shot, groups, number
 
 paper = pytest.importorskip("extensions_built_in.zit_merge.report.plots.canvas")  # needs matplotlib
+chart_figure = pytest.importorskip("extensions_built_in.zit_merge.preview.chart_figure")
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.cm import ScalarMappable  # noqa: E402
+from matplotlib.collections import PolyCollection  # noqa: E402
+from matplotlib.colors import Normalize  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
+from matplotlib.path import Path as Outline  # noqa: E402
 from report.test_plots import check_texts, words  # noqa: E402
 
 FOUR = ("pixels", "structure", "colour", "detail")
 
 
 def ablation(
-    by: str, count: int, *, specs: int = 4, names: Sequence[str] = FOUR, mode: str = "leave_out", **how: object
+    by: str, count: int, *, shots: int = 4, names: Sequence[str] = FOUR, mode: str = "leave_out", **how: object
 ) -> Ablation:
     """Part k of metric n has in picture s the distance (1 + k % 7) * (1 + n) * (1 + 0.1 s) of a whole of 10."""
     present = how.pop("present", MODULES)
-    parts = module_groups(by, count, present)
+    parts = groups(by, count, present)
     lora, scale = how.pop("lora", "me.safetensors"), how.pop("scale", 1.0)
 
     def distances(n: int) -> Distances:
-        found = {g.name: tuple(scale * (1 + k % 7) * (1 + n) * (1 + 0.1 * s) for s in range(specs)) for k, g in enumerate(parts)}
-        return Distances((10.0,) * specs, (10.0,) * specs, found, found)
+        found = {g.name: tuple(scale * (1 + k % 7) * (1 + n) * (1 + 0.1 * s) for s in range(shots)) for k, g in enumerate(parts)}
+        return Distances((10.0,) * shots, (10.0,) * shots, found, found)
 
     about = {name: {"what": "", "formula": "", "source": ""} for name in names}
     told = {name: distances(n) for n, name in enumerate(names)}
-    rendered = tuple(ImageSpec(f"prompt {s}", 42) for s in range(specs))
-    return Ablation(lora, by, mode, rendered, parts, told, about, how.pop("is_changed", (True,) * specs))
+    pictures = tuple(Shot(f"prompt {s}", 42) for s in range(shots))
+    return Ablation(lora, by, mode, pictures, parts, told, about, how.pop("is_changed", (True,) * shots))
 
 
 def drawn(one: Ablation) -> Figure:
-    with paper.settings():
-        return chart.page(one).figure
+    return chart_figure.draw_chart(one)
 
 
 def panels(page: Figure) -> list[Axes]:
     """The axes of the metrics, without those of colour bars."""
-    return [axes for axes in page.axes if axes.patches]
+    return [axes for axes in page.axes if axes.patches or cells(axes)]
+
+
+def cells(axes: Axes) -> list[PolyCollection]:
+    """The cells of a map: those with a value, and those with a mark."""
+    return [c for c in axes.collections if isinstance(c, PolyCollection)]
+
+
+def centre(path: Outline) -> tuple[float, float]:
+    """Of a cell, in columns and rows."""
+    (left, top), (right, bottom) = path.vertices.min(0), path.vertices.max(0)
+    return round(float(left + right) / 2, 6), round(float(top + bottom) / 2, 6)
 
 
 NOTHING = {"is_changed": (False,) * 4}
@@ -64,8 +77,8 @@ HARD = {
     "components": ablation("components", 10),
     "one metric": ablation("layers", 10, names=FOUR[:1]),
     "six metrics": ablation("layers", 10, names=(*FOUR, "my_module:a_metric_of_a_name_that_no_panel_has_room_for", "b:c")),
-    "one picture": ablation("components", 10, specs=1),
-    "twenty pictures": ablation("layers", 10, specs=20),
+    "one picture": ablation("components", 10, shots=1),
+    "twenty pictures": ablation("layers", 10, shots=20),
     "no change": ablation("layers", 10, **NOTHING),
     "huge": ablation("layers", 10, scale=1e5),
     "tiny": ablation("layers", 10, scale=1e-9),
@@ -124,7 +137,7 @@ def test_pictures_beyond_the_scale_are_at_its_edge():
 
 
 def test_a_single_picture_has_no_dots():
-    page = drawn(ablation("layers", 3, specs=1))
+    page = drawn(ablation("layers", 3, shots=1))
     assert not any(axes.collections for axes in panels(page)) and "Dots" not in words(page)
     assert "Dots: single pictures" in words(drawn(ablation("layers", 3)))
 
@@ -136,24 +149,26 @@ def test_cells_are_shares_at_their_layer_and_component(count):
     for axes, metric in zip(panels(page), FOUR, strict=True):
         columns = [label.get_text().replace("\n", "_") for label in axes.get_xticklabels()]
         assert columns == [*dict.fromkeys(g.key.split(".")[0] for g in one.groups)]
-        centres = dict(zip(columns, axes.get_xticks(), strict=True))
-        shown = {(round(t.get_position()[0], 6), t.get_position()[1]): t.get_text() for t in axes.texts}
-        colours = {(p.get_x() + 0.5, p.get_y() + p.get_height() / 2): p.get_facecolor() for p in axes.patches}
-        assert len(colours) == len(axes.patches) == len(one.groups)
-        scale = paper.ScalarMappable(paper.Normalize(0, max(one.share(metric, g.name) for g in one.groups)), "cividis")
+        centres = dict(zip(columns, axes.get_xticks().round(6).tolist(), strict=True))
+        shown = {tuple(round(x, 6) for x in t.get_position()): t.get_text() for t in axes.texts}
+        (valued,) = cells(axes)
+        colours = dict(zip(map(centre, valued.get_paths()), valued.to_rgba(valued.get_array()), strict=True))
+        assert len(colours) == len(valued.get_paths()) == len(one.groups)
+        scale = ScalarMappable(Normalize(0, max(one.share(metric, g.name) for g in one.groups)), "cividis")
         for group in one.groups:
             run, _, component = group.key.partition(".")
             place = (centres[run], COMPONENTS.index(component) + 0.5 if component else 4)
             share = one.share(metric, group.name)
             assert colours[place] == pytest.approx(scale.to_rgba(share), abs=0.01), group.name
-            assert shown[round(place[0], 6), place[1]] == number(share)
+            assert shown[place] == number(share)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["adaLN", *COMPONENTS[1:]]
 
 
 def test_cells_that_the_lora_does_not_have_are_hatched_and_explained():
     page = drawn(HARD["cells with holes"])
     for axes in panels(page):
-        assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 5  # adaLN, in each of the runs
+        (absent,) = (c for c in cells(axes) if c.get_hatch())
+        assert len(absent.get_paths()) == 5  # adaLN, in each of the runs
     assert "Hatched: the LoRA has nothing there." in words(page)
     assert "Hatched" not in words(drawn(HARD["cells"]))
 
@@ -197,17 +212,13 @@ def test_what_a_user_has_set_for_matplotlib_changes_nothing_and_stays():
 
 
 def test_matplotlib_is_loaded_only_when_a_picture_is_drawn():
-    code = f"import sys; import {chart.__name__}; assert 'matplotlib' not in sys.modules"
+    outputs = chart.__name__.replace(".chart", ".outputs")
+    code = f"import sys; import {chart.__name__}, {outputs}; assert 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_without_matplotlib_it_is_asked_for(monkeypatch):
-    chart.check("ablate")
-    monkeypatch.delitem(sys.modules, paper.__name__)
-    monkeypatch.delattr("extensions_built_in.zit_merge.report.plots.canvas")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ZitMergeError, match=r"^steps\[0\].ablate: its picture needs matplotlib \(.*\): python -m pip install"):
-        chart.check("steps[0].ablate")
-    with pytest.raises(ZitMergeError, match="its picture needs matplotlib"):
+    with pytest.raises(ZitMergeError, match=r"^ablate: its picture needs matplotlib \(.*\): python -m pip install"):
         chart.draw(HARD["three"], BytesIO())

@@ -17,15 +17,18 @@ from safetensors.torch import save_file
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
-from extensions_built_in.zit_merge.files import atomic
+from extensions_built_in.zit_merge.analysis import measure as measuring
+from extensions_built_in.zit_merge.analysis.measure import measure
+from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS
 from extensions_built_in.zit_merge.model.zimage import MODULES as MODEL
-from extensions_built_in.zit_merge.report.plots import survey as plot
+from extensions_built_in.zit_merge.report.plots.data import SHOWN, FileData, PlotData, plot_data
 
 figure = pytest.importorskip("extensions_built_in.zit_merge.report.plots.files")  # needs matplotlib
 paper = pytest.importorskip("extensions_built_in.zit_merge.report.plots.canvas")
-from matplotlib.collections import PatchCollection, QuadMesh  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.collections import PolyCollection  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
@@ -37,12 +40,16 @@ WHOLE = {m.name: SIZES[m.component] for m in MODEL.values() if m.section != "oth
 LAYERS = {m: shape for m, shape in WHOLE.items() if m.startswith("layers.")}
 
 
-def surveyed(folder: Path, *loras: Lora) -> plot.Survey:
-    return plot.survey([load_lora(write(folder / f"{i}.safetensors", one)) for i, one in enumerate(loras)])
+def data_of(*paths: Path) -> PlotData:
+    return plot_data(measure([load_lora(path) for path in paths], SHOWN))
+
+
+def measured(folder: Path, *loras: Lora) -> PlotData:
+    return data_of(*(write(folder / f"{i}.safetensors", one) for i, one in enumerate(loras)))
 
 
 def drawn(folder: Path, *loras: Lora) -> Figure:
-    return figure.draw(surveyed(folder, *loras))
+    return figure.draw(measured(folder, *loras))
 
 
 def flat(one: Dense, modules: Mapping[str, tuple[int, int]] = MODULES) -> torch.Tensor:
@@ -64,7 +71,7 @@ def broken(one: Lora, *modules: str) -> Lora:
 # --- numbers -------------------------------------------------------------------------------------------------------------------
 
 
-def check_portrait(found: plot.Portrait, dense: Dense) -> None:
+def check_file(found: FileData, dense: Dense) -> None:
     """Norms, quartiles of singular values and kept energy, from SVDs of the dense changes."""
     assert found.norms == pytest.approx({m: float(d.norm()) for m, d in dense.items()}, rel=1e-6)
     whole = sum(float(d.square().sum()) for d in dense.values())
@@ -96,60 +103,59 @@ def test_norms_spectra_and_energy_against_dense_changes(tmp_path):
         lora(4, 1, alpha=1),
         lora(2, 2, modules={Q: MODULES[Q]}) | lora(5, 3, modules=dict([*MODULES.items()][4:])),
     ]
-    survey = surveyed(tmp_path, *loras)
-    for found, one in zip(survey.files, loras, strict=True):
-        check_portrait(found, deltas(one))
+    data = measured(tmp_path, *loras)
+    for found, one in zip(data.files, loras, strict=True):
+        check_file(found, deltas(one))
         assert not found.is_cut
-    assert survey.files[0].kept()[-1] == pytest.approx(1.0, abs=1e-9)
+    assert data.files[0].kept()[-1] == pytest.approx(1.0, abs=1e-9)
 
 
 def test_cosines_of_files_and_of_modules_against_dense_changes(tmp_path):
     loras = [lora(8, 0), lora(4, 1, alpha=1), lora(8, 0, alpha=16) | lora(2, 9, modules={Q: MODULES[Q]})]
     del loras[1][Q]
-    survey, dense = surveyed(tmp_path, *loras), [deltas(one) for one in loras]
+    data, dense = measured(tmp_path, *loras), [deltas(one) for one in loras]
     for i, j in combinations(range(3), 2):
-        assert float(survey.cosines[i, j]) == pytest.approx(cosine(flat(dense[i]), flat(dense[j])), abs=1e-7)
+        assert float(data.cosines[i, j]) == pytest.approx(cosine(flat(dense[i]), flat(dense[j])), abs=1e-7)
         both = {m: cosine(dense[i][m].flatten(), dense[j][m].flatten()) for m in dense[i].keys() & dense[j].keys()}
-        assert survey.pairs[i, j] == pytest.approx(both, abs=1e-7)
-    assert Q not in survey.pairs[0, 1] and Q in survey.pairs[0, 2]
+        assert data.pairs[i, j] == pytest.approx(both, abs=1e-7)
+    assert Q not in data.pairs[0, 1] and Q in data.pairs[0, 2]
 
 
 @pytest.mark.parametrize("producer", ["ai-toolkit-lokr", "musubi-loha", "lycoris-full", "onetrainer-lokr", "musubi-comfy"])
 def test_other_algorithms_against_the_changes_they_were_made_of(work: Workspace, producer):
     made = PRODUCERS[producer].make(SMALL, 2, 0, torch.bfloat16).deltas
-    (found,) = plot.survey([load_lora(work.lora("a.safetensors", producer))]).files
-    check_portrait(found, {m: d.double() for m, d in sorted(made.items(), key=lambda item: list(MODEL).index(item[0]))})
+    (found,) = data_of(work.lora("a.safetensors", producer)).files
+    check_file(found, {m: d.double() for m, d in sorted(made.items(), key=lambda item: list(MODEL).index(item[0]))})
 
 
 def test_a_change_of_high_rank_shows_its_leading_values_and_the_energy_of_all(tmp_path, monkeypatch):
     random = torch.Generator().manual_seed(0)
     full = {m: torch.randn(o, i, generator=random) for m, (o, i) in MODULES.items()}
     save_file({f"diffusion_model.{m}.diff": d for m, d in full.items()}, tmp_path / "full.safetensors")
-    monkeypatch.setattr(plot, "LEADING", 6)
-    monkeypatch.setattr(plot, "is_thin", lambda delta: False)
-    (found,) = plot.survey([load_lora(tmp_path / "full.safetensors")]).files
+    monkeypatch.setattr(measuring, "DRAWN_WIDE", 6)
+    monkeypatch.setattr(measuring, "is_thin", lambda delta: False)
+    data = data_of(tmp_path / "full.safetensors")
+    (found,) = data.files
     assert found.is_cut and found.values.shape == (len(MODULES), 6)
-    check_portrait(found, {m: full[m].double() for m in found.norms})
+    check_file(found, {m: full[m].double() for m in found.norms})
     assert float(found.kept()[-1]) < 0.7
-    assert "LoRA 1 has changes of so high a rank that its lines end at 6 singular values." in words(
-        figure.draw(plot.survey([load_lora(tmp_path / "full.safetensors")]))
-    )
+    assert "LoRA 1 has changes of so high a rank that its lines end at 6 singular values." in words(figure.draw(data))
 
 
 def test_files_of_two_models_are_refused(tmp_path):
     with pytest.raises(ZitMergeError, match="nothing to compare"):
-        surveyed(tmp_path, lora(2), lora(2, modules={Q: (32, 32)}))
+        measured(tmp_path, lora(2), lora(2, modules={Q: (32, 32)}))
 
 
 def test_modules_pass_through_the_bar_once(tmp_path):
     seen: list[str] = []
 
-    def watched(modules):
+    def track(modules):
         for module in modules:
             seen.append(module)
             yield module
 
-    plot.survey([load_lora(write(tmp_path / f"{i}.safetensors", lora(2, i))) for i in range(2)], watched)
+    measure([load_lora(write(tmp_path / f"{i}.safetensors", lora(2, i))) for i in range(2)], track=track)
     assert sorted(seen) == sorted(MODULES)
 
 
@@ -189,47 +195,61 @@ def check_texts(page: Figure) -> None:
         assert across < 1 or down < 3, (text, other)  # extents of lines reach a little beyond their letters
 
 
-def maps(page: Figure) -> list[QuadMesh]:
+def maps(page: Figure) -> list[Axes]:
     """The maps of layers x components."""
-    meshes = (c for axes in page.axes for c in axes.collections if isinstance(c, QuadMesh))
-    return [m for m in meshes if m.get_array().shape[0] == len(COMPONENTS) and m.get_array().shape[1] >= 30]
+    names = ["adaLN", *COMPONENTS[1:]]
+    return [axes for axes in page.axes if [label.get_text() for label in axes.get_yticklabels()] == names]
+
+
+def cells(axes: Axes) -> dict[tuple[float, float], float]:
+    """(column, row) -> value of every cell of a map that has one."""
+    found = {}
+    for collection in axes.collections:
+        if (values := collection.get_array()) is not None:
+            found |= {place(path): value for path, value in zip(collection.get_paths(), values.tolist(), strict=True)}
+    return found
+
+
+def place(path: object) -> tuple[float, float]:
+    """(column, row) of a cell's upper left corner."""
+    return tuple(path.vertices.min(0).round(6).tolist())
+
+
+def scale(axes: Axes) -> tuple[float, float]:
+    """The ends of the colours of a map."""
+    (norm,) = {c.norm for c in axes.collections if c.get_array() is not None}
+    return norm.vmin, norm.vmax
 
 
 def test_the_map_holds_each_norm_at_its_layer_and_component(tmp_path):
     loras = [lora(2, 0, modules=LAYERS), lora(2, 1, modules=WHOLE, up=0.2)]
     page = drawn(tmp_path, *loras)
-    meshes = maps(page)[:2]
-    assert {m.get_array().shape for m in meshes} == {(8, 30 + 1 + 2 + 1 + 2)}
-    assert meshes[0].norm.vmin == meshes[1].norm.vmin and meshes[0].norm.vmax == meshes[1].norm.vmax
-    columns = [("layers", i) for i in range(30)] + [None, ("noise_refiner", 0), ("noise_refiner", 1), None]
-    columns += [("context_refiner", 0), ("context_refiner", 1)]
-    for mesh, one in zip(meshes, map(deltas, loras), strict=True):
-        cells = mesh.get_array()
-        for row, component in enumerate(COMPONENTS):
-            for column, block in enumerate(columns):
-                module = [m.name for m in MODEL.values() if (m.section, m.index, m.component) == (*(block or ("", 0)), component)]
-                if module and module[0] in one:
-                    assert cells[row, column] == pytest.approx(float(one[module[0]].norm()), rel=1e-6)
-                else:
-                    assert cells.mask[row, column]
-    assert meshes[1].norm.vmax == pytest.approx(max(float(d.norm()) for d in deltas(loras[1]).values()), rel=1e-6)
+    found = maps(page)[:2]
+    assert scale(found[0]) == scale(found[1])
+    gap = 2.6
+    lefts = {"layers": 0, "noise_refiner": 30 + gap, "context_refiner": 32 + 2 * gap}
+    for axes, one in zip(found, map(deltas, loras), strict=True):
+        own = [MODEL[m] for m in one]
+        wanted = {(lefts[m.section] + m.index, COMPONENTS.index(m.component)): float(one[m.name].norm()) for m in own}
+        assert cells(axes) == pytest.approx(wanted, rel=1e-6)
+    assert scale(found[1])[1] == pytest.approx(max(float(d.norm()) for d in deltas(loras[1]).values()), rel=1e-6)
 
 
 def test_pairs_have_maps_of_their_cosines_around_zero(tmp_path):
     loras = [lora(2, 0, modules=LAYERS), lora(2, 0, modules=LAYERS) | lora(2, 1, modules={Q: LAYERS[Q]})]
-    mesh = maps(drawn(tmp_path, *loras))[2]
-    assert mesh.norm.vmin == -mesh.norm.vmax == -1
+    axes = maps(drawn(tmp_path, *loras))[2]
+    assert scale(axes) == (-1, 1)
     wanted = cosine(*(deltas(one)[Q].flatten() for one in loras))
-    assert mesh.get_array()[COMPONENTS.index("to_q"), 0] == pytest.approx(wanted, abs=1e-7)
-    assert mesh.get_array()[COMPONENTS.index("to_k"), 29] == pytest.approx(1, abs=1e-7)
+    assert cells(axes)[0, COMPONENTS.index("to_q")] == pytest.approx(wanted, abs=1e-7)
+    assert cells(axes)[29, COMPONENTS.index("to_k")] == pytest.approx(1, abs=1e-7)
 
 
 def test_lines_are_medians_and_kept_energy(tmp_path):
     loras = [lora(8, 0), lora(3, 1)]
-    survey = surveyed(tmp_path, *loras)
-    (left,) = (a for a in figure.draw(survey).axes if a.get_ylabel() == "singular value")
-    (right,) = (a for a in figure.draw(survey).axes if a.get_ylabel() == "%")
-    for found, line, kept in zip(survey.files, left.lines, right.lines, strict=True):
+    data = measured(tmp_path, *loras)
+    (left,) = (a for a in figure.draw(data).axes if a.get_ylabel() == "singular value")
+    (right,) = (a for a in figure.draw(data).axes if a.get_ylabel() == "%")
+    for found, line, kept in zip(data.files, left.lines, right.lines, strict=True):
         assert line.get_ydata().tolist() == pytest.approx(found.quartiles()[1].tolist())
         assert kept.get_ydata().tolist() == pytest.approx((100 * found.kept()).tolist())
         assert line.get_xdata().tolist() == kept.get_xdata().tolist() == list(range(1, found.values.shape[1] + 1))
@@ -248,28 +268,28 @@ def test_the_matrix_has_its_numbers(tmp_path):
 
 
 def hatches(page: Figure) -> set[str]:
-    return {c.get_hatch() for axes in page.axes for c in axes.collections if isinstance(c, PatchCollection) and c.get_hatch()}
+    return {c.get_hatch() for axes in page.axes for c in axes.collections if isinstance(c, PolyCollection) and c.get_hatch()}
 
 
 def test_absent_modules_are_hatched_and_explained(tmp_path):
     page = drawn(tmp_path, lora(2, 0, modules=LAYERS))
     assert not hatches(page) and "not in the file" not in words(page)
     page = drawn(tmp_path, lora(2, 0, modules={m: s for m, s in LAYERS.items() if "adaLN" not in m}))
-    (patches,) = (c for axes in page.axes for c in axes.collections if isinstance(c, PatchCollection))
+    (patches,) = (c for axes in page.axes for c in axes.collections if c.get_hatch())
     assert len(patches.get_paths()) == 30 and "not in the file" in words(page)
 
 
 def test_a_broken_file_shows_what_is_whole(tmp_path):
     gone = ("layers.3.attention.to_q", "layers.9.feed_forward.w1")
     whole = lora(2, 0, modules=LAYERS)
-    survey = surveyed(tmp_path, broken(whole, *gone))
-    assert {m for m, n in survey.files[0].norms.items() if n is None} == set(gone)
+    data = measured(tmp_path, broken(whole, *gone))
+    assert {m for m, n in data.files[0].norms.items() if n is None} == set(gone)
     rest = {m: d for m, d in deltas(whole).items() if m not in gone}
-    assert survey.files[0].norm == pytest.approx(float(flat(rest, {m: LAYERS[m] for m in rest}).norm()), rel=1e-6)
-    page = figure.draw(survey)
+    assert data.files[0].norm == pytest.approx(float(flat(rest, {m: LAYERS[m] for m in rest}).norm()), rel=1e-6)
+    page = figure.draw(data)
     assert "broken: infinite or NaN" in words(page) and "NaN or infinity in 2 modules" in words(page)
     with pytest.raises(ZitMergeError, match="layers.3.attention.to_q.*broken"):
-        surveyed(tmp_path, whole, broken(whole, *gone))
+        measured(tmp_path, whole, broken(whole, *gone))
 
 
 HARD = {
@@ -313,7 +333,7 @@ NAMES = ["n" * 240, "$x^{$_$a_1$", "דמות של חתול", "قطة صغيرة"
 def test_names_of_all_kinds(tmp_path, name, recwarn):
     path = write(tmp_path / f"{name}.safetensors", lora(2, 0, modules={Q: LAYERS[Q]}))
     for count in (1, 2, 7):
-        page = figure.draw(plot.survey([load_lora(path)] * count))
+        page = figure.draw(data_of(*[path] * count))
         check_texts(page)
         said = words(page)
         assert "LoRA 1: " in said and ("safetensors" in said or "..." in said)
@@ -424,9 +444,6 @@ def test_without_files(work):
 
 def test_without_matplotlib(work, loras, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in (figure, paper):
-        monkeypatch.delitem(sys.modules, module.__name__)
-        monkeypatch.delattr(sys.modules[module.__name__.rpartition(".")[0]], module.__name__.rpartition(".")[2])
     message = work.zit("inspect", loras[0], "--plot", "a.png").refused()
     assert "needs matplotlib" in message and "pip install matplotlib" in message
     work.zit("inspect", loras[0]).ok()
@@ -438,6 +455,6 @@ def test_an_interruption_leaves_the_old_picture_and_no_litter(work, loras, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, "publish_file", interrupt)
+    monkeypatch.setattr(writer, "publish_file", interrupt)
     assert work.zit("inspect", loras[0], "--plot", "a.png").code == 130
     assert Path("a.png").read_bytes() == b"old" and not list(work.folder.glob("*.part"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,24 @@ from merging.test_known_mistakes import lora, write
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
-from extensions_built_in.zit_merge.analysis.attribution import trace, trace_text
-from extensions_built_in.zit_merge.analysis.compare import compare, compare_text
-from extensions_built_in.zit_merge.analysis.describe import describe, inspect_text
+from extensions_built_in.zit_merge.analysis.attribute import attribute
+from extensions_built_in.zit_merge.analysis.compare import compare
+from extensions_built_in.zit_merge.analysis.describe import describe
+from extensions_built_in.zit_merge.analysis.measure import measure
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Checkpoints, Lora, Save, Step
 from extensions_built_in.zit_merge.demo import run_demo
 from extensions_built_in.zit_merge.formats.reader import load_lora
-from extensions_built_in.zit_merge.formats.spec import LoraSpec
-from extensions_built_in.zit_merge.formats.verdict import Measured, Verdict
-from extensions_built_in.zit_merge.merging.made import Done
-from extensions_built_in.zit_merge.merging.runner import run_plans
+from extensions_built_in.zit_merge.merging.runner import Done, run_plans
+from extensions_built_in.zit_merge.merging.verify import Measured, Verdict
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.types import Input, StepPlan
-from extensions_built_in.zit_merge.report.text.catalogue import methods_text, presets_text
-from extensions_built_in.zit_merge.report.text.plan import plan_text
-from extensions_built_in.zit_merge.report.text.result import done_text
-from extensions_built_in.zit_merge.report.text.table import norm_table, value_table
+from extensions_built_in.zit_merge.planning.plan import Input, StepPlan
+from extensions_built_in.zit_merge.planning.training import LoraSpec
+from extensions_built_in.zit_merge.report.tables import done_text, methods_text, norm_table, plan_text, presets_text, value_table
+from extensions_built_in.zit_merge.report.text.attribution import attribution_text
+from extensions_built_in.zit_merge.report.text.compare import comparison_text
+from extensions_built_in.zit_merge.report.text.describe import description_text
 from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, squeezed, wrapped
 
 CPU = torch.device("cpu")
@@ -363,40 +364,41 @@ NAMES = ["me.safetensors", "\u05e9\u05dc\u05d5\u05dd\u202egpj.safetensors", "\U0
 
 
 @pytest.mark.parametrize("count", [2, 5, 12])
-def test_files_of_any_name_compared_and_traced(work: Workspace, count):
+def test_files_of_any_name_compared_and_attributed(work: Workspace, count):
     names = [NAMES[n] if n < len(NAMES) else f"{'word ' * 40}{n}.safetensors" for n in range(count)]
     loras = [load_lora(work.lora(name, seed=n % 7, change=one_layer)) for n, name in enumerate(names)]
-    facts = compare(loras)
-    screen(compare_text(facts))
-    facts["files"] = [f | {"file": HOSTILE[n % len(HOSTILE)] * 3} for n, f in enumerate(facts["files"])]
-    assert in_order(screen(compare_text(facts)), "LoRA 1 ", "plain sum ", "advice ", "layer ")
-    assert in_order(screen(trace_text(trace(loras[0], loras[1:]))), "file ", "source 1 ", "verdict ")
+    found = compare(measure(loras))
+    screen(comparison_text(found))
+    renamed = [replace(lora, path=Path(HOSTILE[n % len(HOSTILE)] * 3)) for n, lora in enumerate(loras)]
+    found = replace(found, measured=replace(found.measured, loras=renamed))
+    assert in_order(screen(comparison_text(found)), "LoRA 1 ", "plain sum ", "advice ", "layer ")
+    assert in_order(screen(attribution_text(attribute(loras[0], loras[1:]))), "file ", "source 1 ", "verdict ")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_one_file_of_any_name(work: Workspace, loras, name):
-    facts = describe(load_lora(loras[0])) | {"file": name * 2}
-    assert in_order(screen(inspect_text(facts)), "file ", "made by ", "modules ", "rank ", "norm ", "norm of the change")
+    found = replace(describe(measure([load_lora(loras[0])])), file=name * 2)
+    assert in_order(screen(description_text(found)), "file ", "made by ", "modules ", "rank ", "norm ", "norm of the change")
 
 
 def test_a_merged_file_says_first_what_went_in_and_whether_it_is_right(work: Workspace, loras):
     entries = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": -0.6}]
     out = run_all(work.job({"name": "a", "loras": entries}))[0].path
-    facts = describe(load_lora(out))
-    got = facts["check"]["got"]
+    found = describe(measure([load_lora(out)]))
+    got = found.check["got"]
     assert got == pytest.approx([0.9, -0.6], rel=1e-3)
-    head = flat(screen(inspect_text(facts)).split("format ")[0])
+    head = flat(screen(description_text(found)).split("format ")[0])
     assert head.split(", by its metadata ")[1] == (
         "merged from 0.9 of me.safetensors and -0.6 of style.safetensors "
         f"check asked 0.9, -0.6, got {got[0]:g}, {got[1]:g} of them; rounding changed 0.2 %"
     )
     many = {"steps": [{"loras": [{"lora": HOSTILE[n % len(HOSTILE)], "ratio": n} for n in range(50)]}]}
-    assert "and 45 more" in flat(screen(inspect_text(facts | {"recipe": many})))
+    assert "and 45 more" in flat(screen(description_text(replace(found, recipe=many))))
     odd = [3, [7], [{"loras": "x"}], [{"loras": [1, {"lora": 2, "ratio": "x"}]}]]
     for recipe in ({}, *({"steps": steps} for steps in odd)):
-        assert "merged from" not in screen(inspect_text(facts | {"recipe": recipe}))
-    cut = facts["check"] | {"error": 0.5, "kept": 0.75, "asked": [1e-30] * 200, "got": [None] * 200, "cut": True}
-    assert "; 75 % of the energy kept" in flat(screen(inspect_text(facts | {"check": cut})))
+        assert "merged from" not in screen(description_text(replace(found, recipe=recipe)))
+    cut = found.check | {"error": 0.5, "kept": 0.75, "asked": [1e-30] * 200, "got": [None] * 200, "cut": True}
+    assert "; 75 % of the energy kept" in flat(screen(description_text(replace(found, check=cut))))
 
 
 def test_the_lists_fit():
@@ -511,7 +513,7 @@ def test_a_kept_step_is_judged_by_what_its_check_had_found(tmp_path):
     word = done_text(first).split(": ")[0].rsplit(" ", 1)[1]
     assert (first.made, second.made) == (True, False)
     assert f"(made before by the same recipe), {word}: " in " ".join(done_text(second).split())
-    assert flat(inspect_text(describe(load_lora(plan.path)))).count("of the energy kept") == 1
+    assert flat(description_text(describe(measure([load_lora(plan.path)])))).count("of the energy kept") == 1
 
 
 def test_of_many_inputs_the_one_that_is_off_is_shown(tmp_path):

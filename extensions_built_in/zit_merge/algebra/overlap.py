@@ -62,6 +62,11 @@ class Side(NamedTuple):
     bar: float
     common: int
 
+    @property
+    def of(self) -> int:
+        """How many directions there are."""
+        return int((self.values > 1e-9).sum())
+
 
 class Overlap(NamedTuple):
     """What the directions of several deltas have in common.
@@ -82,9 +87,14 @@ def is_thin(x: Delta) -> bool:
     return min(x.rank, *x.shape) <= THIN
 
 
-def directions(x: Delta) -> Triplets:
-    """The singular triplets of a change; the leading ones where its rank is high."""
-    return Triplets(*triplets(x, None if is_thin(x) else LEADING))
+def directions(x: Delta, most: int | None = None) -> Triplets:
+    """The singular triplets of a change.
+
+    Args:
+        x: (out, in).
+        most: How many of the leading ones are wanted where its rank is high; None is LEADING.
+    """
+    return Triplets(*triplets(x, None if is_thin(x) else most or LEADING))
 
 
 def overlap(parts: Sequence[Triplets], tau: float = 0.5) -> Overlap:

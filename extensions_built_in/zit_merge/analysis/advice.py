@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
+from ..algebra.overlap import Overlap, Side
 from ..errors import counted
 from ..wording import listed
 
@@ -17,29 +17,38 @@ GROWS = 1.1  # a sum this many times as strong as its strongest LoRA is worth a 
 _PAIRS = 3  # named in a sentence
 
 
-def advice(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def advice(
+    norms: Sequence[float],
+    cosines: Sequence[Sequence[float]],
+    sum_norm: float,
+    common: Sequence[Overlap],
+    energy: Mapping[str, Sequence[float]],
+) -> Iterator[tuple[str, str]]:
     """(kind, sentence) of everything that the numbers say for a merge.
 
     Args:
-        facts: From `overlap.compare`.
+        norms: Of N files.
+        cosines: N lists of N.
+        sum_norm: Norm of their sum.
+        common: Of each module that several files change.
+        energy: {columns, rows, both}: for each file the share of its energy in common directions.
     """
-    norms = [f["norm"] for f in facts["files"]]
     alive = [i for i, n in enumerate(norms) if n > 0]
     if empty := [i for i, n in enumerate(norms) if n == 0]:
         verb, them = ("changes", "it") if len(empty) == 1 else ("change", "them")
         yield "empty", f"{loras_text(empty)} {verb} nothing, all zeros: leave {them} out"
     if len(alive) < 2:
         return
-    if not any(facts_["directions"] for facts_ in facts["modules"].values()):
+    if not common:
         yield (
             "apart",
             "no module is changed by more than one of them, so nothing can clash: method: sum keeps each as it is",
         )
         return
-    pairs = {(i, j): facts["cosines"][i][j] for i, j in combinations(alive, 2)}
-    yield from of_cosines(pairs, facts["sum"]["norm"] / facts["sum"]["strongest"])
+    pairs = {(i, j): cosines[i][j] for i, j in combinations(alive, 2)}
+    yield from of_cosines(pairs, sum_norm / max(norms))
     if max(pairs.values()) <= ALIKE and min(pairs.values()) >= OPPOSED:
-        yield from _of_directions(facts)
+        yield from _of_directions(common, energy)
     weakest, strongest = min(alive, key=norms.__getitem__), max(alive, key=norms.__getitem__)
     if (times := norms[strongest] / norms[weakest]) > STRONGER:
         nuslerp = ", or method: nuslerp, which does not let it decide the direction" if len(alive) == 2 else ""
@@ -97,33 +106,35 @@ def of_cosines(pairs: Mapping[tuple[int, int], float], growth: float) -> Iterato
         yield (
             "unrelated",
             f"they are unrelated (cosine {_range(rest)}): method: sum keeps the effect of each; its norm grows with the root of "
-            f"their number, here to {growth:.2f} times the strongest one" + _if_it_burns(growth),
+            f"their number, here to {growth:.2f} times the strongest one" + _if_too_strong(growth),
         )
 
 
-def _if_it_burns(growth: float) -> str:
+def _if_too_strong(growth: float) -> str:
     if growth <= GROWS:
         return ""
     return f"; if that is too much, method: normalize, or ratios of about {1 / growth:.2f}"
 
 
-def _of_directions(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    energy = facts["shared"]["energy"]
-    sides = {side: max(shares) for side, shares in energy.items()}
-    if sides["both"] < SHARED_BOTH and max(sides["columns"], sides["rows"]) < SHARED_ONE_SIDE:
+def _of_directions(common: Sequence[Overlap], energy: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
+    most = {side: max(shares) for side, shares in energy.items()}
+    if most["both"] < SHARED_BOTH and max(most["columns"], most["rows"]) < SHARED_ONE_SIDE:
         return
-    several = [f["directions"] for f in facts["modules"].values() if f["directions"]]
-    means = {side: sum(d[side]["common"] for d in several) / len(several) for side in ("columns", "rows")}
-    of = {side: sum(d[side]["of"] for d in several) / len(several) for side in ("columns", "rows")}
+    columns, rows = _on_average([c.columns for c in common]), _on_average([c.rows for c in common])
     found = (
-        f"they have directions in common: on average {means['columns']:.1f} of {of['columns']:.0f} columns and "
-        f"{means['rows']:.1f} of {of['rows']:.0f} rows of a module, with {_shares(energy['columns'])} of the energy of a LoRA in "
-        f"the columns, {_shares(energy['rows'])} in the rows and {_shares(energy['both'])} in both"
+        f"they have directions in common: on average {columns} columns and {rows} rows of a module, with "
+        f"{_shares(energy['columns'])} of the energy of a LoRA in the columns, {_shares(energy['rows'])} in the rows and "
+        f"{_shares(energy['both'])} in both"
     )
-    if sides["both"] >= SHARED_BOTH:
+    if most["both"] >= SHARED_BOTH:
         yield "common", f"{found}; a sum adds up there: method: tsv, or shared_once (experimental), are worth a try"
     else:
         yield "common", f"{found}; on one side alone that need not be one effect twice: method: tsv is worth a try"
+
+
+def _on_average(sides: Sequence[Side]) -> str:
+    """How many directions are common: `4.0 of 16`."""
+    return f"{sum(s.common for s in sides) / len(sides):.1f} of {sum(s.of for s in sides) / len(sides):.0f}"
 
 
 def loras_text(numbers: Sequence[int]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from ..errors import ZitMergeError
@@ -31,54 +30,61 @@ def inspect(args: argparse.Namespace) -> None:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
     if args.sources and len(args.files) > 1:
         raise ZitMergeError(f"inspect --sources: looks into one file, {len(args.files)} were named before it")
-    facts, text = _look(args)
-    print(json.dumps(facts, indent=1) if args.json else text(facts))
-    _draw(args)
+    if args.sources:
+        _look_at_sources(args)
+    else:
+        _look_at_files(args)
 
 
 def _check_drawn(args: argparse.Namespace) -> None:
     """Whether there can be a picture or a page, before anything else is done."""
-    from ..report.page import files
-    from ..report.plots import survey as plot
+    from ..report.page.files import check_target
+    from ..report.plots.write import target
 
     for drawn in ("plot", "html"):
         for flag in ("methods", "presets", "sources"):
             if getattr(args, drawn) and getattr(args, flag):
                 raise ZitMergeError(f"inspect --{drawn}: shows what is in LoRA files, not --{flag}: leave one of the two out")
     if args.plot:
-        args.plot = plot.target(args.plot, args.files)
+        args.plot = target(args.plot, args.files)
     if args.html:
-        files.check_target(args.html)
+        check_target(args.html)
 
 
-def _draw(args: argparse.Namespace) -> None:
-    """The picture and the page that were asked for."""
-    from ..report.page import files
-    from ..report.plots import survey as plot
+def _look_at_sources(args: argparse.Namespace) -> None:
+    """A file with its sources."""
+    from ..analysis.attribute import attribute
+    from ..report.text.attribution import attribution_text
 
-    for drawn, write in (("plot", plot.plot), ("html", files.write_page)):
-        if path := getattr(args, drawn):
-            write([load_lora(file) for file in args.files], path, _track(args, drawn))
+    lora, *sources = (load_lora(path) for path in (args.files[0], *args.sources))
+    _print_found(args, attribute(lora, sources, Bar(args.quiet)), attribution_text)
+
+
+def _look_at_files(args: argparse.Namespace) -> None:
+    """One file or several, with the picture and the page that were asked for; their modules are read once."""
+    from ..analysis.compare import compare
+    from ..analysis.describe import describe
+    from ..analysis.measure import measure
+    from ..report.page.files import write_page
+    from ..report.plots.data import SHOWN
+    from ..report.plots.write import write_plot
+    from ..report.text.compare import comparison_text
+    from ..report.text.describe import description_text
+
+    measured = measure([load_lora(path) for path in args.files], SHOWN if args.plot else 0, Bar(args.quiet))
+    if len(args.files) > 1:
+        _print_found(args, compare(measured), comparison_text)
+    else:
+        _print_found(args, describe(measured), description_text)
+    for path, write in ((args.plot, write_plot), (args.html, write_page)):
+        if path:
+            write(measured, path)
             if not args.json:  # stdout is one object
                 say(args, f"wrote {path}")
 
 
-def _look(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
-    """What `inspect` finds, and how it is shown: a file with its sources, several files, or one."""
-    from ..analysis import attribution as sources
-    from ..analysis import compare as overlap
-    from ..analysis import describe as inspect
-
-    loras = [load_lora(path) for path in args.files]
-    if args.sources:
-        return sources.trace(loras[0], [load_lora(path) for path in args.sources], _track(args, "sources")), sources.trace_text
-    if len(loras) > 1:
-        return overlap.compare(loras, _track(args, "compare")), overlap.compare_text
-    return inspect.describe(loras[0], _track(args, loras[0].path.name)), inspect.inspect_text
-
-
-def _track(args: argparse.Namespace, label: str) -> Callable[[Any], Any]:
-    return partial(Bar(args.quiet).track, label=label)
+def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> None:
+    print(json.dumps(found.to_json(), indent=1) if args.json else text(found))
 
 
 def recipe(args: argparse.Namespace) -> None:

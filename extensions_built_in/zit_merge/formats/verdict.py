@@ -29,6 +29,7 @@ from .metadata import CHECK_KEY, dumps, read_check
 RIGHT, OFF, EMPTY = "right", "off", "empty"
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 LOST, STRONGER = 0.5, 1.5  # got / asked
+PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 _MOST = 1e99  # of got / asked, where next to nothing was asked
 
 Reason = Mapping[str, Any]

@@ -27,7 +27,7 @@ from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
-from ..formats.verdict import Measured, Verdict, judged
+from ..formats.verdict import PAIRS_UP_TO, Measured, Verdict, judged
 from ..planning.types import StepPlan
 from .merger import Made, Parts
 
@@ -37,7 +37,6 @@ _SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.floa
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
 _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 could lose a change that they make large
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
-PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 
 
 class Sums:

@@ -15,8 +15,9 @@ from PIL import Image
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
+from extensions_built_in.zit_merge.analysis.measure import measure
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.planning.context import RunContext
+from extensions_built_in.zit_merge.planning.sources import RunContext
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
 from extensions_built_in.zit_merge.report.page.galleries import PICTURES, Gallery, Measures, Preview
@@ -54,7 +55,7 @@ def page_of(work: Workspace, loras, *galleries: Gallery, step: str = "merged") -
     found = [load_lora(p) for p in loras]
     page = Page("files")
     page.begin("", section_of(found))
-    page.add(files_facts(found))
+    page.add(files_facts(measure(found)))
     for gallery in galleries:
         page.show("", step, gallery)
     return page
@@ -303,7 +304,7 @@ def test_a_step_that_was_not_merged_has_only_its_pictures(work, show):
 
 def test_sections_with_steps_of_one_name_keep_their_pictures_apart(work, loras):
     site = RunContext("cat", "process[0]", work.folder)
-    page, found = RunPage(site), files_facts([load_lora(p) for p in loras])
+    page, found = RunPage(site), files_facts(measure([load_lora(p) for p in loras]))
     places = ["process[0]", "process[1]"]
     for index, place in enumerate(places):
         page.begin(RunContext("cat", place, work.folder), {"steps": []}, index)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
-from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.analysis.measure import measure
+from extensions_built_in.zit_merge.config.schema import parse_section
 from extensions_built_in.zit_merge.model.strengths import strengths
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES, at
 from extensions_built_in.zit_merge.report.page.facts import files_facts
@@ -566,7 +567,7 @@ def test_no_metadata_one_module_and_zeros(work, show):
     loras = [load_lora(work.folder / name) for name in ("one.safetensors", "zero.safetensors")]
     page = Page("files")
     page.begin("", section_of(loras))
-    page.add(files_facts(loras))
+    page.add(files_facts(measure(loras)))
     page.write(work.folder / "page.html")
     frame = show(work.folder / "page.html")
     assert len(shown(frame.map("strength and energy of LoRA 1"))) == 1

@@ -16,7 +16,8 @@ from page_pictures import noisy
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
-from extensions_built_in.zit_merge.files import atomic
+from extensions_built_in.zit_merge.analysis.measure import measure
+from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.report.page import render
@@ -138,7 +139,7 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_part(work, loras, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, "publish_file", stop)
+    monkeypatch.setattr(writer, "publish_file", stop)
     page = Page("cat")
     with pytest.raises(KeyboardInterrupt):
         page.write(work.out / "merged_cat.html")
@@ -211,7 +212,7 @@ def test_the_page_of_a_recipe_offers_a_section_that_is_none(work, loras):
 
 
 def test_the_energies_of_files_at_hand(work, loras):
-    found = files_facts([load_lora(p) for p in loras])
+    found = files_facts(measure([load_lora(p) for p in loras]))
     for made, energies in zip((("ai-toolkit", 2, 0), ("musubi", 3, 1)), found["details"]["energies"], strict=True):
         deltas = producers.PRODUCERS[made[0]].make(SMALL, *made[1:], torch.bfloat16).deltas
         wanted = {m: float(d.square().sum()) for m, d in deltas.items()}
@@ -252,7 +253,7 @@ def many(work: Workspace, count: int) -> list[LoraFile]:
 
 def test_a_page_stays_under_its_size_whatever_it_is_given(work):
     loras = many(work, 3)
-    step = files_facts(loras)
+    step = files_facts(measure(loras))
     noise = noisy(1, 96)
     page = Page("x" * 10_000)
     page.begin("", section_of(loras))
@@ -273,7 +274,7 @@ def test_a_page_stays_under_its_size_whatever_it_is_given(work):
 
 def test_large_steps_sections_and_words_stay_under_the_size_too(work):
     loras = many(work, 49)
-    step = files_facts(loras)
+    step = files_facts(measure(loras))
     wordy = [
         {**i, "triggers": ["\U0001f600" * 500] * 12, "weights": {**i["weights"], "overrides": [[m, 0.5] for m in range(276)]}}
         for i in step["inputs"]
@@ -311,7 +312,7 @@ def test_a_folder_that_only_the_command_line_named_is_in_the_section(work, loras
 
 def test_thousands_of_inputs_are_listed_as_far_as_there_is_room(work):
     loras = many(work, 70)
-    step = files_facts(loras)
+    step = files_facts(measure(loras))
     assert step["details"]["cosines"] is None and step["details"]["pairs"] == []
     page = Page("x")
     page.begin("", section_of(loras))

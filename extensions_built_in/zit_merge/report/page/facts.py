@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -18,45 +17,32 @@ from torch import Tensor
 from ...algebra.least_squares import cosines
 from ...algebra.methods import METHODS
 from ...analysis.advice import of_cosines
-from ...analysis.compare import Watched, same_model
-from ...config.presets import presets
+from ...analysis.measure import Measurement, ModuleProducts
 from ...errors import ZitMergeError
 from ...formats.metadata import trigger_words
-from ...formats.reader import LoraFile
 from ...formats.spec import DTYPE_NAMES
-from ...formats.verdict import Verdict
+from ...formats.verdict import PAIRS_UP_TO, Verdict
 from ...merging.made import Done
-from ...merging.verify import PAIRS_UP_TO
-from ...model.strengths import FactorTable, Weights, factor_table
-from ...model.zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
+from ...model.strengths import Weights, factor_table
+from ...model.zimage import MODULES
 from ...planning.types import Input
+from ...progress import SILENT, Progress
 from ...wording import ranks_text, span
 from ..text.result import verdict_text
-from .module_energies import Cell, survey_files, survey_step, written
+from .module_energies import of_inputs, of_result
+from .values import NAME, TEXT, number, text, texts, weights
 
-TEXT, NAME = 600, 300  # letters of a sentence, and of a name
 PAIRED = 24  # inputs, the strongest ones, whose overlap is there module by module: 276 pairs
 _NOTES, _TRIGGERS = 30, 12
 _NUMBER = {module: n for n, module in enumerate(MODULES)}
 
 
-@cache
-def anatomy() -> dict[str, Any]:
-    """The model and the presets, which every page needs."""
-    return {
-        "modules": [[m.name, m.section, m.index, m.component] for m in MODULES.values()],
-        "components": list(COMPONENTS),
-        "blocks": dict(SECTIONS),
-        "presets": {name: {"idea": p.idea, **_weights(factor_table(p.weights))} for name, p in presets().items()},
-    }
-
-
-def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
+def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
     """A step that is done.
 
     Args:
         done: The step, its inputs still there.
-        watched: Passes the modules that are read again on one by one; may raise to stop.
+        progress: Shows the modules that are read again, and may stop.
     """
     plan, verdict = done.plan, done.verdict
     asked, got = (_told(verdict, key, len(plan.inputs)) for key in ("asked", "got"))
@@ -84,24 +70,22 @@ def step_facts(done: Done, watched: Watched = iter) -> dict[str, Any]:
         "inputs": [_input(i, a, g) for i, a, g in zip(plan.inputs, asked, got, strict=True)],
     }
     try:
-        cells, result = survey_step(done, watched), written(done, watched)
+        modules, result = of_inputs(done, progress), of_result(done, progress)
     except (OSError, ZitMergeError):  # an input has been moved meanwhile; the merge itself is done
         return facts | {"details": None}
     errors = done.verdict.errors if done.verdict and plan.cut else {}
-    return facts | {"details": _details(cells, [i.strengths for i in plan.inputs], result, errors)}
+    return facts | {"details": _details(modules, [i.strengths for i in plan.inputs], result, errors)}
 
 
-def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str, Any]:
-    """Several files at hand, as inputs of a merge that has not been made.
-
-    Args:
-        loras: The files.
-        watched: Passes the modules on one by one, such as a progress bar.
+def files_facts(measured: Measurement) -> dict[str, Any]:
+    """Files that were measured, as inputs of a merge that has not been made.
 
     Raises:
-        ZitMergeError: The files are not of one model, or can't be read.
+        ZitMergeError: One of them is broken.
     """
-    same_model(loras)
+    if measured.broken:
+        raise ZitMergeError(next(iter(measured.broken.values())))
+    loras = measured.loras
     notes = [f"{lora.path.name}: {sentence}" for lora in loras for sentence in (*lora.questions, *lora.remarks)]
     ones = [dict.fromkeys(MODULES, 1.0)] * len(loras)
     return {
@@ -121,12 +105,12 @@ def files_facts(loras: Sequence[LoraFile], watched: Watched = iter) -> dict[str,
                 "modules": len(lora),
                 "what": _what(lora.algorithms, lora.ranks, lora.dtype),
                 "triggers": texts(trigger_words(lora.metadata), _TRIGGERS),
-                "weights": _weights(factor_table(Weights())),
+                "weights": weights(factor_table(Weights())),
                 "questions": texts(lora.questions, _NOTES),
             }
             for lora in loras
         ],
-        "details": _details(survey_files(loras, watched), ones, {}, {}),
+        "details": _details(measured.modules, ones, {}, {}),
     }
 
 
@@ -148,7 +132,7 @@ def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
         "asked": number(asked),
         "got": number(got),
         "triggers": texts(trigger_words(i.metadata), _TRIGGERS),
-        "weights": _weights(factor_table(Weights(**i.spec.tables))),
+        "weights": weights(factor_table(Weights(**i.spec.tables))),
     }
 
 
@@ -156,18 +140,8 @@ def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: torch.dtyp
     return f"{' and '.join(algorithms)} of rank {ranks_text(ranks, algorithms)}, {DTYPE_NAMES.get(dtype, str(dtype))}"
 
 
-def _weights(found: FactorTable) -> dict[str, Any]:
-    """Factors in the form that the composer edits: a number for each component, layer and refiner, and the overrides."""
-    return {
-        "components": [found.components[c] for c in COMPONENTS],
-        "layers": [found.layers.get(("layers", i), 1.0) for i in range(N_LAYERS)],
-        **{section: found.layers.get((section, 0), 1.0) for section in (*REFINERS, "other")},
-        "overrides": [[_NUMBER[m], factor] for m, factor in found.overrides.items()],
-    }
-
-
 def _details(
-    cells: Mapping[str, Cell],
+    modules: Mapping[str, ModuleProducts],
     strengths: Sequence[Mapping[str, float]],
     result: Mapping[str, float],
     errors: Mapping[str, float],
@@ -184,31 +158,31 @@ def _details(
         advice: Sentences on them.
     """
     count = len(strengths)
-    energies = [_over_modules({m: _of(c, n) for m, c in cells.items() if n in c.inputs}) for n in range(count)]
-    total = _total(cells, strengths) if count <= PAIRS_UP_TO else None
+    energies = [{m: p.energy(n) for m, p in modules.items() if n in p.files} for n in range(count)]
+    total = _total(modules, strengths) if count <= PAIRS_UP_TO else None
     went_in = [
-        sum(_of(c, n) * s[m] ** 2 for m, c in cells.items() if n in c.inputs and math.isfinite(_of(c, n)))
-        for n, s in enumerate(strengths)
+        sum(energy * s[m] ** 2 for m, energy in own.items() if math.isfinite(energy))
+        for own, s in zip(energies, strengths, strict=True)
     ]
     strongest = sorted(sorted(range(count), key=lambda n: -went_in[n])[:PAIRED])
     return {
-        "energies": energies,
+        "energies": [_over_modules(own) for own in energies],
         "result": _over_modules(result) if result else None,
         "errors": _over_modules(errors) if errors else None,
-        "pairs": [[i, j, _pair(cells, i, j)] for i, j in combinations(strongest, 2)] if total is not None else [],
+        "pairs": [[i, j, _pair(modules, i, j)] for i, j in combinations(strongest, 2)] if total is not None else [],
         "unpaired": count - len(strongest) if total is not None else count,
         "cosines": None if total is None else [[number(v) for v in row[:i]] for i, row in enumerate(cosines(total).tolist())],
         "advice": [] if total is None else _advice(total),
     }
 
 
-def _total(cells: Mapping[str, Cell], strengths: Sequence[Mapping[str, float]]) -> Tensor:
+def _total(modules: Mapping[str, ModuleProducts], strengths: Sequence[Mapping[str, float]]) -> Tensor:
     """(N, N) inner products of the inputs as they went in."""
     total = torch.zeros(len(strengths), len(strengths), dtype=torch.float64)
-    for module, cell in cells.items():
-        at = torch.tensor(cell.inputs)
-        scales = torch.tensor([strengths[n][module] for n in cell.inputs], dtype=torch.float64)
-        total[at[:, None], at] += torch.nan_to_num(cell.gram * torch.outer(scales, scales), 0.0, 0.0, 0.0)
+    for module, found in modules.items():
+        at = torch.tensor(found.files)
+        scales = torch.tensor([strengths[n][module] for n in found.files], dtype=torch.float64)
+        total[at[:, None], at] += torch.nan_to_num(found.gram * torch.outer(scales, scales), 0.0, 0.0, 0.0)
     return total
 
 
@@ -218,41 +192,21 @@ def _advice(total: Tensor) -> list[str]:
     if len(alive) < 2:
         return []
     growth = max(float(total.sum()), 0.0) ** 0.5 / float(norms.max())
-    return texts((sentence for _, sentence in of_cosines({p: float(found[p]) for p in combinations(alive, 2)}, growth)), _NOTES)
+    pairs = {pair: float(found[pair]) for pair in combinations(alive, 2)}
+    return texts((sentence for _, sentence in of_cosines(pairs, growth)), _NOTES)
 
 
-def _of(cell: Cell, number_: int) -> float:
-    return float(cell.energies[cell.inputs.index(number_)])
+def _pair(modules: Mapping[str, ModuleProducts], i: int, j: int) -> list[float | None]:
+    """Cosines x 10^4 over modules."""
+    return [_ten_thousandths(modules[m].cosine(i, j)) if m in modules else None for m in MODULES]
 
 
-def _pair(cells: Mapping[str, Cell], i: int, j: int) -> list[float | None]:
-    """Cosines x 10^4, whole numbers but near 1 and -1, where two that nearly cancel leave the last digits."""
-    values = {}
-    for module, cell in cells.items():
-        if i in cell.inputs and j in cell.inputs:
-            a, b = cell.inputs.index(i), cell.inputs.index(j)
-            values[module] = float(cosines(cell.gram[[a, b]][:, [a, b]])[0, 1])
-    found = [values.get(m, math.nan) for m in MODULES]
-    return [None if not math.isfinite(c) else round(1e4 * c) if abs(c) < 0.99 else round(1e4 * c, 4) for c in found]
+def _ten_thousandths(cosine: float | None) -> float | None:
+    """A whole number but near 1 and -1, where two that nearly cancel leave the last digits."""
+    if cosine is None or not math.isfinite(cosine):
+        return None
+    return round(1e4 * cosine, None if abs(cosine) < 0.99 else 4)
 
 
 def _over_modules(values: Mapping[str, float]) -> list[float | None]:
     return [number(values[m]) if m in values else None for m in MODULES]
-
-
-def number(value: float | None, digits: int = 5) -> float | None:
-    """With a few digits; None for what is no number."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
-
-
-def text(value: object, most: int = TEXT) -> str:
-    """A text of a file or a config: its beginning and how long it is, without control characters."""
-    whole = str(value)
-    shown = "".join(c if c.isprintable() or c == " " else " " for c in whole[:most])
-    return shown if len(whole) <= most else f"{shown}... ({len(whole):,} characters)"
-
-
-def texts(values: Iterable[object], most: int) -> list[str]:
-    """The first of several texts, and how many more there are."""
-    whole = [text(v) for v in values]
-    return whole if len(whole) <= most else [*whole[:most], f"... and {len(whole) - most:,} more"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...analysis.compare import Watched
+from ...analysis.measure import Measurement
 from ...config.schema import PROCESS_TYPE
 from ...errors import ZitMergeError
 from ...formats.reader import LoraFile
@@ -24,22 +24,22 @@ def check_target(path: Path) -> None:
         raise ZitMergeError(f"--html {path}: exists and is no page of zit_merge: give another name")
 
 
-def write_page(loras: Sequence[LoraFile], path: Path, watched: Watched = iter) -> None:
-    """Writes the page of several files.
+def write_page(measured: Measurement, path: Path) -> None:
+    """Writes the page of one or more files.
 
     Args:
-        loras: The files.
+        measured: The files.
         path: A .html file.
-        watched: Passes the modules on one by one, such as a progress bar.
 
     Raises:
-        ZitMergeError: The files are not of one model, or the page can't be written.
+        ZitMergeError: A file is broken, or the page can't be written.
     """
     check_target(path)
+    loras = measured.loras
     more = f" and {len(loras) - 1} more" if len(loras) > 1 else ""
     page = Page(f"{loras[0].path.name}{more}")
     page.begin("", section_of(loras))
-    page.add(files_facts(loras, watched))
+    page.add(files_facts(measured))
     page.write(path)
 
 

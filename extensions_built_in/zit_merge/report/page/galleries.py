@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ZitMergeError
-from .facts import NAME, number, text
+from .values import NAME, number, text
 
 PICTURES = 3_500_000  # bytes of a page for pictures, as long as those can be made smaller
 _EDGE = 512  # pixels of a picture's longer side

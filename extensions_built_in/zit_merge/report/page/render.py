@@ -20,8 +20,8 @@ from typing import Any
 
 from ... import __version__
 from ...files.atomic import os_errors, write_whole
-from .facts import NAME, anatomy, text
 from .galleries import PICTURES, Gallery, fit
+from .values import NAME, anatomy, text
 
 LIMIT = 5_000_000  # bytes of a page
 _SPARE = 10_000  # bytes for what says that something was left out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class RunPage:
             progress: Shows the modules that are read again.
         """
         if not self._why_not:
-            self._page.add(step_facts(done, partial(progress.track, label="page")))
+            self._page.add(step_facts(done, progress))
 
     def show(self, context: RunContext, step: str, gallery: Gallery) -> None:
         """Pictures of a step, whether it was merged in this run or not.
