@@ -34,7 +34,6 @@ from .values import NAME, TEXT, number, text, texts, weights
 
 PAIRED = 24  # inputs, the strongest ones, whose overlap is there module by module: 276 pairs
 _NOTES, _TRIGGERS = 30, 12
-_NUMBER = {module: n for n, module in enumerate(MODULES)}
 
 
 def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
