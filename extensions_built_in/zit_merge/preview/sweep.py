@@ -120,8 +120,7 @@ def cells_of(plan: StepPlan, axes: Sequence[SweepAxis]) -> list[SweepCell]:
     chosen = []
     with located(joined(plan.loc, "sweep")):
         for axis in axes:
-            with located(axis.key):
-                _check_effect(plan, axis)
+            _check_effect(plan, axis)
         for values in product(*(axis.values for axis in reversed(axes))):
             spec, inputs, labels = plan.spec, plan.inputs, []
             for axis, value in zip(axes, reversed(values), strict=True):
@@ -138,7 +137,8 @@ def _check_effect(plan: StepPlan, axis: SweepAxis) -> None:
     if any(value != axis.values[0] for value in axis.values) and all(table == tables[0] for table in tables):
         raise SettingError(
             f"has no effect, other keys of loras[{axis.lora}] override it everywhere (a narrower one, an override, a "
-            "ratio of 0): drop them, or sweep one of them"
+            "ratio of 0): drop them, or sweep one of them",
+            axis.key,
         )
 
 
