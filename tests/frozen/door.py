@@ -117,13 +117,13 @@ def python() -> str:
 
 
 def show_pictures(folder: Path, steps: list[Mapping[str, Any]]) -> Path:
-    """Hangs the pictures of a section as `preview` does, with a painter in the model's place. Returns the folder they lie in."""
-    from preview import staging
+    """Renders the pictures of a section as `preview` does, with a renderer in the model's place. Returns their folder."""
+    from preview import helpers
 
     from extensions_built_in.zit_merge.preview.grids import preview_plan
-    from extensions_built_in.zit_merge.preview.show import show
+    from extensions_built_in.zit_merge.preview.runner import render
 
-    found = staging.planned(Workspace(folder, lambda: ("", "")), *steps)
-    exhibition = preview_plan(found.section, found.site, found.plans)
-    list(show(exhibition, staging.CPU, staging.Easel(), None, lambda *told: None))
+    found = helpers.planned(Workspace(folder, lambda: ("", "")), *steps)
+    preview = preview_plan(found.section, found.context, found.plans)
+    list(render(preview, found.device, helpers.Loader()))
     return next(folder.rglob("pictures")).parent
