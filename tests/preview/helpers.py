@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -16,15 +15,18 @@ from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
-from extensions_built_in.zit_merge.merging.runner import Done, run_plans
-from extensions_built_in.zit_merge.planning.job import Planned, plan_job
-from extensions_built_in.zit_merge.planning.plan import StepPlan
-from extensions_built_in.zit_merge.planning.sources import RunContext, make_context
+from extensions_built_in.zit_merge.merging.made import Done, Hashes
+from extensions_built_in.zit_merge.merging.runner import run_plans
+from extensions_built_in.zit_merge.planning.context import RunContext
+from extensions_built_in.zit_merge.planning.job import Planned, make_context, plan_job
 from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.plan import PreviewPlan
-from extensions_built_in.zit_merge.preview.runner import ReadContext
+from extensions_built_in.zit_merge.preview.runner import _reader
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest
+from extensions_built_in.zit_merge.progress import SILENT, Progress
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}
@@ -55,7 +57,7 @@ def planned(work: Workspace, *steps: Mapping[str, Any], job: str = "cat", **keys
 def previewed(work: Workspace, *steps: Mapping[str, Any], **keys: Any) -> PreviewPlan:
     """Which pictures a job of one section asks for."""
     found = planned(work, *steps, **keys)
-    return preview_plan(found.section, found.site, found.plans)
+    return preview_plan(found.section, found.context, found.plans)
 
 
 def run(found: Planned) -> list[Done]:
@@ -63,11 +65,30 @@ def run(found: Planned) -> list[Done]:
     return list(run_plans(found.plans, CPU))
 
 
-def reading(plans: Iterable[StepPlan]) -> ReadContext:
-    """What it takes to read the variants of these steps."""
-    paths = dict.fromkeys(path for plan in plans for path in plan.hashed)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return ReadContext({path: pool.submit(tensor_hash, path) for path in paths}, CPU)
+def changes(variant: AdapterVariant, progress: Progress = SILENT) -> dict[str, Delta]:
+    """Module -> change of a variant, read as for its pictures."""
+    with Hashes(variant.files()) as hashes:
+        return dict(variant.deltas(_reader(hashes, CPU, progress)))
+
+
+class Told(Progress):
+    """Remembers how far everything is, and calls something after each item.
+
+    Attributes:
+        told: (label, description of the item, how many are done, how many there are) of every item that is done.
+    """
+
+    def __init__(self, after: Callable[[str, int], object] = lambda label, done: None):
+        self.told: list[tuple[str, str, int, int]] = []
+        self._after = after
+
+    def track(
+        self, items: Collection[T], label: str, unit: str = "module", describe: Callable[[T], str] | None = None
+    ) -> Iterator[T]:
+        for done, item in enumerate(items, 1):
+            yield item
+            self.told.append((label, (describe or str)(item), done, len(items)))
+            self._after(label, done)
 
 
 def name_of(variant: AdapterVariant) -> str:

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from preview.helpers import Told
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
+from extensions_built_in.zit_merge.config.presets import find_preset
 from extensions_built_in.zit_merge.config.schema import Lora
-from extensions_built_in.zit_merge.model.strengths import Weights, strengths
+from extensions_built_in.zit_merge.model.strengths import TABLES, Weights, factors
 from extensions_built_in.zit_merge.model.zimage import MODULES
+from extensions_built_in.zit_merge.planning.build import lora_factors
 from extensions_built_in.zit_merge.preview import metrics
 from extensions_built_in.zit_merge.preview.ablation import Ablation, measure, number
 from extensions_built_in.zit_merge.preview.ablation_text import ablation_text
@@ -237,19 +240,14 @@ def test_ends_can_be_measured_before_the_parts_are_there():
 
 
 def test_groups_are_watched_in_order():
-    seen = []
-
-    def watched(names):
-        for name in names:
-            seen.append(name)
-            yield name
-
-    assert [g.name for g in measured(watched=watched).groups] == seen == ["a", "b"]
+    progress = Told()
+    assert [g.name for g in measured(progress=progress).groups] == ["a", "b"]
+    assert progress.told == [("distances", "a", 1, 2), ("distances", "b", 2, 2)]
 
 
 def test_wrong_pictures_and_metrics():
-    with pytest.raises(ZitMergeError, match="^steps.metrics: no such metric: 'pixel' .did you mean pixels"):
-        measured(names=("pixel",), place="steps.metrics")
+    with pytest.raises(ZitMergeError, match="^no such metric: 'pixel' .did you mean pixels"):
+        measured(names=("pixel",))
     with pytest.raises(ZitMergeError, match="picture 1 of a is 8 x 16, that of the whole LoRA 16 x 16: render them anew"):
         one = {"groups": PARTS, "by": "layers", "mode": "only", "lora": "x", "specs": [ImageSpec("", 0)]}
         measure({"a": [grey(3, (8, 16))]}, [grey(1)], [grey(2)], **one)
@@ -347,7 +345,7 @@ def test_what_a_file_is_called_does_not_steer_the_terminal():
 @pytest.mark.parametrize("present", [PRESENT["all"], PRESENT["attention"]], ids=["all", "attention"])
 def test_a_preset_gives_every_module_the_proportion_of_its_group(by, count, mode, present):
     found = many(by, count, mode=mode, present=present)
-    table = strengths(Weights(1.0, **found.preset("pixels")))
+    table = factors(Weights(**found.preset("pixels")))
     most = max(found.share("pixels", g.name) for g in found.groups)
     for group in found.groups:
         wanted = round(found.share("pixels", group.name) / most, 2)
@@ -360,14 +358,15 @@ def test_a_preset_comes_back_from_its_file(tmp_path, by, count):
     found = many(by, count, lora="gütig: #1.safetensors")
     path = tmp_path / "mine.yaml"
     path.write_text(found.preset_yaml("1e3", "pixels"), encoding="ascii")
-    tables = expand(str(path), {}, "loras[0]")
-    assert {key: table for key, table in tables.items() if table} == found.preset("pixels")
+    preset = find_preset(str(path))
+    assert {key: table for key in TABLES if (table := getattr(preset, key))} == found.preset("pixels")
     ((name, entry),) = yaml.safe_load(path.read_text()).items()
     assert name == "1e3" and "\n" not in entry["idea"] and "nothing else" in entry["idea"]
     assert "g\\xfctig: #1.safetensors" in entry["idea"] and f"{len(found.groups)} parts by {by}, metric pixels" in entry["idea"]
     assert "2 prompts and 2 seeds (4 pictures of each part)" in entry["idea"]
-    lora = Lora(lora="x.safetensors", ratio=0.5, preset=str(path)).weights("loras[0]")
-    assert strengths(lora) == pytest.approx({m: 0.5 * s for m, s in strengths(Weights(1.0, **found.preset("pixels"))).items()})
+    lora = Lora(lora="x.safetensors", ratio=0.5, preset=str(path))
+    lora.keep_preset(preset)
+    assert lora_factors(lora) == factors(Weights(**found.preset("pixels")))
 
 
 def test_a_job_with_a_measured_preset_merges_what_it_says(work: Workspace, loras):

@@ -9,7 +9,7 @@ from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.preview.grids import asks_for_pictures, preview_plan
+from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.plan import PreviewPlan, _distinct, specs_text
 from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
@@ -92,7 +92,7 @@ def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
     ("asked", "says"),
     [
         ({"by": "components", "groups": 3}, "ablate.groups: are runs of layers, by: components has none: drop groups"),
-        ({"by": "layers", "metrics": ["pixels", "pixelz"]}, "ablate.metrics[1]"),
+        ({"by": "layers", "metrics": ["pixels", "pixelz"]}, "ablate.metrics[1]: no such metric: 'pixelz' (did you mean pixels?)"),
     ],
 )
 def test_an_ablation_that_cant_be(work, pair, asked, says):
@@ -214,18 +214,18 @@ def test_whoever_confirms_gets_them_all(work, loras, section, own):
 
 def test_steps_that_ask_for_none(work, pair):
     found = planned(work, step(ME))
-    assert not asks_for_pictures(found.section)
+    assert not found.section.wants_pictures
     with pytest.raises(
         ZitMergeError, match=r"^process\[0\]\.steps\[0\]: asks for no pictures: write preview: true, sweep or abl"
     ):
-        preview_plan(found.section, found.site, found.plans)
+        preview_plan(found.section, found.context, found.plans)
 
 
 @pytest.mark.parametrize(
     "own", [{"preview": ONE}, {"sweep": {"ratio": [1]}}, {"ablate": {"by": "layers"}}], ids=lambda own: next(iter(own))
 )
 def test_steps_that_ask_for_some(work, pair, own):
-    assert asks_for_pictures(planned(work, step(ME, name="a"), step(ME, **own)).section)
+    assert planned(work, step(ME, name="a"), step(ME, **own)).section.wants_pictures
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------------

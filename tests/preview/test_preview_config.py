@@ -9,7 +9,7 @@ import pytest
 
 from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.config.schema import Ablate, Preview, Section, Step
-from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.errors import ZitMergeError, located
 
 LORA = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [LORA]}
@@ -33,7 +33,8 @@ def section(step: dict | None = None, **keys: Any) -> dict:
 
 
 def settled(raw: dict) -> Section:
-    return parse_section(raw, "process[1]")
+    with located("process[1]"):
+        return parse_section(raw)
 
 
 def only(raw: dict) -> Step:
@@ -278,4 +279,4 @@ def test_a_long_value_is_not_repeated_to_its_end():
 
 @pytest.mark.parametrize("key", ["sweep", "ablate", "loras", "keep"])
 def test_what_stands_on_a_step_is_sent_there(key):
-    assert refusal(section(**{key: {}})) == f"process[1].{key}: stands on a step, not on the section: move it into one"
+    assert refusal(section(**{key: {}})) == f"process[1].{key}: belongs to a step, not to the section: move it into one"

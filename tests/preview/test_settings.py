@@ -513,9 +513,9 @@ def test_models_have_names_without_the_folders_they_lie_in(work, monkeypatch):
 def test_settings_of_the_section_are_on_top_of_the_trainings(work):
     trained = MODEL | {"quantize": True, "low_vram": False}
     found, _ = render_settings(work, model=trained, train={"dtype": "bf16"}, section={"model": {"low_vram": True}})
-    assert found.model == trained | {"low_vram": True} and found.place == "process[0].model" and found.dtype == "bf16"
+    assert found.model == trained | {"low_vram": True} and found.loc == "process[0].model" and found.dtype == "bf16"
     found, _ = render_settings(work, model=trained, section={"model": {"name_or_path": "a/b", "arch": "zimage"}})
-    assert found.model == {"name_or_path": "a/b", "arch": "zimage"} and found.place == "process[1].model"
+    assert found.model == {"name_or_path": "a/b", "arch": "zimage"} and found.loc == "process[1].model"
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_a_section_alone_has_all_of_its_own(work):
     }
     section, context = settled(work, work.section(step(), **own))
     found = settings_of(section, context)
-    assert (found.dtype, found.trigger, found.place, found.samples_place, found.device) == (
+    assert (found.dtype, found.trigger, found.loc, found.samples_loc, found.device) == (
         *("fp32", "ohwx", "process[0].model", "process[0].sample", "cpu"),
     )
     assert specs_of(Preview(), found, context, PLACE) == (ImageSpec("a ohwx cat", 3),)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
-from preview.helpers import ME, STYLE, planned, previewed, reading, same, step
+from preview.helpers import ME, STYLE, changes, planned, previewed, same, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.config.job import load_job
-from extensions_built_in.zit_merge.errors import ZitMergeError
+from extensions_built_in.zit_merge.errors import ZitMergeError, joined
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.plan import StepPlan
+from extensions_built_in.zit_merge.planning.types import StepPlan
 from extensions_built_in.zit_merge.preview import grids
 from extensions_built_in.zit_merge.preview.plan import ImageGrid, PreviewPlan
 from extensions_built_in.zit_merge.preview.section_yaml import section_yaml
@@ -132,7 +132,7 @@ def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, pai
     ],
 )
 def test_a_key_that_selects_no_strength(work, pair, key, says):
-    assert refused(work, ME, sweep={key: [0.5, 1.0]}).startswith(f"{PLACE}.{key}: {says}")
+    assert refused(work, ME, sweep={key: [0.5, 1.0]}).startswith(f"{joined(PLACE, str(key))}: {says}")
 
 
 def test_with_several_loras_the_key_says_which(work, pair):
@@ -311,7 +311,7 @@ def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
         config = work.write(text, "cell.yaml")
         (plan,) = [p for p in next(iter(plan_job(load_job(config)))).plans if p.name == variant.plan.name]
         assert [dict(i.strengths) for i in plan.inputs] == [dict(i.strengths) for i in variant.plan.inputs]
-        computed = dict(variant.deltas(reading([variant.plan]).deltas))
+        computed = changes(variant)
         out = work.folder / "cell"
         work.zit("run", config, "--output-dir", out).ok()
         (path,) = [p for p in out.glob("*.safetensors") if p.stem.endswith(f"_{variant.plan.name}")]

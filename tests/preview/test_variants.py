@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from oracles import producers
-from preview.helpers import CPU, ME, STYLE, Planned, name_of, planned, reading, run, same, step
+from preview.helpers import CPU, ME, STYLE, Planned, Told, changes, name_of, planned, run, same, step
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
-from extensions_built_in.zit_merge.merging.runner import Computed, reader_of
+from extensions_built_in.zit_merge.merging.made import Hashes
+from extensions_built_in.zit_merge.merging.readers import StepReaders
+from extensions_built_in.zit_merge.merging.results import Result
 from extensions_built_in.zit_merge.preview.groups import module_groups
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, InputVariant, MaskedVariant, StepVariant, digest
 
 PAIR = (ME, STYLE)
 ENERGY, SIZE = {"energy": 0.9}, {"size_mb": 0.2}
-
-
-def changes(variant: AdapterVariant, *plans) -> dict:
-    """Module -> change of a variant."""
-    return dict(variant.deltas(reading(plans).deltas))
 
 
 def written(path: Path) -> dict:
@@ -39,9 +35,9 @@ def written(path: Path) -> dict:
 def check(found: Planned, name: str = "soft") -> None:
     """A step's variant is its file, bit for bit: computed before there is one, and read when there is."""
     plan = next(p for p in found.plans if p.name == name)
-    computed = changes(StepVariant(name, plan), plan)
+    computed = changes(StepVariant(name, plan))
     files = {done.plan.name: written(done.path) for done in run(found) if done.path.exists()}
-    read = changes(StepVariant(name, plan), plan)
+    read = changes(StepVariant(name, plan))
     assert list(computed) == list(read) == list(files[name])
     for module, theirs in files[name].items():
         assert same(computed[module], theirs), module
@@ -79,7 +75,7 @@ def test_a_lokr_is_its_file(work, producer, keep_lokr):
 
 def test_inputs_that_change_nothing(work, pair):
     found = planned(work, step(ME | {"ratio": 0.0}))
-    computed = changes(StepVariant("soft", found.plans[0]), *found.plans)
+    computed = changes(StepVariant("soft", found.plans[0]))
     (done,) = run(found)
     assert list(computed) == list(written(done.path))
     assert not any(delta.expand().up.any() for delta in computed.values())
@@ -100,7 +96,7 @@ def test_a_step_of_a_step_is_its_file(work, pair, rank, there, keep):
     for d in done if not there else done[1:]:
         d.path.unlink(missing_ok=True)
     plan = found.plans[1]
-    ours = changes(StepVariant("both", plan), plan)
+    ours = changes(StepVariant("both", plan))
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
 
 
@@ -114,7 +110,7 @@ def test_a_step_over_one_whose_rank_followed_from_numbers(work, pair, rule, rank
     plan = found.plans[1]
     theirs = written(plan.path)
     plan.path.unlink()
-    ours = changes(StepVariant("both", plan), plan)  # over the earlier one's file, where there is one
+    ours = changes(StepVariant("both", plan))  # over the earlier one's file, where there is one
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
@@ -122,7 +118,7 @@ def test_a_file_of_another_recipe_is_not_read(work, pair):
     run(planned(work, step(*PAIR)))
     plan = planned(work, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
     assert plan.path.is_file()
-    ours = changes(StepVariant("soft", plan), plan)
+    ours = changes(StepVariant("soft", plan))
     theirs = written(run(planned(work, step(ME | {"ratio": 0.3}, STYLE)))[0].path)
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
@@ -132,37 +128,31 @@ def test_a_file_that_is_broken_is_not_read(work, pair):
     (done,) = run(found)
     theirs = written(done.path)
     done.path.write_bytes(done.path.read_bytes()[:-100])
-    ours = changes(StepVariant("soft", found.plans[0]), *found.plans)
+    ours = changes(StepVariant("soft", found.plans[0]))
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
 def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
     found = planned(work, step(*PAIR, rank=2))
     plan, (done,) = found.plans[0], run(found)
-    looked = []
-    context = reading([plan])._replace(watched=lambda modules: looked.append(1) or modules)
-    dict(StepVariant("soft", plan).deltas(context.deltas))
-    with ExitStack() as files:
-        assert isinstance(reader_of(plan, context.hashes, CPU, files), TensorReader)
-    done.path.unlink()
-    with ExitStack() as files:
-        assert isinstance(reader_of(plan, context.hashes, CPU, files), Computed)
+    with Hashes(plan.hashed) as hashes, StepReaders(hashes, CPU) as readers:
+        assert isinstance(readers.of_step(plan), TensorReader)
+        done.path.unlink()
+        assert isinstance(readers.of_step(plan), Result)
 
 
 def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
     class Stop(Exception):
         pass
 
-    def watched(modules):
-        for n, module in enumerate(modules):
-            if n == 5:
-                raise Stop
-            yield module
+    def stop(label: str, done: int) -> None:
+        if done == 5:
+            raise Stop
 
     for keys in ({"rank": ENERGY}, {"method": "normalize"}):
         plan = planned(work, step(*PAIR, **keys)).plans[0]
         with pytest.raises(Stop):
-            dict(StepVariant("soft", plan).deltas(reading([plan])._replace(watched=watched).deltas))
+            changes(StepVariant("soft", plan), Told(stop))
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +164,7 @@ def test_an_input_is_its_file_at_strength_1(work, producer):
     producers.save(made, work.folder / "x.safetensors")
     producers.save_sidecars(made, work.folder)
     plan = planned(work, step({"lora": "x.safetensors", "ratio": 0.3, "blocks": {"to_q": 0.0}})).plans[0]
-    found = changes(InputVariant("x", plan.inputs[0]), plan)
+    found = changes(InputVariant("x", plan.inputs[0]))
     assert set(found) == set(made.deltas)
     for module, delta in made.deltas.items():
         factors = found[module].expand()
@@ -183,7 +173,7 @@ def test_an_input_is_its_file_at_strength_1(work, producer):
 
 def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
     one, two = (planned(work, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
-    by_key, by_none = (changes(InputVariant("x", plan.inputs[0]), plan) for plan in (one, two))
+    by_key, by_none = (changes(InputVariant("x", plan.inputs[0])) for plan in (one, two))
     module = "layers.0.attention.to_q"
     assert same(by_none[module].times(1 / 3), by_key[module]), "its alpha is 1, its rank 3"
     assert name_of(InputVariant("x", one.inputs[0])) != name_of(InputVariant("x", two.inputs[0]))
@@ -192,7 +182,7 @@ def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
 def test_an_input_that_is_a_step_is_what_that_makes(work, pair):
     plans = planned(work, step(*PAIR, keep=False), step(SOFT, name="both")).plans
     variant = InputVariant("soft", plans[1].inputs[0])
-    ours, theirs = changes(variant, *plans), changes(StepVariant("soft", plans[0]), *plans)
+    ours, theirs = changes(variant), changes(StepVariant("soft", plans[0]))
     assert list(ours) == list(theirs) and all(same(ours[m], theirs[m]) for m in theirs)
     assert name_of(variant) == name_of(StepVariant("another label", plans[0]))
 
@@ -208,9 +198,9 @@ def test_the_base_changes_nothing():
 def test_without_and_only_are_the_two_halves(work, pair, by):
     plan = planned(work, step(*PAIR)).plans[0]
     whole = StepVariant("soft", plan)
-    everything, seen = changes(whole, plan), []
+    everything, seen = changes(whole), []
     for group in module_groups(by, 3, list(everything)):
-        without, only = (changes(MaskedVariant("x", whole, group, half), plan) for half in (False, True))
+        without, only = (changes(MaskedVariant("x", whole, group, half)) for half in (False, True))
         assert set(only) == set(group.modules) and set(without) == set(everything) - set(group.modules)
         assert all(same(delta, everything[m]) for m, delta in (without | only).items())
         assert list(without) == [m for m in everything if m not in only], "in the order of the model"
