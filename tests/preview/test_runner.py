@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from preview.helpers import CPU, ME, MODEL, STYLE, FakeRenderer, Loader, names, plain, planned, run, step
+from preview.helpers import CPU, ME, MODEL, STYLE, FakeRenderer, Loader, Told, names, plain, planned, run, step
 from workspace import Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -21,7 +21,9 @@ from extensions_built_in.zit_merge.preview.metrics import pixels, tensor_of
 from extensions_built_in.zit_merge.preview.page import on_page
 from extensions_built_in.zit_merge.preview.plan import Picture, PreviewPlan
 from extensions_built_in.zit_merge.preview.rendering import Workers
-from extensions_built_in.zit_merge.preview.runner import PreviewRunner, run_preview
+from extensions_built_in.zit_merge.preview.runner import render, render_section
+from extensions_built_in.zit_merge.preview.variants import digest
+from extensions_built_in.zit_merge.progress import SILENT
 from extensions_built_in.zit_merge.report.page.run import RunPage, run_page
 
 SAMPLES = {"samples": [{"prompt": "a cat"}, {"prompt": "a dog", "seed": 7}], "width": 64, "height": 64, "sample_steps": 2}
@@ -33,13 +35,14 @@ def of(work: Workspace, *steps: dict, job: str = "cat", home: bool = True, **key
     """What a job of one section shows; in a job's own folder unless `home` says otherwise."""
     own = {"training_folder": str(work.folder / "output"), "output_dir": None} if home else {}
     found = planned(work, *steps, job=job, **{"sample": SAMPLES} | own | keys)
-    return preview_plan(found.section, found.site, found.plans)
+    return preview_plan(found.section, found.context, found.plans)
 
 
 def rendered(preview: PreviewPlan, load: Any = None, page: RunPage | None = None, **how: Any) -> list[str]:
     """Renders a preview and writes its grids. Returns what was told."""
-    how = {"tick": lambda *told: None, "on_grid": on_page(page, preview) if page else None} | how
-    return list(run_preview(preview, CPU, load or Loader(), **how))
+    if page:
+        how["on_grid"] = on_page(page, preview)
+    return list(render(preview, CPU, load or Loader(), **how))
 
 
 def store(preview: PreviewPlan) -> ImageStore:
@@ -174,18 +177,18 @@ def test_whether_a_file_is_there_makes_no_difference(work, pair):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZitMergeError])
 @pytest.mark.parametrize("after", [1, 3, 8])
 def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, after, stop):
-    preview, loader, told = of(work, step(*BOTH, preview=True)), Loader(), []
+    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
 
-    def tick(what: str, done: int, total: int) -> None:
-        told.append((what, done, total))
+    def halt(label: str, done: int) -> None:
         if done == after:
             raise stop("stop")
 
+    progress = Told(halt)
     with pytest.raises(stop):
-        rendered(preview, loader, tick=tick)
+        rendered(preview, loader, progress=progress)
     assert len(pictures(preview)) == after == len(loader.pictures) and loader.loaded[0].closed
     labels = ["base", "base", "me.safetensors", "me.safetensors", "style.safetensors", "style.safetensors", "soft", "soft"]
-    assert told == [(labels[n], n + 1, 8) for n in range(after)]
+    assert progress.told == [("pictures", labels[n], n + 1, 8) for n in range(after)]
     assert rendered(preview, loader)[0] == f"{8 - after} picture{'s' * (after != 7)} rendered, {after} of 8 reused"
     assert len(loader.pictures) == 8 == len(set(loader.pictures))
 
@@ -221,7 +224,7 @@ def test_grids_are_written_one_after_the_other(work, pair):
 def test_a_reader_that_stops_stops_the_rendering(work, pair):
     loader = Loader()
     preview = of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True))
-    told = run_preview(preview, CPU, loader, lambda *told: None)
+    told = render(preview, CPU, loader)
     next(told)
     told.close()
     assert loader.loaded[0].closed and len(loader.pictures) == 8
@@ -231,25 +234,25 @@ def test_a_file_that_goes_while_the_pictures_are_rendered(work, pair):
     """Its hash is known, its numbers are not: a sentence."""
     preview = of(work, step(*BOTH, preview=True))
 
-    def tick(what: str, done: int, total: int) -> None:
+    def delete(label: str, done: int) -> None:
         (work.folder / "style.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(ZitMergeError, match=r"style\.safetensors: there is no such file"):
-        rendered(preview, tick=tick)
+        rendered(preview, progress=Told(delete))
 
 
 def test_passes_over_modules_can_be_stopped(work, pair):
-    def watched(modules):
-        for module in modules:
-            yield module
+    def halt(label: str, done: int) -> None:
+        if label != "pictures":
             raise KeyboardInterrupt
 
     preview = of(work, step(*BOTH, preview={"compare": ["result"]}, rank={"energy": 0.9}))
     with pytest.raises(KeyboardInterrupt):
-        rendered(preview, watched=watched)
+        rendered(preview, progress=Told(halt))
+    assert pictures(preview) == []
     preview = of(work, step(ME, ablate={"by": "components"}, preview=False))
     with pytest.raises(KeyboardInterrupt):
-        rendered(preview, watched=watched)
+        rendered(preview, progress=Told(halt))
     assert pictures(preview) and not (store(preview).folder / "soft_ablate.json").exists(), "stopped while it measured"
 
 
@@ -341,10 +344,10 @@ def test_more_processes_than_pictures(work, pair):
 
 
 def test_every_process_tells_how_far_it_is_with_its_own_part(work, pair):
-    told: list[tuple[int, int]] = []
+    progress = Told()
     preview = of(work, step(*BOTH, preview=True))
-    together(lambda: preview, [Loader(), Loader()], tick=lambda what, done, total: told.append((done, total)))
-    assert sorted(told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
+    together(lambda: preview, [Loader(), Loader()], progress=progress)
+    assert sorted((done, total) for _, _, done, total in progress.told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
 
 def test_trouble_in_one_process_reaches_all(work, pair):
@@ -444,6 +447,7 @@ def test_a_picture_knows_all_that_it_follows_from(work, pair):
     for name in pictures(preview):
         record = json.loads(Image.open(store(preview).folder / "pictures" / name).text["zit_merge"])
         assert set(record) == {"zit_merge", "scene", "look", "shot"} and str(work.folder) not in json.dumps(record)
+        assert name == f"{digest(record)}.png"
 
 
 def test_two_specs_that_differ_in_one_thing_only(work, pair):
@@ -478,7 +482,7 @@ def begun(preview: PreviewPlan) -> RunPage:
 
 def shown_on(page: RunPage) -> dict[str, list[dict[str, Any]]]:
     """Step -> its galleries on the page."""
-    assert page.write().startswith("page to look at")
+    assert page.write().startswith("report:\n")
     block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.path.read_text(), re.DOTALL)[1]
     return {s["name"]: s["galleries"] for s in json.loads(block)["sections"][0]["steps"]}
 
@@ -517,18 +521,46 @@ def test_the_page_of_two_processes_is_that_of_one(work, pair):
     assert plain_text(one) == plain_text(two)
 
 
-# --- the runner ----------------------------------------------------------------------------------------------------------------
+def section_rendered(work: Workspace, *steps: dict, load: Loader) -> tuple[list[str], PreviewPlan, RunPage]:
+    """What is told of a section, up to what went wrong, which comes last."""
+    own = {"training_folder": str(work.folder / "output"), "output_dir": None}
+    found = planned(work, *steps, sample=SAMPLES, **own)
+    preview = preview_plan(found.section, found.context, found.plans)
+    page, told = begun(preview), []
+    try:
+        render_section(preview, found, page, told.append, SILENT, load)
+    except ZitMergeError as e:
+        told.append(str(e))
+    return told, preview, page
 
 
-def test_a_runner_asks_the_store_before_it_renders(work, pair):
-    preview, loader = of(work, step(*BOTH, preview=True)), Loader()
-    with PreviewRunner(preview, store(preview), CPU, loader, lambda *told: None) as runner:
-        every = preview.pictures()
-        assert runner.missing([*every, *every]) == every
-        assert runner.render(every[:3]) == 3 and runner.render(every[:3]) == 0
-        assert runner.missing(every) == every[3:] and not loader.loaded[0].closed
-        assert {runner.records.digests[p] for p in every[:3]} == {name.removesuffix(".png") for name in pictures(preview)}
-    assert loader.loaded[0].closed
+def test_a_section_tells_what_was_rendered_and_then_where_the_page_is(work, pair):
+    told, preview, page = section_rendered(work, step(ME, preview=True), step(STYLE, name="b", preview=True), load=Loader())
+    assert [text.splitlines()[0] for text in told] == [
+        *("6 pictures rendered, 0 of 6 reused", "soft: previews: 6 pictures"),
+        *("4 pictures rendered, 2 of 6 reused", "b: previews: 6 pictures"),
+        "report:",
+    ]
+    assert told[-1].endswith(str(page.path)) and page.path.is_file() and page.path.parent == store(preview).folder.parent
+
+
+def test_a_section_that_fails_has_a_page_of_the_grids_that_are_done(work, pair):
+    steps = [step(ME, preview=SMALL | {"prompts": ["a cat"]}), step(STYLE, name="b", preview=SMALL | {"prompts": ["a dog"]})]
+    told, _, page = section_rendered(work, *steps, load=Loader(FailingRenderer))
+    assert [text.splitlines()[0] for text in told[1:]] == [
+        *("soft: previews: 3 pictures", "report:", "out of memory for 64 x 64 pixels: set low_vram: true")
+    ]
+    assert {name: len(galleries) for name, galleries in shown_on(page).items() if galleries} == {"soft": 1}
+
+
+def test_a_section_that_fails_before_the_first_grid_leaves_an_older_page_as_it_is(work, pair):
+    _, _, page = section_rendered(work, step(ME, preview=SMALL | {"prompts": ["a cat"]}), load=Loader())
+    before = page.path.read_bytes()
+    told, _, page = section_rendered(work, step(ME, preview=SMALL), load=Loader(FailingRenderer))
+    assert told == ["out of memory for 64 x 64 pixels: set low_vram: true"] and page.path.read_bytes() == before
+
+
+# --- pictures of several grids -------------------------------------------------------------------------------------------------
 
 
 def test_equal_variants_of_a_sweep_are_rendered_once(work, pair):
