@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from analysis.test_compare import fits, one_line, plus, times
-from merging.test_known_mistakes import MODULES, Pair, deltas, later_save, lora, rotated, write
+from pairs import MODULES, Pair, deltas, later_save, lora, rotated, write
 from safetensors.torch import load_file, save_file
 from workspace import Workspace, merge_into
 

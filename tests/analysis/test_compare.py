@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging.test_known_mistakes import MODULES, Pair, deltas, lora, write
 from oracles import methods as oracle
 from oracles.producers import PRODUCERS
+from pairs import MODULES, Pair, deltas, lora, write
 from safetensors.torch import load_file, save_file
 from workspace import SMALL, Workspace
 

@@ -11,71 +11,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles.dense import best_error, product, read_deltas, relative, weighted_sum
+from pairs import BLOCK, DIM, Lora, Pair, deltas, later_save, lora, rotated, write
 from safetensors.torch import load_file, save_file
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 
 WRONG = 0.05
 RIGHT = 1e-6
-DIM, FFN, ADALN = 48, 64, 16
-BLOCK = {
-    "attention.to_q": (DIM, DIM),
-    "attention.to_k": (DIM, DIM),
-    "attention.to_v": (DIM, DIM),
-    "attention.to_out.0": (DIM, DIM),
-    "feed_forward.w1": (FFN, DIM),
-    "feed_forward.w2": (DIM, FFN),
-    "feed_forward.w3": (FFN, DIM),
-    "adaLN_modulation.0": (4 * DIM, ADALN),
-}
-MODULES = {f"layers.0.{path}": shape for path, shape in BLOCK.items()}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One module of a LoRA: up (out, r), down (r, in), alpha or none."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    alpha: float | None = None
-
-    @property
-    def rank(self):
-        return self.down.shape[0]
-
-    @property
-    def scale(self):
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def delta(self):
-        return product(self.up, self.down) * self.scale
-
-
-Lora = dict[str, Pair]
-
-
-def lora(rank=8, seed=0, alpha=None, modules=MODULES, up=0.05, down=0.1):
-    random = torch.Generator().manual_seed(seed)
-    return {
-        m: Pair(torch.randn(o, rank, generator=random) * up, torch.randn(rank, i, generator=random) * down, alpha)
-        for m, (o, i) in modules.items()
-    }
-
-
-def deltas(one):
-    return {m: p.delta for m, p in one.items()}
-
-
-def write(path, one, name=lambda module: f"diffusion_model.{module}"):
-    tensors = {}
-    for module, pair in one.items():
-        tensors[f"{name(module)}.lora_A.weight"] = pair.down.clone(memory_format=torch.contiguous_format)
-        tensors[f"{name(module)}.lora_B.weight"] = pair.up.clone(memory_format=torch.contiguous_format)
-        if pair.alpha is not None:
-            tensors[f"{name(module)}.alpha"] = torch.tensor(float(pair.alpha))
-    save_file(tensors, path)
-    return path
 
 
 def ours(folder, loras, ratios, **how):
@@ -339,24 +281,8 @@ def missing_modules_renormalised(loras, ratios):
     return merged
 
 
-def rotated(one, seed=0):
-    """The same deltas in another basis of the rank."""
-    turned = {}
-    for module, p in one.items():
-        random = torch.Generator().manual_seed(seed)
-        q = torch.linalg.qr(torch.randn(p.rank, p.rank, generator=random, dtype=torch.float64)).Q
-        turned[module] = Pair((p.up.double() @ q).float(), (q.T @ p.down.double()).float(), p.alpha)
-    return turned
-
-
 def bf16(one):
     return {m: Pair(p.up.bfloat16(), p.down.bfloat16(), p.alpha) for m, p in one.items()}
-
-
-def later_save(one, change):
-    """A later checkpoint of the same run."""
-    other = lora(8, 9)
-    return {m: Pair(p.up + change * other[m].up, p.down + change * other[m].down, p.alpha) for m, p in one.items()}
 
 
 ONE, TWO = lora(8, 0, alpha=8), lora(4, 1, alpha=4)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging.test_known_mistakes import MODULES, Lora, Pair, deltas, lora, write
 from oracles.producers import PRODUCERS
+from pairs import MODULES, Lora, Pair, deltas, lora, write
 from safetensors.torch import save_file
 from workspace import SMALL, Workspace
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from merging.test_known_mistakes import lora, write
+from pairs import lora, write
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
