@@ -17,15 +17,17 @@ class SettingError(ZitMergeError):
     Args:
         message: What is wrong and what to do.
         loc: Where, below the place that raises: `SettingError("must be positive", "blocks.to_q")`.
+        is_complete: The location starts at the job already: the setting is in another section than the one that is looked at.
 
     Attributes:
         message: As given.
         loc: `process[1].steps[0].loras[0].blocks.to_q`, as far as it is known.
+        is_complete: As given.
     """
 
-    def __init__(self, message: str, loc: str = ""):
+    def __init__(self, message: str, loc: str = "", *, is_complete: bool = False):
         super().__init__(message, loc)
-        self.message, self.loc = message, loc
+        self.message, self.loc, self.is_complete = message, loc, is_complete
 
     def __str__(self) -> str:
         return f"{self.loc}: {self.message}" if self.loc else self.message
@@ -33,7 +35,7 @@ class SettingError(ZitMergeError):
 
 @contextmanager
 def located(loc: str) -> Iterator[None]:
-    """Puts a location before that of every SettingError that passes.
+    """Puts a location before that of every SettingError that passes and is not complete.
 
     Args:
         loc: A key, a path of keys, or a command-line flag; empty changes nothing.
@@ -41,7 +43,7 @@ def located(loc: str) -> Iterator[None]:
     try:
         yield
     except SettingError as e:
-        e.loc = joined(loc, e.loc)
+        e.loc = e.loc if e.is_complete else joined(loc, e.loc)
         raise
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config.schema import PROCESS_TYPE
-from ..errors import SettingError, located, not_available_yet
+from ..errors import SettingError, joined, not_available_yet
 from ..formats.changes import FULL
 from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
@@ -46,13 +46,17 @@ class Training:
     config: Mapping[str, Any]
     index: int = 0
 
+    def _error(self, message: str, key: str = "") -> SettingError:
+        """A setting of the training is wrong, whichever section asks."""
+        return SettingError(message, joined(self.loc, key), is_complete=True)
+
     @property
     def folder(self) -> Path:
         """The toolkit's save_root (BaseTrainProcess.__init__), relative to the working directory as there."""
         folder, name = self.config["training_folder"], self.config.get("name") or self.job
         for key, value in (("training_folder", folder), ("name", name)):
             if not isinstance(value, str):
-                raise SettingError(f"must be text, not {value!r}", f"{self.loc}.{key}")
+                raise self._error(f"must be text, not {value!r}", key)
         return Path(folder) / name
 
     @property
@@ -67,7 +71,7 @@ class Training:
         if value is None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise SettingError(f"must be a whole number from {least}, not {value!r}", f"{self.loc}.{key}")
+            raise self._error(f"must be a whole number from {least}, not {value!r}", key)
         return value
 
     def file(self, step: int | None = None) -> Path:
@@ -108,9 +112,7 @@ class Training:
         arch = table(self.config, "model").get("arch")
         family = str(arch).split(":")[0]
         if arch is not None and (not family.startswith("zimage") if archs is None else family not in archs):
-            raise SettingError(
-                f"{arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge", f"{self.loc}.model.arch"
-            )
+            raise self._error(f"{arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge", "model.arch")
 
     def spec(self, shapes: str, drop: Collection[str] = ()) -> LoraSpec:
         """What it will save, as far as the config tells.
@@ -124,19 +126,19 @@ class Training:
         """
         network = self.config.get("network")
         if not isinstance(network, Mapping):
-            raise SettingError("trains no LoRA (it has no network:), so there is no `trained` to merge", self.loc)
+            raise self._error("trains no LoRA (it has no network:), so there is no `trained` to merge")
         self.check_arch()
         if table(self.config, "train").get("merge_network_on_save"):
-            raise SettingError(
-                "saves whole models, so there is no `trained` LoRA to merge: drop it", f"{self.loc}.train.merge_network_on_save"
+            raise self._error(
+                "saves whole models, so there is no `trained` LoRA to merge: drop it", "train.merge_network_on_save"
             )
         kind = str(network.get("type") or "lora").lower()
         extras = {**network, **table(network, "network_kwargs")}
         if kind == "dora" or extras.get("dora"):
-            raise SettingError(
+            raise self._error(
                 "a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: train with type: lora or "
                 "lokr",
-                f"{self.loc}.network",
+                "network",
             )
         names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
         whole = extras.get("full_if_contains") or []  # toolkit/lora_special.py: these become .diff and .diff_b
@@ -144,10 +146,10 @@ class Training:
         lost = [v for v in ("norm", "bias") if v not in drop] if extras.get("all_layers") or whole else []
         if lost:
             key = "all_layers" if extras.get("all_layers") else "full_if_contains"
-            raise SettingError(
+            raise self._error(
                 f"trains norms or biases too, for which a LoRA file has no place: set drop: [{', '.join(lost)}] beside "
                 "lora: trained to merge the rest, or train without it",
-                f"{self.loc}.network.{key}",
+                f"network.{key}",
             )
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
         algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
@@ -163,11 +165,11 @@ class Training:
         if kind == "lora":
             return rank
         if kind != "lokr":
-            with located(f"{self.loc}.network.type"):
-                raise not_available_yet(f"merging a trained {kind}", "train with type: lora or lokr")
+            later = not_available_yet(f"merging a trained {kind}", "train with type: lora or lokr")
+            raise self._error(later.message, "network.type")
         factor = network.get("lokr_factor", -1)
         if not isinstance(factor, int) or isinstance(factor, bool):
-            raise SettingError(f"must be a whole number, not {factor!r}", f"{self.loc}.network.lokr_factor")
+            raise self._error(f"must be a whole number, not {factor!r}", "network.lokr_factor")
         (p, s), (q, t) = _factorization(out, factor), _factorization(into, factor)
         # toolkit/models/lokr.py: w2 is a product where the rank is under half of its longer side; lokr_full_rank never is
         if network.get("lokr_full_rank", True) or rank >= max(s, t) / 2:
