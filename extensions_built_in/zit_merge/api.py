@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from .progress import Progress
 
 Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
 T = TypeVar("T")
+OUTPUT = "the output"  # its location in messages
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class Merge:
         Raises:
             ZitMergeError: As `plan`.
         """
-        with located("the output"):
+        with located(OUTPUT):
             path = user_path(path)
-        if path.suffix != ".safetensors":
-            raise SettingError("the output is a .safetensors file: give it that ending", str(path))
+            if path.suffix != ".safetensors":
+                raise SettingError(f"{path} is not a .safetensors file: give it that ending")
         with _one_step():
             section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
             context = RunContext(job="merge", loc="", output_dir=path.parent, file=path, may_download=may_download)
-            return Planned(0, section, context, plan_section(section, context), pick_device(section.device))
+            plans = [replace(plan, loc="") for plan in plan_section(section, context)]
+            return Planned(0, section, context, plans, pick_device(section.device))
 
     def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:
         """Writes the merged LoRA; a file that another merge of this name wrote is replaced, any other is refused.
@@ -98,11 +100,12 @@ class _Ticking(Progress):
 
 @contextmanager
 def _one_step() -> Iterator[None]:
-    """Locations without the one step: `rank`, `loras[1].blocks.to_w`."""
+    """Locations without the one step: `rank`, `loras[1].blocks.to_w`; what the path gave is the output."""
     try:
         yield
     except SettingError as e:
-        e.loc = e.loc.removeprefix("steps[0]").lstrip(".")
+        loc = e.loc.removeprefix("steps[0]").lstrip(".")
+        e.loc = OUTPUT if loc in ("output_dir", "name") else loc
         raise
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ..api import OUTPUT
 from ..api import merge as describe
 from ..errors import SettingError, counted
 from ..report.progress import Bar
@@ -27,10 +28,10 @@ def merge(args: argparse.Namespace) -> None:
     with _as_flags(len(args.files)):
         described = describe(list(zip(args.files, _weights(args), strict=True)), **settings)
         planned = described.planned(args.out, may_download=not args.dry_run)
-    say(args, "\n\n".join(map(plan_text, planned.plans)) + "\n")
-    if not args.dry_run:
-        done = list(run_section(planned, None, partial(say, args), Bar(args.quiet)))
-        tell_what_is_not_right(args, what_is_not_right(done))
+        say(args, "\n\n".join(map(plan_text, planned.plans)) + "\n")
+        if not args.dry_run:
+            done = list(run_section(planned, None, partial(say, args), Bar(args.quiet)))
+            tell_what_is_not_right(args, what_is_not_right(done))
 
 
 @contextmanager
@@ -47,18 +48,17 @@ def _flag(loc: str, count: int) -> str:
     of_lora = re.fullmatch(r"loras\[(\d+)\]\.?(.*)", loc)
     if not of_lora:
         first, _, rest = loc.partition(".")
-        known = ("rank", "params", "save", "device", "method", "shapes", "allow_unmatched", "confirm_size")
-        if first not in known:
-            return loc
+        if first not in ("rank", "params", "save", *_SETTINGS):
+            return "--out" if loc == OUTPUT else loc
         flag, rest = (rest, "") if first == "save" else (first, rest)
         return " ".join(filter(None, [f"--{flag.replace('_', '-')}", rest]))
-    number, key = int(of_lora[1]) + 1, of_lora[2]
-    which = f" (file {number})" if count > 1 else ""
-    table, _, entry = key.partition(".")
-    if table in ("", "lora"):
+    number, (table, _, entry) = int(of_lora[1]) + 1, of_lora[2].partition(".")
+    if table.startswith("drop"):  # one list for all files
+        return "--drop"
+    if table in ("", "lora") or (table == "blocks" and not entry):
         return f"file {number}"
-    flag = entry if table == "blocks" and entry else table
-    return f"--{flag}{f' {entry}' * (table == 'layers' and bool(entry))}{which}"
+    flag = entry if table == "blocks" else table
+    return f"--{flag}{f' {entry}' * (table == 'layers' and bool(entry))}" + (f" (file {number})" if count > 1 else "")
 
 
 def _weights(args: argparse.Namespace) -> list[dict[str, Any]]:
