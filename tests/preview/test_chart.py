@@ -14,7 +14,9 @@ import pytest
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.preview import chart
-from extensions_built_in.zit_merge.preview.ablation import Ablation, Distances, Shot, groups, number
+from extensions_built_in.zit_merge.preview.ablation import Ablation, Distances, number
+from extensions_built_in.zit_merge.preview.groups import module_groups
+from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
 paper = pytest.importorskip("extensions_built_in.zit_merge.report.plots.canvas")  # needs matplotlib
 chart_figure = pytest.importorskip("extensions_built_in.zit_merge.preview.chart_figure")
@@ -31,21 +33,21 @@ FOUR = ("pixels", "structure", "colour", "detail")
 
 
 def ablation(
-    by: str, count: int, *, shots: int = 4, names: Sequence[str] = FOUR, mode: str = "leave_out", **how: object
+    by: str, count: int, *, specs: int = 4, names: Sequence[str] = FOUR, mode: str = "leave_out", **how: object
 ) -> Ablation:
     """Part k of metric n has in picture s the distance (1 + k % 7) * (1 + n) * (1 + 0.1 s) of a whole of 10."""
     present = how.pop("present", MODULES)
-    parts = groups(by, count, present)
+    parts = module_groups(by, count, present)
     lora, scale = how.pop("lora", "me.safetensors"), how.pop("scale", 1.0)
 
     def distances(n: int) -> Distances:
-        found = {g.name: tuple(scale * (1 + k % 7) * (1 + n) * (1 + 0.1 * s) for s in range(shots)) for k, g in enumerate(parts)}
-        return Distances((10.0,) * shots, (10.0,) * shots, found, found)
+        found = {g.name: tuple(scale * (1 + k % 7) * (1 + n) * (1 + 0.1 * s) for s in range(specs)) for k, g in enumerate(parts)}
+        return Distances((10.0,) * specs, (10.0,) * specs, found, found)
 
     about = {name: {"what": "", "formula": "", "source": ""} for name in names}
     told = {name: distances(n) for n, name in enumerate(names)}
-    pictures = tuple(Shot(f"prompt {s}", 42) for s in range(shots))
-    return Ablation(lora, by, mode, pictures, parts, told, about, how.pop("is_changed", (True,) * shots))
+    rendered = tuple(ImageSpec(f"prompt {s}", 42) for s in range(specs))
+    return Ablation(lora, by, mode, rendered, parts, told, about, how.pop("is_changed", (True,) * specs))
 
 
 def drawn(one: Ablation) -> Figure:
@@ -77,8 +79,8 @@ HARD = {
     "components": ablation("components", 10),
     "one metric": ablation("layers", 10, names=FOUR[:1]),
     "six metrics": ablation("layers", 10, names=(*FOUR, "my_module:a_metric_of_a_name_that_no_panel_has_room_for", "b:c")),
-    "one picture": ablation("components", 10, shots=1),
-    "twenty pictures": ablation("layers", 10, shots=20),
+    "one picture": ablation("components", 10, specs=1),
+    "twenty pictures": ablation("layers", 10, specs=20),
     "no change": ablation("layers", 10, **NOTHING),
     "huge": ablation("layers", 10, scale=1e5),
     "tiny": ablation("layers", 10, scale=1e-9),
@@ -137,7 +139,7 @@ def test_pictures_beyond_the_scale_are_at_its_edge():
 
 
 def test_a_single_picture_has_no_dots():
-    page = drawn(ablation("layers", 3, shots=1))
+    page = drawn(ablation("layers", 3, specs=1))
     assert not any(axes.collections for axes in panels(page)) and "Dots" not in words(page)
     assert "Dots: single pictures" in words(drawn(ablation("layers", 3)))
 
