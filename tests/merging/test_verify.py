@@ -20,11 +20,13 @@ from torch import Tensor
 from workspace import DTYPES, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, merge
+from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.algebra.factors import Factors
+from extensions_built_in.zit_merge.algebra.linear import add
 from extensions_built_in.zit_merge.algebra.rounding import to_dtype
 from extensions_built_in.zit_merge.algebra.truncate import truncate
-from extensions_built_in.zit_merge.merging import runner as execute
-from extensions_built_in.zit_merge.merging.merger import Merger
+from extensions_built_in.zit_merge.merging import results
+from extensions_built_in.zit_merge.merging.merger import Merged, Merger
 
 SHAPES = {
     name: shape
@@ -176,6 +178,8 @@ def test_a_file_of_zeros(tmp_path):
         "asked": [None, None],
         "got": [None, None],
         "cut": False,
+        "status": "empty",
+        "reasons": [{"kind": "nothing_asked"}],
     }
 
 
@@ -317,14 +321,14 @@ OTHERS = [("scaled", "bf16", "slerp"), ("scaled", "bf16", "ties"), ("rolled", "f
 def test_spoiled_rounding(tmp_path, monkeypatch, spoil, dtype, method):
     weighed = [(path, 0.8) for path, _ in two(tmp_path)]
     old = merge_into(tmp_path, [(path, 0.7) for path, _ in weighed], "out")
-    monkeypatch.setattr(execute, "to_dtype", spoiled_rounding(SPOILED[spoil]))
+    monkeypatch.setattr(results, "to_dtype", spoiled_rounding(SPOILED[spoil]))
     refuse(tmp_path, weighed, old, dtype=dtype, method=method)
 
 
 @pytest.mark.parametrize("factor", [0.999, 1.001, 0.9999])
 def test_a_little_off_in_fp32(tmp_path, monkeypatch, factor):
     weighed = [(path, 0.8) for path, _ in two(tmp_path)]
-    monkeypatch.setattr(execute, "to_dtype", spoiled_rounding(lambda x: scaled(x, factor)))
+    monkeypatch.setattr(results, "to_dtype", spoiled_rounding(lambda x: scaled(x, factor)))
     refuse(tmp_path, weighed, None)
 
 
@@ -335,7 +339,7 @@ def test_a_little_off_in_fp32(tmp_path, monkeypatch, factor):
 def test_spoiled_truncation(tmp_path, monkeypatch, spoil, dtype, method):
     weighed = [(path, 0.8) for path, _ in two(tmp_path)]
     old = merge_into(tmp_path, [(path, 0.7) for path, _ in weighed], "out")
-    monkeypatch.setattr(execute, "truncate", spoiled_truncation(SPOILED[spoil]))
+    monkeypatch.setattr(results, "truncate", spoiled_truncation(SPOILED[spoil]))
     refuse(tmp_path, weighed, old, dtype=dtype, method=method, rank=4)
 
 
@@ -358,27 +362,28 @@ def test_a_truncation_that_keeps_less_than_the_best(tmp_path, monkeypatch, worse
     """Each is an orthogonal projection: what is left out is orthogonal to what is written, as in the best one."""
     weighed = [(path, 0.8) for path, _ in two(tmp_path)]
     old = merge_into(tmp_path, [(path, 0.7) for path, _ in weighed], "out")
-    monkeypatch.setattr(execute, "truncate", WORSE[worse])
+    monkeypatch.setattr(results, "truncate", WORSE[worse])
     refuse(tmp_path, weighed, old, "", rank=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_spoiled_strengths(tmp_path, monkeypatch, dtype):
-    """The inputs' strengths swapped, or one of them left out, by the code that merges: the check does not go through it."""
+    """The inputs' strengths swapped, or one of them left out, by the code that merges: the check does not go by its sums."""
     weighed = [(path, r) for (path, _), r in zip(two(tmp_path), (0.9, 0.6), strict=True)]
-    right = Merger.merged
-    spoils = {
-        "scaled": lambda self, module, deltas, factors: right(
-            self, module, {n: d.times(0.97) for n, d in deltas.items()}, factors
-        ),
-        "swapped": lambda self, module, deltas, factors: right(
-            self, module, {n: d.times((0.6 / 0.9, 0.9 / 0.6)[n]) for n, d in deltas.items()}, factors
-        ),
-        "left out": lambda self, module, deltas, factors: right(self, module, dict(list(deltas.items())[:1]), factors),
-        "twice": lambda self, module, deltas, factors: right(self, module, deltas, factors).times(2.0),
+    right = Merger.of
+    spoils: dict[str, Callable[[Merged], Delta]] = {
+        "scaled": lambda merged: add([part.weighted(0.97 * part.ratio) for part in merged.parts.values()]),
+        "swapped": lambda merged: add([part.weighted((0.6, 0.9)[n]) for n, part in merged.parts.items()]),
+        "left out": lambda merged: add([part.weighted(part.ratio) for part in list(merged.parts.values())[:1]]),
+        "twice": lambda merged: merged.delta.times(2.0),
     }
-    for spoil in spoils.values():
-        monkeypatch.setattr(Merger, "merged", spoil)
+
+    def spoiled(self: Merger, module: str) -> Merged:
+        merged = right(self, module)
+        return merged._replace(delta=spoil(merged))
+
+    monkeypatch.setattr(Merger, "of", spoiled)
+    for spoil in spoils.values():  # noqa: B007 - `spoiled` looks at it
         refuse(tmp_path, weighed, None, dtype=dtype)
         refuse(tmp_path, weighed, None, dtype=dtype, rank=7)
 
@@ -394,7 +399,7 @@ def test_one_module_is_enough(tmp_path, monkeypatch):
         calls.append(x)
         return to_dtype(scaled(x) if float(x.up.abs().max()) < 1e-2 else x, dtype)
 
-    monkeypatch.setattr(execute, "to_dtype", third)
+    monkeypatch.setattr(results, "to_dtype", third)
     refuse(tmp_path, [(path, 1.0)], None, dtype="bf16")
     assert calls
 
@@ -403,7 +408,7 @@ def test_a_spoiled_step_leaves_the_steps_before_it(work, monkeypatch):
     (one, _), (other, _) = two(work.folder)
     loras = [{"lora": one.name, "ratio": 0.9}, {"lora": other.name, "ratio": 0.6}]
     steps = [{"name": "a", "loras": loras}, {"name": "b", "loras": loras[::-1], "rank": 3}]
-    monkeypatch.setattr(execute, "truncate", spoiled_truncation(scaled))
+    monkeypatch.setattr(results, "truncate", spoiled_truncation(scaled))
     message = work.zit("run", work.job(*steps)).refused()
     assert "what was written differs from what was wanted by " in message and "please report it with the recipe" in message
     assert work.files() == ["merged_cat_a.safetensors"]
