@@ -23,6 +23,14 @@ from extensions_built_in.zit_merge.cli.main import main
 from extensions_built_in.zit_merge.files import hub
 
 SMALL = producers.small_shapes(dim=8, ffn=16, temb=8, cap=8)
+
+
+def of_layers(shapes: producers.Shapes, *layers: int) -> producers.Shapes:
+    """The modules of these layers, and all that are in none."""
+    return {m: shape for m, shape in shapes.items() if not m.startswith("layers.") or int(m.split(".")[1]) in layers}
+
+
+FEW = of_layers(SMALL, 0, 3, 29)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REAL = {
     "layers.0.adaLN_modulation.0": (15360, 256),
@@ -38,8 +46,8 @@ def lora_bytes(producer: str, rank: int, seed: int, shapes: producers.Shapes) ->
 
 
 @cache
-def _small_bytes(producer: str, rank: int, seed: int) -> bytes:
-    return lora_bytes(producer, rank, seed, SMALL)
+def _small_bytes(producer: str, rank: int, seed: int, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> bytes:
+    return lora_bytes(producer, rank, seed, dict(shapes))
 
 
 def write_lora(
@@ -110,10 +118,16 @@ class Ran:
 
 
 class Workspace:
-    """A folder to work in, with makers of its files. Attributes: `folder`, the working directory; `out`, where jobs write."""
+    """A folder to work in, with makers of its files.
+
+    Attributes:
+        folder: The working directory.
+        out: Where jobs write.
+        shapes: What LoRAs change; with FEW, a run takes a tenth of the time.
+    """
 
     def __init__(self, folder: Path, read: Callable[[], tuple[str, str]]):
-        self.folder, self.out = folder, folder / "out"
+        self.folder, self.out, self.shapes = folder, folder / "out", SMALL
         self._read = read
 
     def lora(
@@ -130,9 +144,9 @@ class Workspace:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if metadata is None and change is None:
-            path.write_bytes(_small_bytes(producer, rank, seed))
+            path.write_bytes(_small_bytes(producer, rank, seed, tuple(self.shapes.items())))
             return path
-        made = producers.PRODUCERS[producer].make(SMALL, rank, seed, torch.bfloat16)
+        made = producers.PRODUCERS[producer].make(self.shapes, rank, seed, torch.bfloat16)
         if change:
             change(made.tensors)
         producers.save(replace(made, metadata=made.metadata | dict(metadata or {})), path)

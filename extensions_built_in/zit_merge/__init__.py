@@ -3,7 +3,7 @@
 AI-Toolkit imports every extension at the start of every job, so nothing is imported here that could be missing or slow.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = ["AI_TOOLKIT_EXTENSIONS", "ZitMergeError", "load_lora", "merge"]
 
 _PUBLIC = {"load_lora": ".formats.reader", "merge": ".api", "ZitMergeError": ".errors"}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from workspace import Workspace
+from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge.cli import attach as module
 from extensions_built_in.zit_merge.cli.attach import attach
@@ -83,7 +83,8 @@ JOB = {"job": "extension", "config": {"name": "cat", "process": [{"type": "other
 
 @pytest.fixture
 def files(work: Workspace) -> Workspace:
-    """A LoRA and a section file."""
+    """A LoRA of few layers and a section file."""
+    work.shapes = FEW
     work.lora("me.safetensors")
     work.write(SECTION, "section.yaml")
     return work
@@ -525,7 +526,9 @@ PROCESS = st.dictionaries(st.text("pqr", min_size=1, max_size=2), VALUES, max_si
 @pytest.fixture(scope="module")
 def shared_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    return Workspace(folder, lambda: ("", "")).lora("me.safetensors")
+    work = Workspace(folder, lambda: ("", ""))
+    work.shapes = FEW
+    return work.lora("me.safetensors")
 
 
 @settings(max_examples=80, deadline=None)

@@ -16,7 +16,7 @@ import yaml
 from oracles import producers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from workspace import SMALL, Workspace, empty_hub_cache, put_into_hub_cache
+from workspace import FEW, Workspace, empty_hub_cache, put_into_hub_cache
 
 from extensions_built_in.zit_merge.config import presets
 from extensions_built_in.zit_merge.files import hub
@@ -32,6 +32,13 @@ STYLE = {"lora": "style.safetensors", "ratio": 1, "effects": {"composition": 1e-
 ONE_STEP = {"name": "a", "loras": [ME, STYLE]}
 K = "diffusion_model.layers.0.attention.to_k"
 ELSEWHERE = "elsewhere/recipe.yaml"  # a folder in which none of the inputs lies
+
+
+@pytest.fixture
+def work(work: Workspace) -> Workspace:
+    """With LoRAs of few layers: what is looked at here is the same for all of them."""
+    work.shapes = FEW
+    return work
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -299,11 +306,11 @@ def test_a_recipe_of_a_preset_runs_without_it(work, loras, monkeypatch, keys):
 def peft_adapter(work: Workspace, name: str = "peft/adapter_model.safetensors") -> Path:
     """PEFT's adapter, whose alpha of 3/2 r stands in adapter_config.json alone."""
     path = work.lora(name, "peft")
-    producers.save_sidecars(producers.PRODUCERS["peft"].make(SMALL, 2, 0, torch.bfloat16), path.parent)
+    producers.save_sidecars(producers.PRODUCERS["peft"].make(FEW, 2, 0, torch.bfloat16), path.parent)
     return path
 
 
-def scale_of(path: Path, source: Path, module: str = "layers.4.attention.to_v") -> float:
+def scale_of(path: Path, source: Path, module: str = "layers.3.attention.to_v") -> float:
     """How many times the product of the stored factors of the source is in a merged file."""
     stored, made = load_file(source), load_file(path)
     a, b = next(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from workspace import SMALL, Workspace
+from workspace import Workspace
 
 from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.config.job import load_job
@@ -29,7 +29,6 @@ from extensions_built_in.zit_merge.progress import SILENT, Progress
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
-FEW = {module: shape for module, shape in SMALL.items() if module.startswith(("layers.0.", "layers.3.", "layers.29."))}
 MODEL = {"name_or_path": "Tongyi-MAI/Z-Image-Turbo", "arch": "zimage:turbo"}
 ME = {"lora": "me.safetensors", "ratio": 0.8}
 STYLE = {"lora": "style.safetensors", "ratio": 0.5}

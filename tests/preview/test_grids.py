@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
-from workspace import Workspace
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview.grids import preview_plan
@@ -42,12 +43,12 @@ def refused(work: Workspace, *steps: dict, **keys: Any) -> str:
     ],
     ids=str,
 )
-def test_what_is_compared(work, pair, compare, labels):
+def test_what_is_compared(work, loras, compare, labels):
     asked = ONE | ({"compare": compare} if compare else {})
     assert variants(previewed(work, step(*BOTH, preview=asked))) == [("preview", labels)]
 
 
-def test_an_input_that_stands_there_twice_is_shown_once(work, pair):
+def test_an_input_that_stands_there_twice_is_shown_once(work, loras):
     assert variants(previewed(work, step(ME, ME | {"ratio": 0.1}, STYLE, preview=ONE)))[0][1] == [
         *("base", "me.safetensors", "style.safetensors", "soft")
     ]
@@ -55,17 +56,17 @@ def test_an_input_that_stands_there_twice_is_shown_once(work, pair):
     assert variants(twice)[0][1] == ["base", "style.safetensors", "style.safetensors (2)", "soft"], "read in another way"
 
 
-def test_inputs_that_are_steps(work, pair):
+def test_inputs_that_are_steps(work, loras):
     found = previewed(work, step(*BOTH, name="a"), step({"lora": "a", "ratio": 1.0}, ME, name="b", preview=ONE))
     assert variants(found) == [("preview", ["base", "a", "me.safetensors", "b"])]
 
 
-def test_equal_pictures_of_several_steps_are_counted_once(work, pair):
+def test_equal_pictures_of_several_steps_are_counted_once(work, loras):
     found = previewed(work, step(*BOTH, name="a"), step(STYLE, ME, name="b"), preview=ONE)
     assert len(found.pictures()) == 3 + 2 and [len(list(e.pictures())) for e in found.grids] == [4, 4]
 
 
-def test_grids_in_the_order_of_steps(work, pair):
+def test_grids_in_the_order_of_steps(work, loras):
     steps = (
         step(ME, name="a", sweep={"ratio": [0.1, 0.2]}, ablate={"by": "components"}, preview=ONE),
         step(STYLE, name="b", preview=ONE),
@@ -82,7 +83,7 @@ def test_grids_in_the_order_of_steps(work, pair):
     assert [e.title for e in found.grids] == titles
 
 
-def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
+def test_an_ablation_begins_with_the_base_and_the_whole(work, loras):
     (found,) = previewed(work, step(ME, ablate={"by": "layers", "groups": 2, "mode": "only"}, preview=False), preview=ONE).grids
     assert found.labels == ["base", "soft", "only layers 0-14", "only layers 15-29"]
     assert [g.name for g in found.groups] == ["layers 0-14", "layers 15-29"] and found.ablate.by == "layers"
@@ -95,22 +96,22 @@ def test_an_ablation_begins_with_the_base_and_the_whole(work, pair):
         ({"by": "layers", "metrics": ["pixels", "pixelz"]}, "ablate.metrics[1]: no such metric: 'pixelz' (did you mean pixels?)"),
     ],
 )
-def test_an_ablation_that_cant_be(work, pair, asked, says):
+def test_an_ablation_that_cant_be(work, loras, asked, says):
     assert refused(work, step(ME, ablate=asked), preview=ONE).startswith(f"process[0].steps[0].{says}")
 
 
 @pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 3), (8, 8), (9, 5), (10, 5), (17, 6), (30, 8)])
-def test_variants_are_in_rows_of_about_one_length(work, pair, count, across):
+def test_variants_are_in_rows_of_about_one_length(work, loras, count, across):
     found = previewed(work, step(ME, sweep={"ratio": [n / 100 for n in range(count)]}, preview=False), preview=ONE)
     assert found.grids[0].across == across
 
 
-def test_an_ablation_of_nothing(work, pair):
+def test_an_ablation_of_nothing(work, loras):
     message = refused(work, step(ME | {"ratio": 0}, ablate={"by": "layers"}), preview=ONE)
     assert message == "process[0].steps[0].ablate: every strength of the step is 0, so no part has an effect: drop ablate"
 
 
-def test_two_ablations_of_one_preset(work, pair):
+def test_two_ablations_of_one_preset(work, loras):
     one, two = {"by": "layers", "groups": 2, "preset": "mine"}, {"by": "layers", "groups": 3, "preset": "Mine"}
     message = refused(work, step(ME, name="a", ablate=one), step(ME, name="b", ablate=two), preview=ONE)
     assert message.startswith("process[0].steps[1].ablate.preset: Mine is also the name at process[0].steps[0].ablate.preset")
@@ -119,7 +120,7 @@ def test_two_ablations_of_one_preset(work, pair):
 # --- what the section says ------------------------------------------------------------------------------------------------------
 
 
-def test_a_section_shows_every_step_that_is_kept(work, pair):
+def test_a_section_shows_every_step_that_is_kept(work, loras):
     steps = (step(ME, name="a", keep=False), step({"lora": "a", "ratio": 1.0}, name="b"), step(STYLE, name="c", preview=False))
     assert [e.plan.name for e in previewed(work, *steps, preview=ONE).grids] == ["b"]
     steps[0]["preview"] = True
@@ -127,7 +128,7 @@ def test_a_section_shows_every_step_that_is_kept(work, pair):
 
 
 @pytest.mark.parametrize("own", [{"preview": False}, {"keep": False}, {}], ids=str)
-def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, pair, own):
+def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, loras, own):
     """Also on a step that is not to be compared."""
     asked = {"prompts": ["x"], "seed": [3, 4], "size": 64}
     sample = {"samples": [{"prompt": "of the training"}]}
@@ -138,7 +139,7 @@ def test_what_the_section_says_of_pictures_holds_for_sweeps_and_ablations(work, 
         assert grid.specs == (ImageSpec("x", 3, 64, 64), ImageSpec("x", 4, 64, 64))
 
 
-def test_an_ablation_may_have_prompts_of_its_own(work, pair):
+def test_an_ablation_may_have_prompts_of_its_own(work, loras):
     own = {"by": "layers", "groups": 1, "prompts": ["y"]}
     preview, ablation = previewed(work, step(ME, ablate=own), preview={"prompts": ["x"], "size": 64, "seed": 5}).grids
     assert preview.specs == (ImageSpec("x", 5, 64, 64),) and ablation.specs == (ImageSpec("y", 5, 64, 64),)
@@ -166,14 +167,21 @@ def test_an_ablation_may_have_prompts_of_its_own(work, pair):
     ],
     ids=str,
 )
-def test_trouble_is_told_where_it_was_written(work, pair, section, own, place):
+def test_trouble_is_told_where_it_was_written(work, loras, section, own, place):
     assert refused(work, step(ME, **own), **section).startswith(place)
 
 
 # --- how many -------------------------------------------------------------------------------------------------------------------
 
 
-def test_200_pictures_are_not_too_many(work, pair):
+@pytest.fixture
+def whole(work: Workspace) -> Path:
+    """me.safetensors with all layers."""
+    work.shapes = SMALL
+    return work.lora("me.safetensors")
+
+
+def test_200_pictures_are_not_too_many(work, loras):
     prompts = [f"prompt {n}" for n in range(100)]
     assert len(previewed(work, step(ME, preview={"prompts": prompts, "compare": ["base", "result"]})).pictures()) == 200
 
@@ -194,7 +202,7 @@ def test_200_pictures_are_not_too_many(work, pair):
         ),
     ],
 )
-def test_more_are_asked_about(work, loras, steps, place):
+def test_more_are_asked_about(work, whole, steps, place):
     message = refused(work, *steps)
     assert message.startswith(place) and "set confirm: true in preview if you want them all, or use fewer prompts" in message
 
@@ -204,7 +212,7 @@ def test_more_are_asked_about(work, loras, steps, place):
     [({"confirm": True}, {}), ({}, {"preview": {"confirm": True}}), ({"confirm": True}, {"preview": False})],
     ids=str,
 )
-def test_whoever_confirms_gets_them_all(work, loras, section, own):
+def test_whoever_confirms_gets_them_all(work, whole, section, own):
     prompts = {"prompts": [f"prompt {n}" for n in range(101)]}
     found = previewed(work, step(ME, sweep={"ratio": [0.1, 0.2]}, **own), preview=prompts | {"compare": ["base"]} | section)
     assert len(found.pictures()) >= 202
@@ -212,7 +220,7 @@ def test_whoever_confirms_gets_them_all(work, loras, section, own):
     assert len(found.pictures()) == 243
 
 
-def test_steps_that_ask_for_none(work, pair):
+def test_steps_that_ask_for_none(work, loras):
     found = planned(work, step(ME))
     assert not found.section.wants_pictures
     with pytest.raises(
@@ -224,14 +232,14 @@ def test_steps_that_ask_for_none(work, pair):
 @pytest.mark.parametrize(
     "own", [{"preview": ONE}, {"sweep": {"ratio": [1]}}, {"ablate": {"by": "layers"}}], ids=lambda own: next(iter(own))
 )
-def test_steps_that_ask_for_some(work, pair, own):
+def test_steps_that_ask_for_some(work, loras, own):
     assert planned(work, step(ME, name="a"), step(ME, **own)).section.wants_pictures
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_that_is_printed(work, pair):
+def test_the_plan_that_is_printed(work, loras):
     asked = {"prompts": ["a", "b"], "seed": [1, 2], "size": [64, 128], "steps": 3}
     found = previewed(work, step(*BOTH, preview=asked), step(ME, name="one", preview=ONE | {"compare": ["base"]}))
     assert found.text().splitlines() == [
@@ -243,7 +251,7 @@ def test_the_plan_that_is_printed(work, pair):
     ]
 
 
-def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, pair, tmp_path):
+def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, loras, tmp_path):
     folder = tmp_path / ("猫" * 60)
     folder.mkdir()
     seeds = {"prompts": ["a"], "seed": list(range(150))}
@@ -277,7 +285,7 @@ def test_settings_in_words():
     ],
     ids=str,
 )
-def test_headings_tell_specs_apart(work, pair, prompts, headings):
+def test_headings_tell_specs_apart(work, loras, prompts, headings):
     assert previewed(work, step(ME, preview={"prompts": prompts})).grids[0].headings == headings
 
 
@@ -285,7 +293,7 @@ def test_numbers_behind_names_are_no_names_of_others():
     assert _distinct(["a", "a", "a (2)", "b", "a"]) == ["a", "a (3)", "a (2)", "b", "a (4)"]
 
 
-def test_before_a_training_the_pictures_are_counted(work, pair):
+def test_before_a_training_the_pictures_are_counted(work, loras):
     """Of a LoRA that is not there yet, and of checkpoints to come."""
     trained = {"lora": "trained", "ratio": 0.9}
     steps = (

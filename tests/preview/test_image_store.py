@@ -360,7 +360,7 @@ def test_a_job_whose_name_claims_whatever_there_is(work, job):
         of_job(work, job)
 
 
-def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(work, pair):
+def test_a_job_whose_name_claims_the_folder_is_told_before_anything_is_done(work, loras):
     """The outputs' names escape the glob of this job, the folder's does not."""
     config = work.config(work.training(model=MODEL), work.section(step(preview={"prompts": ["a"]})), job="*[e]ws")
     message = work.zit("check", config).refused()

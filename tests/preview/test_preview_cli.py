@@ -24,14 +24,14 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_check_tells_which_pictures_there_will_be(work, pair):
+def test_check_tells_which_pictures_there_will_be(work, loras):
     told = work.zit("check", job(work, SWEPT)).ok()
     assert "\npictures      7 with Tongyi-MAI/Z-Image-Turbo\n" in told and told.endswith("no errors\n")
     assert "soft: ratio and blocks.to_q: 4 variants x 1 picture, 64 x 64 pixels" in one_line(told)
     assert all(len(line) < 80 for line in told.split("pictures  ")[1].splitlines())
 
 
-def test_check_says_nothing_of_pictures_where_there_are_none(work, pair):
+def test_check_says_nothing_of_pictures_where_there_are_none(work, loras):
     assert "picture" not in work.zit("check", job(work, step(ME))).ok()
 
 
@@ -48,7 +48,7 @@ def test_check_says_nothing_of_pictures_where_there_are_none(work, pair):
     ],
     ids=str,
 )
-def test_what_stands_in_the_way_of_pictures_is_told_by_check_and_preview_and_the_merge_is_done(work, pair, step_keys, keys, says):
+def test_what_stands_in_the_way_of_pictures_is_told_by_check_and_preview_and_stops_no_merge(work, loras, step_keys, keys, says):
     if "210" in says:
         step_keys["preview"]["prompts"] = ["a"]
         says = says.replace("210", "210")
@@ -59,7 +59,7 @@ def test_what_stands_in_the_way_of_pictures_is_told_by_check_and_preview_and_the
     assert work.files() == ["merged_cat_soft.safetensors"] and "pictures are rendered by AI-Toolkit" in told
 
 
-def test_run_says_who_renders_the_pictures(work, pair):
+def test_run_says_who_renders_the_pictures(work, loras):
     told = work.zit("run", job(work, SWEPT)).ok()
     assert "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder" in told
     assert work.files() == ["merged_cat_soft.safetensors"], "no file of a cell, no picture"
@@ -67,13 +67,13 @@ def test_run_says_who_renders_the_pictures(work, pair):
 
 
 @WITHOUT_TOOLKIT
-def test_preview_needs_the_toolkit(work, pair):
+def test_preview_needs_the_toolkit(work, loras):
     message = work.zit("preview", job(work, SWEPT)).refused()
     assert message.startswith("there is no AI-Toolkit here") and "run this in AI-Toolkit's folder" in message
     assert work.files() == [] and not list(work.folder.rglob("*.png"))
 
 
-def test_a_dry_run_tells_and_writes_nothing(work, pair):
+def test_a_dry_run_tells_and_writes_nothing(work, loras):
     before = names(work.folder)
     config = job(work, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
     told = work.zit("preview", config, "--dry-run").ok()
@@ -83,7 +83,7 @@ def test_a_dry_run_tells_and_writes_nothing(work, pair):
     assert work.zit("preview", config, "--dry-run", "--quiet").ok() == ""
 
 
-def test_a_dry_run_of_one_step(work, pair):
+def test_a_dry_run_of_one_step(work, loras):
     config = job(work, SWEPT, step(STYLE, name="b", preview=ONE), step(STYLE, name="c"))
     told = work.zit("preview", config, "--dry-run", "--step", "b").ok()
     assert told.startswith("pictures      3 with") and "soft" not in told
@@ -92,50 +92,50 @@ def test_a_dry_run_of_one_step(work, pair):
     assert "has no such step" in work.zit("preview", config, "--dry-run", "--step", "d").refused()
 
 
-def test_a_config_without_pictures(work, pair):
+def test_a_config_without_pictures(work, loras):
     message = work.zit("preview", job(work, step(ME))).refused()
     assert "no step asks for pictures: write preview: true, sweep or ablate on one" in message
 
 
 @pytest.mark.parametrize(("number", "ratio", "q"), [(1, 0.1, 1), (2, 0.2, 1), (3, 0.1, 2), (4, 0.2, 2)])
-def test_the_section_of_a_cell_is_printed_by_its_number(work, pair, number, ratio, q):
+def test_the_section_of_a_cell_is_printed_by_its_number(work, loras, number, ratio, q):
     printed = yaml.safe_load(work.zit("preview", job(work, SWEPT), "--yaml", f"soft:{number}").ok())
     (made,) = printed["steps"]
     assert made["loras"] == [ME | {"ratio": ratio, "blocks": {"to_q": q}}] and not {"sweep", "preview", "ablate"} & set(made)
     assert work.files() == []
 
 
-def test_what_is_printed_runs(work, pair):
+def test_what_is_printed_runs(work, loras):
     text = work.zit("preview", job(work, SWEPT), "--yaml", "soft:4").ok()
     work.zit("run", work.write(text, "cell.yaml")).ok()
     assert work.files() == ["merged_cell_soft.safetensors"]
 
 
-def test_what_is_printed_may_stand_in_the_job(work, pair):
+def test_what_is_printed_may_stand_in_the_job(work, loras):
     printed = yaml.safe_load(work.zit("preview", job(work, SWEPT), "--yaml", "soft:4").ok())
     work.zit("run", work.config(printed, name="again.yaml")).ok()
     assert work.files() == ["merged_cat_soft.safetensors"]
 
 
 @pytest.mark.parametrize("number", ["0", "5", "x", "-1", "01"])
-def test_a_number_that_no_cell_has(work, pair, number):
+def test_a_number_that_no_cell_has(work, loras, number):
     message = work.zit("preview", job(work, SWEPT), "--yaml", f"soft:{number}").refused()
     assert message == "--yaml: the pictures of this sweep are numbered 1 to 4: write --yaml soft:1"
 
 
-def test_a_picture_that_is_not_named(work, pair):
+def test_a_picture_that_is_not_named(work, loras):
     config = job(work, SWEPT, step(ME, name="other", preview=ONE))
     assert work.zit("preview", config, "--yaml", ":1").refused().startswith("--yaml: which picture?")
     assert "the step other has no sweep" in work.zit("preview", config, "--yaml", "other:1").refused()
 
 
-def test_no_warnings_of_libraries_are_printed(work, pair, recwarn):
+def test_no_warnings_of_libraries_are_printed(work, loras, recwarn):
     config = job(work, step(ME, STYLE, rank={"energy": 0.9}, sweep={"loras[0].ratio": [1]}, preview=ONE))
     work.zit("preview", config, "--yaml", "soft:1").ok()
     assert [str(w.message) for w in recwarn] == []
 
 
-def test_a_trained_lora_that_is_not_there_yet(work, pair):
+def test_a_trained_lora_that_is_not_there_yet(work, loras):
     sample = {"samples": [{"prompt": "a"}]}
     steps = [step({"lora": "trained", "ratio": 1.0}, preview=True)]
     config = work.config(work.training(model=MODEL, sample=sample), work.section(*steps))

@@ -72,7 +72,7 @@ def samples(preview: PreviewPlan) -> list[Path]:
 # --- what is rendered ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_the_base_the_inputs_and_the_result(work, pair):
+def test_pictures_are_those_of_the_base_the_inputs_and_the_result(work, loras):
     preview, loader = of(work, step(*BOTH, preview=True)), Loader()
     rendered(preview, loader)
     specs = preview.grids[0].specs
@@ -98,7 +98,7 @@ def _file(path: Path):
             yield module, delta.times(scale)
 
 
-def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(work, pair):
+def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(work, loras):
     loader = Loader()
     rendered(of(work, step(*BOTH, preview=True)), loader)
     (renderer,) = loader.loaded
@@ -107,7 +107,7 @@ def test_the_model_is_loaded_once_and_every_lora_put_on_it_once(work, pair):
     assert [adapters.index(a) for a in adapters] == [0, 0, 2, 2, 4, 4, 6, 6], "pictures of one LoRA follow each other"
 
 
-def test_several_grids_load_one_model_and_render_no_picture_twice(work, pair):
+def test_several_grids_load_one_model_and_render_no_picture_twice(work, loras):
     steps = (
         step(ME, preview=True, sweep={"ratio": [0.3, 0.8]}, ablate={"by": "layers", "groups": 2}),
         step(*BOTH, name="both", preview=True),
@@ -120,7 +120,7 @@ def test_several_grids_load_one_model_and_render_no_picture_twice(work, pair):
     assert len(pictures(preview)) == 2 * (3 + 1 + 2 + 2)
 
 
-def test_a_model_is_not_loaded_where_all_pictures_are_there(work, pair):
+def test_a_model_is_not_loaded_where_all_pictures_are_there(work, loras):
     preview, loader = of(work, step(*BOTH, preview=True)), Loader()
     first = rendered(preview, loader)
     again = rendered(of(work, step(*BOTH, preview=True)), loader)
@@ -129,7 +129,7 @@ def test_a_model_is_not_loaded_where_all_pictures_are_there(work, pair):
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut", "emptied", "replaced"])
-def test_a_picture_that_is_harmed_is_rendered_again(work, pair, harm):
+def test_a_picture_that_is_harmed_is_rendered_again(work, loras, harm):
     preview, loader = of(work, step(*BOTH, preview=True)), Loader()
     rendered(preview)
     before = everything(preview)
@@ -140,7 +140,7 @@ def test_a_picture_that_is_harmed_is_rendered_again(work, pair, harm):
     assert len(loader.pictures) == 1 and everything(preview) == before
 
 
-def test_other_numbers_are_other_pictures_and_the_base_stays(work, pair):
+def test_other_numbers_are_other_pictures_and_the_base_stays(work, loras):
     rendered(of(work, step(*BOTH, preview=True)))
     assert rendered(of(work, step(ME | {"ratio": 0.3}, STYLE, preview=True)))[0].startswith("2 pictures rendered, 6 of 8")
     assert rendered(of(work, step(*BOTH, preview={"seed": 1})))[0].startswith("8 pictures rendered, 0 of 8")
@@ -149,7 +149,7 @@ def test_other_numbers_are_other_pictures_and_the_base_stays(work, pair):
     assert rendered(of(work, step(*BOTH, preview=True), model=changed))[0].startswith("8 pictures rendered, 0 of 8")
 
 
-def test_other_names_are_the_same_pictures(work, pair):
+def test_other_names_are_the_same_pictures(work, loras):
     preview = of(work, step(*BOTH, preview=True), step({"lora": "soft", "ratio": 0.5}, name="b", preview=True))
     rendered(preview)
     (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
@@ -158,7 +158,7 @@ def test_other_names_are_the_same_pictures(work, pair):
     assert rendered(renamed)[0] == "0 pictures rendered, 8 of 8 reused"
 
 
-def test_whether_a_file_is_there_makes_no_difference(work, pair):
+def test_whether_a_file_is_there_makes_no_difference(work, loras):
     steps = (step(*BOTH, rank=2, keep=False), step({"lora": "soft", "ratio": 0.5}, STYLE, name="b", preview=True, rank=3))
     preview = of(work, *steps)
     rendered(preview)
@@ -176,7 +176,7 @@ def test_whether_a_file_is_there_makes_no_difference(work, pair):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZitMergeError])
 @pytest.mark.parametrize("after", [1, 3, 8])
-def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, pair, after, stop):
+def test_a_stop_keeps_what_is_done_and_the_next_run_does_the_rest(work, loras, after, stop):
     preview, loader = of(work, step(*BOTH, preview=True)), Loader()
 
     def halt(label: str, done: int) -> None:
@@ -202,7 +202,7 @@ class FailingRenderer(FakeRenderer):
         return super().render(spec)
 
 
-def test_trouble_with_one_picture_is_told_and_the_others_stay(work, pair):
+def test_trouble_with_one_picture_is_told_and_the_others_stay(work, loras):
     preview, loader = of(work, step(*BOTH, preview=True)), Loader(FailingRenderer)
     with pytest.raises(ZitMergeError, match=r"^out of memory for 64 x 64 pixels: set low_vram: true$"):
         rendered(preview, loader)
@@ -210,7 +210,7 @@ def test_trouble_with_one_picture_is_told_and_the_others_stay(work, pair):
     assert rendered(preview)[0] == "7 pictures rendered, 1 of 8 reused"
 
 
-def test_grids_are_written_one_after_the_other(work, pair):
+def test_grids_are_written_one_after_the_other(work, loras):
     """What is done can be looked at while the next one is rendered."""
     steps = (step(ME, preview=True), step(STYLE, name="b", preview=SMALL | {"prompts": ["a dog"]}))
     steps[0]["preview"] = SMALL | {"prompts": ["a cat"]}
@@ -221,7 +221,7 @@ def test_grids_are_written_one_after_the_other(work, pair):
     assert not (store(preview).folder / "b_preview.png").exists()
 
 
-def test_a_reader_that_stops_stops_the_rendering(work, pair):
+def test_a_reader_that_stops_stops_the_rendering(work, loras):
     loader = Loader()
     preview = of(work, step(*BOTH, preview=True), step(ME, name="b", preview=True))
     told = render(preview, CPU, loader)
@@ -230,7 +230,7 @@ def test_a_reader_that_stops_stops_the_rendering(work, pair):
     assert loader.loaded[0].closed and len(loader.pictures) == 8
 
 
-def test_a_file_that_goes_while_the_pictures_are_rendered(work, pair):
+def test_a_file_that_goes_while_the_pictures_are_rendered(work, loras):
     """Its hash is known, its numbers are not: a sentence."""
     preview = of(work, step(*BOTH, preview=True))
 
@@ -241,7 +241,7 @@ def test_a_file_that_goes_while_the_pictures_are_rendered(work, pair):
         rendered(preview, progress=Told(delete))
 
 
-def test_passes_over_modules_can_be_stopped(work, pair):
+def test_passes_over_modules_can_be_stopped(work, loras):
     def halt(label: str, done: int) -> None:
         if label != "pictures":
             raise KeyboardInterrupt
@@ -319,7 +319,7 @@ STEPS = (
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_results_dont_depend_on_the_number_of_processes(work, pair, count, tmp_path):
+def test_results_dont_depend_on_the_number_of_processes(work, loras, count, tmp_path):
     alone = of(work, *STEPS)
     rendered(alone)
     shared = of(work, *STEPS, training_folder=str(work.folder / "other"))
@@ -333,7 +333,7 @@ def test_results_dont_depend_on_the_number_of_processes(work, pair, count, tmp_p
     assert [p.read_bytes() for p in samples(shared)] == [p.read_bytes() for p in samples(alone)]
 
 
-def test_more_processes_than_pictures(work, pair):
+def test_more_processes_than_pictures(work, loras):
     preview, loaders = (
         of(work, step(ME, preview=SMALL | {"prompts": ["a"], "compare": ["result"]})),
         [Loader() for _ in range(3)],
@@ -343,14 +343,14 @@ def test_more_processes_than_pictures(work, pair):
     assert together(lambda: preview, loaders)[0][0] == "0 pictures rendered, 1 of 1 reused"
 
 
-def test_every_process_tells_how_far_it_is_with_its_own_part(work, pair):
+def test_every_process_tells_how_far_it_is_with_its_own_part(work, loras):
     progress = Told()
     preview = of(work, step(*BOTH, preview=True))
     together(lambda: preview, [Loader(), Loader()], progress=progress)
     assert sorted((done, total) for _, _, done, total in progress.told) == [(n, 4) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
 
-def test_trouble_in_one_process_reaches_all(work, pair):
+def test_trouble_in_one_process_reaches_all(work, loras):
     preview = of(work, step(*BOTH, preview=True))
     loaders = [Loader(), Loader(FailingRenderer)]
     told = together(lambda: preview, loaders)
@@ -364,7 +364,7 @@ def test_trouble_in_one_process_reaches_all(work, pair):
 # --- where it is shown ---------------------------------------------------------------------------------------------------------
 
 
-def test_samples_in_full_rows_variant_by_variant(work, pair):
+def test_samples_in_full_rows_variant_by_variant(work, loras):
     preview = of(work, step(*BOTH, preview=True))
     rendered(preview)
     shown = samples(preview)
@@ -376,7 +376,7 @@ def test_samples_in_full_rows_variant_by_variant(work, pair):
     assert samples(preview) == shown
 
 
-def test_other_specs_than_the_samples_fill_rows_with_a_legend(work, pair, monkeypatch):
+def test_other_specs_than_the_samples_fill_rows_with_a_legend(work, loras, monkeypatch):
     from extensions_built_in.zit_merge.preview import image_store as module
 
     lines: list[str] = []
@@ -387,7 +387,7 @@ def test_other_specs_than_the_samples_fill_rows_with_a_legend(work, pair, monkey
     assert lines == ["zit_merge: cat", "1. base: a (seed 1)", "2. base: a (seed 2)", "3. base: a (seed 3)"]
 
 
-def test_pictures_that_are_measured_are_not_in_the_samples(work, pair):
+def test_pictures_that_are_measured_are_not_in_the_samples(work, loras):
     preview = of(work, step(ME, ablate={"by": "layers", "groups": 1, "preset": "mine"}))
     (text,) = [text for text in rendered(preview) if text.startswith("soft: ablation")]
     assert samples(preview) == []
@@ -399,7 +399,7 @@ def test_pictures_that_are_measured_are_not_in_the_samples(work, pair):
     assert [group["name"] for group in measured["groups"]] == ["layers 0-29"]
 
 
-def test_every_part_is_measured_on_its_own_pictures(work, pair):
+def test_every_part_is_measured_on_its_own_pictures(work, loras):
     preview = of(work, step(ME, ablate={"by": "components", "metrics": ["pixels"]}))
     rendered(preview)
     found, folder = facts(preview, "soft_ablate"), store(preview).folder
@@ -413,7 +413,7 @@ def test_every_part_is_measured_on_its_own_pictures(work, pair):
         assert group["metrics"]["pixels"]["share"] == pytest.approx(sum(without) / sum(whole))
 
 
-def test_what_is_told_of_a_grid_says_where_it_lies(work, pair):
+def test_what_is_told_of_a_grid_says_where_it_lies(work, loras):
     preview = of(work, step(*BOTH, preview=True))
     told = rendered(preview)
     folder = store(preview).folder
@@ -422,7 +422,7 @@ def test_what_is_told_of_a_grid_says_where_it_lies(work, pair):
     )
 
 
-def test_a_table_for_programs(work, pair):
+def test_a_table_for_programs(work, loras):
     preview = of(work, step(ME, preview=True, sweep={"ratio": [0.2, 0.4], "blocks.to_q": [0, 1]}))
     rendered(preview)
     found = facts(preview, "soft_sweep")
@@ -441,7 +441,7 @@ def test_a_table_for_programs(work, pair):
     assert str(work.folder) not in told and "me.safetensors" not in told
 
 
-def test_a_picture_knows_all_that_it_follows_from(work, pair):
+def test_a_picture_knows_all_that_it_follows_from(work, loras):
     preview = of(work, step(ME, preview=True))
     rendered(preview)
     for name in pictures(preview):
@@ -450,7 +450,7 @@ def test_a_picture_knows_all_that_it_follows_from(work, pair):
         assert name == f"{digest(record)}.png"
 
 
-def test_two_specs_that_differ_in_one_thing_only(work, pair):
+def test_two_specs_that_differ_in_one_thing_only(work, loras):
     """They have headings of their own, on sheets and on the page."""
     prompts = ["a", "a --n dark", "a --n grey", "a --steps 3", "a --seed 5", "a --w 128"]
     preview = of(work, step(ME, preview={"prompts": prompts, "size": 64, "compare": ["base"]}))
@@ -487,7 +487,7 @@ def shown_on(page: RunPage) -> dict[str, list[dict[str, Any]]]:
     return {s["name"]: s["galleries"] for s in json.loads(block)["sections"][0]["steps"]}
 
 
-def test_the_page_gets_every_grid(work, pair):
+def test_the_page_gets_every_grid(work, loras):
     steps = (
         step(*BOTH, preview=True, ablate={"by": "layers", "groups": 1, "preset": "mine"}),
         step(ME, name="b", sweep={"ratio": [0.2, 0.4, 0.6]}),
@@ -508,7 +508,7 @@ def test_the_page_gets_every_grid(work, pair):
     assert "64 x 64 pixels, 2 steps" in previews["note"]
 
 
-def test_the_page_of_two_processes_is_that_of_one(work, pair):
+def test_the_page_of_two_processes_is_that_of_one(work, loras):
     alone, shared = of(work, *STEPS), of(work, *STEPS, training_folder=str(work.folder / "other"))
     one, two = begun(alone), begun(shared)
     rendered(alone, page=one)
@@ -534,7 +534,7 @@ def section_rendered(work: Workspace, *steps: dict, load: Loader) -> tuple[list[
     return told, preview, page
 
 
-def test_a_section_tells_what_was_rendered_and_then_where_the_page_is(work, pair):
+def test_a_section_tells_what_was_rendered_and_then_where_the_page_is(work, loras):
     told, preview, page = section_rendered(work, step(ME, preview=True), step(STYLE, name="b", preview=True), load=Loader())
     assert [text.splitlines()[0] for text in told] == [
         *("6 pictures rendered, 0 of 6 reused", "soft: previews: 6 pictures"),
@@ -544,7 +544,7 @@ def test_a_section_tells_what_was_rendered_and_then_where_the_page_is(work, pair
     assert told[-1].endswith(str(page.path)) and page.path.is_file() and page.path.parent == store(preview).folder.parent
 
 
-def test_a_section_that_fails_has_a_page_of_the_grids_that_are_done(work, pair):
+def test_a_section_that_fails_has_a_page_of_the_grids_that_are_done(work, loras):
     steps = [step(ME, preview=SMALL | {"prompts": ["a cat"]}), step(STYLE, name="b", preview=SMALL | {"prompts": ["a dog"]})]
     told, _, page = section_rendered(work, *steps, load=Loader(FailingRenderer))
     assert [text.splitlines()[0] for text in told[1:]] == [
@@ -553,7 +553,7 @@ def test_a_section_that_fails_has_a_page_of_the_grids_that_are_done(work, pair):
     assert {name: len(galleries) for name, galleries in shown_on(page).items() if galleries} == {"soft": 1}
 
 
-def test_a_section_that_fails_before_the_first_grid_leaves_an_older_page_as_it_is(work, pair):
+def test_a_section_that_fails_before_the_first_grid_leaves_an_older_page_as_it_is(work, loras):
     _, _, page = section_rendered(work, step(ME, preview=SMALL | {"prompts": ["a cat"]}), load=Loader())
     before = page.path.read_bytes()
     told, _, page = section_rendered(work, step(ME, preview=SMALL), load=Loader(FailingRenderer))
@@ -563,7 +563,7 @@ def test_a_section_that_fails_before_the_first_grid_leaves_an_older_page_as_it_i
 # --- pictures of several grids -------------------------------------------------------------------------------------------------
 
 
-def test_equal_variants_of_a_sweep_are_rendered_once(work, pair):
+def test_equal_variants_of_a_sweep_are_rendered_once(work, loras):
     preview, loader = of(work, step(ME, sweep={"ratio": [0.2, 0.4, 0.2]})), Loader()
     told = rendered(preview, loader)
     assert told[0] == "4 pictures rendered, 0 of 4 reused" and len(loader.pictures) == 4
@@ -571,6 +571,6 @@ def test_equal_variants_of_a_sweep_are_rendered_once(work, pair):
     assert variants[0]["pictures"] == variants[2]["pictures"] != variants[1]["pictures"]
 
 
-def test_a_picture_is_one_variant_on_one_spec(work, pair):
+def test_a_picture_is_one_variant_on_one_spec(work, loras):
     grid = of(work, step(*BOTH, preview=True)).grids[0]
     assert list(grid.pictures()) == [Picture(variant, spec) for variant in grid.variants for spec in grid.specs]

@@ -76,7 +76,7 @@ KEYS = [  # key, value, the same as it stands in a step
 
 
 @pytest.mark.parametrize(("key", "value", "written"), KEYS, ids=str)
-def test_every_strength_key_can_be_gone_through(work, pair, key, value, written):
+def test_every_strength_key_can_be_gone_through(work, loras, key, value, written):
     (cell,) = swept(work, ME, sweep={key: [value]}).cells
     assert settled(cell.plan) == settled(planned(work, step(ME | written)).plans[0])
     (cell,) = swept(work, STYLE, ME, sweep={f"loras[1].{key}": [value]}).cells
@@ -101,7 +101,7 @@ def test_every_strength_key_can_be_gone_through(work, pair, key, value, written)
     ],
     ids=str,
 )
-def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, pair, own, key, value, written):
+def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, loras, own, key, value, written):
     (cell,) = swept(work, ME | own, sweep={key: [value]}).cells
     assert settled(cell.plan) == settled(planned(work, step(ME | written)).plans[0])
 
@@ -131,11 +131,11 @@ def test_a_value_takes_the_place_of_the_steps_own_under_whatever_alias(work, pai
         ("loras[0].blocks.to_w", "Z-Image has no such component (did you mean to_v?)"),
     ],
 )
-def test_a_key_that_selects_no_strength(work, pair, key, says):
+def test_a_key_that_selects_no_strength(work, loras, key, says):
     assert refused(work, ME, sweep={key: [0.5, 1.0]}).startswith(f"{joined(PLACE, str(key))}: {says}")
 
 
-def test_with_several_loras_the_key_says_which(work, pair):
+def test_with_several_loras_the_key_says_which(work, loras):
     message = refused(work, *BOTH, sweep={"ratio": [1]})
     assert message == f"{PLACE}.ratio: the step has 2 LoRAs: say which one, such as loras[0].ratio"
     assert refused(work, *BOTH, sweep={"loras[2].ratio": [1]}).startswith(f"{PLACE}.loras[2].ratio: the step has 2 LoRAs")
@@ -154,7 +154,7 @@ def test_with_several_loras_the_key_says_which(work, pair):
     ],
     ids=str,
 )
-def test_values_of_the_wrong_form(work, pair, key, values, says):
+def test_values_of_the_wrong_form(work, loras, key, values, says):
     assert refused(work, ME, sweep={key: values}).startswith(f"{PLACE}.{key}: {says}")
 
 
@@ -168,7 +168,7 @@ def test_values_of_the_wrong_form(work, pair, key, values, says):
         {"overrides.3.adaLN": [1], "loras[0].overrides.3-3.adaLN_modulation": [2]},
     ],
 )
-def test_two_keys_of_one_strength(work, pair, sweep):
+def test_two_keys_of_one_strength(work, loras, sweep):
     assert refused(work, ME, sweep=sweep) == f"{PLACE}: {' and '.join(sweep)} are one strength: keep one of them"
 
 
@@ -182,7 +182,7 @@ def test_two_keys_of_one_strength(work, pair, sweep):
     ],
     ids=str,
 )
-def test_values_that_the_other_keys_dont_allow(work, pair, lora, sweep, says):
+def test_values_that_the_other_keys_dont_allow(work, loras, lora, sweep, says):
     assert refused(work, lora, sweep=sweep).startswith(says)
 
 
@@ -196,7 +196,7 @@ def test_values_that_the_other_keys_dont_allow(work, pair, lora, sweep, says):
     ],
     ids=str,
 )
-def test_a_strength_that_makes_no_difference(work, pair, lora, key):
+def test_a_strength_that_makes_no_difference(work, loras, lora, key):
     message = refused(work, lora, sweep={key: [0.5, 1.0]})
     assert message.startswith(f"{PLACE}.{key}: has no effect, other keys of loras[0] override it everywhere")
     assert len(swept(work, lora, sweep={key: [0.5]}).cells) == 1, "one value is nothing to go through"
@@ -210,11 +210,11 @@ def test_a_strength_that_makes_no_difference(work, pair, lora, key):
         ("average", {"loras[0].ratio": [1, -0.5]}, f"{PLACE}: the ratios sum to 0"),
     ],
 )
-def test_values_that_the_method_cant_have(work, pair, method, sweep, says):
+def test_values_that_the_method_cant_have(work, loras, method, sweep, says):
     assert refused(work, *BOTH, method=method, sweep=sweep).startswith(says)
 
 
-def test_an_average_over_checkpoints_has_no_strengths(work, pair):
+def test_an_average_over_checkpoints_has_no_strengths(work, loras):
     training = work.training(train={"steps": 3}, save={"save_every": 1})
     folder = work.folder / "output" / "cat"
     for name in ("cat", "cat_000000001", "cat_000000002"):
@@ -235,7 +235,7 @@ def ratios(grid: ImageGrid) -> list[tuple[float, float]]:
     return [(table["layers.3.attention.to_v"], table[Q] / table["layers.3.attention.to_v"]) for table in found]
 
 
-def test_the_first_axis_varies_fastest_and_is_a_row(work, pair):
+def test_the_first_axis_varies_fastest_and_is_a_row(work, loras):
     grid = swept(work, ME, sweep={"ratio": [0.25, 0.5, 1.0], "blocks.to_q": [2.0, 4.0]})
     assert ratios(grid) == [(r, q) for q in (2.0, 4.0) for r in (0.25, 0.5, 1.0)] and grid.across == 3
     assert grid.labels == [
@@ -245,7 +245,7 @@ def test_the_first_axis_varies_fastest_and_is_a_row(work, pair):
     assert ratios(grid) == [(r, q) for r in (0.25, 0.5, 1.0) for q in (2.0, 4.0)] and grid.across == 2
 
 
-def test_two_axes_over_two_loras(work, pair):
+def test_two_axes_over_two_loras(work, loras):
     grid = swept(work, *BOTH, sweep={"loras[1].ratio": [0.1, 0.2], "loras[0].ratio": [1, 2]})
     assert [tuple(i.spec.ratio for i in cell.plan.inputs) for cell in grid.cells] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
     assert grid.title == "soft: loras[1].ratio and loras[0].ratio"
@@ -260,11 +260,11 @@ def test_two_axes_over_two_loras(work, pair):
         ([1, 2, 3, 4, 5, 6.5], "1: layers.0-9 1, 2, 3, 4, ..., 6.5"),
     ],
 )
-def test_labels(work, pair, value, label):
+def test_labels(work, loras, value, label):
     assert swept(work, ME, sweep={"layers.0-9": [value]}).labels == [label]
 
 
-def test_every_cell_is_another_picture_but_for_equal_ones(work, pair):
+def test_every_cell_is_another_picture_but_for_equal_ones(work, loras):
     from preview.helpers import name_of
 
     names = [name_of(variant) for variant in swept(work, ME, sweep={"ratio": [0.1, 0.2, 0.8, 0.2]}).variants]
@@ -275,7 +275,7 @@ def test_every_cell_is_another_picture_but_for_equal_ones(work, pair):
     assert name_of(preview.variants[0]) == name_of(sweep.variants[1]), "0.8 is what the step has"
 
 
-def test_many_cells_are_refused_before_they_are_planned(work, pair, monkeypatch):
+def test_many_cells_are_refused_before_they_are_planned(work, loras, monkeypatch):
     monkeypatch.setattr(grids, "cells_of", lambda *rest: pytest.fail("planning millions of them takes hours"))
     many = [n / 7 for n in range(3000)]
     message = refused(work, ME, sweep={"ratio": many, "blocks.to_q": many})
@@ -283,7 +283,7 @@ def test_many_cells_are_refused_before_they_are_planned(work, pair, monkeypatch)
     assert refused(work, ME, sweep={"ratio": many[:201]}).startswith(f"{PLACE}: these are 201 pictures")
 
 
-def test_many_cells_may_be_asked_for(work, pair):
+def test_many_cells_may_be_asked_for(work, loras):
     section = {"preview": {"prompts": ["a", "b"], "confirm": True}}
     assert len(swept(work, ME, sweep={"ratio": [n / 7 for n in range(101)]}, section=section).cells) == 101
 
@@ -333,7 +333,7 @@ def check_cells(work: Workspace, *loras: dict, **keys: Any) -> list[dict]:
     ],
     ids=str,
 )
-def test_the_section_of_a_cell_makes_what_its_picture_shows(work, pair, sweep):
+def test_the_section_of_a_cell_makes_what_its_picture_shows(work, loras, sweep):
     for section in check_cells(work, ME | {"blocks": {"adaLN_modulation": 0.9, "to_q": 0.4}}, sweep=sweep):
         assert set(section) <= {"type", "device", "output_dir", "steps"} and "sweep" not in section["steps"][0]
 
@@ -353,14 +353,14 @@ def test_the_section_of_a_cell_makes_what_its_picture_shows(work, pair, sweep):
     ],
     ids=str,
 )
-def test_the_section_of_a_cell_has_all_that_the_step_has(work, pair, keys):
+def test_the_section_of_a_cell_has_all_that_the_step_has(work, loras, keys):
     """What the step inherits too."""
     check_cells(work, *BOTH, sweep={"loras[1].ratio": [0.3]}, **keys)
     inherited = {key: value for key, value in keys.items() if key not in ("keep", "preview")}
     check_cells(work, *BOTH, sweep={"loras[1].ratio": [0.3]}, section=inherited)
 
 
-def test_the_section_of_a_cell_brings_the_steps_that_it_uses(work, pair):
+def test_the_section_of_a_cell_brings_the_steps_that_it_uses(work, loras):
     steps = (
         step(ME, name="a", keep=False, rank=2),
         step(STYLE, name="unused"),
@@ -372,7 +372,7 @@ def test_the_section_of_a_cell_brings_the_steps_that_it_uses(work, pair):
         assert section["steps"][0]["keep"] is False and section["steps"][2]["loras"][0]["ratio"] == ratio
 
 
-def test_the_section_of_a_cell_with_a_preset(work, pair):
+def test_the_section_of_a_cell_with_a_preset(work, loras):
     (section,) = check_cells(work, ME | {"preset": "fade_in", "drop": ["norm"]}, sweep={"blocks.to_q": [0.5]})
     lora = section["steps"][0]["loras"][0]
     assert lora == ME | {"preset": "fade_in", "drop": ["norm"], "blocks": {"to_q": 0.5}}
@@ -384,12 +384,12 @@ def test_a_kept_lokr(work):
     check_cells(work, lora, sweep={"ratio": [0.3, 1.0], "blocks.to_q": [0.0, 2.0]}, save={"keep_lokr": True})
 
 
-def test_names_that_yaml_and_the_toolkit_could_mistake(work, pair):
+def test_names_that_yaml_and_the_toolkit_could_mistake(work, loras):
     (work.folder / "me.safetensors").rename(work.folder / "1e3: #[x] 'é 猫'.safetensors")
     check_cells(work, ME | {"lora": "1e3: #[x] 'é 猫'.safetensors"}, sweep={"ratio": [0.5]}, name="1e5")
 
 
-def test_a_sweep_over_a_recipe(work, pair):
+def test_a_sweep_over_a_recipe(work, loras):
     """A recipe's own table of strengths gives way."""
     made = work.folder / "made"
     work.zit("run", work.job(step(*BOTH), output_dir=str(made))).ok()
@@ -407,7 +407,7 @@ def test_a_sweep_over_a_recipe(work, pair):
     assert all(same(a, b) for a, b in zip(written(one).values(), written(two).values(), strict=True))
 
 
-def test_the_section_of_a_cell_has_gradients_as_lists(work, pair):
+def test_the_section_of_a_cell_has_gradients_as_lists(work, loras):
     preview = preview_of(work, ME, sweep={"ratio": [0.3], "layers.0-9": [[1, 0.5]]})
     made = yaml.safe_load(section_yaml(preview.section, preview.grids[-1].cells[0].plan.spec))
     assert made["steps"][0]["loras"][0]["layers"] == {"0-9": [1.0, 0.5]}

@@ -49,19 +49,19 @@ def check(found: Planned, name: str = "soft") -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_its_file_with_every_method(work, pair, method):
+def test_a_step_is_its_file_with_every_method(work, loras, method):
     check(planned(work, step(*PAIR, method=method, rank=3)))
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 2, 4, "same", ENERGY, {"energy": 0.9, "max": 2}, SIZE], ids=str)
-def test_a_step_is_its_file_at_every_rank(work, pair, rank, uniform):
+def test_a_step_is_its_file_at_every_rank(work, loras, rank, uniform):
     check(planned(work, step(*PAIR, rank=rank, save={"dtype": "bf16", "uniform": uniform})))
 
 
 @pytest.mark.parametrize("kind", ["ai-toolkit", "diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "same"])
-def test_a_step_is_its_file_in_every_form(work, pair, dtype, kind):
+def test_a_step_is_its_file_in_every_form(work, loras, dtype, kind):
     check(planned(work, step(*PAIR, save={"dtype": dtype, "format": kind})))
 
 
@@ -73,7 +73,7 @@ def test_a_lokr_is_its_file(work, producer, keep_lokr):
     check(planned(work, step(lora, save={"dtype": "bf16", "keep_lokr": keep_lokr})))
 
 
-def test_inputs_that_change_nothing(work, pair):
+def test_inputs_that_change_nothing(work, loras):
     found = planned(work, step(ME | {"ratio": 0.0}))
     computed = changes(StepVariant("soft", found.plans[0]))
     (done,) = run(found)
@@ -87,7 +87,7 @@ SOFT = {"lora": "soft", "ratio": 0.6}
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("rank", ["exact", 3, ENERGY], ids=str)
-def test_a_step_of_a_step_is_its_file(work, pair, rank, there, keep):
+def test_a_step_of_a_step_is_its_file(work, loras, rank, there, keep):
     """Whether the earlier one was kept or not, and whether its file is there or not."""
     found = planned(work, step(*PAIR, rank=rank, keep=keep), step(SOFT, STYLE, name="both", rank=2))
     done = run(found)
@@ -103,7 +103,7 @@ def test_a_step_of_a_step_is_its_file(work, pair, rank, there, keep):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("rank", ["same", "exact", 4, ENERGY], ids=str)
 @pytest.mark.parametrize("rule", [ENERGY, SIZE], ids=str)
-def test_a_step_over_one_whose_rank_followed_from_numbers(work, pair, rule, rank, keep):
+def test_a_step_over_one_whose_rank_followed_from_numbers(work, loras, rule, rank, keep):
     """Its ranks are those of the run, in which the earlier one's were known."""
     found = planned(work, step(*PAIR, rank=rule, keep=keep), step(SOFT, STYLE, name="both", rank=rank))
     check(found, "both")
@@ -114,7 +114,7 @@ def test_a_step_over_one_whose_rank_followed_from_numbers(work, pair, rule, rank
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_of_another_recipe_is_not_read(work, pair):
+def test_a_file_of_another_recipe_is_not_read(work, loras):
     run(planned(work, step(*PAIR)))
     plan = planned(work, step(ME | {"ratio": 0.3}, STYLE)).plans[0]
     assert plan.path.is_file()
@@ -123,7 +123,7 @@ def test_a_file_of_another_recipe_is_not_read(work, pair):
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_broken_is_not_read(work, pair):
+def test_a_file_that_is_broken_is_not_read(work, loras):
     found = planned(work, step(*PAIR))
     (done,) = run(found)
     theirs = written(done.path)
@@ -132,7 +132,7 @@ def test_a_file_that_is_broken_is_not_read(work, pair):
     assert all(same(ours[m], theirs[m]) for m in theirs)
 
 
-def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
+def test_a_file_that_is_there_is_read_and_not_computed(work, loras):
     found = planned(work, step(*PAIR, rank=2))
     plan, (done,) = found.plans[0], run(found)
     with Hashes(plan.hashed) as hashes, StepReaders(hashes, CPU) as readers:
@@ -141,7 +141,7 @@ def test_a_file_that_is_there_is_read_and_not_computed(work, pair):
         assert isinstance(readers.of_step(plan), Result)
 
 
-def test_passes_over_all_modules_may_be_watched_and_stopped(work, pair):
+def test_passes_over_all_modules_may_be_watched_and_stopped(work, loras):
     class Stop(Exception):
         pass
 
@@ -171,7 +171,7 @@ def test_an_input_is_its_file_at_strength_1(work, producer):
         assert torch.allclose(factors.up.double() @ factors.down.double(), delta.double(), rtol=1e-4, atol=1e-6), module
 
 
-def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
+def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, loras):
     one, two = (planned(work, step(STYLE | {"alpha": alpha})).plans[0] for alpha in ("key", "none"))
     by_key, by_none = (changes(InputVariant("x", plan.inputs[0])) for plan in (one, two))
     module = "layers.0.attention.to_q"
@@ -179,7 +179,7 @@ def test_what_a_file_leaves_open_is_read_as_it_was_answered(work, pair):
     assert name_of(InputVariant("x", one.inputs[0])) != name_of(InputVariant("x", two.inputs[0]))
 
 
-def test_an_input_that_is_a_step_is_what_that_makes(work, pair):
+def test_an_input_that_is_a_step_is_what_that_makes(work, loras):
     plans = planned(work, step(*PAIR, keep=False), step(SOFT, name="both")).plans
     variant = InputVariant("soft", plans[1].inputs[0])
     ours, theirs = changes(variant), changes(StepVariant("soft", plans[0]))
@@ -195,7 +195,7 @@ def test_the_base_changes_nothing():
 
 
 @pytest.mark.parametrize("by", ["layers", "components", "cells"])
-def test_without_and_only_are_the_two_halves(work, pair, by):
+def test_without_and_only_are_the_two_halves(work, loras, by):
     plan = planned(work, step(*PAIR)).plans[0]
     whole = StepVariant("soft", plan)
     everything, seen = changes(whole), []
@@ -208,7 +208,7 @@ def test_without_and_only_are_the_two_halves(work, pair, by):
     assert sorted(seen) == sorted(everything)
 
 
-def test_parts_have_names_of_their_own(work, pair):
+def test_parts_have_names_of_their_own(work, loras):
     plan = planned(work, step(*PAIR)).plans[0]
     whole, base = StepVariant("soft", plan), AdapterVariant("base")
     parts = module_groups("layers", 3, plan.ranks)
@@ -226,7 +226,7 @@ def names(work: Workspace, *steps, **keys) -> list[str]:
     return [name_of(StepVariant("x", plan)), *(name_of(InputVariant("x", i)) for i in plan.inputs)]
 
 
-def test_a_variant_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, pair):
+def test_a_variant_has_the_same_name_whatever_files_steps_and_jobs_are_called(work, loras):
     before = names(work, step(*PAIR, name="a"), step({"lora": "a", "ratio": 1.0}, STYLE))
     (work.folder / "me.safetensors").rename(work.folder / "you.safetensors")
     (work.folder / "deep").mkdir()
@@ -243,7 +243,7 @@ def test_a_variant_has_the_same_name_whatever_files_steps_and_jobs_are_called(wo
     assert after == before
 
 
-def test_a_variant_has_the_same_name_however_its_strengths_are_spelled(work, pair):
+def test_a_variant_has_the_same_name_however_its_strengths_are_spelled(work, loras):
     plain = names(work, step(ME))
     everything = {"noise_refiner": 1.0, "context_refiner": 1.0, "0-29": 1}
     for spelled in (
@@ -277,11 +277,11 @@ def test_a_variant_has_the_same_name_however_its_strengths_are_spelled(work, pai
     ],
     ids=str,
 )
-def test_whatever_changes_a_variant_changes_its_name(work, pair, changed):
+def test_whatever_changes_a_variant_changes_its_name(work, loras, changed):
     assert names(work, changed)[0] != names(work, step(*PAIR))[0]
 
 
-def test_ratios_count_beside_the_strengths_that_they_lead_to(work, pair):
+def test_ratios_count_beside_the_strengths_that_they_lead_to(work, loras):
     """An average divides by them."""
     everywhere = dict.fromkeys(("0-29", "noise_refiner", "context_refiner", "other"), 0.5)
     one, other = ME | {"ratio": 0.5}, ME | {"ratio": 1.0, "layers": everywhere}
@@ -294,7 +294,7 @@ def test_a_name_does_not_depend_on_the_order_of_a_record():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1, "b": {"c": 2}})
 
 
-def test_seeds_and_parameters_change_names(work, pair):
+def test_seeds_and_parameters_change_names(work, loras):
     found = {
         names(work, step(*PAIR, method="dare_linear", params=p))[0] for p in ({}, {"seed": 1}, {"density": 0.3}, {"seed": 0})
     }
@@ -310,7 +310,7 @@ def test_other_numbers_in_a_file_change_names(work, loras):
     assert names(work, step(*PAIR)) == before, "what is said of a file is none of its numbers"
 
 
-def test_a_step_in_between_changes_names(work, pair):
+def test_a_step_in_between_changes_names(work, loras):
     one, half = {"lora": "a", "ratio": 1.0}, {"lora": "a", "ratio": 0.5}
     found = [
         names(work, step(*PAIR, name="a", **keys), step(lora, STYLE))[0]
@@ -319,7 +319,7 @@ def test_a_step_in_between_changes_names(work, pair):
     assert len(set(found)) == 4
 
 
-def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(work, pair):
+def test_two_steps_are_told_apart_by_what_they_are_not_by_their_names(work, loras):
     """a and b swap their names: the result over both stays the same where their places do."""
 
     def over(first: str, second: str) -> str:
