@@ -207,7 +207,7 @@ def test_the_toolkit_s_script_gives_a_quarter_where_half_was_asked(work: Workspa
     assert facts["factors"]["up"] == pytest.approx([0.5, 0.5], abs=1e-3)
     assert facts["factors"]["down"] == pytest.approx([0.5, 0.5], abs=1e-3)
     assert "factors were added, not products" in verdict(facts)
-    assert "asked for that and applied it to both" in verdict(facts)
+    assert "the strength was applied twice: its up and its down are each 0.50 of source 1 and 0.50 of" in verdict(facts)
     assert facts["inside"] is None or facts["inside"] > 0.99
 
 
@@ -216,7 +216,7 @@ def test_the_toolkit_s_script_on_one_lora(work: Workspace):
     out = toolkit_script(work.folder, [path], [0.5])
     text = one_line(work.zit("inspect", out, "--sources", path, "--quiet").ok())
     assert "the file is 0.25 of source 1: rounding explains the rest" in text
-    assert "its up is 0.50 of source 1 and so is its down" in text
+    assert "the strength was applied twice: its up and its down are each 0.50 of source 1" in text
 
 
 def test_the_toolkit_s_script_at_full_strength(work: Workspace):
@@ -224,7 +224,7 @@ def test_the_toolkit_s_script_at_full_strength(work: Workspace):
     out = toolkit_script(work.folder, paths, [1.0, 1.0])
     facts = json.loads(work.zit("inspect", out, "--sources", *paths, "--json", "--quiet").ok())
     assert facts["kind"] == "factors" and facts["strengths"] == pytest.approx([1, 1], abs=0.1)
-    assert "applied it to both" not in verdict(facts)
+    assert "applied twice" not in verdict(facts)
     assert "its up is 1.00 of source 1 and 1.00 of source 2, its down 1.00 of" in verdict(facts)
 
 

@@ -55,7 +55,7 @@ class Attribution:
         sources: The same for each source.
         kind: What the file is, as far as the numbers tell: `nothing`, `strengths`, `factors`, `truncated`, `by module`,
             `truncated by module`, `cross terms` or `something else`.
-        verdict: Sentences: the same for people, and what else is to be said; their wording may change.
+        verdict: Sentences: the same for people, and further findings; their wording may change.
         strengths: The least-squares strength of each source over the modules of the file; None for one without any change there.
         rest: What those strengths leave.
         explained: Share of the whole file's energy (squared norm) that they explain.
@@ -106,7 +106,7 @@ class Attribution:
 
 
 def verdict(found: Attribution, rounding: float) -> Iterator[str]:
-    """What the file is, and what else is to be said.
+    """What the file is, and further findings.
 
     Args:
         found: The numbers.
@@ -116,8 +116,8 @@ def verdict(found: Attribution, rounding: float) -> Iterator[str]:
     yield from _of_kind(found, strengths)
     if found.kind in ("strengths", "factors") and factors and factors.rest <= rounding and _is_squared(factors):
         yield (
-            f"its up is {_amounts(factors.up)} and so is its down, as a tool leaves it that was asked for that and applied it "
-            f"to both: {strengths} came out"
+            f"the strength was applied twice: its up and its down are each {_amounts(factors.up)}, so that the effective strength "
+            f"is {strengths}"
         )
     elif found.kind == "factors":
         yield f"its up is {_amounts(factors.up)}, its down {_amounts(factors.down)}"

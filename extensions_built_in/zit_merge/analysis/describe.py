@@ -44,7 +44,7 @@ class Description:
         odd: Sentences: what programs are known to stumble over, and what is probably not meant.
         skipped: Keys that are known and no part of a merge.
         unmatched: Keys that no rule explains.
-        questions: Sentences: what a merge wants to be told first.
+        questions: Sentences: what has to be answered before a merge.
         remarks: Sentences: what was decided for the user.
         trigger_words: As the metadata name them.
         base_model: As the metadata name it, or None.

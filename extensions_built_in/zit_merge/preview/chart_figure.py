@@ -26,7 +26,7 @@ _TITLE, _TICKS, _BAR = 0.31, 0.42, 0.42  # above a panel; below it; for a scale 
 _LETTER = 0.065  # width of a digit of small text, with a little air
 _WIDEST = 0.45  # of a column of a map
 _GAP = 0.6  # columns between the layers and what is no layer
-_COLUMNS = 14  # of a map, up to which two stand beside each other
+_COLUMNS = 14  # of a map, up to which two are drawn beside each other
 _OUTLIERS = 2.0  # times the largest share: single pictures beyond are drawn at the edge
 _FILL, _DOT, _GREY = "#56B4E9", "#000000", "#404040"  # Okabe and Ito
 

@@ -1,6 +1,6 @@
 """What the merge page is told: a step, or several files, as JSON of bounded size.
 
-Lists that run over modules follow the order of `zimage.MODULES`; null stands for a module that is not there. Numbers have four or
+Lists that run over modules follow the order of `zimage.MODULES`; null means that a module is not there. Numbers have four or
 five digits, texts of files are cut: the page is for looking, the exact numbers are in the files.
 """
 

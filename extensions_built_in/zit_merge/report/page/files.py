@@ -1,4 +1,4 @@
-"""`inspect --html`: the page of files at hand, whose composer makes the first merge of them."""
+"""`inspect --html`: the page of existing files, whose composer makes the first merge of them."""
 
 from __future__ import annotations
 
