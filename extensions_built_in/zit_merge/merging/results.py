@@ -44,11 +44,15 @@ class Result:
         """(stem of its keys, its modules) of everything that the file holds, in order.
 
         Args:
-            progress: Shows the pass.
+            progress: Shows the pass, module by module.
         """
         units = self.plan.form.units(self.plan.shapes)
-        for stem in progress.track(units, self.plan.name):
-            yield stem, [self.made(module) for module in units[stem]]
+        stems, made = {modules[-1]: stem for stem, modules in units.items()}, list[Made]()
+        for module in progress.track([m for modules in units.values() for m in modules], self.plan.name):
+            made.append(self.made(module))
+            if module in stems:
+                yield stems[module], made
+                made = []
 
     def made(self, module: str) -> Made:
         """One module.
