@@ -6,20 +6,26 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
+from workspace import merge_into
 
+from extensions_built_in.zit_merge import load_lora, merge
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.report.progress import Bar, passing, watched
+from extensions_built_in.zit_merge.planning.types import StepPlan
+from extensions_built_in.zit_merge.progress import Progress
+from extensions_built_in.zit_merge.report.progress import Bar
 
 pty, fcntl, termios = (pytest.importorskip(name, reason="no terminals on Windows") for name in ("pty", "fcntl", "termios"))
 
+T = TypeVar("T")
 LINE = re.compile(r"([ -~]+): (\d+)/(\d+) modules(?:, (\d+) (s|min) left)?")
 
 
@@ -74,38 +80,20 @@ def log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], 
         yield lambda: path.read_bytes().decode("ascii")
 
 
-def step(name: str = "soft", modules: int = 240) -> SimpleNamespace:
-    """As much of a plan as is looked at."""
-    return SimpleNamespace(name=name, shapes=dict.fromkeys(range(modules)))
-
-
-def run_bar(clock: Clock, seconds: float, modules: int = 240, name: str = "soft", quiet: bool = False) -> None:
-    """A step whose modules take so long each."""
-    with Bar(quiet, clock) as bar:
-        bar.tick(step(name, modules), 0)
-        for done in range(1, modules + 1):
-            clock.now += seconds
-            bar.tick(step(name, modules), done)
-
-
-def run_watched(clock: Clock, seconds: float, modules: int = 240, name: str = "soft", quiet: bool = False) -> None:
-    """The same through `watched`."""
+def run(clock: Clock, seconds: float, modules: int = 240, name: str = "soft", quiet: bool = False) -> None:
+    """A pass over modules that take so long each."""
     names = [f"layers.{i}" for i in range(modules)]
     seen = []
-    for module in watched(name, quiet, clock)(names):
+    for module in Bar(quiet, clock).track(names, name):
         clock.now += seconds
         seen.append(module)
     assert seen == names
 
 
-both = pytest.mark.parametrize("run", [run_bar, run_watched])
-
-
 # --- a log file ----------------------------------------------------------------------------------------------------------------
 
 
-@both
-def test_a_log_gets_few_plain_lines_with_counts_and_time_left(tmp_path, monkeypatch, clock, run):
+def test_a_log_gets_few_plain_lines_with_counts_and_time_left(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 0.25)  # a minute
         text = read()
@@ -119,38 +107,33 @@ def test_a_log_gets_few_plain_lines_with_counts_and_time_left(tmp_path, monkeypa
     assert [(int(m[4]), m[5]) for m in found] == [(round(0.25 * (240 - n)), "s") for n in counts]
 
 
-@both
-def test_the_very_line(tmp_path, monkeypatch, clock, run):
+def test_the_very_line(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 1.0, modules=4)
         assert read().splitlines() == ["soft: 1/4 modules, 3 s left"]
 
 
-@both
-def test_lines_are_a_tenth_of_the_modules_apart_where_these_are_slow(tmp_path, monkeypatch, clock, run):
+def test_lines_are_a_tenth_of_the_modules_apart_where_these_are_slow(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 30.0)  # two hours
         counts = [int(n) for n in re.findall(r"(\d+)/240 modules", read())]
     assert counts == [1 + 24 * i for i in range(10)]
 
 
-@both
 @pytest.mark.parametrize("seconds", [0.9 / 240, 0.0])
-def test_what_takes_under_a_second_has_no_line(tmp_path, monkeypatch, clock, run, seconds):
+def test_what_takes_under_a_second_has_no_line(tmp_path, monkeypatch, clock, seconds):
     with log(tmp_path, monkeypatch) as read:
         run(clock, seconds)
         assert read() == ""
 
 
-@both
-def test_a_last_module_alone_has_no_line(tmp_path, monkeypatch, clock, run):
+def test_a_last_module_alone_has_no_line(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 5.0, modules=1)
         assert read() == ""
 
 
-@both
-def test_quiet_is_quiet(tmp_path, monkeypatch, clock, run):
+def test_quiet_is_quiet(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 10.0, quiet=True)
         assert read() == ""
@@ -159,8 +142,7 @@ def test_quiet_is_quiet(tmp_path, monkeypatch, clock, run):
         assert read() == ""
 
 
-@both
-def test_names_steer_no_log(tmp_path, monkeypatch, clock, run):
+def test_names_steer_no_log(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
         run(clock, 1.0, modules=3, name="a\r\n\x1b[2J" + "貓" * 300)
         (line,) = read().splitlines()
@@ -169,67 +151,63 @@ def test_names_steer_no_log(tmp_path, monkeypatch, clock, run):
 
 def test_each_step_counts_from_its_own_start(tmp_path, monkeypatch, clock):
     with log(tmp_path, monkeypatch) as read:
-        run_bar(clock, 0.1, modules=20, name="first")
-        run_bar(clock, 0.04, modules=20, name="quick")
-        run_bar(clock, 0.1, modules=20, name="third")
+        run(clock, 0.1, modules=20, name="first")
+        run(clock, 0.04, modules=20, name="quick")
+        run(clock, 0.1, modules=20, name="third")
         assert [line.partition(":")[0] for line in read().splitlines()] == ["first", "third"]
 
 
 def test_what_lies_between_two_steps_is_no_part_of_the_pace(tmp_path, monkeypatch, clock):
-    with log(tmp_path, monkeypatch) as read, Bar(clock=clock) as bar:
+    bar = Bar(clock=clock)
+    with log(tmp_path, monkeypatch) as read:
         for _ in range(2):
             clock.now += 1000.0
-            for done in range(1, 11):
-                bar.tick(step(modules=10), done)
+            for _ in bar.track(range(10), "soft"):
                 clock.now += 1.0
-            bar.close()
-        assert read() == "soft: 2/10 modules, 8 s left\n" * 2
+        assert read() == "soft: 1/10 modules, 9 s left\n" * 2
 
 
-def test_the_settling_of_ranks_is_no_part_of_the_pace(tmp_path, monkeypatch, clock):
-    """`tick(plan, 0)` comes for every module before the first one is written."""
-    with log(tmp_path, monkeypatch) as read, Bar(clock=clock) as bar:
-        for _ in range(100):
-            clock.now += 1.0
-            bar.tick(step(), 0)
-        for done in range(1, 61):
-            clock.now += 0.5
-            bar.tick(step(), done)
-        first, second, *_ = read().splitlines()
-    assert first == "soft: 0/240 modules"
-    assert second == "soft: 24/240 modules, 2 min left"
+def test_a_pass_before_the_merge_counts_by_itself_and_is_no_part_of_the_pace(tmp_path, monkeypatch, clock):
+    bar = Bar(clock=clock)
+    with log(tmp_path, monkeypatch) as read:
+        for label, count, seconds in (("ranks of soft", 40, 1.0), ("soft", 60, 0.5)):
+            for _ in bar.track(range(count), label):
+                clock.now += seconds
+        lines = read().splitlines()
+    ranks = [line for line in lines if line.startswith("ranks of soft: ")]
+    assert ranks[0] == "ranks of soft: 1/40 modules, 39 s left" and len(ranks) <= 5
+    assert lines[len(ranks) :][0] == "soft: 2/60 modules, 29 s left"
 
 
 @pytest.mark.parametrize(
     ("seconds", "left"), [(1.0, "9 s"), (1.05, "10 s"), (11.0, "99 s"), (12.0, "2 min"), (600.0, "90 min"), (1000, "2 h 30 min")]
 )
 def test_time_left_in_words(tmp_path, monkeypatch, clock, seconds, left):
-    with log(tmp_path, monkeypatch) as read, Bar(clock=clock) as bar:
-        bar.tick(step(modules=10), 0)
+    with log(tmp_path, monkeypatch) as read:
+        items = Bar(clock=clock).track(range(10), "soft")
+        next(items)
         clock.now += seconds
-        bar.tick(step(modules=10), 1)
+        next(items)
         assert read() == f"soft: 1/10 modules, {left} left\n"
 
 
 def test_a_process_without_stderr_goes_on(monkeypatch, clock, capsys):
     monkeypatch.setattr(sys, "stderr", None)  # pythonw
-    run_bar(clock, 1.0)
-    run_watched(clock, 1.0)
+    run(clock, 1.0)
     assert capsys.readouterr().out == ""
 
 
 def test_a_stream_that_does_not_know_whether_it_is_a_terminal_is_a_log(monkeypatch, clock):
     told: list[str] = []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=told.append, flush=lambda: None))
-    run_bar(clock, 1.0)
+    run(clock, 1.0)
     assert told[0].startswith("soft: ") and "\r" not in "".join(told)
 
 
 # --- a terminal ----------------------------------------------------------------------------------------------------------------
 
 
-@both
-def test_a_terminal_gets_a_bar_with_counts_and_time_left(monkeypatch, clock, run):
+def test_a_terminal_gets_a_bar_with_counts_and_time_left(monkeypatch, clock):
     with terminal(monkeypatch) as read:
         run(clock, 0.25)
         drawn = read()
@@ -242,30 +220,78 @@ def test_a_terminal_gets_a_bar_with_counts_and_time_left(monkeypatch, clock, run
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, +\d\.\d\dmodule/s\]", half) and "#" in half
 
 
-@both
-def test_a_terminal_sees_nothing_of_what_takes_under_a_second(monkeypatch, clock, run):
+def test_a_terminal_sees_nothing_of_what_takes_under_a_second(monkeypatch, clock):
     with terminal(monkeypatch) as read:
         run(clock, 0.9 / 240)
         assert read() == ""
 
 
 def test_an_interrupted_bar_leaves_the_cursor_at_a_new_line(monkeypatch, clock):
+    def interrupted(bar: Bar) -> None:
+        for done in bar.track(range(240), "soft"):
+            clock.now += 0.25
+            if done == 100:
+                raise KeyboardInterrupt
+
+    bar = Bar(clock=clock)
     with terminal(monkeypatch) as read:
-        with pytest.raises(KeyboardInterrupt), Bar(clock=clock) as bar:
-            for done in range(1, 100):
-                clock.now += 0.25
-                bar.tick(step(), done)
-            raise KeyboardInterrupt
-        assert read().endswith("\n")
-
-
-def test_a_pass_before_the_merge_counts_by_itself(tmp_path, monkeypatch, clock):
-    with log(tmp_path, monkeypatch) as written:
-        for _ in passing(False, clock)(step("soft", 40), "ranks", [str(n) for n in range(40)]):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(bar)
+        assert read().endswith("\n") and " 240/240 " not in read()
+        run(clock, 0.25, modules=10)
+        before = len(read())
+        for _ in bar.track(range(10), "next"):
             clock.now += 1.0
-        lines = written().splitlines()
-    assert lines[0] == "ranks of soft: 1/40 modules, 39 s left" and len(lines) <= 5
-    assert all(line.startswith("ranks of soft: ") for line in lines)
+        assert "next: " in read()[before:], "the same bar shows what comes after"
+
+
+# --- the protocol --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("progress", [Progress(), Bar(quiet=True), Bar()], ids=["silent", "quiet", "bar"])
+@pytest.mark.parametrize("items", [["b", "a", "c"], ("x",), {"k": 1, "j": 2}, range(4), []], ids=str)
+def test_items_are_passed_on_in_order(progress, items):
+    assert list(progress.track(items, "soft")) == list(items)
+    assert list(progress.track(items, "pictures", "picture", describe=str)) == list(items)
+
+
+def test_an_item_is_passed_on_before_the_next_is_asked_for(tmp_path, monkeypatch, clock):
+    """Nothing is gathered, and an item is done when the next one is asked for."""
+    with log(tmp_path, monkeypatch) as read:
+        items = Bar(clock=clock).track(range(3), "soft")
+        assert next(items) == 0
+        clock.now += 5.0
+        assert read() == ""
+        assert next(items) == 1
+        assert read() == "soft: 1/3 modules, 10 s left\n"
+
+
+def test_a_pass_within_a_pass_is_not_shown(tmp_path, monkeypatch, clock):
+    bar, seen = Bar(clock=clock), []
+    with log(tmp_path, monkeypatch) as read:
+        for outer in bar.track(range(3), "outer"):
+            for inner in bar.track("ab", "inner"):
+                clock.now += 5.0
+                seen.append((outer, inner))
+        assert seen == [(outer, inner) for outer in range(3) for inner in "ab"]
+        assert read() == "outer: 1/3 modules, 20 s left\nouter: 2/3 modules, 10 s left\n"
+        for _ in bar.track(range(3), "after"):
+            clock.now += 5.0
+        assert "after: 1/3 modules, 10 s left\n" in read()
+
+
+class Passes(Progress):
+    """Notes the label of every item that is done."""
+
+    def __init__(self):
+        self.seen: list[str] = []
+
+    def track(
+        self, items: Collection[T], label: str, unit: str = "module", describe: Callable[[T], str] | None = None
+    ) -> Iterator[T]:
+        for item in items:
+            yield item
+            self.seen.append(label)
 
 
 ENERGY, KARCHER = {"rank": {"energy": 0.9}}, {"method": "karcher"}
@@ -275,16 +301,39 @@ ENERGY, KARCHER = {"rank": {"energy": 0.9}}, {"method": "karcher"}
 def test_a_merge_tells_its_passes(work, loras, how):
     """What is looked at before a merge goes by under its own name, module by module, before the first module is merged."""
     both = [{"lora": "me.safetensors", "ratio": 1}, {"lora": "style.safetensors", "ratio": 0.5}]
-    (planned,), seen = plan_job(load_job(work.job({"name": "a", "loras": both} | how))), []
+    (planned,), passes = plan_job(load_job(work.job({"name": "a", "loras": both} | how))), Passes()
+    list(run_plans(planned.plans, planned.device, passes))
+    before = ["angles of a"] * ("method" in how) + ["ranks of a"] * ("rank" in how)
+    assert passes.seen == [label for name in [*before, "a"] for label in [name] * 240]
 
-    def look(plan, what, modules):
-        for module in modules:
-            yield module
-            seen.append(what)
 
-    list(run_plans(planned.plans, planned.device, lambda plan, done: seen.append("merged"), look))
-    passes = ["angles"] * ("method" in how) + ["ranks"] * ("rank" in how)
-    assert seen == [what for name in passes for what in [name] * 240] + ["merged"] * 240
+@pytest.mark.parametrize(
+    "how", [{}, ENERGY, {"rank": {"size_mb": 0.12}, "uniform": False}, {"format": "comfyui"}, {"format": "diffusers"}], ids=str
+)
+def test_the_tick_of_a_merge_counts_modules(tmp_path, loras, how):
+    """With 0 for each module of the passes before; those that a format fuses count too."""
+    told: list[tuple[StepPlan, int]] = []
+    described = merge([(loras[0], 1.0), (loras[1], 0.5)], shapes="free", device="cpu", **how)
+    described.save(tmp_path / "out.safetensors", lambda plan, done: told.append((plan, done)))
+    modules = len(load_lora(tmp_path / "out.safetensors"))
+    counts = [done for _, done in told]
+    assert counts == [0] * (modules if "rank" in how else 0) + list(range(1, modules + 1)) and modules == 240
+    assert {plan.path for plan, _ in told} == {tmp_path / "out.safetensors"}
+
+
+def test_a_tick_that_raises_stops_the_merge_and_nothing_is_left(tmp_path, loras):
+    class Enough(Exception):
+        pass
+
+    def tick(plan: StepPlan, done: int) -> None:
+        if done == 100:
+            raise Enough
+
+    out = merge_into(tmp_path, [(loras[0], 0.5)])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(Enough):
+        merge([(loras[0], 1.0)], shapes="free", device="cpu").save(out, tick)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------
@@ -292,11 +341,8 @@ def test_a_merge_tells_its_passes(work, loras, how):
 
 def render(clock: Clock, quiet: bool = False) -> None:
     """Twelve pictures of ten seconds, the first of which waits for the model for a minute."""
-    with Pictures(quiet, clock) as shown:
-        clock.now += 60
-        for done in range(1, 13):
-            clock.now += 10
-            shown.tick("soft", done, 12)
+    for picture in Bar(quiet, clock).track(range(12), "pictures", "picture"):
+        clock.now += 10 if picture else 70
 
 
 def test_pictures_are_counted_at_the_pace_of_rendering(tmp_path, monkeypatch, clock):
@@ -304,8 +350,8 @@ def test_pictures_are_counted_at_the_pace_of_rendering(tmp_path, monkeypatch, cl
         render(clock)
         lines = read().splitlines()
     assert all(re.fullmatch(r"pictures: \d+/12 pictures(, \d+ (s|min) left)?", line) for line in lines)
-    (half,) = (line for line in lines if line.startswith("pictures: 6/12"))
-    assert half == "pictures: 6/12 pictures, 60 s left", "the model's loading is no part of the pace"
+    (half,) = (line for line in lines if line.startswith("pictures: 7/12"))
+    assert half == "pictures: 7/12 pictures, 50 s left", "the model's loading is no part of the pace"
     assert len(lines) <= 12
 
 
