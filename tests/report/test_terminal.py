@@ -21,19 +21,27 @@ from extensions_built_in.zit_merge.analysis.compare import compare
 from extensions_built_in.zit_merge.analysis.describe import describe
 from extensions_built_in.zit_merge.analysis.measure import measure
 from extensions_built_in.zit_merge.config.job import load_job
+from extensions_built_in.zit_merge.config.presets import find_preset
 from extensions_built_in.zit_merge.config.schema import Checkpoints, Lora, Save, Step
 from extensions_built_in.zit_merge.demo import run_demo
 from extensions_built_in.zit_merge.formats.reader import load_lora
-from extensions_built_in.zit_merge.merging.runner import Done, run_plans
-from extensions_built_in.zit_merge.merging.verify import Measured, Verdict
+from extensions_built_in.zit_merge.formats.spec import LoraSpec
+from extensions_built_in.zit_merge.formats.verdict import Measured, Verdict, judged
+from extensions_built_in.zit_merge.formats.writer import Layout
+from extensions_built_in.zit_merge.merging.made import Done
+from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.planning.job import plan_job
-from extensions_built_in.zit_merge.planning.plan import Input, StepPlan
-from extensions_built_in.zit_merge.planning.training import LoraSpec
-from extensions_built_in.zit_merge.report.tables import done_text, methods_text, norm_table, plan_text, presets_text, value_table
+from extensions_built_in.zit_merge.planning.step import step_plan
+from extensions_built_in.zit_merge.planning.types import USUAL_PREFIX, Input, StepPlan
+from extensions_built_in.zit_merge.progress import SILENT
 from extensions_built_in.zit_merge.report.text.attribution import attribution_text
+from extensions_built_in.zit_merge.report.text.catalogue import methods_text, presets_text
 from extensions_built_in.zit_merge.report.text.compare import comparison_text
 from extensions_built_in.zit_merge.report.text.describe import description_text
+from extensions_built_in.zit_merge.report.text.plan import plan_text
+from extensions_built_in.zit_merge.report.text.result import done_text
+from extensions_built_in.zit_merge.report.text.table import norm_table, value_table
 from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, squeezed, wrapped
 
 CPU = torch.device("cpu")
@@ -93,19 +101,21 @@ def inputs(draw: st.DrawFn) -> Input:
     """A LoRA that is there, to be trained, or still on the hub."""
     ratio, modules = draw(NUMBERS), draw(PRESENT)
     factors = draw(st.lists(NUMBERS, min_size=1, max_size=3))
-    strengths = dict.fromkeys(MODULES, ratio) | {m: factors[i // 9 % len(factors)] for i, m in enumerate(draw(PRESENT))}
+    table = dict.fromkeys(MODULES, 1.0) | {m: factors[i // 9 % len(factors)] for i, m in enumerate(draw(PRESENT))}
     rank, kinds = draw(st.sampled_from([1, 32, 3840])), draw(st.sampled_from([["LoRA"], ["LoKr"], ["LoRA", "full difference"]]))
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-    outline = LoraSpec(dict.fromkeys(modules, rank) if draw(st.integers(0, 9)) else {}, {}, dtype, kinds)
+    known = LoraSpec(dict.fromkeys(modules, rank) if draw(st.integers(0, 9)) else {}, {}, dtype, kinds)
     spec = Lora(lora="x", ratio=ratio, preset=draw(st.sampled_from([None, None, "late_20_29"])))
-    return Input(spec, draw(LABELS), outline, strengths, Path("x.safetensors"))
+    if spec.preset:
+        spec.keep_preset(find_preset(spec.preset, Path()))
+    return Input(spec, draw(LABELS), known, table, Path("x.safetensors"))
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     """A step of one to forty LoRAs."""
     some = draw(st.lists(inputs(), min_size=1, max_size=draw(st.sampled_from([1, 2, 11, 40]))))
-    written = sorted({m for i in some for m in i.outline.ranks}, key=list(MODULES).index) or LAYERS[:1]
+    written = sorted({m for i in some for m in i.known.ranks}, key=list(MODULES).index) or LAYERS[:1]
     keep = draw(st.booleans())
     step = Step(
         name=draw(st.sampled_from(["a", "s" * 200, "\u4e2d\u6587", "v1.2-b"])),
@@ -128,8 +138,14 @@ def plans(draw: st.DrawFn) -> StepPlan:
         dtype=torch.bfloat16,
         path=Path("/deep folder" * draw(st.sampled_from([1, 20]))) / draw(st.sampled_from(HOSTILE)).replace("/", "_"),
         bytes=draw(st.sampled_from([0, 1234, 123_456_789_012])),
-        notes=tuple(draw(st.lists(LABELS.map(lambda name: f"{name}: is odd"), max_size=3))),
+        warnings=tuple(draw(st.lists(LABELS.map(lambda name: f"{name}: is odd"), max_size=3))),
         is_open=draw(st.booleans()),
+        loc="process[0].steps[0]",
+        prefix=USUAL_PREFIX,
+        layout=Layout(),
+        recipe={},
+        draft={},
+        planner=step_plan,
     )
 
 
@@ -145,32 +161,34 @@ def done_steps(draw: st.DrawFn) -> Done:
     error = draw(st.sampled_from([0.0, 1e-9, 0.002, 0.4, 1.0]))
     shares = {m: error * (1 + n % 3) / 3 for n, m in enumerate(draw(st.sampled_from([plan.shapes, []])))}
     modules = {m: Measured((0,), torch.ones(1), None, 1.0, share) for m, share in shares.items()}
-    return Done(plan, HERE, draw(st.integers(0, 9)) > 0, Verdict(error, 1 - error**2, tuple(asked), tuple(got), alike, modules))
+    found = Verdict(error, 1 - error**2, tuple(asked), tuple(got), bool(plan.cut), alike, modules)
+    energy, most = draw(st.sampled_from([(None, None), (0.9, None), (0.9, 24)]))
+    verdict = judged(found, energy=energy, most=most, averaged=bool(plan.spec.checkpoints))
+    return Done(plan, HERE, draw(st.integers(0, 9)) > 0, verdict)
 
 
 @settings(max_examples=150, deadline=None)
 @given(plan=plans())
 def test_any_plan_fits_and_answers_in_order(plan):
-    text = screen(plan_text(plan), plan.path, *[target.parent for target in plan.targets()[1:]])
+    text = screen(plan_text(plan), plan.path, *[target.parent for target in plan.targets[1:]])
     assert in_order(text, "step ", " ratio ", "\n  strength", "\n  writes " if plan.spec.keep else "\n  makes ")
     rows = text.split("\n\n")[0]
     ratios = [float(found) for found in re.findall(r"  ratio +(\S+)  +\S", rows)]
     assert ratios == [float(f"{i.spec.ratio:g}") for i in plan.inputs]
-    assert len(re.findall(r"(?m)^  note:( |$)", text)) == len(plan.notes)
-    assert plan.notes == () or text.index("  note:") > text.index("\n  writes " if plan.spec.keep else "\n  makes ")
+    assert len(re.findall(r"(?m)^  note:( |$)", text)) == len(plan.warnings)
+    assert plan.warnings == () or text.index("  note:") > text.index("\n  writes " if plan.spec.keep else "\n  makes ")
 
 
 @settings(max_examples=150, deadline=None)
 @given(done=done_steps())
 def test_any_report_fits_and_answers_in_order(done):
     plan, text = done.plan, done_text(done)
-    screen(text, done.path, *[target.parent for target in plan.targets()[1:]])
+    screen(text, done.path, *[target.parent for target in plan.targets[1:]])
     if not done.made:
-        judged_too = ", (right|off|off by .*|empty): .+" if done.verdict else ""
-        assert re.fullmatch(r"kept .+ \(made before by the same recipe\)" + judged_too, flat(text))
+        assert re.fullmatch(r"kept .+ \(made before by the same recipe\), (right|off|off by .*|empty): .+", flat(text))
         return
     came_out = "\n  wrote " if plan.spec.keep else "\n  made for later steps "
-    assert re.search(r" is (right: |off: |off by |empty: )", flat(text.split("\n\n")[0]))
+    assert re.search(rf" is {done.verdict.status}(: | by )", flat(text.split("\n\n")[0]))
     assert in_order(text, " is ", "\n  went in ", came_out, *["\n  copied to\n"] * bool(plan.spec.copy_to))
     rows = text.split("\n  went in ")[1].split("\n\n")[0]
     rows = re.split(r"\n  [?-]:", rows)[0].split("\n")[1:]
@@ -291,7 +309,7 @@ def test_of_many_the_strongest_are_shown(work: Workspace):
     assert "\n  and 3 more, none with a larger ratio\n" in done_text(done)
 
 
-def judged(work: Workspace, *entries: Mapping[str, Any], **keys: Any) -> str:
+def reported(work: Workspace, *entries: Mapping[str, Any], **keys: Any) -> str:
     """The report of a step, in one line."""
     (done,) = run_all(work.job({"name": "a", "loras": list(entries)} | keys))
     return flat(screen(done_text(done), done.path))
@@ -299,12 +317,12 @@ def judged(work: Workspace, *entries: Mapping[str, Any], **keys: Any) -> str:
 
 def test_the_first_word_is_the_verdict(work: Workspace, loras):
     me, style = ({"lora": f"{name}.safetensors", "ratio": ratio} for name, ratio in (("me", 1.0), ("style", 0.05)))
-    assert judged(work, me, style).startswith("a is right: as asked, rounding to bf16 changed ")
-    in_fp32 = judged(work, me, style, save={"dtype": "fp32"})
+    assert reported(work, me, style).startswith("a is right: as asked, rounding to bf16 changed ")
+    in_fp32 = reported(work, me, style, save={"dtype": "fp32"})
     assert in_fp32.startswith("a is right: as asked, rounding to fp32 changed under 0.1 %")
-    assert judged(work, me, style, rank=4).startswith("a is right: as asked, as far as rank 4 holds it")
-    assert judged(work, me, style, rank=1).startswith("a is off: style is mostly cut away, a larger rank keeps it")
-    assert judged(work, me | {"ratio": 0}).startswith("a is empty: nothing was asked for, zeros were written")
+    assert reported(work, me, style, rank=4).startswith("a is right: as asked, as far as rank 4 holds it")
+    assert reported(work, me, style, rank=1).startswith("a is off: style is mostly cut away, a larger rank keeps it")
+    assert reported(work, me | {"ratio": 0}).startswith("a is empty: nothing was asked for, zeros were written")
 
 
 def test_inputs_that_cancel_or_are_alike(work: Workspace, loras):
@@ -313,7 +331,7 @@ def test_inputs_that_cancel_or_are_alike(work: Workspace, loras):
         tensors.update({k: v.float() * (1 + 1e-4 * torch.randn(v.shape, generator=noise)) for k, v in tensors.items()})
 
     work.lora("near.safetensors", change=nearly)
-    text = judged(work, {"lora": "me.safetensors", "ratio": 1.0}, {"lora": "near.safetensors", "ratio": -1.0})
+    text = reported(work, {"lora": "me.safetensors", "ratio": 1.0}, {"lora": "near.safetensors", "ratio": -1.0})
     assert re.match(r"a is off by \S+ %: the inputs nearly cancel, bf16 can't hold what is left; save it as fp32 went in", text)
     assert " asked got 1 me.safetensors 1 ? 2 near.safetensors -1 ? ?: me and near are too alike to be told apart wrote " in text
 
@@ -346,10 +364,10 @@ def test_a_kept_step_takes_one_sentence_and_a_step_in_between_is_no_file(work: W
 
 def test_the_demo_fits(tmp_path):
     said: list[str] = []
-    run_demo(tmp_path, said.append, lambda plan, done: None)
+    run_demo(tmp_path, said.append, SILENT)
     text = screen("\n".join(said), tmp_path / "demo_merged.safetensors", tmp_path / "demo_page.html")
     assert in_order(text, "step demo_merged: 2 LoRAs", "  writes 240 modules", "demo_merged is right: ", "  wrote 240 modules")
-    assert text.endswith(f"  right: rounding to fp32 explains up to 1e-06\n\npage to look at:\n    {tmp_path / 'demo_page.html'}")
+    assert text.endswith(f"  right: rounding to fp32 explains up to 1e-06\n\nreport:\n    {tmp_path / 'demo_page.html'}")
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------------------
