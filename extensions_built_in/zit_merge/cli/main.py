@@ -27,6 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # names in other scripts must not stop a run on a console that can't show them
             stream.reconfigure(errors="backslashreplace")
     try:
+        code = _answer(argv)
+        print(end="", flush=True)  # what a closed pipe does not take shows here, not when Python ends
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _answer(argv: Sequence[str] | None) -> int:
+    try:
         args = build_parser(COMMANDS).parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
         if args.quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZitMergeError as e:
         print(f"zit_merge: {e}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
         return 130
