@@ -95,6 +95,11 @@ def put_into_hub_cache(cache: Path, commit: str, name: str, content: bytes, ref:
     return path
 
 
+def without_progress(err: str) -> str:
+    """stderr without the lines that a machine of any speed may print: progress is told after a second."""
+    return re.sub(r".*: \d+/\d+ modules(, .* left)?\n", "", err)
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command left: its exit code, stdout and stderr."""
@@ -201,7 +206,7 @@ class Workspace:
         self._read()
         code = main([str(w) for w in words])
         out, err = self._read()
-        return Ran(code, out, re.sub(r".*: \d+/\d+ modules(, .* left)?\n", "", err))  # progress is told after a second
+        return Ran(code, out, without_progress(err))
 
     def recipe(self, made: Path, name: str = "recipe.yaml") -> Path:
         """What `recipe FILE` prints, as a file; in the working directory, relative names in it hold as they did."""

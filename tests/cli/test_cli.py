@@ -8,19 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workspace import Workspace
+from workspace import Ran, Workspace, without_progress
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.algebra.methods import METHODS
-from extensions_built_in.zit_merge.report import progress
+from extensions_built_in.zit_merge.report.progress import Bar
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 ME = {"lora": "me.safetensors", "ratio": 1.0}
 STYLE = {"lora": "style.safetensors", "ratio": 0.5}
@@ -137,6 +140,93 @@ def test_quiet_prints_nothing(work, loras):
     assert len(work.files()) == 3
 
 
+# What is not right: style is cut away at rank 1, nothing is asked for at ratio 0.
+OFF, EMPTY = {"loras": [ME, STYLE | {"ratio": 0.05}], "rank": 1}, {"loras": [ME | {"ratio": 0}]}
+SAID = {
+    "off": "is off: style is mostly cut away, a larger rank keeps it",
+    "empty": "is empty: nothing was asked for, zeros were written",
+}
+JOBS: dict[str, list[dict[str, Any]]] = {
+    "right": [{"name": "a", "loras": [ME, STYLE]}],
+    "off": [{"name": "a"} | OFF],
+    "empty": [{"name": "a"} | EMPTY],
+    "several": [{"name": "a"} | OFF, {"name": "b", "loras": [ME]}, {"name": "c"} | EMPTY],
+}
+
+
+def statuses(job: str) -> list[str]:
+    """`a is off: ...` of each step that is not right."""
+    found = {"several": ["a off", "c empty"], "right": []}.get(job, [f"a {job}"])
+    return [f"{step} {SAID[status]}" for step, status in map(str.split, found)]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_quiet_says_one_line_for_what_is_not_right(work, loras, job):
+    ran = work.zit("run", work.job(*JOBS[job]), "--quiet")
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.splitlines() == [f"zit_merge: {line}" for line in statuses(job)]
+    assert len(work.files()) == len(JOBS[job])
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]], ids=["", "quiet"])
+@pytest.mark.parametrize("job", JOBS)
+def test_strict_fails_for_what_is_not_right_and_keeps_its_file(work, loras, job, quiet):
+    ran = work.zit("run", work.job(*JOBS[job]), "--strict", *quiet)
+    if wanted := statuses(job):
+        assert ran.refused() == f"{'; '.join(wanted)} (--strict; the file is kept)"
+    assert ran.code == bool(wanted) and (ran.out == "") == bool(quiet)
+    assert work.files() == [f"merged_cat_{step['name']}.safetensors" for step in JOBS[job]], "later steps are merged too"
+
+
+def test_strict_looks_at_what_was_made_before_too(work, loras):
+    config = work.job(*JOBS["off"])
+    work.zit("run", config).ok()
+    before = (work.out / "merged_cat_a.safetensors").read_bytes()
+    assert work.zit("run", config, "--strict").refused().startswith("a is off: ")
+    assert (work.out / "merged_cat_a.safetensors").read_bytes() == before
+    assert work.zit("run", config, "--strict", "--dry-run").ok()
+
+
+def test_without_strict_and_quiet_stderr_is_silent(work, loras):
+    text = work.zit("run", work.job(*JOBS["several"])).ok()
+    assert all(line in " ".join(text.split()) for line in statuses("several"))
+
+
+@pytest.mark.parametrize("status", ["right", "off", "empty"])
+def test_merge_is_strict_and_quiet_too(work, loras, status):
+    flags = {"right": [1, 0.5], "off": [1, 0.05, "--rank", 1], "empty": [0]}[status]
+    words = ("merge", *loras, "-o", "out.safetensors", "--shapes", "free", "--device", "cpu", "--quiet", "--ratio", *flags)
+    ran = work.zit(*words)
+    lines = [f"out {SAID[status]}"] if status in SAID else []
+    assert (ran.code, ran.out, ran.err.splitlines()) == (0, "", [f"zit_merge: {line}" for line in lines])
+    kept = Path("out.safetensors").read_bytes()
+    Path("out.safetensors").unlink()
+    ran = work.zit(*words, "--strict")
+    if lines:
+        assert ran.refused() == f"{lines[0]} (--strict; the file is kept)"
+    assert ran.code == bool(lines) and Path("out.safetensors").read_bytes() == kept
+
+
+REASONS = {"right": "rounding", "off": "lost", "empty": "nothing_asked"}
+
+
+@pytest.mark.parametrize("status", REASONS)
+def test_the_status_is_in_the_file_in_json_and_in_python(work, loras, status):
+    work.zit("run", work.job(*JOBS[status]), "--quiet")
+    path = work.out / "merged_cat_a.safetensors"
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["zit_merge.check"])
+    assert json.loads(work.zit("inspect", path, "--json").ok())["check"] == stored
+    (reason,) = stored["reasons"]
+    assert (stored["status"], reason["kind"]) == (status, REASONS[status])
+    verdict = load_lora(path).verdict
+    assert (verdict.status, verdict.reasons, list(verdict.got)) == (status, (reason,), stored["got"])
+    if status == "off":
+        assert reason["inputs"] == [1] and reason["cut"] is True
+        assert reason["shares"] == [pytest.approx(stored["got"][1] / stored["asked"][1], rel=1e-3)] and reason["shares"][0] < 0.5
+    assert load_lora(loras[0]).verdict is None and json.loads(work.zit("inspect", loras[0], "--json").ok())["check"] is None
+
+
 ADALN, TO_Q, TO_V = (f"layers.0.{m}" for m in ("adaLN_modulation.0", "attention.to_q", "attention.to_v"))
 
 
@@ -157,7 +247,8 @@ def test_merge_with_a_ratio_for_each_and_negative_numbers(work, real_loras):
 
 @pytest.mark.parametrize("number", ["-1e-3", "-.5", "-2."])
 def test_merge_takes_negative_numbers_as_people_write_them(work, real_loras, number):
-    work.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", number, "--dry-run").ok()
+    text = work.zit("merge", real_loras[0], "-o", "out.safetensors", "--ratio", number, "--dry-run").ok()
+    assert f"  strength: everywhere {float(number):g}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -178,25 +269,42 @@ def test_merge_with_a_layer_spec_for_each(work, real_loras):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--ratio", 1, 2, 3], "--ratio: 3 values for 2 files"),
-        (["--ratio", 1, "--to_q", 1, 2, 3], "--to_q: 3 values for 2 files"),
-        (["--ratio", 1, "--layers", "0-9"], "LAYERS=WEIGHT"),
-        (["--ratio", 1, "--layers", "0-9=x"], "LAYERS=WEIGHT"),
-        (["--ratio", 1, "--layers", "=1"], "LAYERS=WEIGHT"),
-        (["--ratio", 1, "--layers", "0-9=1,0-9=2"], "0-9 stands there twice"),
-        (["--ratio", 1, "--layers", "0-40=1"], "layers are 0 to 29"),
-        (["--ratio", 1, "--adaLN", 1, "--adaLN_modulation", 1], "adaLN"),
-        (["--ratio", "nan"], "finite"),
-        (["--ratio", 1, "--to_q", "inf"], "finite"),
-        (["--ratio", 1, "--rank", "0"], "rank"),
-        (["--ratio", 1, "--rank", "half"], "rank"),
-        (["--ratio", 1, "--method", "blend"], "no such method"),
-        (["--ratio", 1, "--dtype", "int8"], "dtype"),
-        (["--ratio", 1, "--device", "gpu"], "device"),
+        (["--ratio", 1, 2, 3], "--ratio: got 3 values for 2 files"),
+        (["--ratio", 1, "--to_q", 1, 2, 3], "--to_q: got 3 values for 2 files"),
+        (["--ratio", 1, "--layers", "0-9=1", "0-9=1", "0-9=1"], "--layers: got 3 values for 2 files"),
+        (["--ratio", 1, "--layers", "0-9"], "--layers 0-9: '0-9' is not LAYERS=WEIGHT"),
+        (["--ratio", 1, "--layers", "0-9=x"], "--layers 0-9=x: '0-9=x' is not LAYERS=WEIGHT"),
+        (["--ratio", 1, "--layers", "=1"], "--layers =1: '=1' is not LAYERS=WEIGHT"),
+        (["--ratio", 1, "--layers", "0-9=1,0-9=2"], "--layers 0-9=1,0-9=2: duplicate 0-9"),
+        (["--ratio", 1, "--layers", "0-40=1"], "--layers 0-40 (file 1): Z-Image's layers are 0 to 29"),
+        (["--ratio", 1, "--layers", "0-9=1", "0-40=1"], "--layers 0-40 (file 2): Z-Image's layers are 0 to 29"),
+        (["--ratio", 1, "--adaLN", 1, "--adaLN_modulation", 1], "file 1: adaLN_modulation and adaLN overlap"),
+        (["--ratio", "nan"], "--ratio (file 1): must be a finite number"),
+        (["--ratio", 1, "nan"], "--ratio (file 2): must be a finite number"),
+        (["--ratio", 1, "--to_q", "inf"], "--to_q (file 1): must be a finite number"),
+        (["--ratio", 1, "--to_q", 1, "inf"], "--to_q (file 2): must be a finite number"),
+        (["--ratio", 1, "-1", "--method", "slerp"], "--ratio (file 2): slerp goes between directions"),
+        (["--ratio", 1, "--preset", "adaln_only", "late"], "--preset (file 2): no such preset: 'late'"),
+        (["--ratio", 1, "--alpha", "keys"], "--alpha (file 1): must be key, metadata, none"),
+        (["--ratio", 1, "--qkv", "split", "both"], "--qkv (file 2): "),
+        (["--ratio", 1, "--drop", "norms"], "--drop: no such drop: 'norms'"),
+        (["--ratio", 1, "--rank", "0"], "--rank: must be exact, same, a whole number from 1"),
+        (["--ratio", 1, "--rank", "foo"], "--rank: must be exact, same, a whole number from 1"),
+        (["--ratio", 1, "--rank", "energy=2"], "--rank: takes energy as a share from 0 to 1"),
+        (["--ratio", 1, "--rank", "energy="], "--rank: 'energy=' is not NAME=VALUE"),
+        (["--ratio", 1, "--rank", "size_mb=0.001"], "--rank: a file of rank 1 takes "),
+        (["--ratio", 1, "--method", "blend"], "--method: no such method: 'blend'"),
+        (["--ratio", 1, "--params", "density=1"], "--params density: the method sum has no such parameter"),
+        (["--ratio", 1, "--params", "density"], "--params: 'density' is not NAME=VALUE"),
+        (["--ratio", 1, "--dtype", "int8"], "--dtype: no such dtype: 'int8'"),
+        (["--ratio", 1, "--format", "webui"], "--format: no such format: 'webui'"),
+        (["--ratio", 1, "--keep-lokr"], "--keep-lokr: only one LoKr"),
+        (["--ratio", 1, "--shapes", "any"], "--shapes: must be 'strict' or 'free'"),
+        (["--ratio", 1, "--device", "gpu"], "--device: has a form that is not allowed: 'gpu'"),
     ],
 )
-def test_merge_refuses_in_one_sentence(work, real_loras, flags, says):
-    assert says in work.zit("merge", *real_loras, "-o", "out.safetensors", *flags).refused()
+def test_merge_refuses_in_one_sentence_that_names_the_flag(work, real_loras, flags, says):
+    assert work.zit("merge", *real_loras, "-o", "out.safetensors", *flags).refused().startswith(says)
     assert not Path("out.safetensors").exists()
 
 
@@ -229,8 +337,30 @@ def test_merge_lets_people_name_the_file(work, real_loras, name):
 
 
 def test_merge_wants_a_safetensors_name(work, real_loras):
-    assert ".safetensors" in work.zit("merge", real_loras[0], "-o", "out.pt", "--ratio", 1).refused()
+    message = work.zit("merge", real_loras[0], "-o", "out.pt", "--ratio", 1).refused()
+    assert message == "--out: out.pt is not a .safetensors file: give it that ending"
     assert not Path("out.pt").exists()
+
+
+def test_merge_names_the_flag_of_one_file_without_its_number(work, real_loras):
+    words = ("merge", real_loras[0], "-o", "out.safetensors", "--ratio", 1)
+    assert work.zit(*words, "--to_q", "inf").refused().startswith("--to_q: must be a finite number")
+    assert work.zit(*words, "--to_q", 1, 2).refused().startswith("--to_q: got 2 values for 1 file: ")
+
+
+def test_merge_names_the_file_that_is_not_there_and_the_folder_that_can_not_be(work, real_loras):
+    words = ("merge", real_loras[0], "gone.safetensors", "--ratio", 1, "-o")
+    assert work.zit(*words, "out.safetensors").refused().startswith(f"file 2: {Path('gone.safetensors').absolute()} is not there")
+    inside = real_loras[1] / "out.safetensors"
+    message = work.zit("merge", real_loras[0], "--ratio", 1, "-o", inside).refused()
+    assert message.startswith(f"--out: {real_loras[1]} is not a folder")
+
+
+def test_what_a_merge_finds_on_its_way_has_no_location_of_a_config(work, real_loras):
+    same = ("merge", real_loras[0], real_loras[0], "-o", "out.safetensors", "--ratio", 1, "-1")
+    message = work.zit(*same, "--method", "normalize").refused()
+    assert message.startswith("out: normalize, the whole: the LoRAs cancel each other")
+    assert not Path("out.safetensors").exists()
 
 
 def trained_job(work: Workspace, lora: str = "trained", training: dict | None = None, **keys) -> Path:
@@ -324,7 +454,7 @@ def test_the_nearest_training_counts(work):
         ({"network": {"type": "dora", "linear": 16}}, ".network", "DoRA"),
         ({"network": {"type": "DoRA", "linear": 16}}, ".network", "DoRA"),
         ({"network": {"type": "lora", "linear": 16, "network_kwargs": {"dora": True}}}, ".network", "DoRA"),
-        ({"network": {"type": "oft", "linear": 16}}, ".network.type", "a trained oft is not available yet"),
+        ({"network": {"type": "oft", "linear": 16}}, ".network.type", "merging a trained oft is not available yet"),
         ({"model": {"arch": "flux"}}, ".model.arch", "not Z-Image"),
         ({"network": {"type": "lora", "linear": 16, "all_layers": True}}, ".network.all_layers", "drop: [norm, bias]"),
         (
@@ -337,7 +467,7 @@ def test_the_nearest_training_counts(work):
 )
 def test_trainings_that_leave_no_lora_to_merge(work, training, place, says):
     message = work.zit("check", trained_job(work, training=training)).refused()
-    assert message.startswith(f"process[0]{place}: " if place != ".network.type" else f"process[0]{place}: merging ")
+    assert message.startswith(f"process[0]{place}: ")
     assert says in message
 
 
@@ -535,19 +665,21 @@ def test_help_is_0(work, words):
 
 
 def test_an_interruption_is_130(work, loras, monkeypatch):
-    def interrupt(bar: progress.Bar, plan: object, done: int) -> None:
-        if done == 100:
-            raise KeyboardInterrupt
+    def track(bar: Bar, items: Collection[T], label: str, *how: object) -> Iterator[T]:
+        for done, item in enumerate(items, 1):
+            yield item
+            if done == 100:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(progress.Bar, "tick", interrupt)
+    monkeypatch.setattr(Bar, "track", track)
     ran = work.zit("run", three_steps(work), "--quiet")
     assert (ran.code, ran.out, ran.err) == (130, "", "zit_merge: interrupted, nothing half-written is left\n")
     assert work.files() == []
 
 
-def program(*words: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def program(*words: object, folder: Path, **environment: str) -> Ran:
     """`python -m extensions_built_in.zit_merge`, from another folder than the repository."""
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "extensions_built_in.zit_merge", *map(str, words)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -555,25 +687,23 @@ def program(*words: object, folder: Path, **environment: str) -> subprocess.Comp
         text=True,
         encoding="utf-8",
     )
+    return Ran(done.returncode, done.stdout, without_progress(done.stderr))
 
 
 def test_the_program_runs_a_job_and_prints_ascii(work, loras):
-    done = program("run", three_steps(work), folder=work.folder, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(work.files()) == 3 and done.stdout.isascii()
+    text = program("run", three_steps(work), folder=work.folder, PYTHONIOENCODING="ascii").ok()
+    assert len(work.files()) == 3 and text.isascii() and text.count(" is right: ") == 3
 
 
 def test_the_program_refuses_in_one_line(work):
     done = program("run", "gone.yaml", folder=work.folder)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("zit_merge: gone.yaml: can't be read") and done.stderr.count("\n") == 1
+    assert done.refused().startswith("gone.yaml: can't be read") and done.out == ""
 
 
 def test_names_in_other_scripts_on_a_console_that_has_only_ascii(work):
     work.lora("風格.safetensors", metadata={"ss_tag_frequency": '{"1_貓":{"貓":1}}'})
     config = work.job({"name": "a", "loras": [{"lora": "風格.safetensors", "ratio": 1.0}]}, job="貓")
-    done = program("run", config, folder=work.folder, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, "")
+    program("run", config, folder=work.folder, PYTHONIOENCODING="ascii").ok()
     assert work.files() == ["merged_貓_a.safetensors"]
     with safe_open(work.out / "merged_貓_a.safetensors", framework="pt") as file:
         assert file.metadata()["modelspec.trigger_phrase"] == "貓"
@@ -585,7 +715,11 @@ def test_ctrl_c_ends_the_program_with_130(work, loras):
         "import os, signal, sys\n"
         "from extensions_built_in.zit_merge.cli.main import main\n"
         "from extensions_built_in.zit_merge.report.progress import Bar\n"
-        f"Bar.tick = lambda bar, plan, done: os.kill(os.getpid(), {int(signal.SIGINT)}) if done == 100 else None\n"
+        "def track(bar, items, *how):\n"
+        "    for done, item in enumerate(items, 1):\n"
+        "        yield item\n"
+        f"        os.kill(os.getpid(), {int(signal.SIGINT)}) if done == 100 else None\n"
+        "Bar.track = track\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
@@ -599,11 +733,16 @@ def test_ctrl_c_ends_the_program_with_130(work, loras):
     assert work.files() == []
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(work, loras):
-    """inspect FILE | head -1"""
-    code = "import sys; from extensions_built_in.zit_merge.cli import main; sys.exit(main(sys.argv[1:]))"
-    root = Path(__file__).parents[2]
-    words = [sys.executable, "-c", code, "inspect", str(loras[0])]
-    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize(
+    "words", [["inspect", "me.safetensors"], ["inspect", "me.safetensors", "--json"], ["--help"]], ids=" ".join
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(work, loras, words, unbuffered):
+    """inspect FILE | head -1, whether Python writes at once or when it ends."""
+    command = [sys.executable, "-m", "extensions_built_in.zit_merge", *words.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        command, cwd=work.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
-        assert "Traceback" not in process.stderr.read()
+        assert (without_progress(process.stderr.read()), process.wait()) == ("", 0)

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from oracles import producers
-from workspace import Workspace
+from workspace import Workspace, without_progress
 
 import extensions_built_in.zit_merge as package
 from extensions_built_in.zit_merge.cli.main import main
@@ -60,8 +60,7 @@ def zit(*words: object) -> Ran:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), mock.patch.dict(os.environ, _TERMINAL):
         code = main([str(word) for word in words])
-    told = re.sub(r".*: \d+/\d+ modules(, .* left)?\n", "", err.getvalue())  # progress, told where a machine is slow
-    return Ran(code, out.getvalue(), told)
+    return Ran(code, out.getvalue(), without_progress(err.getvalue()))
 
 
 def done(*words: object) -> str:
