@@ -739,7 +739,7 @@ def test_ctrl_c_ends_the_program_with_130(work, loras):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(work, loras, words, unbuffered):
     """inspect FILE | head -1, whether Python writes at once or when it ends."""
-    command = [sys.executable, "-m", "extensions_built_in.zit_merge", *words.split()]
+    command = [sys.executable, "-m", "extensions_built_in.zit_merge", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(
         command, cwd=work.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
