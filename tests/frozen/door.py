@@ -71,6 +71,15 @@ def done(*words: object) -> str:
     return ran.out
 
 
+def quietly(*words: object) -> dict[str, str]:
+    """Step -> status of the results that are off or empty: all that a quiet command says that does what it should."""
+    ran = zit(*words, "--quiet")
+    told = [re.fullmatch(r"zit_merge: (\S+) is (off|empty)(: | by \S+ %: ).+", line) for line in ran.err.splitlines()]
+    if ran.code or ran.out or not all(told):
+        raise AssertionError(f"zit_merge {' '.join(map(str, words))} --quiet: exit code {ran.code}: {ran.out}{ran.err}")
+    return {line[1]: line[2] for line in told}
+
+
 def plain(text: str, folder: Path) -> str:
     """A text without the folder that it was made in, and without the version."""
     for spelled in sorted({str(folder), str(folder.resolve())}, key=len, reverse=True):

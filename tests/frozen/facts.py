@@ -48,7 +48,7 @@ def furnish(folder: Path) -> None:
     (folder / "broken.yaml").write_text("job: [", encoding="utf-8")
     save_file({"some.weight": torch.ones(2, 2)}, folder / "foreign.safetensors")
     with door.inside(folder):
-        door.done(*cases.CLI_WORDS[:-2], "--rank", "3", "--quiet")  # in bf16
+        door.quietly(*cases.CLI_WORDS[:-2], "--rank", "3")  # in bf16
         (folder / cases.CLI_FILE).rename(folder / "merged.safetensors")
 
 
@@ -56,20 +56,29 @@ def furnish(folder: Path) -> None:
 
 
 def made(case: Case, folder: Path) -> dict[str, Fact]:
-    """Every file that a job makes: name -> what is in it."""
+    """Every file that a job makes: name -> what is in it.
+
+    Raises:
+        AssertionError: What the run said of a result is not what is in its file.
+    """
     lay_out(folder)
     before = [cases.TRAINING] if case.training else []
     with door.inside(folder):
         config = write_config(folder / "config.yaml", case.steps, *before, **case.keys)
-        door.done("run", config, "--quiet")
-    return {path.name: describe(path) for path in sorted((folder / "out").glob("*.safetensors"))}
+        said = door.quietly("run", config)
+    found = {path.name: describe(path) for path in sorted((folder / "out").glob("*.safetensors"))}
+    kept = {f"merged_cat_{step['name']}.safetensors": step["name"] for step in case.steps if step.get("keep", True)}
+    statuses = {kept[name]: file["check"]["status"] for name, file in found.items() if file["check"]["status"] != "right"}
+    if {step: status for step, status in said.items() if step in kept.values()} != statuses:
+        raise AssertionError(f"said {said}, the files have {statuses}")
+    return found
 
 
 def made_by_command(folder: Path) -> dict[str, Fact]:
     """The file that `merge` makes."""
     lay_out(folder)
     with door.inside(folder):
-        door.done(*cases.CLI_WORDS, "--quiet")
+        door.quietly(*cases.CLI_WORDS)
     return {cases.CLI_FILE: describe(folder / cases.CLI_FILE)}
 
 
@@ -165,7 +174,7 @@ def keys(folder: Path) -> dict[str, Fact]:
                 r'<script type="application/json" id="facts">(.*?)</script>', Path(page).read_text("utf-8"), re.S
             )
             found[name] = schema(json.loads(data))
-        door.done("run", "feeding.yaml", "--quiet")
+        door.quietly("run", "feeding.yaml")
         found["recipe"] = schema(yaml.safe_load(door.done("recipe", "out/merged_cat_b.safetensors")))
         for name, step in cases.PICTURES.items():
             shown = door.show_pictures(folder / name, [step])
