@@ -45,7 +45,7 @@ def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = 
             deltas = readers.deltas(module)
             found.add(module, deltas, readers.products(module, deltas))
     plain, kind, energy = found.plain, found.kind(), sum(found.energies.values())
-    fit = found.cut if kind.startswith("truncated") else plain
+    fit = found.cut if found.cut and kind.startswith("truncated") else plain
     unknown = [m for m in found.energies if m not in plain.strengths]
     attribution = Attribution(
         file=outline(lora, energy**0.5),
@@ -91,7 +91,8 @@ class _Evidence:
 
     def __init__(self, count: int, rounding: float):
         self.rounding = rounding
-        self.plain, self.cut = Fit(count), Fit(count)
+        self.plain = Fit(count)
+        self.cut: Fit | None = Fit(count)
         self.energies: dict[str, float] = {}
         self.owned = torch.zeros(count, dtype=torch.float64)
         self._factors: tuple[Fit, Fit] | None = (Fit(count), Fit(count))  # its up in those of the sources, its down in theirs
@@ -134,7 +135,7 @@ class _Evidence:
             explained: The file's energy where a sum of the sources explains it, so that it lies in their directions.
         """
         if not is_thin(file):
-            self.cut = self._within = None
+            self.cut, self._within = None, None
         if self.cut is None:
             return
         x = directions(file)
@@ -147,8 +148,8 @@ class _Evidence:
             self._within += inside(x, [directions(d) for d in others]) if explained is None else explained
 
     def _add_factors(self, module: str, here: Sequence[int], deltas: Sequence[Delta]) -> None:
-        pairs = [_two_factors(d) for d in deltas]
-        if not _may_add_up(pairs):
+        pairs = [pair for d in deltas if (pair := _two_factors(d)) is not None]
+        if len(pairs) < len(deltas) or not _may_add_up(pairs):
             self._factors = None
         for side, fit in enumerate(self._factors or ()):
             factors = [pair[side] for pair in pairs]
@@ -178,18 +179,18 @@ class _Evidence:
 
     def kind(self) -> str:
         """What the file is, as `Attribution.kind` lists it."""
-        plain, cut, factors = self.plain, self.before_cut(), self.added_factors()
+        plain, fit, cut, factors = self.plain, self.cut, self.before_cut(), self.added_factors()
         if not plain.energy:
             return "nothing"
         if plain.rest <= self.rounding:
             return "strengths"
         if factors and factors.rest <= self.rounding:  # before truncation, which added factors of flat spectra look like too
             return "factors"
-        if cut and cut.rest <= self.rounding and groups(self.cut.gram) == groups(plain.gram):
+        if fit and cut and cut.rest <= self.rounding and groups(fit.gram) == groups(plain.gram):
             return "truncated"
         if plain.rest_by_module <= self.rounding:
             return "by module"
-        if cut and self.cut.is_decided and cut.rest_by_module <= self.rounding:
+        if fit and cut and fit.is_decided and cut.rest_by_module <= self.rounding:
             return "truncated by module"
         return "cross terms" if (self.inside or 0.0) >= INSIDE else "something else"
 
@@ -198,12 +199,12 @@ def _two_factors(x: Delta) -> tuple[Tensor, Tensor] | None:
     """What a tool that adds key by key adds: up and down, or the two matrices of a LoKr."""
     if isinstance(x, Factors):
         return x.up, x.down.T
-    return tuple(wide(f.up) @ wide(f.down) for f in x) if isinstance(x, Kron) else None
+    if isinstance(x, Kron):
+        return wide(x.left.up) @ wide(x.left.down), wide(x.right.up) @ wide(x.right.down)
+    return None
 
 
-def _may_add_up(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> bool:
+def _may_add_up(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the last one may be the sum of the others, zeros appended to the shorter ones."""
-    if not all(pairs):
-        return False
     heights = {tuple(t.shape[0] for t in pair) for pair in pairs}
     return len(heights) == 1 and all(pairs[-1][i].shape[1] == max(p[i].shape[1] for p in pairs[:-1]) for i in (0, 1))

@@ -114,12 +114,12 @@ def verdict(found: Attribution, rounding: float) -> Iterator[str]:
     """
     factors, strengths = found.factors, _amounts(found.strengths)
     yield from _of_kind(found, strengths)
-    if found.kind in ("strengths", "factors") and factors and factors.rest <= rounding and _is_squared(factors):
+    if factors and found.kind in ("strengths", "factors") and factors.rest <= rounding and _is_squared(factors):
         yield (
             f"the strength was applied twice: its up and its down are each {_amounts(factors.up)}, so that the effective strength "
             f"is {strengths}"
         )
-    elif found.kind == "factors":
+    elif factors and found.kind == "factors":
         yield f"its up is {_amounts(factors.up)}, its down {_amounts(factors.down)}"
     yield from _of_alike(found)
     if found.unknown:
@@ -138,6 +138,7 @@ def _of_kind(found: Attribution, strengths: str) -> Iterator[str]:
     elif kind == "strengths":
         yield f"the file is {strengths}: rounding explains the rest ({percent(found.rest)})"
     elif kind == "truncated":
+        assert cut is not None, "only a file with a sum before the cut is said to be truncated"
         yield (
             f"the file is {_amounts(cut.strengths)}, truncated to rank {found.file['ranks']}, which kept "
             f"{percent(cut.kept)} of that sum's energy; a plain fit of what is left finds {strengths}"
@@ -190,7 +191,7 @@ def _of_alike(found: Attribution) -> Iterator[str]:
             yield f"{names} can't be told apart, one of them is nearly a sum of the others: their strengths here are one of many"
             continue
         first = group[0]
-        total = sum(found.strengths[i] * found.cosines[i][first] * norms[i] for i in group) / (norms[first] or 1)
+        total = sum((found.strengths[i] or 0.0) * found.cosines[i][first] * norms[i] for i in group) / (norms[first] or 1)
         yield (
             f"{names} are too alike (cosine {cosine_text(min(pairs))}) for one strength to be told from another: only what they "
             f"add up to can be, {amount(total)} of source {first + 1}"

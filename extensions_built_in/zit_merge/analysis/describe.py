@@ -87,6 +87,7 @@ def describe(measured: Measurement) -> Description:
     """
     (lora,), norms = measured.loras, measured.norms(0)
     trainer, stored = recognise(lora), _stored_dtypes(lora)
+    known = [norm for norm in norms.values() if norm is not None]
     return Description(
         file=lora.path.name,
         trainer=trainer,
@@ -98,7 +99,7 @@ def describe(measured: Measurement) -> Description:
         scales={m: changes[0].scale if len({c.scale for c in changes}) == 1 else None for m, changes in lora.changes.items()},
         dtype=" and ".join(stored),
         norms=norms,
-        norm=None if None in norms.values() else _finite(math.hypot(*norms.values())),
+        norm=None if len(known) < len(norms) else _finite(math.hypot(*known)),
         missing=[*missing(lora, trainer)],
         odd=[*odd(lora, trainer, norms, stored)],
         skipped=list(lora.skipped),

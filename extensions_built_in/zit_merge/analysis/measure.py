@@ -78,12 +78,18 @@ class ModuleProducts:
     Attributes:
         files: The n LoRAs that change it, by their positions.
         energies: (n,) squared Frobenius norms.
-        gram: (n, n) inner products; None where only the norms were taken.
+        pairs: (n, n) inner products; None where only the norms were taken.
     """
 
     files: tuple[int, ...]
     energies: Tensor
-    gram: Tensor | None
+    pairs: Tensor | None
+
+    @property
+    def gram(self) -> Tensor:
+        """(n, n): `pairs`, where more than the norms were taken."""
+        assert self.pairs is not None, "nobody asks for products that were not taken"
+        return self.pairs
 
     def energy(self, file: int) -> float:
         """Of one of the files."""

@@ -67,9 +67,9 @@ def _holes(section: str, has: Mapping[str, set[int]], changed: set[int]) -> Iter
     for component, layers in has.items():
         if layers and layers != changed:
             holes[tuple(sorted(changed - layers))].append(component)
-    for layers, components in holes.items():
-        rest = len(changed) - len(layers)
-        yield f"no {listed(components)} in {_places(section, layers)}, though in {rest} other{'s' * (rest > 1)}"
+    for lacking, components in holes.items():
+        rest = len(changed) - len(lacking)
+        yield f"no {listed(components)} in {_places(section, lacking)}, though in {rest} other{'s' * (rest > 1)}"
 
 
 def _as_usual(names: Sequence[str], usual: Collection[str], program: str) -> str:
@@ -139,8 +139,9 @@ def _odd_for_clients(lora: LoraFile, stored: Mapping[str, int]) -> Iterator[str]
             f"rank varies ({span(ranks)}) and there is no {ADAPTER_KEY}: diffusers before 0.40 and AI-Toolkit apply a wrong "
             "strength to some modules"
         )
-    named = [c for c in changes if c.algorithm == "LoRA" and "lora_B" in c.keys["up"] and c.alpha is not None]
-    if other := sorted({round(c.alpha / c.rank, 6) for c in named if not math.isclose(c.alpha, c.rank, rel_tol=1e-2)}):
+    named = [c for c in changes if c.algorithm == "LoRA" and "lora_B" in c.keys["up"]]
+    alphas = [(c.alpha, c.rank) for c in named if c.alpha is not None]
+    if other := sorted({round(alpha / rank, 6) for alpha, rank in alphas if not math.isclose(alpha, rank, rel_tol=1e-2)}):
         values = f"{other[0]:g}" if len(other) == 1 else f"{other[0]:g} to {other[-1]:g}"
         yield (
             f"alpha is not the rank (alpha / rank {values}) under lora_A / lora_B names: AI-Toolkit, InvokeAI and diffusers 0.36 "

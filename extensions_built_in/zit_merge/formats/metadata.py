@@ -196,7 +196,9 @@ def adapter_ranks(metadata: Mapping[str, str], modules: Iterable[str]) -> dict[s
         modules: Canonical names.
     """
     adapter = read_adapter(metadata["lora_adapter_metadata"], "lora_adapter_metadata")
-    return {module: int(_of_pattern(adapter.rank_pattern, module, adapter.r)) for module in modules}
+    most = adapter.r
+    assert most is not None, "adapter_metadata writes r"
+    return {module: int(_of_pattern(adapter.rank_pattern, module, most)) for module in modules}
 
 
 def merged_metadata(

@@ -37,14 +37,15 @@ def residuals(plan: StepPlan, path: Path) -> dict[str, float]:
         for module, want in wanted(plan):
             scale, stored = written.delta(module)
             got = stored.map(wide).times(scale)
-            size = norm(want) if want else 0.0
-            found[module] = distance(got, want) / size if size else norm(got)
+            found[module] = distance(got, want) / size if want is not None and (size := norm(want)) else norm(got)
     return found
 
 
 def dense_residual(plan: StepPlan, path: Path, module: str) -> float:
     """The same for one module the plain way: every delta multiplied out in float64, summed, compared."""
     got = load_lora(path)[module].map(wide).expand()
-    want = next(delta for name, delta in wanted(plan) if name == module).expand()
+    asked = next(delta for name, delta in wanted(plan) if name == module)
+    assert asked is not None, "an input changes the module"
+    want = asked.expand()
     dense = want.up @ want.down
     return float((got.up @ got.down - dense).norm() / dense.norm())

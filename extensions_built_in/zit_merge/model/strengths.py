@@ -305,9 +305,9 @@ def compact(table: Mapping[str, float]) -> dict[str, object]:
     return rows
 
 
-def runs(table: Mapping[str, float], section: str) -> list[tuple[int, int, list[float]]]:
-    """(first, last, row) for each run of layers of a section whose rows of strengths are equal."""
-    found: list[tuple[int, int, list[float]]] = []
+def runs(table: Mapping[str, T], section: str) -> list[tuple[int, int, list[T]]]:
+    """(first, last, row) for each run of layers of a section whose rows of values are equal."""
+    found: list[tuple[int, int, list[T]]] = []
     for i in range(SECTIONS[section]):
         row = [table[zimage.at(section, i, c).name] for c in zimage.section_components(section)]
         if found and found[-1][2] == row:

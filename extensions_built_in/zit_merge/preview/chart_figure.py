@@ -6,7 +6,7 @@ Places are in inches from the upper left corner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -99,17 +99,16 @@ def _draw_bars(canvas: Canvas, ablation: Ablation, panel: _Panel, *, is_first: b
     axes = canvas.axes(panel.left, panel.top + _TITLE, panel.width, _ROW * len(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names if is_first else [""] * len(names))
-    shares = [ablation.share(panel.metric, name) for name in names]
-    if None in shares:
+    percent = [100 * share for name in names if (share := ablation.share(panel.metric, name)) is not None]
+    if len(percent) < len(names):
         _say_nothing(axes)
         return
-    percent = [100 * share for share in shares]
     singles = ((k, share) for k, name in enumerate(names) for share in ablation.shares(panel.metric, name))
     dots = [(k, 100 * share) for k, share in singles if share is not None]
     limit = 1.06 * max(*percent, min(max((x for _, x in dots), default=0), _OUTLIERS * max(percent)), 0.1)
     axes.barh(range(len(names)), percent, height=0.72, color=_FILL, linewidth=0)
     if len(ablation.specs) > 1:
-        dot = {"s": 5, "facecolor": "none", "edgecolor": _DOT, "linewidth": 0.5, "clip_on": False}
+        dot: dict[str, Any] = {"s": 5, "facecolor": "none", "edgecolor": _DOT, "linewidth": 0.5, "clip_on": False}
         axes.scatter([min(x, limit) for _, x in dots], [k for k, _ in dots], **dot, zorder=3)
     _percent_axis(axes, limit)
 
@@ -166,15 +165,18 @@ def _draw_map(canvas: Canvas, ablation: Ablation, panel: _Panel) -> None:
         return
     axes.set_xlim(0, end)
     heatmap.name_components(axes)
-    measured = [cell for cell in cells if not isinstance(cell.value, Mark)]
-    scale = Scale(Normalize(0, max(cell.value for cell in measured) or 1), "cividis", "share in %")
+    values = [cell.value for cell in cells if not isinstance(cell.value, Mark)]
+    scale = Scale(Normalize(0, max(values) or 1), "cividis", "share in %")
     heatmap.fill(axes, cells, scale)
-    texts = [number(cell.value / 100) for cell in measured]
-    if max(map(len, texts)) * _LETTER <= width:
-        heatmap.write_numbers(axes, measured, texts, scale)
+    if max(len(_percent(value)) for value in values) * _LETTER <= width:
+        heatmap.write_numbers(axes, cells, _percent, scale)
     _name_columns(axes, ablation, sorted({cell.left for cell in cells}), width)
     room = min(max(width * end, 1.5), 3.2)  # for its ticks
     heatmap.key(canvas, panel.left, panel.top + _TITLE + tall + _TICKS + 0.05, room, scale)
+
+
+def _percent(value: float) -> str:
+    return number(value / 100)
 
 
 def _name_columns(axes: Axes, ablation: Ablation, lefts: Sequence[float], width: float) -> None:

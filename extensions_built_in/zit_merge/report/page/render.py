@@ -45,9 +45,9 @@ _GENERATOR = "zit_merge"
 _DROPPED = ("sqlite_db_path", "performance_log_every", "made_by", "job")
 _OF_RECIPES = ("strengths", "unmatched")
 # A step that was rendered but not merged in this run, and what is left of maps and pictures that are left out.
-_ONLY_PICTURES = {"file": None, "notes": [], "triggers": [], "composable": False, "inputs": [], "details": None}
-_NO_MAPS = {"details": None, "left_out": ["details"]}
-_NO_PICTURES = {"rows": [], "columns": [], "previews": [], "pictures": [], "texts": [], "left_out": True}
+_ONLY_PICTURES: dict[str, Any] = {"file": None, "notes": [], "triggers": [], "composable": False, "inputs": [], "details": None}
+_NO_MAPS: dict[str, Any] = {"details": None, "left_out": ["details"]}
+_NO_PICTURES: dict[str, Any] = {"rows": [], "columns": [], "previews": [], "pictures": [], "texts": [], "left_out": True}
 
 
 @dataclass
@@ -177,7 +177,7 @@ def _no_section(sections: Sequence[dict[str, Any]], excess: int) -> None:
         section["raw"] = None
 
 
-def _fewer_steps(sections: Sequence[dict[str, Any]], excess: int) -> None:
+def _fewer_steps(sections: list[dict[str, Any]], excess: int) -> None:
     """The first steps of each section, with their first inputs."""
     for section in sections[:_STEPS]:
         section["steps"] = [{**step, "inputs": step["inputs"][:5]} for step in section["steps"][:_STEPS]]

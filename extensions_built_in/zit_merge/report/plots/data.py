@@ -39,13 +39,19 @@ class FileData:
     energy: float
     is_cut: bool
 
+    @property
+    def drawn(self) -> Tensor:
+        """(modules, p): `values` of a file that has them."""
+        assert self.values is not None, "only files with singular values have lines"
+        return self.values
+
     def quartiles(self) -> Tensor:
         """(3, p): lower quartile, median and upper quartile of the singular values over the modules that are not zero."""
-        return torch.quantile(self.values[self.values[:, 0] > 0], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        return torch.quantile(self.drawn[self.drawn[:, 0] > 0], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
 
     def kept(self) -> Tensor:
         """(p,): the share of the file's energy that a rank of 1 .. p for every module keeps."""
-        return self.values.square().sum(0).cumsum(0) / self.energy if self.energy else torch.zeros(self.values.shape[1])
+        return self.drawn.square().sum(0).cumsum(0) / self.energy if self.energy else torch.zeros(self.drawn.shape[1])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -46,7 +46,7 @@ class _Block(NamedTuple):
     """A part of the picture: its height, and what draws it from there down."""
 
     height: float
-    draw: Callable[[Canvas, float], None]
+    draw: Callable[[Canvas, float], object]
 
 
 def draw(data: PlotData) -> Figure:
@@ -77,7 +77,7 @@ def _draw(data: PlotData) -> Figure:
 
 
 def _heading(text: str) -> _Block:
-    return _Block(0.27, lambda canvas, top: canvas.text(MARGIN, top, text, LARGE, weight="bold") and None)
+    return _Block(0.27, lambda canvas, top: canvas.text(MARGIN, top, text, LARGE, weight="bold"))
 
 
 def _strengths(data: PlotData) -> list[_Block]:
@@ -108,7 +108,7 @@ class _Column(NamedTuple):
 
     left: float
     section: str
-    index: int
+    number: int
 
 
 def _columns(data: PlotData) -> list[_Column]:
@@ -117,7 +117,7 @@ def _columns(data: PlotData) -> list[_Column]:
     columns: list[_Column] = []
     for section in (s for s in SECTIONS if s in used):
         left = columns[-1].left + 1 + _GAP if columns else 0.0
-        columns += [_Column(left + index, section, index) for index in range(SECTIONS[section])]
+        columns += [_Column(left + number, section, number) for number in range(SECTIONS[section])]
     return columns
 
 
@@ -149,21 +149,22 @@ def _maps(strips: Sequence[_Strip], scale: Scale, columns: Sequence[_Column]) ->
 def _cells(strip: _Strip, columns: Sequence[_Column]) -> list[Cell]:
     """A cell for everything that the model has."""
     return [
-        Cell(left, COMPONENTS.index(component), strip.values.get(at(section, index, component).name, strip.absent))
-        for left, section, index in columns
+        Cell(left, COMPONENTS.index(component), strip.values.get(at(section, number, component).name, strip.absent))
+        for left, section, number in columns
         for component in section_components(section)
     ]
 
 
 def _name_columns(axes: Axes, columns: Sequence[_Column], every: int) -> None:
     """Numbers below the columns, below them the sections."""
-    shown = [c for c in columns if c.index % every == 0 or c.section != "layers"]
-    axes.set_xticks([c.left + 0.5 for c in shown], [str(c.index) for c in shown])
+    shown = [c for c in columns if c.number % every == 0 or c.section != "layers"]
+    axes.set_xticks([c.left + 0.5 for c in shown], [str(c.number) for c in shown])
     for section in dict.fromkeys(c.section for c in columns):
         lefts = [c.left for c in columns if c.section == section]
         words = "layer" if section == "layers" else section.replace("_", "\n")
-        place = {"xy": ((lefts[0] + lefts[-1] + 1) / 2, 0), "xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(words, **place, xytext=(0, -11), ha="center", va="top", size=SMALL, linespacing=1.0, annotation_clip=False)
+        middle, across = (lefts[0] + lefts[-1] + 1) / 2, axes.get_xaxis_transform()
+        how: dict[str, Any] = {"xytext": (0, -11), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(words, (middle, 0), xycoords=across, **how, ha="center", va="top", size=SMALL, linespacing=1.0)
 
 
 def _spectra(data: PlotData) -> list[_Block]:
@@ -173,8 +174,8 @@ def _spectra(data: PlotData) -> list[_Block]:
         left, right = MARGIN + _GUTTER, WIDTH - MARGIN - wide
         canvas.text(left, top, "singular values of a module: median and quartiles", NORMAL)
         canvas.text(right, top, "energy of the whole file, kept by one rank for every module", NORMAL)
-        axes = (canvas.axes(x, top + 0.2, wide, tall) for x in (left, right))
-        if legend := draw_spectra(*axes, data.files[:SHOWN]):
+        values, energy = (canvas.axes(x, top + 0.2, wide, tall) for x in (left, right))
+        if legend := draw_spectra(values, energy, data.files[:SHOWN]):
             canvas.legend(left, top + tall + 0.55, legend)
 
     return [_heading("How many directions: singular values and rank"), _Block(tall + 0.95, draw_lines)]
@@ -230,7 +231,11 @@ def _cosines(axes: Axes, data: PlotData, scale: Scale) -> None:
     if count > 20:
         axes.tick_params(axis="x", labelrotation=90)
     if count <= _NUMBERED:
-        heatmap.write_numbers(axes, cells, ["-" if math.isnan(c.value) else two_digits(c.value) for c in cells], scale)
+        heatmap.write_numbers(axes, cells, _cosine, scale)
+
+
+def _cosine(value: float) -> str:
+    return "-" if math.isnan(value) else two_digits(value)
 
 
 def _notes(data: PlotData) -> list[_Block]:
@@ -255,4 +260,4 @@ def _remarks(data: PlotData) -> Iterator[str]:
         if broken := sum(n is None for n in file.norms.values()):
             yield f"LoRA {i + 1} holds NaN or infinity in {counted(broken, 'module')}: its norm and its lines are of the others."
         if file.is_cut:
-            yield f"LoRA {i + 1} has changes of so high a rank that its lines end at {file.values.shape[1]} singular values."
+            yield f"LoRA {i + 1} has changes of so high a rank that its lines end at {file.drawn.shape[1]} singular values."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, Locator, MaxNLocator
 
 from ...model.zimage import ALIASES, COMPONENTS
 from .canvas import SMALL, Canvas, decades, plain_number
@@ -78,6 +78,7 @@ def fill(axes: Axes, cells: Iterable[Cell], scale: Scale, is_ruled: bool = True)
     for cell in cells:
         if isinstance(cell.value, Mark) or not math.isnan(cell.value):
             groups.setdefault(cell.value if isinstance(cell.value, Mark) else None, []).append(cell)
+    look: dict[str, Any]
     for mark, members in groups.items():
         if mark:
             look = {"facecolor": mark.face, "hatch": mark.hatch, "edgecolor": mark.edge}
@@ -92,21 +93,23 @@ def _corners(cell: Cell) -> list[tuple[float, float]]:
     return [(cell.left, cell.top), (right, cell.top), (right, bottom), (cell.left, bottom)]
 
 
-def write_numbers(axes: Axes, cells: Iterable[Cell], texts: Sequence[str], scale: Scale) -> None:
-    """Writes a text into each cell, in letters that can be read on its colour.
+def write_numbers(axes: Axes, cells: Iterable[Cell], text: Callable[[float], str], scale: Scale) -> None:
+    """Writes the value of each cell that has one, in letters that can be read on its colour.
 
     Args:
         axes: Where the cells are.
-        cells: With their values; none has a mark.
-        texts: One for each cell.
+        cells: With their values; those with a mark stay as they are.
+        text: What is written for a value.
         scale: Their colours.
     """
     colours = ScalarMappable(scale.norm, scale.colours)
-    for cell, text in zip(cells, texts, strict=True):
-        red, green, blue, _ = colours.to_rgba(cell.value)
+    for cell in cells:
+        if isinstance(cell.value, Mark):
+            continue
+        red, green, blue, _ = colours.to_rgba(cell.value)  # type: ignore[arg-type]  # takes a single number too
         is_dark = not math.isnan(cell.value) and 0.299 * red + 0.587 * green + 0.114 * blue < _DARK
         place = cell.left + cell.width / 2, cell.top + cell.height / 2
-        axes.text(*place, text, ha="center", va="center_baseline", size=SMALL, color="white" if is_dark else "black")
+        axes.text(*place, text(cell.value), ha="center", va="center_baseline", size=SMALL, color="white" if is_dark else "black")
 
 
 def name_components(axes: Axes) -> None:
@@ -143,11 +146,13 @@ def colour_bar(figure: Figure, axes: Axes, scale: Scale, orientation: str) -> No
         orientation: `horizontal` or `vertical`.
     """
     low, high = scale.norm.vmin, scale.norm.vmax
+    assert low is not None and high is not None, "a scale has limits"
+    ticks: Locator
     if isinstance(scale.norm, LogNorm):
         ticks = decades(low, high)
     else:
-        ticks = FixedLocator(np.linspace(low, high, 5)) if low < 0 else MaxNLocator(5)
-    how = {"orientation": orientation, "ticks": ticks, "format": plain_number(), "label": scale.label}
+        ticks = FixedLocator(np.linspace(low, high, 5).tolist()) if low < 0 else MaxNLocator(5)
+    how: dict[str, Any] = {"orientation": orientation, "ticks": ticks, "format": plain_number(), "label": scale.label}
     bar = figure.colorbar(ScalarMappable(scale.norm, scale.colours), cax=axes, **how)
     bar.ax.minorticks_off()
     bar.outline.set_linewidth(0.5)

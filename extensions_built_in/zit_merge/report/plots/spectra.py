@@ -96,7 +96,7 @@ def _powers(most: int) -> list[int]:
 
 def _ranks_below(axes: Axes, files: Sequence[FileData]) -> None:
     """A logarithmic axis of ranks with powers of 2, as ranks are chosen."""
-    most = max(f.values.shape[1] for _, f in _alive(files))
+    most = max(f.drawn.shape[1] for _, f in _alive(files))
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, max(most, 2) * 1.1)
     axes.xaxis.set_major_locator(FixedLocator(_powers(max(most, 2))))

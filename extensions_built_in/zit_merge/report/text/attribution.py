@@ -32,7 +32,7 @@ def attribution_text(found: Attribution) -> str:
 
 def _strength_lines(found: Attribution, i: int) -> Iterator[str]:
     """Layers x components of one source, or one line where they are equal."""
-    known = {m: two_digits(x[i]) for m, x in found.modules.items() if x[i] is not None}
+    known = {m: two_digits(strength) for m, x in found.modules.items() if (strength := x[i]) is not None}
     values = known | {m: "?" for m, who in found.untold.items() if i in who}
     title = f"strength of source {i + 1} in each module{' before the cut' if found.is_truncated else ''}"
     if len(set(values.values())) == 1:

@@ -15,7 +15,7 @@ from ...model.strengths import TABLES
 
 def methods_text() -> str:
     """The merge methods, from their docstrings and signatures: what they do, where they come from, their parameters."""
-    lines = []
+    lines: list[str] = []
     for name, method in METHODS.items():
         parts = paragraphs(method.function.__doc__ or "")
         lines += [*([""] if lines else []), *textwrap.wrap(f"{name}: {parts['']}", 78, subsequent_indent="    ")]

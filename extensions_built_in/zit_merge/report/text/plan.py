@@ -133,7 +133,9 @@ def _present(i: Input) -> Collection[str]:
 
 def _origin_table(i: Input) -> list[str]:
     """Layers x components: which entries decide the strength of each module of a LoRA that has a preset."""
-    origins = origin_of(i.spec.found_preset, i.spec.own)
+    preset = i.spec.found_preset
+    assert preset is not None, "a planned step has looked its presets up"
+    origins = origin_of(preset, i.spec.own)
     return grouped_table({module: "." if origin == "-" else origin for module, origin in origins.items()}, _present(i))
 
 

@@ -23,6 +23,7 @@ def done_text(done: Done) -> str:
     if not done.made:
         kept = f"kept {squeezed(done.path.name, NAME - 2)} (made before by the same recipe)"
         return "\n".join(wrapped(f"{kept}, {verdict_text(plan, verdict)}" if verdict else kept, 0))
+    assert verdict is not None, "every file that is made is checked"
     lines = [*wrapped(f"{step_name(plan)} is {verdict_text(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
     size = f"{(done.path.stat().st_size if plan.spec.keep else plan.bytes) / 1e6:,.1f} MB"  # the latter file is gone soon
     if plan.spec.keep:
@@ -105,7 +106,7 @@ def _strongest(plan: StepPlan, verdict: Verdict) -> Sequence[int]:
     count, told = len(plan.inputs), set(() if plan.spec.checkpoints else verdict.told)
 
     def first(n: int) -> tuple[bool, float]:
-        is_off = n in told and not LOST <= verdict.got[n] / verdict.asked[n] <= STRONGER
+        is_off = n in told and not LOST <= verdict.share(n) <= STRONGER
         return not is_off, -abs(plan.inputs[n].spec.ratio)
 
     return range(count) if count <= _SHOWN else sorted(range(count), key=first)[:_SHOWN]

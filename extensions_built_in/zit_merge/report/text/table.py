@@ -55,15 +55,16 @@ def grouped_table(values: Mapping[str, str], present: Collection[str]) -> list[s
 def _table(
     rows: Callable[[str], Sequence[tuple[int, int]]], value: Callable[[str], float | str], present: Collection[str]
 ) -> list[str]:
-    heads, lines = ["adaLN" if c == "adaLN_modulation" else c for c in COMPONENTS], []
+    heads = ["adaLN" if c == "adaLN_modulation" else c for c in COMPONENTS]
+    found: list[list[str]] = []
     for section in SECTIONS:
         for first, last in rows(section):
             cells = [[m for i in range(first, last + 1) if (m := _module(section, i, c)) in present] for c in COMPONENTS]
             if any(cells):
-                lines.append([row_name(section, first, last), *(short(value(here[0])) if here else "-" for here in cells)])
-    layers, *columns = zip(*lines, strict=True) if lines else [()] * (1 + len(heads))
-    columns = [_column(head, texts) for head, texts in zip(heads, columns, strict=True)]
-    lines = ["".join(cells).rstrip() for cells in zip([f"{name:<18}" for name in ("layer", *layers)], *columns, strict=True)]
+                found.append([row_name(section, first, last), *(short(value(here[0])) if here else "-" for here in cells)])
+    layers, *columns = zip(*found, strict=True) if found else [()] * (1 + len(heads))
+    texts = [_column(head, column) for head, column in zip(heads, columns, strict=True)]
+    lines = ["".join(cells).rstrip() for cells in zip([f"{name:<18}" for name in ("layer", *layers)], *texts, strict=True)]
     others = [f"{o} {short(value(m))}" for o in OTHER if (m := zimage.at("other", 0, o).name) in present]
     return lines + (beside("other: ", others, _WIDTH) if others else [])
 
@@ -79,8 +80,8 @@ def short(value: float | str) -> str:
     if isinstance(value, str):
         return value
     texts = (f"{value:.3g}", f"{value:.0f}" if abs(value) >= 1 else "", f"{value:.2g}", f"{value:.1g}", f"{value:.0e}")
-    texts = (text.replace("e+", "e") if len(text) > COLUMN else text for text in texts)
-    return next((text for text in texts if text and len(text) <= COLUMN), "-0")  # above -1e-99, which has seven letters
+    shorter = (text.replace("e+", "e") if len(text) > COLUMN else text for text in texts)
+    return next((text for text in shorter if text and len(text) <= COLUMN), "-0")  # above -1e-99, which has seven letters
 
 
 def _module(section: str, index: int, component: str) -> str:
