@@ -19,10 +19,11 @@ from workspace import SMALL, Workspace
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.analysis import measure as measuring
 from extensions_built_in.zit_merge.analysis.measure import measure
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS
 from extensions_built_in.zit_merge.model.zimage import MODULES as MODEL
+from extensions_built_in.zit_merge.progress import Progress
 from extensions_built_in.zit_merge.report.plots.data import SHOWN, FileData, PlotData, plot_data
 
 figure = pytest.importorskip("extensions_built_in.zit_merge.report.plots.files")  # needs matplotlib
@@ -150,12 +151,13 @@ def test_files_of_two_models_are_refused(tmp_path):
 def test_modules_pass_through_the_bar_once(tmp_path):
     seen: list[str] = []
 
-    def track(modules):
-        for module in modules:
-            seen.append(module)
-            yield module
+    class Noted(Progress):
+        def track(self, items, label, unit="module", describe=None):
+            for item in items:
+                seen.append(item)
+                yield item
 
-    measure([load_lora(write(tmp_path / f"{i}.safetensors", lora(2, i))) for i in range(2)], track=track)
+    measure([load_lora(write(tmp_path / f"{i}.safetensors", lora(2, i))) for i in range(2)], progress=Noted())
     assert sorted(seen) == sorted(MODULES)
 
 
@@ -455,6 +457,6 @@ def test_an_interruption_leaves_the_old_picture_and_no_litter(work, loras, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "publish_file", interrupt)
+    monkeypatch.setattr(atomic, "publish_file", interrupt)
     assert work.zit("inspect", loras[0], "--plot", "a.png").code == 130
     assert Path("a.png").read_bytes() == b"old" and not list(work.folder.glob("*.part"))

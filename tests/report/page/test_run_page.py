@@ -17,7 +17,7 @@ from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.analysis.measure import measure
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats.reader import LoraFile
 from extensions_built_in.zit_merge.model.zimage import MODULES
 from extensions_built_in.zit_merge.report.page import render
@@ -50,7 +50,7 @@ def trained(work: Workspace, **keys) -> Path:
 
 def test_beside_the_output_of_a_job_without_training(work, loras):
     text = work.zit("run", work.job(BOTH)).ok()
-    assert text.splitlines()[-2:] == ["page to look at:", f"    {work.out / 'merged_cat.html'}"]
+    assert text.splitlines()[-2:] == ["report:", f"    {work.out / 'merged_cat.html'}"]
     assert [s["name"] for s in steps(work.out / "merged_cat.html")] == ["soft"]
     assert not list(work.out.glob("*.part"))
 
@@ -139,7 +139,7 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_part(work, loras, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "publish_file", stop)
+    monkeypatch.setattr(atomic, "publish_file", stop)
     page = Page("cat")
     with pytest.raises(KeyboardInterrupt):
         page.write(work.out / "merged_cat.html")
@@ -298,7 +298,7 @@ def test_host_keys_that_are_no_json_stop_nothing(work, loras):
     text = work.zit(
         "run", work.job(BOTH, train={"lr": float("inf"), "wd": float("nan"), "seed": 10**30}, model={"day": "2026-01-01"})
     ).ok()
-    assert "page to look at:" in text
+    assert "\nreport:\n" in text
     raw = facts(work.out / "merged_cat.html")["sections"][0]["raw"]
     assert raw["train"] == {"lr": "inf", "wd": "nan", "seed": str(10**30)}
 
