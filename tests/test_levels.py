@@ -1,4 +1,4 @@
-"""The house: few rooms at the top, imports run down only, no circle, no long chain. Lazy imports and those for types count too."""
+"""The house: few rooms at the top, imports run down only, no circle, no long chain. Lazy imports and those for types count."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def verdict(found: Attribution, rounding: float) -> Iterator[str]:
     yield from _of_kind(found, strengths)
     if factors and found.kind in ("strengths", "factors") and factors.rest <= rounding and _is_squared(factors):
         yield (
-            f"the strength was applied twice: its up and its down are each {_amounts(factors.up)}, so that the effective strength "
+            f"the strength was applied twice: its up and its down are each {_amounts(factors.up)}, so the effective strength "
             f"is {strengths}"
         )
     elif factors and found.kind == "factors":

@@ -145,7 +145,7 @@ def fonts() -> tuple[ft2font.FT2Font, ...]:
 def drawable(text: str) -> str:
     """Letters that no installed font can draw, and control characters, as \\u escapes.
 
-    Scripts from right to left need a text engine that matplotlib has from 3.11 on: before, their letters would be in reverse order.
+    Scripts from right to left need a text engine that matplotlib has from 3.11 on: before, their letters are in reverse order.
     """
     is_shaped = hasattr(ft2font, "__libraqm_version__")
 
