@@ -173,6 +173,18 @@ def test_the_pace_of_pictures_leaves_out_the_loading_of_the_model(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("unit, told", [("picture", ["Picture 1/2: a"]), ("module", [])])
+def test_a_stop_acts_once_the_item_is_done_and_a_picture_is_told(unit, told):
+    """A module is not: its file will be gone."""
+    noted, passed = Noted(), []
+    with pytest.raises(KeyboardInterrupt), watch.JobProgress(noted, SILENT) as progress:
+        for item in progress.track(["a", "b"], "soft", unit, describe=str):
+            signal.raise_signal(signal.SIGINT)
+            passed.append(item)
+    assert passed == ["a"]
+    assert [info for info, *_ in noted.told] == told
+
+
 class Told:
     """A process that notes what it is told."""
 

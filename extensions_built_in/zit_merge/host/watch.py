@@ -78,11 +78,11 @@ class JobProgress(DeferredInterrupt, Progress):
         passed = self._picture if unit == "picture" else self._module
         for done, item in enumerate(self._bar.track(items, label, unit, describe), 1):
             yield item
-            self._stop_if_interrupted()
             passed(done, len(items), describe(item) if describe else label)
 
     def _module(self, done: int, total: int, label: str) -> None:
         """A module of a pass is done: the UI is told, and asked, about twice a second and at the end."""
+        self._stop_if_interrupted()
         now, is_counted = time.monotonic(), label in self._modules
         if now - self._told < _PAUSE and not (is_counted and done == total):
             return
@@ -94,13 +94,15 @@ class JobProgress(DeferredInterrupt, Progress):
             self._status.progress(f"Merging {label}: {done}/{total}", overall, sum(self._modules.values()), speed)
 
     def _picture(self, done: int, total: int, label: str) -> None:
-        """A picture is done. The first one waited for the model too, so the pace is that of the others."""
-        self._status.check()
+        """A picture is done, which is told before the job stops. The first one waited for the model too: the pace is that of
+        the others."""
         now = time.monotonic()
         if done == 1:
             self._start = now
         pace = f"{(now - self._start) / (done - 1):.1f} s/picture" if done > 1 else ""
         self._status.progress(f"Picture {done}/{total}: {label}", done, total, pace)
+        self._stop_if_interrupted()
+        self._status.check()
 
     def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
         """The same loader of a model, shown in the UI, and to be stopped: a download may take an hour, nothing is left half done.
