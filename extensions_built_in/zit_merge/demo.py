@@ -48,7 +48,12 @@ def _normal(shape: tuple[int, int], size: float, random: torch.Generator) -> tor
 
 
 def demo_merge(face: Path, style: Path) -> Merge:
-    """The merge that the demo shows: every kind of weight once."""
+    """The merge that the demo shows: every kind of weight once.
+
+    Args:
+        face: The first input.
+        style: The second.
+    """
     weights = {"ratio": 0.9, "blocks": {"adaLN_modulation": 0.7, "attention": 0.9, "to_q": 1.1}, "layers": {"0-9": [0.5, 1.0]}}
     return merge([(face, weights), (style, {"ratio": 0.6, "effects": {"composition": 0.2, "color_light": 1.3}})], dtype="fp32")
 

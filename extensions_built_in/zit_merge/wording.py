@@ -18,7 +18,12 @@ def listed(names: Sequence[str]) -> str:
 
 
 def some(names: Sequence[str], what: str = "modules") -> str:
-    """`layers.0.attention.to_q`, or how many with the first as an example."""
+    """`layers.0.attention.to_q`, or how many with the first as an example.
+
+    Args:
+        names: Of modules or keys.
+        what: One of them is called.
+    """
     return names[0] if len(names) == 1 else f"{len(names)} {what} (e.g. {names[0]})"
 
 
@@ -40,7 +45,12 @@ def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def row(label: str, text: str) -> list[str]:
-    """A label and a text beside it, wrapped; words that are too long for a line are broken."""
+    """A label and a text beside it, wrapped; words that are too long for a line are broken.
+
+    Args:
+        label: Of at most as many letters as the column.
+        text: One or more sentences.
+    """
     lines = _wrap(plain(text), WIDTH - _LABEL, rest="  " * text.startswith("- "))
     return [f"{label if i == 0 else '':<{_LABEL}}{line}" for i, line in enumerate(lines)]
 
@@ -52,7 +62,12 @@ def plain(text: str) -> str:
 
 
 def wrapped(text: str, indent: int = 2) -> list[str]:
-    """A sentence in lines of their own, those after the first further in; words that are too long for a line are broken."""
+    """A sentence in lines of their own, those after the first further in; words that are too long for a line are broken.
+
+    Args:
+        text: The sentence.
+        indent: Spaces before its first line.
+    """
     first, rest = " " * indent, " " * (indent + 2)
     return _wrap(plain(text), WIDTH, first, rest)
 
@@ -64,7 +79,13 @@ def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
 
 
 def beside(left: str, parts: Sequence[str], width: int = WIDTH) -> list[str]:
-    """`left`, then `parts` with commas between them; what does not fit goes on below. A part that fits is not broken."""
+    """`left`, then `parts` with commas between them; what does not fit goes on below. A part that fits is not broken.
+
+    Args:
+        left: Before the first line.
+        parts: What is listed.
+        width: Of a line.
+    """
     room = width - len(left)
     text = ", ".join(part.replace(" ", "\xa0") if len(part) < room else part for part in parts)
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
@@ -87,7 +108,12 @@ def copyable(path: Path | str) -> str:
 
 
 def squeezed(name: str, most: int) -> str:
-    """Beginning and end of a name that is too long for its place, without what all files end in: `my_charac...000002500`."""
+    """Beginning and end of a name that is too long for its place, without what all files end in: `my_charac...000002500`.
+
+    Args:
+        name: Of a file.
+        most: Letters.
+    """
     if len(plain(name)) > most:
         name = name.removesuffix(".safetensors")
     if len(shown := plain(name)) <= most:
@@ -103,7 +129,12 @@ def _fitting(name: str, most: int) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """The beginning of a long text, and how long it is."""
+    """The beginning of a long text, and how long it is.
+
+    Args:
+        text: Of a file.
+        most: Letters that are shown.
+    """
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
 
 
@@ -122,7 +153,12 @@ def percent(share: float) -> str:
 
 
 def ranks_text(ranks: Mapping[str, int], algorithms: Iterable[str]) -> str:
-    """`32`, `4-32`, `3840 at most` where not all of it is LoRA."""
+    """`32`, `4-32`, `3840 at most` where not all of it is LoRA.
+
+    Args:
+        ranks: Module -> rank.
+        algorithms: Of the file's changes.
+    """
     return span(ranks.values()) + (" at most" if set(algorithms) - {"LoRA"} else "")
 
 

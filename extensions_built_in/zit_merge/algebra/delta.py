@@ -78,7 +78,12 @@ class Kron(NamedTuple):
         return Factors(torch.kron(left.up, right.up), torch.kron(left.down, right.down))
 
     def rows(self, first: int, last: int) -> Kron | Factors:
-        """Rows first .. last - 1 of the delta: a Kron again where whole rows of L are taken, else Factors."""
+        """Rows first .. last - 1 of the delta: a Kron again where whole rows of L are taken, else Factors.
+
+        Args:
+            first: The first row.
+            last: The row after the last one.
+        """
         s = self.right.shape[0]
         if first % s == 0 and last % s == 0:
             return Kron(Factors(self.left.up[first // s : last // s], self.left.down), self.right)
@@ -156,6 +161,10 @@ def inner(x: Delta, y: Delta) -> float:
 
     For Factors, <x, y> = tr(up_x' up_y . down_y down_x'), r x r products only; for two Krons of the same layout the product of
     the inner products of their factors; a Kron with Factors through `@`.
+
+    Args:
+        x: (out, in).
+        y: (out, in).
     """
     if isinstance(x, Sum) or isinstance(y, Sum):
         return sum(inner(p, q) for p in _parts(x) for q in _parts(y))
@@ -232,7 +241,12 @@ def norm(x: Delta) -> float:
 
 
 def distance(x: Delta, y: Delta) -> float:
-    """Frobenius norm of the difference of two deltas; its floor is about 1e-8 of their norms (float64 Grams)."""
+    """Frobenius norm of the difference of two deltas; its floor is about 1e-8 of their norms (float64 Grams).
+
+    Args:
+        x: (out, in).
+        y: (out, in).
+    """
     parts = (*_parts(x.map(wide)), *_parts(y.map(wide).times(-1.0)))
     thin = [p for p in parts if isinstance(p, Factors)]
     return norm(stack(thin) if len(thin) == len(parts) else Sum(parts))

@@ -33,7 +33,12 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def profile(steps: Sequence[int], gamma: float) -> list[float]:
-    """The weight of each checkpoint: proportional to step^gamma, summing to 1; saves are taken to be evenly spaced."""
+    """The weight of each checkpoint: proportional to step^gamma, summing to 1; saves are taken to be evenly spaced.
+
+    Args:
+        steps: Training steps of the saves, rising.
+        gamma: The exponent.
+    """
     last = max(steps)
     weights = [(step / last) ** gamma for step in steps]
     return [w / sum(weights) for w in weights]

@@ -94,6 +94,10 @@ def hadamard(x: Factors, y: Factors) -> Factors:
     (x.up @ x.down) * (y.up @ y.down) = up @ down, where the rows of `up` are the Kronecker products of the rows of x.up and y.up,
     and the columns of `down` those of the columns (the row-wise and column-wise Khatri-Rao products).
 
+    Args:
+        x: (out, in), rank r.
+        y: (out, in), rank s.
+
     Returns:
         up: (out, r_x r_y), down: (r_x r_y, in), float32 or wider.
     """
@@ -124,7 +128,12 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def pad(x: Factors, rank: int) -> Factors:
-    """The same delta with zero components appended until there are `rank`."""
+    """The same delta with zero components appended until there are `rank`.
+
+    Args:
+        x: (out, in).
+        rank: At least that of x.
+    """
     missing = rank - x.rank
     if missing == 0:
         return x

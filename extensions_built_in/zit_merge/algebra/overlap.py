@@ -166,7 +166,12 @@ def chance(ranks: Sequence[int], size: int) -> tuple[float, float]:
 
 
 def inside(x: Triplets, others: Sequence[Triplets]) -> float:
-    """The energy of a change within the column spaces and row spaces that others span together."""
+    """The energy of a change within the column spaces and row spaces that others span together.
+
+    Args:
+        x: Of the change, (out, in).
+        others: Of the others, of the same shape.
+    """
     left = _coordinates(x.left, torch.cat([o.left for o in others], 1))
     right = _coordinates(x.right.T, torch.cat([o.right.T for o in others], 1))
     return float(((left * x.sigma) @ right.T).square().sum())
@@ -183,6 +188,10 @@ def projected(x: Triplets, deltas: Sequence[Delta]) -> Tensor:
     """Several deltas between the projectors on the column and row space of another, in its singular vectors: (N, p, p).
 
     In them x itself is diag(sigma). If it is a sum_i c_i delta_i that was truncated, it is sum_i c_i of these.
+
+    Args:
+        x: Of the change that gives the basis, (out, in) of rank p.
+        deltas: The N others, (out, in).
     """
     return torch.stack([x.left.T @ (d.map(wide) @ x.right.T) for d in deltas])
 

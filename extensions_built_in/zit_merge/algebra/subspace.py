@@ -130,7 +130,12 @@ def _bases(core: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def triplets(x: Delta, components: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, p), (p,), (p, in): the singular triplets of what was trained, without those of rounding; none of a zero change."""
+    """(out, p), (p,), (p, in): the singular triplets of what was trained, without those of rounding; none of a zero change.
+
+    Args:
+        x: (out, in).
+        components: How many; None is all.
+    """
     left, sigma, right = svd(x.map(wide), components)
     alive = int(((sigma > FAINT * sigma[0]) & (sigma > 0)).sum())
     return left[:, :alive], sigma[:alive], right[:alive]

@@ -121,6 +121,10 @@ class Header:
     def changes(self, group: Group, scale: Scale) -> Iterator[tuple[str, Change]]:
         """(module, change) for the modules of a group.
 
+        Args:
+            group: From `groups`.
+            scale: (group, module, rank) -> (alpha / rank, alpha as stored).
+
         Raises:
             ZitMergeError: The tensors do not fit each other.
         """

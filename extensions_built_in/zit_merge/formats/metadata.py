@@ -129,6 +129,10 @@ def _ending(key: str) -> str:
 def read_adapter(text: str, source: str) -> Adapter:
     """The adapter's config from its JSON, with or without diffusers' `transformer.` before each key.
 
+    Args:
+        text: The JSON.
+        source: Where it is from, for messages.
+
     Raises:
         ValueError: It does not say which alpha holds.
     """

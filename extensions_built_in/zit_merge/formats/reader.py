@@ -175,7 +175,12 @@ class TensorReader:
         return Kron(left, right).rows(*rows) if rows else Kron(left, right)
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or some of its rows."""
+        """A tensor, or some of its rows.
+
+        Args:
+            key: Its key.
+            rows: (first, last + 1); None is all.
+        """
         tensor = self._file.get_slice(key)[rows[0] : rows[1]] if rows else self._file.get_tensor(key)
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()

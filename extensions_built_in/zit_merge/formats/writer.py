@@ -168,7 +168,12 @@ class LoraWriter:
         return self
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Appends the next tensor of the layout."""
+        """Appends the next tensor of the layout.
+
+        Args:
+            key: Of the tensor.
+            tensor: As the layout has it: dtype and shape.
+        """
         expected, (dtype, shape) = next(self._pending)
         if (key, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
             raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")

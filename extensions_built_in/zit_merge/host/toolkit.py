@@ -47,6 +47,10 @@ def _find(module: str, name: str) -> Any:
 def part(module: str, name: str) -> Any:
     """A part of the toolkit that is needed.
 
+    Args:
+        module: Such as `toolkit.config_modules`.
+        name: Of something in it.
+
     Raises:
         ZitMergeError: There is no toolkit, or it lacks the part.
     """
@@ -170,6 +174,11 @@ def zimage_archs() -> set[str]:
 @silence()
 def make_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
     """What the toolkit makes of a learning-rate scheduler's name and parameters (toolkit/scheduler.py).
+
+    Args:
+        name: As `lr_scheduler` has it.
+        optimizer: What it steps.
+        **parameters: Of the scheduler, as `lr_scheduler_params` has them.
 
     Raises:
         Exception: It can't make one.

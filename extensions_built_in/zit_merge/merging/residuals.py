@@ -30,6 +30,10 @@ def residuals(plan: StepPlan, path: Path) -> dict[str, float]:
     """|written - wanted| / |wanted| of each module, through Gram matrices: no dense delta is formed.
 
     The floor is about 1e-8, the square root of float64's rounding. A module that should be zero gives its norm.
+
+    Args:
+        plan: What was asked for; its inputs still there.
+        path: The file.
     """
     out = load_lora(path)
     with TensorReader(out) as written:
@@ -42,7 +46,13 @@ def residuals(plan: StepPlan, path: Path) -> dict[str, float]:
 
 
 def dense_residual(plan: StepPlan, path: Path, module: str) -> float:
-    """The same for one module the plain way: every delta multiplied out in float64, summed, compared."""
+    """The same for one module the plain way: every delta multiplied out in float64, summed, compared.
+
+    Args:
+        plan: What was asked for.
+        path: The file.
+        module: Its name.
+    """
     got = load_lora(path)[module].map(wide).expand()
     asked = next(delta for name, delta in wanted(plan) if name == module)
     assert asked is not None, "an input changes the module"

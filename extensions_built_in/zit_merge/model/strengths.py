@@ -306,7 +306,12 @@ def compact(table: Mapping[str, float]) -> dict[str, object]:
 
 
 def runs(table: Mapping[str, T], section: str) -> list[tuple[int, int, list[T]]]:
-    """(first, last, row) for each run of layers of a section whose rows of values are equal."""
+    """(first, last, row) for each run of layers of a section whose rows of values are equal.
+
+    Args:
+        table: Module -> value.
+        section: `layers`, `noise_refiner`, `context_refiner`.
+    """
     found: list[tuple[int, int, list[T]]] = []
     for i in range(SECTIONS[section]):
         row = [table[zimage.at(section, i, c).name] for c in zimage.section_components(section)]
@@ -318,7 +323,13 @@ def runs(table: Mapping[str, T], section: str) -> list[tuple[int, int, list[T]]]
 
 
 def row_name(section: str, first: int, last: int) -> str:
-    """How a run of layers is called: 3, 0-9, noise_refiner, noise_refiner.0."""
+    """How a run of layers is called: 3, 0-9, noise_refiner, noise_refiner.0.
+
+    Args:
+        section: Of the model.
+        first: The first layer.
+        last: The last layer.
+    """
     if section == "layers":
         return _row(first, last)
     return section if last - first + 1 == SECTIONS[section] else f"{section}.{first}"

@@ -118,7 +118,13 @@ MODULES: Mapping[str, Module] = {m.name: m for m in _modules()}  # the 276 nn.Li
 
 @cache
 def at(section: str, index: int, component: str) -> Module:
-    """The module at this place of the model."""
+    """The module at this place of the model.
+
+    Args:
+        section: `layers`, `noise_refiner`, `context_refiner` or `other`.
+        index: From 0.
+        component: Its name there.
+    """
     return next(m for m in MODULES.values() if (m.section, m.index, m.component) == (section, index, component))
 
 

@@ -50,6 +50,11 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
     """What AI-Toolkit's get_lr_scheduler does with these parameters, without the toolkit.
 
+    Args:
+        name: As `lr_scheduler` has it.
+        optimizer: What it steps.
+        **parameters: Of the scheduler, as `lr_scheduler_params` has them.
+
     Raises:
         Exception: As it would.
     """

@@ -20,8 +20,9 @@ from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.analysis.measure import measure
-from extensions_built_in.zit_merge.config.schema import parse_section
-from extensions_built_in.zit_merge.model.strengths import strengths
+from extensions_built_in.zit_merge.config.parse import parse_section
+from extensions_built_in.zit_merge.config.schema import Lora
+from extensions_built_in.zit_merge.model.strengths import Weights, factors, strengths
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES, at
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
@@ -52,7 +53,12 @@ def two(work: Workspace) -> Path:
 def wanted(lora: dict, name: str) -> dict[str, float]:
     """Module -> strength by our config code, of the modules that the file has."""
     section = parse_section({"type": "zit_merge", "steps": [{"name": "x", "loras": [lora]}]})
-    table = strengths(section.steps[0].loras[0].weights("weights"))
+    return strengths_of(section.steps[0].loras[0], name)
+
+
+def strengths_of(lora: Lora, name: str) -> dict[str, float]:
+    """Module -> strength of an entry, of the modules that the file has."""
+    table = strengths(lora.ratio, factors(Weights(**lora.tables)))
     return {m: table[m] for m in load_lora(name)}
 
 
@@ -192,9 +198,8 @@ def check_composed(work: Workspace, frame) -> None:
     for i, lora in enumerate(section.steps[0].loras):
         if len(section.steps[0].loras) > 1:
             frame.choose("Weigh the blocks of", str(i))
-        table = strengths(lora.weights("weights"))
-        there = {m: table[m] for m in load_lora(lora.lora)}
-        assert shown(frame.map(f"strengths of LoRA {i + 1}, paintable")) == pytest.approx(on_map(there), rel=1e-12, abs=1e-15)
+        there = on_map(strengths_of(lora, lora.lora))
+        assert shown(frame.map(f"strengths of LoRA {i + 1}, paintable")) == pytest.approx(there, rel=1e-12, abs=1e-15)
 
 
 def test_every_tool_changes_the_yaml_and_it_means_what_is_shown(work, loras, show):

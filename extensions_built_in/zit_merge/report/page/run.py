@@ -88,7 +88,12 @@ class RunPage:
 
 
 def run_page(context: RunContext, earlier: Iterable[RunPage]) -> RunPage:
-    """The page of a section: that of an earlier section of the run, where both would be one file, else a new one."""
+    """The page of a section: that of an earlier section of the run, where both would be one file, else a new one.
+
+    Args:
+        context: Where the section runs.
+        earlier: The pages of the sections before it.
+    """
     return next((page for page in earlier if page.path == page_path(context)), None) or RunPage(context)
 
 

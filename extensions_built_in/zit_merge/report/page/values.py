@@ -37,18 +37,33 @@ def weights(found: FactorTable) -> dict[str, Any]:
 
 
 def number(value: float | None, digits: int = 5) -> float | None:
-    """With a few digits; None for what is no number."""
+    """With a few digits; None for what is no number.
+
+    Args:
+        value: Finite or not.
+        digits: Significant ones.
+    """
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 def text(value: object, most: int = TEXT) -> str:
-    """A text of a file or a config: its beginning and how long it is, without control characters."""
+    """A text of a file or a config: its beginning and how long it is, without control characters.
+
+    Args:
+        value: Shown as `str` has it.
+        most: Letters that are shown.
+    """
     whole = str(value)
     shown = "".join(c if c.isprintable() or c == " " else " " for c in whole[:most])
     return shown if len(whole) <= most else f"{shown}... ({len(whole):,} characters)"
 
 
 def texts(values: Iterable[object], most: int) -> list[str]:
-    """The first of several texts, and how many more there are."""
+    """The first of several texts, and how many more there are.
+
+    Args:
+        values: In order.
+        most: How many are shown.
+    """
     whole = [text(v) for v in values]
     return whole if len(whole) <= most else [*whole[:most], f"... and {len(whole) - most:,} more"]

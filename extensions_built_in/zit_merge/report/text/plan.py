@@ -66,7 +66,12 @@ def numbers_of(plan: StepPlan) -> list[str]:
 
 
 def names_of(plan: StepPlan, most: int) -> list[str]:
-    """The inputs' names, of one width and of so many letters at most."""
+    """The inputs' names, of one width and of so many letters at most.
+
+    Args:
+        plan: The step.
+        most: Letters of a name.
+    """
     names = [squeezed(i.label, most) for i in plan.inputs]
     width = max(map(len, names))
     return [f"{name:<{width}}" for name in names]
