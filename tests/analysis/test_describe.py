@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import producers
 from oracles.producers import PRODUCERS, Made
-from workspace import REAL, SMALL, Workspace
+from workspace import FEW, REAL, SMALL, Workspace
 
 from extensions_built_in.zit_merge.analysis.describe import Description, describe
 from extensions_built_in.zit_merge.analysis.measure import measure
@@ -106,13 +106,13 @@ Q, K, V = (f"layers.0.attention.to_{c}" for c in "qkv")
 
 
 @cache
-def _made(name: str, rank: int) -> Made:
-    return PRODUCERS[name].make(SMALL, rank, 0, torch.bfloat16)
+def _made(name: str, rank: int, is_whole: bool) -> Made:
+    return PRODUCERS[name].make(SMALL if is_whole else FEW, rank, 0, torch.bfloat16)
 
 
-def made_by(name: str, rank: int = RANK) -> Made:
-    """A small model's file whose table of tensors may be changed."""
-    made = _made(name, rank)
+def made_by(name: str, rank: int = RANK, *, is_whole: bool = True) -> Made:
+    """A small model's file, of all layers or few, whose table of tensors may be changed."""
+    made = _made(name, rank, is_whole)
     return replace(made, tensors=dict(made.tensors))
 
 
@@ -157,7 +157,7 @@ def test_every_readable_producer_has_an_expectation():
 @pytest.mark.parametrize("name", READABLE)
 def test_the_trainer_of_every_producer(tmp_path, name):
     by_metadata, by_keys = WRITTEN[name]
-    made = made_by(name)
+    made = made_by(name, is_whole=False)
     found = recognise(load_lora(write(tmp_path, made)))
     expected = (by_metadata, "metadata") if by_metadata else (by_keys, "keys")
     assert (found and (found.name, found.by)) == (expected if expected[0] else None)
@@ -223,7 +223,7 @@ def test_a_file_of_two_prefixes_has_no_key_style(tmp_path):
 
 @pytest.mark.parametrize("name", READABLE)
 def test_norms_against_the_float64_deltas(tmp_path, name):
-    made = made_by(name)
+    made = made_by(name, is_whole=False)
     facts = facts_of(tmp_path, made)
     wanted = {module: float(delta.norm()) for module, delta in made.deltas.items()}
     assert facts["norms"] == pytest.approx(wanted, rel=1e-5)
@@ -613,11 +613,11 @@ def test_the_documentation_lists_the_keys():
 
 @pytest.mark.parametrize("name", READABLE)
 def test_json_has_the_documented_keys_and_comes_back(tmp_path, name):
-    facts = facts_of(tmp_path, made_by(name))
+    facts = facts_of(tmp_path, made_by(name, is_whole=False))
     assert list(facts) == documented_keys()
     text = json.dumps(facts, allow_nan=False)
     assert json.loads(text) == facts
-    assert json.dumps(facts_of(tmp_path, made_by(name)), allow_nan=False) == text
+    assert json.dumps(facts_of(tmp_path, made_by(name, is_whole=False)), allow_nan=False) == text
     assert set(facts["norms"]) == set(facts["scales"]) == set(facts["ranks"]) >= set(facts["alphas"])
 
 

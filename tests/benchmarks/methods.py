@@ -41,7 +41,7 @@ from oracles import methods as oracle  # noqa: E402
 
 from extensions_built_in.zit_merge.algebra import krylov, truncate  # noqa: E402
 from extensions_built_in.zit_merge.algebra.delta import gram, inner, norm  # noqa: E402
-from extensions_built_in.zit_merge.algebra.factors import Factors, stack, wide  # noqa: E402
+from extensions_built_in.zit_merge.algebra.factors import Factors, fold, stack, wide  # noqa: E402
 from extensions_built_in.zit_merge.algebra.linear import add  # noqa: E402
 from extensions_built_in.zit_merge.algebra.methods import METHODS  # noqa: E402
 from extensions_built_in.zit_merge.model.zimage import MODULES, N_LAYERS  # noqa: E402
@@ -395,7 +395,7 @@ def thin(args: argparse.Namespace) -> None:
         for components in (256, 512) if args.quick else (256, 512, 768, 1024, 1536, 2048):
             for kind in ("stacked", "noise"):
                 x = operands(kind, shape, components).map(lambda t: wide(t.to(args.device)))
-                core, (_, want, _) = fastest(lambda x=x: truncate._core_svd(truncate._fold(x), ranks[-1]), args)
+                core, (_, want, _) = fastest(lambda x=x: truncate._core_svd(fold(x), ranks[-1]), args)
                 for rank in (k for k in ranks if k < components):
                     krylovs, (_, sigma, _) = fastest(lambda x=x, k=rank: krylov.leading(x, k), args)
                     difference = abs(float(sigma.square().sum() / want[:rank].square().sum()) - 1)

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles.dense import Deltas, best_error, read_deltas, read_metadata, weighted_sum
 from oracles.producers import small_shapes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workspace import DTYPES, merge_into, write_lora
 
-from extensions_built_in.zit_merge import ZitMergeError, merge
+from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.algebra.linear import add
@@ -181,6 +181,52 @@ def test_a_file_of_zeros(tmp_path):
         "status": "empty",
         "reasons": [{"kind": "nothing_asked"}],
     }
+
+
+STATUSES: dict[str, tuple[tuple[float, float], dict[str, Any]]] = {
+    "right, rounding": ((0.9, 0.6), {}),
+    "right, cut": ((0.9, 0.6), {"rank": 6}),
+    "right, capped": ((0.9, 0.6), {"rank": {"energy": 0.999, "max": 6}}),
+    "off, lost": ((1.0, 0.1), {"rank": 2}),
+    "empty, nothing_asked": ((0.0, 0.0), {}),
+}
+
+
+@pytest.mark.parametrize("case", STATUSES)
+def test_the_status_and_its_reason(tmp_path, case):
+    ratios, how = STATUSES[case]
+    out = merge_into(tmp_path, [(path, ratio) for (path, _), ratio in zip(two(tmp_path), ratios, strict=True)], **how)
+    stored, read = verdict(out), load_lora(out).verdict
+    (reason,) = stored["reasons"]
+    assert f"{stored['status']}, {reason['kind']}" == case
+    assert (read.status, read.reasons, read.modules) == (stored["status"], (reason,), {})
+    numbers = {"rounding": ["error"], "cut": ["kept"], "capped": ["kept"]}.get(reason["kind"], [])
+    assert [reason[key] for key in numbers] == pytest.approx([stored[key] for key in numbers], rel=1e-3)
+    if reason["kind"] == "capped":
+        assert (reason["asked"], reason["max"]) == (0.999, 6) and reason["kept"] < 0.999
+    if reason["kind"] == "lost":
+        assert (reason["inputs"], reason["cut"]) == ([1], True)
+        assert reason["shares"] == pytest.approx([stored["got"][1] / stored["asked"][1]], rel=1e-3) and reason["shares"][0] < 0.5
+
+
+@pytest.mark.parametrize(("apart", "case"), [(1e-5, "off, cancelling"), (0.0, "empty, cancelled")])
+def test_the_status_of_what_cancels(tmp_path, apart, case):
+    paths = nearly_alike(tmp_path, apart)
+    stored = verdict(merge_into(tmp_path, list(zip(paths, (1.0, -1.0), strict=True)), dtype="bf16"))
+    assert f"{stored['status']}, {stored['reasons'][0]['kind']}" == case
+    assert apart == 0 or stored["reasons"][0]["error"] == pytest.approx(stored["error"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["right, rounding", "right, cut", "off, lost", "empty, nothing_asked"])
+@pytest.mark.parametrize("gone", [["status", "reasons"], ["reasons"], ["status"]], ids=str)
+def test_a_file_whose_check_has_no_status_gets_the_one_that_follows_from_its_numbers(tmp_path, case, gone):
+    """As those of versions before it."""
+    ratios, how = STATUSES[case]
+    out = merge_into(tmp_path, [(path, ratio) for (path, _), ratio in zip(two(tmp_path), ratios, strict=True)], **how)
+    older = {key: value for key, value in verdict(out).items() if key not in gone}
+    save_file(load_file(out), out, read_metadata(out) | {"zit_merge.check": json.dumps(older)})
+    assert load_lora(out).verdict.status == case.split(",")[0]
+    assert [reason["kind"] for reason in load_lora(out).verdict.reasons] == [case.split(", ")[1]]
 
 
 @pytest.mark.parametrize("how", [{}, {"rank": 3}, {"method": "ties"}, {"dtype": "bf16", "rank": {"energy": 0.9}}], ids=str)

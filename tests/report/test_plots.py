@@ -165,7 +165,7 @@ def test_modules_pass_through_the_bar_once(tmp_path):
 
 
 def texts(page: Figure) -> list[Text]:
-    """Every text that is drawn; there are ticks beyond the limits of their axis that are not."""
+    """Every text that is drawn, as it lies on the page, without the pixels; ticks beyond the limits of their axis are not."""
     found: list[Text] = []
     draw = Text.draw
 
@@ -176,7 +176,7 @@ def texts(page: Figure) -> list[Text]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Text, "draw", noted)
-        page.canvas.draw()
+        page.draw_without_rendering()
     return list(dict.fromkeys(found))
 
 
@@ -188,12 +188,12 @@ def check_texts(page: Figure) -> None:
     """All of them large enough, within the page, and none upon another."""
     found = texts(page)
     assert len(found) > 20
-    boxes = [(t.get_text(), t.get_window_extent()) for t in found]
-    for text, box in boxes:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.bbox.x1 and box.y1 <= page.bbox.y1, text
+    boxes = [(t.get_text(), *t.get_window_extent().extents.tolist()) for t in found]
+    for text, x0, y0, x1, y1 in boxes:
+        assert x0 >= 0 and y0 >= 0 and x1 <= page.bbox.x1 and y1 <= page.bbox.y1, text
     assert min(t.get_size() for t in found) >= 7
-    for (text, a), (other, b) in combinations(boxes, 2):
-        across, down = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    for (text, *a), (other, *b) in combinations(boxes, 2):
+        across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
         assert across < 1 or down < 3, (text, other)  # extents of lines reach a little beyond their letters
 
 

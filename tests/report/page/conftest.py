@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frame import Frame
+from frame import Frame, new_tab
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -26,16 +26,25 @@ def chromium() -> Iterator[object]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def _tabs() -> list[object]:
+    """Those that no test has open: a new one takes longer than all that most tests do in it."""
+    return []
+
+
 @pytest.fixture
-def show(chromium) -> Iterator[object]:
+def show(chromium, _tabs) -> Iterator[object]:
     """Opens a page file in a sandboxed frame; at the end nothing may have been logged or asked for."""
     frames: list[Frame] = []
 
     def open_(path: Path, width: int = 1200, scheme: str = "light") -> Frame:
-        frames.append(Frame(chromium, path.read_text(encoding="utf-8"), width, scheme))
+        tab = _tabs.pop() if _tabs else new_tab(chromium)
+        frames.append(Frame(tab, path.read_text(encoding="utf-8"), width, scheme))
         return frames[-1]
 
     yield open_
     for frame in frames:
         frame.close()
+        _tabs.append(frame.page) if frame.is_quiet else frame.page.context.close()
+    for frame in frames:
         assert frame.troubles == []

@@ -9,6 +9,20 @@ from typing import Any
 from extensions_built_in.zit_merge.files.text import parse
 
 HEIGHT = 900
+LOAD = """html => new Promise((done) => {
+    const frame = document.querySelector("iframe");
+    frame.onload = () => done();
+    frame.srcdoc = html;
+})"""
+
+
+def new_tab(browser: Any) -> Any:
+    """A tab with an empty frame, into which one page after the other may be loaded."""
+    tab = browser.new_context().new_page()
+    tab.set_content(
+        f'<body style="margin:0"><iframe sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
+    )
+    return tab
 
 
 class Frame:
@@ -18,27 +32,40 @@ class Frame:
         page: The browser's tab.
         inner: The frame.
         troubles: Console messages, errors and requests.
+        is_quiet: There were none; else the browser may tell them again to the next page of the tab.
     """
 
-    def __init__(self, browser: Any, html: str, width: int, scheme: str):
-        self._context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
-        self.page = self._context.new_page()
+    def __init__(self, tab: Any, html: str, width: int, scheme: str):
+        self.page = tab
         self.troubles: list[str] = []
-        self.page.on("console", lambda m: self.troubles.append(f"console {m.type}: {m.text}"))
-        self.page.on("pageerror", lambda e: self.troubles.append(f"error: {e}"))
-        self.page.on("request", lambda r: None if r.url.startswith("data:") else self.troubles.append(f"request: {r.url[:200]}"))
-        self.page.on("dialog", lambda d: (self.troubles.append(f"dialog: {d.message}"), d.dismiss()))
-        self.page.set_content(
-            f'<body style="margin:0"><iframe sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
-        )
-        self.page.evaluate("html => { document.querySelector('iframe').srcdoc = html }", html)
-        self.page.wait_for_timeout(50)
-        self.inner = self.page.frames[1]
+        self.is_quiet = True
+        self._listeners = {
+            "console": lambda m: self._note(f"console {m.type}: {m.text}"),
+            "pageerror": lambda e: self._note(f"error: {e}"),
+            "request": lambda r: None if r.url.startswith("data:") else self._note(f"request: {r.url[:200]}"),
+            "dialog": lambda d: (self._note(f"dialog: {d.message}"), d.dismiss()),
+        }
+        tab.set_viewport_size({"width": width, "height": HEIGHT})
+        tab.emulate_media(media="null", color_scheme=scheme, forced_colors="null")
+        for event, listener in self._listeners.items():
+            tab.on(event, listener)
+        self._load(html)
+        self.inner = tab.frames[1]
         self.inner.wait_for_selector("footer")
 
+    def _note(self, trouble: str) -> None:
+        self.troubles.append(trouble)
+        self.is_quiet = False
+
+    def _load(self, html: str) -> None:
+        self.page.evaluate(LOAD, html)
+
     def close(self) -> None:
-        """Closes the tab."""
-        self._context.close()
+        """Leaves the tab as another page may have it: without this one's timers, keys and listeners."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
+        self._load("")
+        self.page.mouse.move(0, 0)
 
     def find(self, selector: str) -> Any:
         """A locator inside of the frame."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from page_pictures import noisy, plain, png
 from PIL import Image
+from sweep import sweep
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
@@ -243,8 +244,7 @@ def test_the_preset_of_the_measures_can_be_copied(work, loras, show):
     assert area.evaluate("area => area.value.slice(area.selectionStart, area.selectionEnd)") == area.input_value()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [800, 1200, 1920])
+@sweep("width, scheme", [800, 1200, 1920], ["light", "dark"])
 def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
     frame = show(write(work, page_of(work, loras, COMPARED, SWEEP, ABLATION, PARTS)), width, scheme)
     assert frame.find(".gallery h3").all_inner_texts() == ["what each does", "ratio of me", "parts", "parts by layer"]

@@ -15,11 +15,12 @@ const OPEN_CARDS = 6;
 
 /** Whether it is right, first of all. */
 function verdictLine(step) {
-  if (!step.judgement) return null;
-  const [word, why] = [step.judgement.split(":")[0].split(" ")[0], step.judgement];
+  if (!step.status) return null;
+  const { status, judgement } = step;
+  const why = judgement.startsWith(status) ? judgement.slice(status.length) : `: ${judgement}`;
   const kept = step.kept === null ? "" : ` ${percent(step.kept)} of the energy is kept.`;
-  return el("p", {}, el("strong", { class: `verdict ${word === "right" ? "good" : "warn"}` }, `${why[0].toUpperCase()}${word.slice(1)}`),
-    el("bdi", {}, why.slice(word.length)), ".", kept);
+  return el("p", {}, el("strong", { class: `verdict ${status === "right" ? "good" : "warn"}` }, `${status[0].toUpperCase()}${status.slice(1)}`),
+    el("bdi", {}, why), ".", kept);
 }
 
 function outputLine(step) {
