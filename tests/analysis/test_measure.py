@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from analysis.test_compare import plus, times
-from merging.test_known_mistakes import MODULES, lora, write
+from pairs import MODULES, lora, write
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
