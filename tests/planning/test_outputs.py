@@ -428,8 +428,9 @@ def test_an_embeddings_trigger_is_a_job_name_to_the_toolkit_too(work, loras):
 def test_a_folder_in_the_trainers_folder_is_not_taken_for_a_checkpoint(work, loras, where):
     folder = work.folder / "output" / "cat"
     section = work.section({"name": "a", "loras": [ME]}, output_dir=str(folder / where))
-    ran = work.zit("run", work.config(work.training(), section))
-    assert ran.code == 1 or taken_for_checkpoints("cat", folder) == set()
+    message = work.zit("run", work.config(work.training(), section)).refused()
+    assert message.startswith(f"process[1].output_dir: AI-Toolkit would take any file in {folder / where} for a checkpoint")
+    assert not folder.exists()
 
 
 def test_a_folder_of_another_name_in_the_trainers_folder_is_fine(work, loras):
@@ -443,8 +444,9 @@ def test_a_copy_in_the_trainers_folder_is_not_taken_for_a_checkpoint(work, loras
     folder = work.folder / "output" / "m"
     folder.mkdir(parents=True)
     section = work.section({"name": "a", "loras": [ME], "copy_to": str(folder)})
-    ran = work.zit("run", work.config(work.training(), section, job="m"))
-    assert ran.code == 1 or taken_for_checkpoints("m", folder) == set()
+    message = work.zit("run", work.config(work.training(), section, job="m")).refused()
+    assert message.startswith("process[1].steps[0].copy_to: AI-Toolkit would take the copy for a checkpoint of m")
+    assert list(folder.iterdir()) == []
 
 
 def test_checkpoints_of_the_trainer_are_never_touched(work, loras):

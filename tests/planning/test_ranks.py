@@ -336,11 +336,15 @@ def test_a_file_has_at_most_that_size_and_one_rank_more_would_be_over(tmp_path, 
     least = bisect_left(range(whole), True, key=lambda limit: fits(tmp_path, loras, limit, **how))
     limits = range(least, whole + 5_000, (whole - least) // 16)
     found = {limit: planned(tmp_path, loras, limit, **how) for limit in limits}
-    smallest = {rank: min(size for r, size in found.values() if r == rank) for rank, _ in found.values()}
-    assert set(smallest) == set(range(1, 10))
-    for limit, (rank, announced) in found.items():
-        assert announced <= limit
-        assert rank == 9 or smallest[rank + 1] > limit - 20  # a limit of fewer digits makes a shorter recipe
+    assert all(announced <= limit for limit, (_, announced) in found.items())
+    sizes = dict(found.values())
+    assert set(sizes) == set(range(1, 10))
+    digits = 20  # a limit of fewer digits makes a shorter recipe
+    for rank, size in sizes.items():
+        assert planned(tmp_path, loras, size + digits, **how)[0] == rank
+    for rank in range(2, 10):
+        assert planned(tmp_path, loras, sizes[rank] - digits, **how)[0] == rank - 1
+    assert not fits(tmp_path, loras, sizes[1] - digits, **how)
     for limit in list(limits)[:: len(limits) // 2]:
         rule = {"size_mb": limit / 1e6}
         made = merge(loras, rank=rule, shapes="free", device="cpu", **how).save(tmp_path / str(limit) / "out.safetensors")
