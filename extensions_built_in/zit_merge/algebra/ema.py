@@ -1,6 +1,6 @@
 """Averages over the checkpoints of one training, after the fact.
 
-A power-function average weighs training time t as t^gamma (Karras et al. 2024, "Analyzing and improving the training dynamics of
+A power-function average weights training time t as t^gamma (Karras et al. 2024, "Analyzing and improving the training dynamics of
 diffusion models", arXiv 2312.02696, section 3). `sigma_rel` is its relative standard deviation, the width of the profile as a
 share of the training so far:
 

@@ -138,7 +138,7 @@ def _of_kind(found: Attribution, strengths: str) -> Iterator[str]:
     elif kind == "strengths":
         yield f"the file is {strengths}: rounding explains the rest ({percent(found.rest)})"
     elif kind == "truncated":
-        assert cut is not None, "only a file with a sum before the cut is said to be truncated"
+        assert cut is not None, "only a file with a sum before the cut counts as truncated"
         yield (
             f"the file is {_amounts(cut.strengths)}, truncated to rank {found.file['ranks']}, which kept "
             f"{percent(cut.kept)} of that sum's energy; a plain fit of what is left finds {strengths}"

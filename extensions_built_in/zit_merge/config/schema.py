@@ -256,7 +256,7 @@ class Settings(_Model):
 
 
 class Checkpoints(_Model):
-    """An average over the checkpoints of the training before us, weighed by training step.
+    """An average over the checkpoints of the training before us, weighted by training step.
 
     The profile is step^gamma, given by `gamma` or by its relative width `sigma_rel`; or `weights`, oldest first. `alpha`, `qkv`
     and `drop` answer what the files leave open, as for a LoRA.

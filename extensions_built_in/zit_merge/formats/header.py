@@ -81,7 +81,7 @@ class Header:
         """The changes of the file, each with its keys.
 
         Raises:
-            ZitMergeError: Parts of a change are missing, or stand there twice under one name.
+            ZitMergeError: Parts of a change are missing, or are there twice under one name.
         """
         buckets: dict[tuple[tuple[str, ...], bool, str], dict[tuple[str, str], str]] = defaultdict(dict)
         for key, part in self.parts.items():

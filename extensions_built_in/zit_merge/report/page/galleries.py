@@ -127,7 +127,7 @@ def fit(pictures: Sequence[Sequence[bytes]], galleries: Sequence[dict[str, Any]]
 def _budgets(sizes: Sequence[float], weights: Sequence[float], budget: float) -> list[float]:
     """What each may take of a budget: what it needs, or its share by weight of what the modest ones leave.
 
-    Galleries are weighed with the root of their count: hundreds of pictures leave a few the room to be seen well.
+    Galleries are weighted with the root of their count: hundreds of pictures leave a few the room to be seen well.
     """
     found, left = [0.0] * len(sizes), sum(weights)
     for n in sorted((n for n, weight in enumerate(weights) if weight), key=lambda n: sizes[n] / weights[n]):

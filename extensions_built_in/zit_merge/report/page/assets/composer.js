@@ -165,7 +165,7 @@ function composerSection(step, s, desk, owner, showStep) {
 function benchParts(step, who, weights, edit) {
   const present = (n) => step.details.energies[who][n] !== null;
   let tool = "paint";
-  let isRecorded = false; // whether undo knows of the stroke at hand
+  let isRecorded = false; // whether undo knows of the current stroke
   const brushId = freshId("brush");
   const brush = numberInput({ id: brushId, value: 0 });
   const dials = COMPONENTS.map((c, i) => dial({ label: c === "adaLN_modulation" ? "adaLN" : c,

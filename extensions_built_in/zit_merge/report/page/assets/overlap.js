@@ -88,8 +88,8 @@ function conflicts(step) {
   const worst = loss.map((l, n) => [l, n]).filter(([l, n]) => l < -0.02 * sum(alone.map((energies) => energies[n] ?? 0))).sort((a, b) => a[0] - b[0]).slice(0, 5);
   const change = total / apart - 1;
   if (step.details.unpaired) return [];
-  const first = Math.abs(change) < 0.005 ? "As weighed here, a sum of them keeps the energy of each." :
-    `As weighed here, a sum of them has ${percent(Math.abs(change))} ${change > 0 ? "more" : "less"} energy than unrelated LoRAs of these sizes.`;
+  const first = Math.abs(change) < 0.005 ? "As weighted here, a sum of them keeps the energy of each." :
+    `As weighted here, a sum of them has ${percent(Math.abs(change))} ${change > 0 ? "more" : "less"} energy than unrelated LoRAs of these sizes.`;
   const where = worst.map(([l, n]) => `${placeName(n)} (${show((100 * l) / sum(alone.map((energies) => energies[n] ?? 0)), 2)} % of the energy there)`);
   return [first, ...(where.length ? [`They undo each other most in ${where.join("; ")}.`] : [])];
 }
