@@ -82,13 +82,13 @@ def on_map(table: dict) -> dict:
 
 
 def whole(path: Path) -> Path:
-    """A LoRA of rank 1 of all 276 modules, in the same small sizes."""
+    """A LoRA of rank 1 of all 276 modules, in the same small sizes, about as strong as `me.safetensors`."""
     sizes = {"dim": 8, "ffn": 16, "adaln": 8, "caption": 8, "patch": 8, "t_hidden": 8, "t_frequency": 8}
     random_, tensors = torch.Generator().manual_seed(7), {}
     for m in MODULES.values():
         out, into = m.shape(sizes)
         tensors[f"diffusion_model.{m.name}.lora_A.weight"] = torch.randn(1, into, generator=random_)
-        tensors[f"diffusion_model.{m.name}.lora_B.weight"] = torch.randn(out, 1, generator=random_)
+        tensors[f"diffusion_model.{m.name}.lora_B.weight"] = 3e-4 * torch.randn(out, 1, generator=random_)
     save_file(tensors, path)
     return path
 
@@ -628,3 +628,21 @@ def test_the_colour_of_a_step_is_that_of_its_status(work, loras, show, status, k
     verdict = show(page).find("article").first.locator(".verdict")
     assert verdict.get_attribute("class") == f"verdict {kind}"
     assert verdict.inner_text() == status.capitalize() and "so:" in verdict.locator("xpath=..").inner_text()
+
+
+def test_steps_that_are_off_or_empty_do_not_look_right(work, loras, show):
+    me = {"lora": "me.safetensors", "ratio": 1}
+    off = {"name": "off", "rank": 1, "loras": [me, {"lora": "style.safetensors", "ratio": 0.05}]}
+    frame = show(run(work, {"name": "right", "loras": [me]}, off, {"name": "empty", "loras": [{**me, "ratio": 0}]}))
+    verdicts = frame.find("article .verdict")
+    assert verdicts.all_inner_texts() == ["Right", "Off", "Empty"]
+    assert [verdicts.nth(n).get_attribute("class") for n in range(3)] == ["verdict good", "verdict warn", "verdict warn"]
+
+
+def test_a_step_whose_file_says_nothing_of_its_check_has_no_verdict(work, loras, show):
+    html, told = two(work).read_text(encoding="utf-8"), re.compile(r'"status":"right","judgement":"[^"]*"')
+    page = work.folder / "untold.html"
+    page.write_text(told.sub('"status":null,"judgement":null', html), "utf-8")
+    frame = show(page)
+    assert len(told.findall(html)) == frame.find("article").count() == 2
+    assert frame.find(".verdict").count() == 0 and frame.find("article dl").count() == 2

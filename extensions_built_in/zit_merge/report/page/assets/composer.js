@@ -108,7 +108,7 @@ function rangeForm(write) {
     if (a === b && x !== y) { say("one layer has one factor: write it twice"); return; }
     const [low, high, atLow, atHigh] = a <= b ? [a, b, x, y] : [b, a, y, x];
     say("");
-    write((layers) => { // as weights.py interpolates, so that the YAML can say [first, last]
+    write((layers) => { // as model/strengths.py interpolates, so that the YAML can say [first, last]
       for (let i = low; i <= high; i += 1) layers[i] = i === high ? atHigh : atLow + ((atHigh - atLow) * (i - low)) / (high - low);
     }, true);
   }

@@ -1,4 +1,4 @@
-// Strengths as config keys spell them, and the energy that follows. The same rules as weights.py.
+// Strengths as config keys spell them, and the energy that follows. The same rules as model/strengths.py.
 //
 // Weights of a LoRA: {ratio, components: [8], layers: [30], noise_refiner, context_refiner, other, overrides: Map module -> factor}.
 

@@ -113,7 +113,7 @@ function lineEnd(factors, start) {
   return start;
 }
 
-/** Whether [first, last] over the range gives exactly these numbers, as weights.py interpolates. */
+/** Whether [first, last] over the range gives exactly these numbers, as model/strengths.py interpolates. */
 function isLine(factors, start, end) {
   const [first, last, count] = [factors[start], factors[end], end - start + 1];
   return factors.slice(start, end).every((f, i) => f === first + ((last - first) * i) / (count - 1));
