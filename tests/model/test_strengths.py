@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from oracles.inventory import NAMES
+from oracles.inventory import EFFECTS, GROUPS, NAMES
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.errors import located
@@ -24,21 +24,7 @@ PATHS = {
     "w2": "feed_forward.w2",
     "w3": "feed_forward.w3",
 }
-SETS = {component: {component} for component in PATHS} | {
-    "adaLN": {"adaLN_modulation"},
-    "attention": {"to_q", "to_k", "to_v", "to_out"},
-    "feed_forward": {"w1", "w2", "w3"},
-    "qk": {"to_q", "to_k"},
-    "vo": {"to_v", "to_out"},
-}
-EFFECTS = {
-    "prompt": {"adaLN_modulation", "to_q", "to_k"},
-    "composition": {"to_q", "to_k"},
-    "subject": {"to_v", "w1", "w2", "w3"},
-    "detail": {"w1", "w2", "w3"},
-    "background": {"to_q", "to_k", "to_out"},
-    "color_light": {"adaLN_modulation", "to_v"},
-}
+SETS = {component: {component} for component in PATHS} | {"adaLN": {"adaLN_modulation"}} | GROUPS
 OTHER = {
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",
