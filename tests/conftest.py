@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from workspace import REAL, Workspace, lora_bytes
 
 torch.set_num_threads(1)  # the matrices are small: a second thread only waits for the first, worse so beside other workers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How many of a hundred examples of a property are looked at: all where the thorough cases run too."""
+    settings.register_profile("part", max_examples=30)
+    settings.register_profile("whole", max_examples=100)
+    settings.load_profile("part" if "not thorough" in config.option.markexpr else "whole")
 
 
 @pytest.fixture

@@ -7,6 +7,13 @@ from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+
+def examples(count: int, **how: Any) -> settings:
+    """So many examples of a property where everything runs, a part of them in the default run (see conftest.py)."""
+    part = max(min(count, 10), count * settings.default.max_examples // 100)
+    return settings(max_examples=part, deadline=None, suppress_health_check=[HealthCheck.too_slow], **how)
 
 
 def sweep(names: str, *axes: Iterable[Any], ids: Callable[[Any], str] | None = None) -> pytest.MarkDecorator:

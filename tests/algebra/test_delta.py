@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from algebra.operands import dense, draw, kron
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import linear
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied, distance, inner, norm
@@ -25,7 +26,7 @@ krons = st.builds(kron, small, small, small, small, small, small, st.integers(0,
 # --- Kron ----------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(krons, st.integers(1, 4), st.sampled_from([0.0, 1.0, -1.0, 0.3, -7.25, 100.0]))
 def test_a_kron_is_torchs_kron(x, columns, strength):
     wanted = dense(x)
@@ -47,7 +48,7 @@ def test_a_kron_is_torchs_kron(x, columns, strength):
     assert float((dense(full) - wanted).norm()) <= 1e-6 * size / float(thin.norm())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(krons, st.data())
 def test_rows_of_a_kron(x, data):
     first = data.draw(st.integers(0, x.shape[0] - 1))
@@ -105,7 +106,7 @@ def test_map_reaches_every_tensor():
 # --- LoHa, whole differences ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
 def test_hadamard_is_the_elementwise_product(out, into, r, other, seed):
     x, y = draw(out, into, r, seed), draw(out, into, other, seed + 1)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra.ema import UNIFORM, gamma_of, profile
 
@@ -23,7 +24,7 @@ def cubic(sigma_rel):
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.floats(0.005, 0.288))
 def test_gamma_is_the_root_of_the_cubic(sigma_rel):
     assert gamma_of(sigma_rel) == pytest.approx(cubic(sigma_rel), rel=1e-6, abs=1e-6)
@@ -47,7 +48,7 @@ def test_the_widest_is_the_plain_mean():
     assert profile([10, 20, 30, 40], gamma_of(0.2887)) == pytest.approx([0.25] * 4)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.floats(0.005, 0.28), st.floats(1.001, 1.03))
 def test_a_wider_profile_has_a_smaller_exponent(sigma_rel, factor):
     assert gamma_of(sigma_rel) > gamma_of(sigma_rel * factor)
@@ -59,7 +60,7 @@ def test_widths_that_no_power_has_are_refused(sigma_rel):
         gamma_of(sigma_rel)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=30, unique=True), st.floats(0, 60))
 def test_a_profile_sums_to_one_and_follows_the_power(steps, gamma):
     found = profile(steps, gamma)

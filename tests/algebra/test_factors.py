@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import product
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra.delta import distance, inner, norm
 from extensions_built_in.zit_merge.algebra.factors import Factors, pad, stack
@@ -24,7 +25,7 @@ ranks = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 dtypes = st.sampled_from([torch.float32, *HALVES])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(shapes, ranks, st.integers(0, 10**6), st.lists(dtypes, min_size=4, max_size=4))
 def test_stack_is_the_sum_of_the_deltas(shape, ranks, seed, kinds):
     parts = [draw(*shape, r, seed + i, dtype) for i, (r, dtype) in enumerate(zip(ranks, kinds, strict=False))]
@@ -49,7 +50,7 @@ def test_stack_of_bf16_and_fp16_loses_neither():
     assert stacked.down.tolist() == [[1.0], [float(fine.down)]]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(shapes, ranks, ranks, st.integers(0, 10**6))
 def test_inner_norm_and_distance_are_those_of_the_dense_matrices(shape, ranks_x, ranks_y, seed):
     x, y = draw(*shape, sum(ranks_x), seed), draw(*shape, sum(ranks_y), seed + 1, size=3.0)
@@ -87,7 +88,7 @@ def test_norm_of_zero_is_zero():
     assert distance(zero, zero) == 0.0
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(shapes, st.integers(1, 6), st.floats(-100, 100, allow_nan=False), dtypes)
 def test_scale_scales_the_delta(shape, rank, strength, dtype):
     x = draw(*shape, rank, 0, dtype)

@@ -6,8 +6,9 @@ The measure is the squared error beyond the least possible one (Eckart-Young), a
 import pytest
 import torch
 from algebra.operands import dense, draw, kron
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import truncate as module
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum
@@ -125,7 +126,7 @@ def test_by_krylov_where_its_basis_starts_small(name, rank, monkeypatch):
     check_triplets(FORMS[name], rank, leading(FORMS[name].map(torch.Tensor.double), rank), 1e-8)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     st.tuples(*[st.integers(1, 6)] * 4),
     st.lists(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from algebra.operands import dense, draw, kron
 from algebra.test_core import CASES, error, other_gauges
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import methods as oracle
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import linear
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, inner
@@ -222,7 +223,7 @@ def test_arguments_stay_as_they_were(name):
 # --- average, normalize --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
 def test_shares_of_an_average_sum_to_one(ratios):
     found = coefficients("average", torch.eye(len(ratios), dtype=F64), ratios)
@@ -265,7 +266,7 @@ def planar(angle, first=1.0, second=1.0):
     return tensor([[first**2, across], [across, second**2]])
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.floats(0.01, 3.1), st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0, 1))
 def test_slerp_in_the_plane(angle, first, second, t):
     x, y = tensor([first, 0]), tensor([second * math.cos(angle), second * math.sin(angle)])
@@ -274,7 +275,7 @@ def test_slerp_in_the_plane(angle, first, second, t):
     assert error(c[0] * x + c[1] * y, wanted, first + second) < 1e-7
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.floats(0.01, 3.1), st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0, 1))
 def test_nuslerp_in_the_plane_is_an_angle_and_a_length(angle, first, second, t):
     x, y = tensor([first, 0]), tensor([second * math.cos(angle), second * math.sin(angle)])
@@ -336,7 +337,7 @@ def test_slerp_of_opposite_ones_is_their_mean():
         assert error(found, (ratios[0] - 3 * ratios[1]) / sum(ratios) * dense(A), dense(A).norm()) < 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(2, 20), st.integers(0, 10**6), st.floats(-0.4, 3.0))
 def test_the_karcher_mean_has_no_gradient(n, seed, common):
     random = torch.Generator().manual_seed(seed)

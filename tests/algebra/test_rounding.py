@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import product, relative
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.algebra.rounding import to_dtype
@@ -65,7 +66,7 @@ def test_only_the_component_in_need_moves():
     assert relative(product(*found), product(*x)) < TOLERANCE[torch.float16]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.floats(-12, 12), st.floats(-4.5, 4.5), st.integers(0, 10**6))
 def test_fp16_holds_every_delta_that_balanced_factors_can_hold(lean, size, seed):
     # 10^size is the delta's scale, the square of the balanced factors'; float16 is normal from 6e-5 to 6e4
@@ -76,7 +77,7 @@ def test_fp16_holds_every_delta_that_balanced_factors_can_hold(lean, size, seed)
     assert relative(product(*found), product(*x)) < TOLERANCE[torch.float16]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.floats(-12, 12), st.integers(0, 10**6))
 def test_components_move_by_powers_of_two_only(lean, seed):
     # Values that float16 holds exactly once balanced: any factor but a power of two would change their digits.

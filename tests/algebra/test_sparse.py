@@ -7,6 +7,7 @@ import torch
 from algebra.operands import dense, draw, sizes, wholes
 from algebra.test_core import CASES, error, other_gauges
 from oracles import methods as oracle
+from sweep import sweep
 
 from extensions_built_in.zit_merge.algebra import sparse
 from extensions_built_in.zit_merge.algebra.factors import Factors
@@ -23,7 +24,6 @@ RANDOM = [name for name in METHODS if name != "ties"]
 SAME_SIZE = ("the same twice", "the same four times and another")
 methods = pytest.mark.parametrize("method", METHODS)
 randoms = pytest.mark.parametrize("method", RANDOM)
-cases = pytest.mark.parametrize("case", CASES)
 
 A, B, C = CASES["three"]
 BOTH = A, B
@@ -54,16 +54,14 @@ def draws_of(deltas, seed):
 # --- the definitions -----------------------------------------------------------------------------------------------------------
 
 
-@cases
-@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 1.0])
+@sweep("case, density", CASES, [0.01, 0.2, 0.5, 1.0])
 def test_ties(case, density):
     deltas = CASES[case]
     found = merge("ties", deltas, density=density)
     assert error(found, oracle.ties(wholes(deltas), density), sizes(deltas)) < 1e-7
 
 
-@cases
-@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@sweep("case, density", CASES, [0.1, 0.5, 1.0])
 def test_dare(case, density):
     deltas, seed = CASES[case], 5
     draws = draws_of(deltas, seed)
@@ -73,9 +71,9 @@ def test_dare(case, density):
     assert error(found, oracle.dare_ties(wholes(deltas), density, draws), sizes(deltas)) < 1e-7
 
 
-@cases
-@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.5), (0.9, 0.2), (0.6, 0.0)])
-def test_della(case, density, epsilon):
+@sweep("case, parameters", CASES, [(0.5, 0.15), (0.3, 0.5), (0.9, 0.2), (0.6, 0.0)])
+def test_della(case, parameters):
+    density, epsilon = parameters
     deltas, seed = CASES[case], 6
     found = merge("della", deltas, density=density, epsilon=epsilon, seed=seed)
     assert error(found, oracle.della(wholes(deltas), density, epsilon, draws_of(deltas, seed)), sizes(deltas)) < 1e-7

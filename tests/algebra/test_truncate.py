@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import best_error, product
+from sweep import examples
 
 from extensions_built_in.zit_merge.algebra.factors import Factors, pad, stack
 from extensions_built_in.zit_merge.algebra.truncate import singular_values, truncate
@@ -78,7 +79,7 @@ def test_no_matrix_of_that_rank_is_closer(name, rank):
     assert -EXCESS < excess(CASES[name], rank) < EXCESS
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.tuples(st.integers(2, 40), st.integers(2, 40)),
     st.lists(st.tuples(st.integers(1, 8), st.floats(-2, 2).filter(lambda s: abs(s) > 1e-2)), min_size=1, max_size=4),

@@ -13,7 +13,7 @@ from oracles import methods as oracle
 from oracles.producers import PRODUCERS
 from pairs import MODULES, Pair, deltas, lora, write
 from safetensors.torch import load_file, save_file
-from workspace import SMALL, Workspace
+from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.algebra import overlap as algebra
@@ -97,9 +97,10 @@ def test_cosines_and_norms_against_the_dense_deltas(tmp_path):
 
 @pytest.mark.parametrize("other", ["musubi", "ai-toolkit-lokr", "musubi-loha", "lycoris-full", "musubi-comfy"])
 def test_files_of_other_trainers_and_algorithms(work: Workspace, other):
+    work.shapes = FEW
     paths = [work.lora("a.safetensors"), work.lora("b.safetensors", other, seed=1)]
-    made = [PRODUCERS[p].make(SMALL, 2, s, torch.bfloat16).deltas for s, p in enumerate(("ai-toolkit", other))]
-    flats = [flat(one, SMALL) for one in made]
+    made = [PRODUCERS[p].make(FEW, 2, s, torch.bfloat16).deltas for s, p in enumerate(("ai-toolkit", other))]
+    flats = [flat(one, FEW) for one in made]
     ran = work.zit("inspect", *paths, "--json", "--quiet")
     facts = json.loads(ran.ok())
     assert facts["cosines"][0][1] == pytest.approx(cosine(*flats), abs=1e-5)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweep import examples
 from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge.cli import attach as module
@@ -531,7 +532,7 @@ def shared_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work.lora("me.safetensors")
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     processes=st.lists(PROCESS, min_size=1, max_size=3),
     flow=st.sampled_from([False, None]),

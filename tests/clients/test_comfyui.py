@@ -9,7 +9,7 @@ from clients import comfyui
 from oracles import producers
 from oracles.dense import relative
 from safetensors.torch import load_file
-from workspace import SMALL, Workspace
+from workspace import FEW, Workspace
 
 SHAPES = producers.small_shapes(n_layers=3)
 RANK = 3
@@ -169,12 +169,13 @@ TRAINERS = {"every module": ("ai-toolkit-all", "kohya-resized"), "layers": ("ai-
 
 def merged(work: Workspace, save: dict, *trainers: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The file that our command line writes, and the float64 sum of the inputs' own deltas."""
+    work.shapes = FEW
     loras, wanted = [], {}
     for seed, trainer in enumerate(trainers):
         ratio = (0.9, -0.6)[seed]
         work.lora(f"{trainer}.safetensors", trainer, rank=2 + seed, seed=seed)
         loras.append({"lora": f"{trainer}.safetensors", "ratio": ratio})
-        made = producers.PRODUCERS[trainer].make(SMALL, 2 + seed, seed, torch.bfloat16)
+        made = producers.PRODUCERS[trainer].make(FEW, 2 + seed, seed, torch.bfloat16)
         for module, delta in made.deltas.items():
             wanted[module] = wanted.get(module, 0) + ratio * delta
     done = work.zit("run", work.job({"name": "one", "loras": loras}, save={"dtype": "fp32"} | save))
@@ -186,7 +187,7 @@ def merged(work: Workspace, save: dict, *trainers: str) -> tuple[dict[str, torch
 @pytest.mark.parametrize("form", FORMS)
 def test_our_forms_are_read_whole(work, form, trainers):
     tensors, wanted = merged(work, FORMS[form], *TRAINERS[trainers])
-    found = comfyui.apply(tensors, SMALL)
+    found = comfyui.apply(tensors, FEW)
     for module in found.deltas.keys() - wanted.keys():
         assert not found.deltas[module].any(), f"{module} was filled up for other clients and must do nothing"
         del found.deltas[module]
@@ -197,7 +198,7 @@ def test_our_forms_are_read_whole(work, form, trainers):
 @pytest.mark.parametrize("trainer", ["ai-toolkit-lokr", "onetrainer-lokr", "lycoris-lokr-both", "ai-toolkit-lokr-split"])
 def test_a_lokr_that_stays_one_is_read_whole(work, trainer):
     tensors, wanted = merged(work, {"keep_lokr": True}, trainer)
-    found = comfyui.apply(tensors, SMALL)
+    found = comfyui.apply(tensors, FEW)
     agree(found, wanted, 1e-6)
     assert not found.ignored and any(".lokr_" in key for key in tensors)
 
@@ -206,6 +207,6 @@ def test_a_lokr_that_stays_one_is_read_whole(work, trainer):
 def test_the_kohya_form_is_not_for_comfyui(work, uniform):
     """It is musubi's: ComfyUI reads what has one name in both models, and warns of the rest."""
     tensors, wanted = merged(work, {"format": "kohya", "uniform": uniform}, *TRAINERS["every module"])
-    found = comfyui.apply(tensors, SMALL)
+    found = comfyui.apply(tensors, FEW)
     agree(found, {module: delta for module, delta in wanted.items() if not module.endswith(FLAT)}, 1e-6)
     assert len(found.ignored) == 3 * sum(module.endswith(FLAT) for module in wanted)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from oracles.inventory import NAMES
+from sweep import examples
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.config import presets
@@ -393,7 +394,7 @@ OWN = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(preset=st.sampled_from(list(MEANING)), own=OWN)
 def test_origins_agree_with_a_slow_reading(preset: str, own: dict):
     try:

@@ -1,13 +1,15 @@
 """The forms of a merged file: keys, shapes, alphas and metadata by tables of their own, numbers in float64."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 from oracles.dense import read_metadata, sizes, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file
-from workspace import DTYPES, SMALL, merge_into, write_lora
+from sweep import sweep
+from workspace import DTYPES, SMALL, merge_into, of_layers, write_lora
 
 from extensions_built_in.zit_merge import load_lora
 
@@ -21,7 +23,7 @@ NATIVE = {
     "all_final_layer.2-1.linear": "final_layer.linear",
     "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
 }
-FEW = small_shapes(dim=8, ffn=16, temb=8, cap=8, n_layers=8, n_refiners=1)
+FEW = of_layers(small_shapes(dim=8, ffn=16, temb=8, cap=8, n_layers=8, n_refiners=1), 0, 3, 5, 7)
 INPUTS = {"all 276": ("ai-toolkit-all", 276), "layers": ("ai-toolkit", 240)}
 
 
@@ -81,25 +83,18 @@ def mixed(folder, name, shapes):
     return [(one[0], 0.9), (two[0], -0.4)], weighted_sum(parts), sizes(parts), {module: shapes[module] for module in one[1]}
 
 
-@pytest.fixture(params=INPUTS, ids=list(INPUTS))
-def whole_mix(request, tmp_path):
-    """`mixed` with every module of Z-Image, or of its layers."""
-    name, count = INPUTS[request.param]
-    made = mixed(tmp_path, name, SMALL)
-    assert len(made[-1]) == count
-    return made
-
-
 @pytest.fixture
 def mix(tmp_path):
     """`mixed` with a few layers, refiners and embedders included."""
     return mixed(tmp_path, "ai-toolkit-all", FEW)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ENDINGS)
-def test_keys_shapes_alphas_and_numbers(tmp_path, whole_mix, form, dtype):
-    loras, wanted, size, shapes = whole_mix
+@sweep("case, dtype", product(ENDINGS, INPUTS), DTYPES)
+def test_keys_shapes_alphas_and_numbers(tmp_path, case, dtype):
+    """Of every module of Z-Image, or of its layers."""
+    form, (name, count) = case[0], INPUTS[case[1]]
+    loras, wanted, size, shapes = mixed(tmp_path, name, SMALL)
+    assert len(shapes) == count
     out = merge_into(tmp_path, loras, format=form, dtype=dtype)
     tensors, expected = load_file(out), table(form, shapes, 5)
     assert {key: tuple(t.shape) for key, t in tensors.items()} == expected
@@ -342,6 +337,14 @@ def test_other_forms_claim_no_network_of_kohyas(tmp_path, form):
 
 # --- through the command line --------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def work(work):
+    """With LoRAs of few layers."""
+    work.shapes = of_layers(SMALL, 0, 3, 29)
+    return work
+
+
 BOTH = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.5}]
 
 
@@ -382,7 +385,7 @@ def test_a_later_step_reads_an_earlier_one_of_any_form(work, loras, form):
     work.zit("run", work.job(*steps)).ok()
     one, two = (load_file(work.out / f"merged_cat_{name}.safetensors") for name in ("b", "direct"))
     assert one.keys() == two.keys()
-    for module in (m for m in SMALL if m.startswith("layers.")):
+    for module in (m for m in work.shapes if m.startswith("layers.")):
         a, b = (
             t[stem("ai-toolkit", module) + AB[1]].double() @ t[stem("ai-toolkit", module) + AB[0]].double() for t in (one, two)
         )

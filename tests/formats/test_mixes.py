@@ -8,11 +8,12 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import best_error, read_deltas, sizes, weighted_sum
 from oracles.producers import PRODUCERS, small_shapes
 from reading import DTYPES, READABLE, VECTORS, check, clear, store
+from sweep import examples
 
 from extensions_built_in.zit_merge import merge
 
@@ -99,7 +100,7 @@ def write(folder, pieces, name):
     return store(Path(folder), tensors, name), deltas
 
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = examples(60, derandomize=True)
 ratios = st.sampled_from([1.0, 0.5, -1.3, 2.0])
 
 

@@ -9,6 +9,7 @@ from oracles.dense import product
 from oracles.producers import PRODUCERS, save, small_shapes
 from reading import DTYPES, NEEDS_BASE, READABLE, SHAPES, VECTORS, check, clear, dense, normal, refusal, store, write
 from safetensors.torch import save_file
+from sweep import sweep
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 
@@ -26,8 +27,7 @@ def good(tmp_path):
 # --- what is read --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", READABLE)
+@sweep("name, dtype", READABLE, DTYPES)
 def test_every_trainers_file_is_read_as_its_deltas(tmp_path, name, dtype):
     path, made = write(tmp_path, name, DTYPES[dtype])
     lora = clear(path, drop=VECTORS.get(name, ()))

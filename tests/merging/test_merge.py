@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import best_error, product, read_deltas, read_header, read_metadata, sizes, weighted_sum
 from oracles.producers import FAKE_HASH, PRODUCERS, save, small_shapes
 from safetensors.torch import load_file, save_file
+from sweep import examples
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 
@@ -84,7 +85,7 @@ def check(found, parts, tolerance):
 ratios = st.sampled_from([0.5, 1.0, -1.0, 0.0, 1.7])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(12)
 @given(
     st.lists(
         st.tuples(
@@ -185,7 +186,7 @@ def test_a_ratio_of_0_is_as_if_the_lora_were_not_there(tmp_path):
         assert torch.equal(load_file(beside)[key], tensor), key
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(6)
 @given(st.permutations(range(3)), st.sampled_from(["exact", 3, "same"]))
 def test_order_has_no_meaning(order, rank):
     with tempfile.TemporaryDirectory() as folder:

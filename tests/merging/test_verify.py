@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import Deltas, best_error, read_deltas, read_metadata, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file, save_file
+from sweep import examples
 from torch import Tensor
 from workspace import DTYPES, merge_into, write_lora
 
@@ -467,7 +468,7 @@ loras = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(40)
 @given(
     st.lists(st.tuples(loras, st.sampled_from([1.0, 0.3, -0.8])), min_size=1, max_size=3),
     st.sampled_from([*DTYPES]),

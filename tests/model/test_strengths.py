@@ -5,9 +5,10 @@ import math
 import re
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from oracles.inventory import EFFECTS, GROUPS, NAMES
+from sweep import examples
 
 from extensions_built_in.zit_merge import ZitMergeError
 from extensions_built_in.zit_merge.errors import located
@@ -175,7 +176,7 @@ specs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(150)
 @given(specs)
 def test_strengths_agree_with_the_table_of_the_interface(spec):
     try:
@@ -192,7 +193,7 @@ def test_strengths_agree_with_the_table_of_the_interface(spec):
     assert wrong == {}
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(50)
 @given(specs, st.randoms(use_true_random=False))
 def test_order_has_no_meaning(spec, random):
     shuffled = {}
@@ -468,7 +469,7 @@ def expand(rows):
     return found
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(50)
 @given(specs)
 def test_compact_says_every_strength(spec):
     try:

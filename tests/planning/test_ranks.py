@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles.dense import best_error, read_deltas, read_metadata, relative, weighted_sum
 from oracles.producers import small_shapes
 from safetensors.torch import load_file, save_file
+from sweep import examples
 from torch import Tensor
 from workspace import Workspace, merge_into, write_lora
 
@@ -68,7 +69,7 @@ def enough(found: Mapping[str, Tensor], kept: Mapping[str, int], share: float) -
     return energy(found, kept) >= share * energy(found, everything(found)) * (1 - 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(spectra, energies)
 def test_the_common_rank_is_the_smallest_that_reaches_the_energy(found, share):
     longest = max(map(len, found.values()))
@@ -76,7 +77,7 @@ def test_the_common_rank_is_the_smallest_that_reaches_the_energy(found, share):
     assert ranks.common_rank(found, share) == want
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(spectra, energies, st.lists(st.integers(1, 9), min_size=4, max_size=4))
 def test_ranks_of_energy_reach_it_and_no_file_of_that_size_holds_more(found, share, prices):
     costs = dict(zip(found, prices, strict=False))
@@ -86,7 +87,7 @@ def test_ranks_of_energy_reach_it_and_no_file_of_that_size_holds_more(found, sha
     assert energy(found, kept) == pytest.approx(best)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(spectra, energies)
 def test_ranks_of_energy_make_the_smallest_file_where_all_components_take_the_same(found, share):
     costs = dict.fromkeys(found, 1)
@@ -94,7 +95,7 @@ def test_ranks_of_energy_make_the_smallest_file_where_all_components_take_the_sa
     assert size(ranks.ranks_of_energy(found, costs, share), costs) == least
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(spectra, st.lists(st.integers(1, 9), min_size=4, max_size=4), st.integers(0, 60))
 def test_ranks_that_fit_hold_the_most_energy_of_their_size(found, prices, room):
     costs = dict(zip(found, prices, strict=False))
@@ -107,7 +108,7 @@ def test_ranks_that_fit_hold_the_most_energy_of_their_size(found, prices, room):
         assert energy(found, kept) == energy(found, everything(found))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(spectra, st.integers(0, 20))
 def test_ranks_that_fit_are_optimal_where_all_components_take_the_same(found, room):
     costs = dict.fromkeys(found, 1)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pairs import lora, write
+from sweep import examples
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
@@ -167,7 +168,7 @@ def done_steps(draw: st.DrawFn) -> Done:
     return Done(plan, HERE, draw(st.integers(0, 9)) > 0, verdict)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(plan=plans())
 def test_any_plan_fits_and_answers_in_order(plan):
     text = screen(plan_text(plan), plan.path, *[target.parent for target in plan.targets[1:]])
@@ -179,7 +180,7 @@ def test_any_plan_fits_and_answers_in_order(plan):
     assert plan.warnings == () or text.index("  note:") > text.index("\n  writes " if plan.spec.keep else "\n  makes ")
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(done=done_steps())
 def test_any_report_fits_and_answers_in_order(done):
     plan, text = done.plan, done_text(done)
@@ -427,7 +428,7 @@ def test_the_lists_fit():
 # --- words and columns ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@examples(100)
 @given(values=st.lists(NUMBERS, min_size=1, max_size=40))
 def test_a_table_fits_with_any_numbers_and_shows_them(values):
     table = {m: values[n % len(values)] for n, m in enumerate(LAYERS)}
@@ -450,7 +451,7 @@ def test_numbers_of_a_column_have_their_points_below_each_other():
     assert len({line.index(".") for line in value_table(table)[1:]}) == 1
 
 
-@settings(deadline=None)
+@examples(100)
 @given(text=LABELS, most=st.integers(10, 60))
 def test_a_name_is_squeezed_into_its_place(text, most):
     short = squeezed(text, most)
@@ -462,7 +463,7 @@ def test_a_name_is_squeezed_into_its_place(text, most):
 PARTS = st.lists(st.text("xyz ", min_size=1, max_size=25).map(str.strip).filter(bool), min_size=1)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(left=st.text("ab ", max_size=50), parts=PARTS)
 def test_parts_beside_something_are_not_broken(left, parts):
     lines = beside(left, parts)
@@ -471,7 +472,7 @@ def test_parts_beside_something_are_not_broken(left, parts):
     assert beside("x" * 70, ["LoKr of rank 8"]) == ["x" * 70 + "LoKr of", " " * 70 + "rank 8"]
 
 
-@settings(deadline=None)
+@examples(100)
 @given(text=LABELS, indent=st.integers(0, 8))
 @example(text="0" * 71 + " " + "1" * 79 + " 2", indent=0)  # a broken word fills a line to the last letter
 def test_a_sentence_is_wrapped(text, indent):
