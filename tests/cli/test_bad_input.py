@@ -285,7 +285,7 @@ def test_a_key_that_no_rule_explains(work):
         (pair(Q) | different(pair("transformer.layers.0.attention.to_q")), "twice and differently"),
         (pair(Q) | {k.replace("lora_A.", "lora_down."): v for k, v in pair(Q).items()}, "has two down"),
         (pair("diffusion_model.layers.0.attention.qkv", out=10), "split into q, k and v"),
-        ({"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, "text-encoder keys only"),
+        ({"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, "nothing but the text encoder"),
         ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 has no w2_b factor beside it, half of the pair is missing"),
         ({f"{Q}.lokr_w1_a": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(4, 4)}, "lokr_w1_a has no w1_b factor beside it"),
         ({f"{Q}.lokr_w1": torch.ones(2, 2, 1), f"{Q}.lokr_w2": torch.ones(4, 4)}, "a Kronecker factor"),

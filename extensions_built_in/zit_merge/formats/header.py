@@ -12,7 +12,7 @@ import torch
 from ..errors import ZitMergeError
 from ..model.zimage import infer_sizes
 from .changes import FULL, Change, Group
-from .names import Part, parse_key
+from .names import Part, parse_key, scaled_keys
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -21,6 +21,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,  # with a scale only
 }
 Scale = Callable[[Group, str, int], tuple[float, "float | None"]]  # group, module, rank -> alpha / rank, alpha as stored
 
@@ -38,12 +39,14 @@ class Header:
         path: The file.
         metadata: The file's own.
         parts: Key -> what it is.
+        scales: Key of a tensor -> key of what it is multiplied with.
     """
 
     def __init__(self, path: Path, file: Any):  # safe_open, which has no types
         self.path, self._file = path, file
         self.metadata = dict(file.metadata() or {})
         self.parts: dict[str, Part] = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        self.scales = dict(self._scales())
 
     def keys(self, part: str) -> tuple[str, ...]:
         """The keys that are this, in order."""
@@ -64,11 +67,22 @@ class Header:
         return tuple(self._file.get_slice(key).get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of a tensor; integers are refused."""
+        """Of a tensor; integers without a scale are refused."""
         name = self._file.get_slice(key).get_dtype()
-        if name not in DTYPES:
+        if name not in DTYPES or (name == "I8" and key not in self.scales):
             raise self.broken(f"{key} is stored as {name}, a LoRA's tensors are floating point")
         return DTYPES[name]
+
+    def _scales(self) -> Iterator[tuple[str, str]]:
+        """(key of a tensor, key of its scale): one number, one for each row, or one for each column."""
+        for key in self.keys("scale"):
+            of = next((of for of in scaled_keys(key) if of in self.parts), None)
+            if of is None:
+                raise self.error(f"{key} stands alone, what it scales is missing: get a whole file")
+            shape, (rows, columns) = self.shape(key), (*self.shape(of), 0, 0)[:2]
+            if shape not in ((), (1,), (1, 1), (rows,), (rows, 1), (1, columns)):
+                raise self.broken(f"{key} has shape {list(shape)}, which is no scale of {of} with shape {list(self.shape(of))}")
+            yield of, key
 
     def alpha(self, key: str) -> float:
         """An alpha as stored, finite or not."""
@@ -83,20 +97,20 @@ class Header:
         Raises:
             ZitMergeError: Parts of a change are missing, or are there twice under one name.
         """
-        buckets: dict[tuple[tuple[str, ...], bool, str], dict[tuple[str, str], str]] = defaultdict(dict)
+        buckets: dict[tuple[tuple[str, ...], bool, str], dict[tuple[str, str, str], str]] = defaultdict(dict)
         for key, part in self.parts.items():
-            if part.modules:
+            if part.is_of_change:
                 bucket = buckets[part.modules, part.native, part.prefix]
-                other = bucket.setdefault((part.algorithm, part.part), key)
+                other = bucket.setdefault((part.algorithm, part.adapter, part.part), key)
                 if other != key:
                     raise self.error(f"{part.modules[0]} has two {part.part} ({other} and {key}): keep one of them")
         groups = []
         for (modules, native, prefix), keys in buckets.items():
-            alpha = keys.pop(("", "alpha"), None)
+            alpha = keys.pop(("", "", "alpha"), None)
             if not keys:
                 raise self.error(f"{alpha} stands alone, what it scales is missing: get a whole file")
-            for algorithm in dict.fromkeys(a for a, _ in keys):
-                own = {part: key for (a, part), key in keys.items() if a == algorithm}
+            for algorithm, adapter in dict.fromkeys((a, n) for a, n, _ in keys):
+                own = {part: key for (a, n, part), key in keys.items() if (a, n) == (algorithm, adapter)}
                 groups.append(Group(algorithm, modules, native, prefix, alpha, own))
         self._find_whole_differences(groups)
         return groups

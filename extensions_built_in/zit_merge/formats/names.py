@@ -1,39 +1,40 @@
 """What trainers call Z-Image's modules, and what the parts of a LoRA are called.
 
-A key is `prefix + module + suffix`. The prefix and the suffix are taken off by the tables below; the module in between is
-compared with the inventory after `.`, `_` and `-` are removed and letters are lowered. So `layers_0_attention_to_out_0`,
-`layers.0.attention.to.out.0` and `layers.0.attention.to_out.0` are one name, garbled names included, and nothing is matched
-by a part of it. Sources: the trainers' and clients' code; who writes what stands beside each entry.
+A key is `wrappers + module + suffix`. Wrappers are names of what the model was inside of; any number of them, in any order, is
+taken off. The suffix is taken off by a table, after the name that PEFT gives an adapter. The module in between is compared with
+the inventory after `.`, `_` and `-` are removed and letters are lowered. So `layers_0_attention_to_out_0`,
+`layers.0.attention.to.out.0` and `layers.0.attention.to_out.0` are one name, garbled names included, and nothing is matched by a
+part of it. Sources: the trainers' and clients' code; who writes what stands beside each entry.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from ..errors import nearest
 from ..model import zimage
 from ..model.zimage import MODULES
 
-# Longest first, so that no prefix hides a longer one. The bare form comes last.
-PREFIXES: tuple[str, ...] = (
-    "base_model.model.transformer.",  # InvokeAI's reading of PEFT
-    "base_model.model.",  # peft save_pretrained
-    "diffusion_model.",  # AI-Toolkit, ComfyUI, diffusion-pipe, None trainer, OneTrainer COMFY
-    "lora_unet__",  # VideoX-Fun
-    "transformer.",  # diffusers, OneTrainer LEGACY and DIFFUSERS, SimpleTuner
-    "lora_unet_",  # musubi, OneTrainer KOHYA
-    "lycoris_",  # LyCORIS, SimpleTuner, old AI-Toolkit LoKr
-    "",  # DiffSynth, OneTrainer ORIGINAL
-)
+# No module's name begins with one of these, so that taking them off is never ambiguous. Common sequences, and who writes them:
+#   diffusion_model.               AI-Toolkit, ComfyUI, diffusion-pipe, None trainer, OneTrainer COMFY
+#   transformer.                   diffusers, OneTrainer LEGACY and DIFFUSERS, SimpleTuner
+#   lora_unet_, lora_unet__        musubi, OneTrainer KOHYA; VideoX-Fun
+#   lycoris_                       LyCORIS, SimpleTuner, old AI-Toolkit LoKr
+#   base_model.model.              peft save_pretrained; with transformer., InvokeAI's reading of it
+#   lora_transformer_, transformer_    OneTrainer-style flat names; diffusers' kohya conversion
+#   none                           DiffSynth, OneTrainer ORIGINAL
+_WRAPPER = "base_model|diffusion_model|transformer|unet|dit|model|module|pipe|orig_mod|lora|lycoris"
+_PREFIX = re.compile(rf"_*(?:(?:{_WRAPPER})[._]+)*")
+# torch.compile, FSDP and activation checkpointing wrap single blocks too: these stand anywhere in a dotted name.
+_INNER_WRAPPER = re.compile(r"(?:^|(?<=\.))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
-# suffix -> (algorithm, part). Longest first for the same reason.
+# suffix -> (algorithm, part). Longest first, so that no suffix hides a longer one.
 SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_linear_layer.down.weight": ("LoRA", "down"),
     ".lora_linear_layer.up.weight": ("LoRA", "up"),
-    ".lora_A.default.weight": ("LoRA", "down"),  # DiffSynth, PEFT with its adapter's name
-    ".lora_B.default.weight": ("LoRA", "up"),
     ".lora_down.weight": ("LoRA", "down"),  # kohya and its family
     ".lora_up.weight": ("LoRA", "up"),
     ".lora.down.weight": ("LoRA", "down"),  # Anime-Z
@@ -49,15 +50,32 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".diff": ("full difference", "diff"),
     ".alpha": ("", "alpha"),
 }
+# A PEFT model's state dict has the adapter's name there (`default` of DiffSynth); its parameters need no `.weight`.
+_ADAPTER = re.compile(
+    r"(?<=\.)(?:lora_(?:[AB]|up|down)(\.[^.]+)(?=\.(?:weight|bias)$)|(?:lokr|hada)_w[12](?:_[ab])?(\.(?!scale|weight)[^.]+)$)"
+)
+
+# What a tensor of float8 or int8 is multiplied with, by the ending that takes the place of its `.weight` (ComfyUI, torchao).
+_SCALE = re.compile(r"(?:\.scale_weight|(?:\.weight)?[._]scale|\.weight_scale(?:_inv)?)$")
+_INPUT_SCALE = re.compile(r"\.(?:scale_input|input_scale)$")  # of activations in float8: the weight is the same without it
 
 # Changes of what is no weight matrix, by the ending of the key: a LoRA file has no place for them.
-_VECTORS: Mapping[str, str] = {".diff": "norm", ".w_norm": "norm", ".b_norm": "norm", ".diff_b": "bias"}
+_VECTORS: Mapping[str, str] = {
+    ".diff": "norm",
+    ".w_norm": "norm",
+    ".b_norm": "norm",
+    ".diff_b": "bias",
+    **{f".{factor}.bias": "bias" for factor in ("lora_A", "lora_B", "lora_down", "lora_up", "lora.up")},  # PEFT: lora_bias
+}
+
+# A weight of the model itself, in a checkpoint or beside a LoRA (PEFT: base_layer, original_module, modules_to_save).
+_WEIGHT = re.compile(r"(?:\.base_layer|\.original_module|\.modules_to_save\.[^.]+)?\.(?:weight|bias)$")
 
 # Whatever changes a weight by a rule that needs the weight itself, or by one that Z-Image's layers do not have.
 _NEEDS_BASE = "its change depends on the base model's weights, which no merge of LoRAs reads"
 _FOREIGN: Mapping[str, tuple[str, str]] = {
-    r"\.(dora_scale|magnitude|lora_magnitude_vector(\.default)?(\.weight)?)$": ("DoRA", _NEEDS_BASE),
-    r"\.oft_(blocks|diag|R(\.default)?(\.weight)?)$": ("OFT or BOFT", _NEEDS_BASE),
+    r"\.(dora_scale|magnitude|lora_magnitude_vector(\.[^.]+)?(\.weight)?)$": ("DoRA", _NEEDS_BASE),
+    r"\.oft_(blocks|diag|R(\.[^.]+)?(\.weight)?)$": ("OFT or BOFT", _NEEDS_BASE),
     r"\.on_input$": ("IA3", _NEEDS_BASE),
     r"\.(a1|a2|b1|b2)\.weight$": ("GLoRA", _NEEDS_BASE),
     r"\.(lambda_layer|[pq]_layer\.weight)$": ("T-LoRA", "its change depends on the timestep"),
@@ -66,7 +84,13 @@ _FOREIGN: Mapping[str, tuple[str, str]] = {
     r"\.(lora_mid\.weight|lokr_t2|hada_t1|hada_t2)$": ("a Tucker decomposition", "Z-Image has no convolutions for it"),
 }
 
-_TEXT_ENCODER = ("text_encoder.", "text_encoders.", "text_encoder_", "text_model.", "lora_te")
+# After the wrappers: kohya's te1, diffusers' text_encoder, ComfyUI's text_encoders, InvokeAI's qwen3-
+_TEXT_ENCODER = re.compile(r"(?:te\d?|text_encoders?(?:_\d)?|text_model|qwen3)[._-]")
+
+# First names of modules that other models have and Z-Image has not: Flux, SD3, Qwen-Image, Wan, SD 1.5, SDXL and their like.
+_OF_OTHERS = re.compile(
+    r"(?:(?:double|single|joint|down|up|input|output|transformer|single_transformer|middle|mid)_blocks?|blocks)[._]"
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +98,15 @@ class Part:
     """What one key of a file is.
 
     Attributes:
-        part: Of a change: `up`, `down`, `alpha`, `w1`, `w2_a`, `diff`, ...; `norm` and `bias` for vectors; `skip` for what is
-            known and left alone; `foreign` for an algorithm that can't be merged; `unknown`.
+        part: Of a change: `up`, `down`, `alpha`, `w1`, `w2_a`, `diff`, ...; `scale` of one of these; `norm` and `bias` for
+            vectors; `skip` for what is known and left alone; `foreign` for an algorithm that can't be merged; `weight` for one of
+            the model itself; `unknown`.
         algorithm: LoRA, LoKr, LoHa or full difference; empty for alpha and all that is no part of a change.
-        modules: Canonical names; three for a fused qkv.
+        modules: Canonical names; three for a fused qkv. Of an unknown key: the modules whose names it begins with.
         native: Whether the module has the original checkpoint's name where diffusers has another (`attention.qkv`).
-        prefix: As found.
+        prefix: As found, without what `torch.compile` and its like put there.
         suffix: As found.
+        adapter: The name that PEFT gave the adapter, with its dot, or nothing.
         note: For skip and foreign: what it is and why.
     """
 
@@ -90,7 +116,13 @@ class Part:
     native: bool = False
     prefix: str = ""
     suffix: str = ""
+    adapter: str = ""
     note: str = ""
+
+    @property
+    def is_of_change(self) -> bool:
+        """Whether it is a part of a change, or the alpha of one."""
+        return bool(self.algorithm) or self.part == "alpha"
 
     @property
     def style(self) -> str:
@@ -100,29 +132,79 @@ class Part:
 
 def parse_key(key: str) -> Part:
     """What this key of a LoRA file is; `unknown` if no rule explains it."""
-    if key.startswith(_TEXT_ENCODER):
+    prefix, name = _split(key)
+    if _TEXT_ENCODER.match(name):
         return Part("skip", note="text encoder")
     if "_aux." in key:
         return Part("skip", note="auxiliary tensor of a slider tool")
     for pattern, (algorithm, reason) in _FOREIGN.items():
         if re.search(pattern, key):
             return Part("foreign", algorithm, note=reason)
-    suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
-    if suffix:
-        algorithm, part = SUFFIXES[suffix]
-        for prefix, name in _stems(key.removesuffix(suffix)):
-            if name in _SPELLINGS:
-                modules, native = _SPELLINGS[name]
-                return Part(part, algorithm, modules, native, prefix, suffix)
-    vector = next((s for s in _VECTORS if key.endswith(s)), None)
-    if vector and any(name in _VECTOR_NAMES for _, name in _stems(key.removesuffix(vector))):
+    if change := _part_of_change(prefix, name):
+        return change
+    if (scale := _SCALE.search(name)) and (of := _scaled(prefix, name[: scale.start()])):
+        return replace(of, part="scale", algorithm="")
+    plain = _without_adapter(name)[0]
+    vector = next((s for s in _VECTORS if plain.endswith(s)), None)
+    if vector and _flat(plain.removesuffix(vector)) in _VECTOR_NAMES:
         return Part(_VECTORS[vector])
-    return Part("unknown")
+    if (weight := _WEIGHT.search(name)) and _flat(name[: weight.start()]) in _VECTOR_NAMES:
+        return Part("weight")
+    modules = _modules_of(name)
+    if modules and _INPUT_SCALE.search(name):
+        return Part("skip", note="scale of activations")
+    return Part("unknown", modules=modules)
 
 
-def _stems(stem: str) -> Iterator[tuple[str, str]]:
-    """(prefix, flattened module name) for each prefix that the stem may have."""
-    return ((p, _flat(stem.removeprefix(p))) for p in PREFIXES if stem.startswith(p))
+def scaled_keys(key: str) -> tuple[str, str]:
+    """The two keys that a scale of this key may belong to: with and without `.weight`."""
+    of = _SCALE.sub("", key)
+    return f"{of}.weight", of
+
+
+def is_of_another_model(key: str) -> bool:
+    """Whether a key has the name of a module that other models have and Z-Image has not."""
+    return bool(_OF_OTHERS.match(_split(key)[1]))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(wrappers, the rest)."""
+    key = _INNER_WRAPPER.sub("", key)
+    prefix = _PREFIX.match(key)
+    assert prefix, "it matches nothing at least"
+    return prefix[0], key[prefix.end() :]
+
+
+def _without_adapter(name: str) -> tuple[str, str]:
+    """(name without PEFT's name of the adapter, that name with its dot)."""
+    found = _ADAPTER.search(name)
+    if not found:
+        return name, ""
+    group = 1 if found[1] else 2
+    return name[: found.start(group)] + name[found.end(group) :], found[group]
+
+
+def _part_of_change(prefix: str, name: str) -> Part | None:
+    """The part of a change that has this name, by the tables of suffixes and modules."""
+    plain, adapter = _without_adapter(name)
+    suffix = next((s for s in SUFFIXES if plain.endswith(s)), None)
+    stem = plain.removesuffix(suffix or "")
+    if not suffix or not (found := _SPELLINGS.get(_flat(stem))):
+        return None
+    algorithm, part = SUFFIXES[suffix]
+    return Part(part, algorithm, *found, prefix, name.removeprefix(stem), adapter)
+
+
+def _scaled(prefix: str, name: str) -> Part | None:
+    """The factor that a scale belongs to: a scale's name ends where `.weight` stands, if anything stands there."""
+    parts = (_part_of_change(prefix, of) for of in (f"{name}.weight", name))
+    return next((part for part in parts if part and part.algorithm), None)
+
+
+def _modules_of(name: str) -> tuple[str, ...]:
+    """The modules whose name this one begins with, up to one of its dots."""
+    ends = [dot.start() for dot in islice(re.finditer(r"\.", name), 8)]  # garbled names have up to seven
+    return next((found[0] for end in reversed(ends) if (found := _SPELLINGS.get(_flat(name[:end])))), ())
 
 
 def native_name(module: str) -> str:
@@ -138,10 +220,9 @@ def native_name(module: str) -> str:
 
 def nearest_key(key: str) -> str:
     """' (did you mean ...?)' with the known key that looks most like this one."""
-    suffix = next((s for s in SUFFIXES if key.endswith(s)), "")
-    prefix = next(p for p in PREFIXES if key.startswith(p))
-    module = key.removesuffix(suffix).removeprefix(prefix)
-    return nearest(prefix + module + suffix, (prefix + m + (suffix or ".lora_A.weight") for m in MODULES))
+    prefix, name = _split(key)
+    suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
+    return nearest(prefix + name, (prefix + m + (suffix or ".lora_A.weight") for m in MODULES))
 
 
 def _flat(name: str) -> str:

@@ -7,10 +7,11 @@ it is kept beside the tensors so that those which need no scaling pass through u
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from ..algebra import linear
 from ..algebra.delta import Delta, Kron, distance, norm
 from ..algebra.factors import Factors, hadamard, is_finite, whole
 from ..errors import SettingError, ZitMergeError, counted
-from ..model.zimage import MODULES
+from ..model.zimage import MODULES, REAL_SIZES
 from .changes import FULL, Change
 from .header import Header, common_dtype
 from .metadata import Adapter
-from .names import nearest_key
+from .names import SUFFIXES, is_of_another_model, nearest_key, parse_key
 from .reading import Reading
 from .scales import Scales
 from .verdict import Verdict
@@ -49,6 +50,7 @@ class LoraFile:
         unmatched: Keys that no rule explains.
         questions: What the file leaves open, a sentence each; a merge refuses it until they are answered.
         remarks: What was decided for the user, a sentence each.
+        scales: Key of a tensor -> key of what it is multiplied with when it is read.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class LoraFile:
     unmatched: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -184,11 +187,22 @@ class TensorReader:
         tensor = self._file.get_slice(key)[rows[0] : rows[1]] if rows else self._file.get_tensor(key)
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()
+        if key in self._lora.scales:
+            tensor = tensor.float() * self._scale(self._lora.scales[key], rows)
         if not is_finite(tensor):
             raise ZitMergeError(
                 f"{self._lora.path}: {key} holds NaN or infinity, the LoRA is broken: use an earlier checkpoint of it"
             )
         return tensor
+
+    def _scale(self, key: str, rows: tuple[int, int] | None) -> Tensor:
+        """One number, or (rows, 1) or (1, columns): what a tensor, or some of its rows, is multiplied with."""
+        scale = self._file.get_tensor(key).float()
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if scale.dim() == 1:
+            scale = scale[:, None]
+        return scale[rows[0] : rows[1]] if rows and scale.shape[1] == 1 else scale
 
 
 def load_lora(
@@ -230,9 +244,9 @@ def _read(header: Header, reading: Reading) -> LoraFile:
             raise header.error(
                 f"{key} is {part.algorithm}; {part.note}: train without it, or extract a plain LoRA from the trained model"
             )
-    unmatched, groups = header.keys("unknown"), header.groups()
+    groups = header.groups()
     if not groups:
-        raise header.error(_not_zimage(unmatched, header))
+        raise header.error(_not_zimage(header))
     scales = Scales(header, groups, reading)
     changes: dict[str, list[Change]] = defaultdict(list)
     for group in groups:
@@ -241,6 +255,10 @@ def _read(header: Header, reading: Reading) -> LoraFile:
     scales.conclude()
     vectors = {kind: header.keys(kind) for kind in ("norm", "bias")}
     open_vectors = [_vectors_left_open(kind, keys) for kind, keys in vectors.items() if keys and kind not in reading.drop]
+    remarks = scales.remarks
+    if header.scales:
+        remarks.append(f"{counted(len(header.scales), 'tensor')} of float8 or int8 read with the scales that stand beside them")
+    beside = [key for key in header.keys("unknown") if set(header.parts[key].modules) & set(changes)]
     styles = Counter(p.style for p in header.parts.values() if p.algorithm)
     return LoraFile(
         path=header.path,
@@ -250,9 +268,17 @@ def _read(header: Header, reading: Reading) -> LoraFile:
         adapter=scales.adapter,
         styles=tuple(style for style, _ in styles.most_common()),
         skipped=tuple(sorted((*header.keys("skip"), *(k for kind in reading.drop for k in vectors.get(kind, ()))))),
-        unmatched=unmatched,
-        questions=(*scales.questions, *open_vectors),
-        remarks=tuple(scales.remarks),
+        unmatched=tuple(sorted((*header.keys("unknown"), *header.keys("weight")))),
+        questions=(*scales.questions, *open_vectors, *map(_unknown_part, beside[:1])),
+        remarks=tuple(remarks),
+        scales=header.scales,
+    )
+
+
+def _unknown_part(key: str) -> str:
+    return (
+        f"{key} may alter the change that it stands beside, in a way that is not known, so that no setting leaves it out: "
+        "save the LoRA without it in the program that made it"
     )
 
 
@@ -309,11 +335,17 @@ def unmatched_error(lora: LoraFile) -> SettingError:
     """The error for keys that no rule explains."""
     key, more = lora.unmatched[0], len(lora.unmatched) - 1
     return SettingError(
-        f"{lora.path.name} holds {key}, which is no part of Z-Image{nearest_key(key)}"
+        f"{lora.path.name} holds {key}, which is {_stranger(key)}"
         + (f", and {more} more such keys" if more else "")
         + ": set allow_unmatched: true to merge the rest without it",
         "lora",
     )
+
+
+def _stranger(key: str) -> str:
+    if parse_key(key).part == "weight":
+        return "a weight of the model itself"
+    return "no part of Z-Image" if is_of_another_model(key) else f"a name of a form that is not known{nearest_key(key)}"
 
 
 def _open(path: Path) -> Any:
@@ -343,14 +375,37 @@ def _is_pickle(path: Path) -> bool:
     return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(path)
 
 
-def _not_zimage(unmatched: Sequence[str], header: Header) -> str:
+def _not_zimage(header: Header) -> str:
+    """Why a file without any change of a module of Z-Image is no LoRA of it."""
     if not header.parts:
         return "holds no tensors: get a whole file"
+    unknown, weights, skipped = (header.keys(part) for part in ("unknown", "weight", "skip"))
     vectors = (*header.keys("norm"), *header.keys("bias"))
-    if vectors and not unmatched:
-        return f"changes norms and biases only ({vectors[0]} ...), for which a LoRA file has no place: there is nothing to merge"
-    example = unmatched[0] if unmatched else "text-encoder keys only"
+    if not unknown and not weights:
+        if vectors:
+            return (
+                f"changes norms and biases only ({vectors[0]} ...), for which a LoRA file has no place: there is nothing to merge"
+            )
+        return f"changes nothing but the text encoder ({skipped[0]} ...), which Z-Image's LoRAs leave alone: give another file"
+    factors = [key for key in unknown if _ADAPTED.search(key)]
+    if not factors and (weights or all(key.endswith((".weight", ".bias")) for key in unknown)):
+        return f"holds a model's weights ({next(iter(weights or unknown))} ...), it is no LoRA: give the LoRA's file"
+    example = next(iter(factors or unknown or weights))
+    start = f"is no Z-Image LoRA, none of its {len(header.parts)} keys changes a part of Z-Image (e.g. {example})"
+    if any(map(is_of_another_model, unknown)) or not all(_could_be_zimage(header, key) for key in factors):
+        return f"{start}: it was trained for another model"
     return (
-        f"is no Z-Image LoRA, none of its {len(header.parts)} keys changes a part of Z-Image (e.g. {example}): "
-        "it was trained for another model"
+        f"names its parts in a form that is not known ({example}{nearest_key(example)}): save it in the form of ComfyUI or "
+        "diffusers with the program that made it"
     )
+
+
+_ADAPTED = re.compile(r"lora|lokr_|hada_|loha|oft_|\.diff$|\.alpha$")  # a name that an adapter's tensor has, in any form
+_SIDES = {n * size for size in REAL_SIZES.values() for n in (1, 3, 4)}  # q, k and v together are 3, adaLN is 4 times dim
+
+
+def _could_be_zimage(header: Header, key: str) -> bool:
+    """Whether a factor has the width of some layer of Z-Image; so has whatever is no pair's factor."""
+    part = next((part for suffix, (_, part) in SUFFIXES.items() if key.endswith(suffix)), "")
+    shape = header.shape(key)
+    return part not in ("down", "up") or len(shape) != 2 or shape[part == "down"] in _SIDES

@@ -51,7 +51,7 @@ class Scales:
 
     def _find_adapter(self, groups: Sequence[Group]) -> Adapter | None:
         """The adapter's config, where the keys do not say alpha or where it was asked for."""
-        is_peft = any(g.prefix.startswith("base_model.model.") for g in groups)
+        is_peft = any("base_model." in g.prefix for g in groups)
         asked = self._reading.alpha == "metadata"
         missing = self._reading.alpha is None and any(g.alpha is None for g in groups if g.is_scaled or is_peft)
         if not asked and not missing:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
+from ..errors import counted
+from ..formats.names import parse_key
 from ..formats.writer import ALWAYS
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
@@ -84,9 +86,9 @@ def _of_input(i: Input) -> list[str]:
     if i.lora:
         found += [f"{i.label}: {remark}" for remark in i.lora.remarks]
         if i.lora.skipped:
-            found.append(
-                f"{i.label}: {len(i.lora.skipped)} keys outside of the weight matrices are left out ({i.lora.skipped[0]} ...)"
-            )
+            parts = map(parse_key, i.lora.skipped)
+            kinds = ", ".join(dict.fromkeys(part.note or f"changes of a {part.part}" for part in parts))
+            found.append(f"{i.label}: {counted(len(i.lora.skipped), 'key')} left out: {kinds} ({i.lora.skipped[0]} ...)")
         if i.lora.unmatched:
             found.append(f"{i.label}: {len(i.lora.unmatched)} unknown keys are left out: {', '.join(i.lora.unmatched[:3])}")
     if not any(map(i.counts, i.known.ranks)):
