@@ -17,19 +17,7 @@ from extensions_built_in.zit_merge.model.zimage import MODULES
 
 PAIRS = {m: (normal(out, 2, seed=i), normal(2, into, seed=i + 100)) for i, (m, (out, into)) in enumerate(SHAPES.items())}
 DELTAS = {m: product(up, down) for m, (up, down) in PAIRS.items()}
-WRAPPERS = [
-    "module",
-    "_orig_mod",
-    "pipe",
-    "dit",
-    "unet",
-    "model",
-    "base_model",
-    "transformer",
-    "diffusion_model",
-    "lora",
-    "lycoris",
-]
+WRAPPERS = ["module", "_orig_mod", "pipe", "dit", "unet", "model", "base_model", "transformer", "diffusion_model", "lora"]
 
 
 def named(stem, up="lora_B.weight", down="lora_A.weight", alpha=None):
