@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -220,19 +221,39 @@ def alone(place, database, **keys):
     return found | host | keys
 
 
-def test_a_stop_takes_effect_after_the_picture(toolkit, place, tmp_path):
+@pytest.mark.parametrize(
+    "act, end",
+    [
+        (Launched.interrupt, "stopped"),
+        (lambda ran: ran.set(stop=1, status="stopping"), "stopped"),
+        (lambda ran: ran.set(return_to_queue=1, status="stopping"), "queued"),
+    ],
+)
+def test_a_stop_takes_effect_in_the_midst_of_a_picture(toolkit, place, tmp_path, act, end):
     database = make_database(tmp_path / "aitk_db.db")
-    config = write(place, "pb", job("pb", alone(place, database)))
-    ran = Launched(toolkit, config, database, when=("Picture 1/", Launched.interrupt))
-    assert ran.seen[-1] == ("stopped", "Job stopped"), (ran.seen[-3:], ran.log[-3000:])
+    section = alone(place, database)
+    section["steps"][0]["preview"] |= {"steps": 200, "size": 512}  # the first picture would take longer than all the rest
+    config = write(place, "pb", job("pb", section))
     folder = place / "output" / "pb"
+    shutil.rmtree(folder, ignore_errors=True)
+    ran = Launched(toolkit, config, database, when=("Picture 1/", act))
+    assert (ran.seen[-1][0], ran.code) == (end, 0), (ran.seen[-3:], ran.log[-3000:])
+    assert not [status for status in ran.statuses[1:] if status == "running"], ran.seen[-5:]
     assert (folder / "merged_pb_soft.safetensors").is_file()
-    done = list((folder / "merged_pb_previews" / "pictures").iterdir())
-    assert 1 <= len(done) < 90 and not list(folder.rglob("*.part"))
-    for path in done:
-        Image.open(path).load()
-    told = [info for info in ran.infos if info.startswith("Picture ")]
-    assert len(told) == len(done), "the picture at hand was finished and told"
+    assert not list(folder.rglob("*.png")) and not list(folder.rglob("*.part"))
+
+
+def test_the_row_says_queued_when_everything_else_is_written(toolkit, place, tmp_path):
+    """After a training too: from then on the queue may start the next job, and this one again."""
+    database = make_database(tmp_path / "aitk_db.db")
+    steps = [
+        {"name": "soft", "loras": [{"lora": "trained", "ratio": 1.0}], "preview": {"prompts": ["a"], "steps": 200, "size": 512}}
+    ]
+    process = training(place, "pc", sqlite_db_path=str(database), sample=SAMPLE | {"samples": SAMPLES})
+    config = write(place, "pc", job("pc", process, section(steps=steps)))
+    ran = Launched(toolkit, config, database, when=("Picture 1/", lambda ran: ran.set(return_to_queue=1)))
+    assert (ran.seen[-1], ran.code) == (("queued", "Job queued"), 0), (ran.seen[-3:], ran.log[-3000:])
+    assert ran.log.rstrip().endswith("Job queued"), ran.log[-500:]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +372,7 @@ def test_a_stop_while_the_model_is_loaded(loses):
     @contextmanager
     def model():
         try:
-            yield
+            yield SimpleNamespace()
         finally:
             closed.append(1)
 

@@ -92,7 +92,7 @@ def test_a_queue_that_stops_gets_the_job_back(toolkit, place, database):
     section = merging(place, *(f"s{i}" for i in range(60)), lora="trained")
     config = write(place, "sd", job("sd", trains(place, "sd", database), section))
     ran = Launched(toolkit, config, database, when=("Merging s", lambda r: r.set(return_to_queue=1)))
-    assert ran.seen[-1][0] == "queued", ran.seen[-3:]
+    assert ran.seen[-1][0] == "queued" and ran.code == 0, ran.seen[-3:]
     assert not parts(place / "output")
 
 
@@ -124,8 +124,8 @@ def test_a_result_that_is_off_is_named_in_the_rows_last_words(place, style, run_
     "act, status, code",
     [
         (Launched.interrupt, "stopped", 0),
-        (lambda r: r.set(stop=1), "stopped", 1),
-        (lambda r: r.set(return_to_queue=1), "queued", 1),
+        (lambda r: r.set(stop=1), "stopped", 0),
+        (lambda r: r.set(return_to_queue=1), "queued", 0),
     ],
 )
 def test_a_merge_only_job_can_be_stopped(toolkit, place, database, act, status, code):

@@ -64,12 +64,15 @@ class ZitMergeProcess(BaseExtensionProcess):
         if not _is_main():
             return  # no barrier: the trainer has ended the process group (accelerator.end_training)
         from ..section import summary
+        from .status import JobStopped
 
         try:
             self._merge()
             self._show()
         except BaseException as e:
             self._status.fail(e)
+            if isinstance(e, JobStopped):
+                _say(e.row["info"])
             raise
         self._status.complete(summary([done for process in self._ours(self.process_id + 1) for done in process.done]))
 

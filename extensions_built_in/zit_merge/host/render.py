@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class ToolkitRenderer:
     """A `Renderer`: the base model, loaded once, and one LoRA at a time on it.
 
+    Attributes:
+        on_step: Called before each denoising step; may raise to stop the picture.
+
     Args:
         settings: The model.
 
@@ -44,7 +47,9 @@ class ToolkitRenderer:
         self.device = toolkit.device_of(settings.device)
         with _memory(settings, "while the model was loaded"), _loading(settings):
             self._model = _load(settings, self.device)
+        self.on_step: Callable[[], None] = lambda: None
         transformer = toolkit.unwrap(self._model.unet)
+        transformer.register_forward_pre_hook(lambda *_: self.on_step())
         self._linears = {name: m for name, m in transformer.named_modules() if hasattr(m, "in_features")}
         if "layers.0.attention.to_q" not in self._linears:
             self.close()

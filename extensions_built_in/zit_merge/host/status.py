@@ -20,15 +20,38 @@ from urllib.parse import quote
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
 _LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT
 _TRY = 1.0  # seconds that sqlite itself may wait: meanwhile Ctrl+C is not heard
-_TRAINER = ("done_hook", "update_status", "maybe_stop", "step_num")  # of DiffusionTrainer
+_TRAINER = ("done_hook", "update_status", "should_stop", "should_return_to_queue", "step_num")  # of DiffusionTrainer
 
 
-class JobStopped(Exception):
-    """The user stopped the job, or its queue; the row says so already. AI-Toolkit's trainers end a job in the same way."""
+class JobStopped(SystemExit):
+    """The user stopped the job, or its queue.
+
+    The process ends with 0, and `Status.fail` writes the row when all else is written: as soon as the row does not say `running`,
+    the queue starts the next job, and may start this one again; an exit code would then mark the new run as an error.
+
+    Args:
+        status: For the row: `stopped` or `queued`.
+        info: For the row.
+    """
+
+    def __init__(self, status: str, info: str):
+        super().__init__(0)
+        self.row = {"status": status, "info": info}
+
+
+def _raise_if_asked(stop: object, queue: object) -> None:
+    """The words are those of the trainer's `maybe_stop`."""
+    if stop:
+        raise JobStopped("stopped", "Job stopped")
+    if queue:
+        raise JobStopped("queued", "Job queued")
 
 
 class Status:
-    """A job that no UI has started: nothing to tell, nobody to ask."""
+    """A job that no UI has started: nothing to tell, nobody to ask.
+
+    Whatever shows that the job runs asks first whether it may: the row of a job that was stopped never says `running` again.
+    """
 
     def say(self, info: str) -> None:
         """Shows what is going on; the job runs."""
@@ -80,16 +103,18 @@ class TrainerStatus(Status):
     def _training_done(self) -> None:
         # on_error writes step = last_save_step, which the final save does not set
         self._trainer.last_save_step = self._trainer.step_num
-        self.say("Training finished, merging LoRAs")
+        with contextlib.suppress(JobStopped):  # our own process asks again when it runs
+            self.say("Training finished, merging LoRAs")
 
     def say(self, info: str) -> None:
+        self.check()
         self._trainer.update_status("running", info)
 
     def progress(self, info: str, done: int, total: int, speed: str) -> None:
         self.say(info)  # `step` stays the training's: a smaller one would make the job look unfinished
 
     def check(self) -> None:
-        self._trainer.maybe_stop()
+        _raise_if_asked(self._trainer.should_stop(), self._trainer.should_return_to_queue())
 
     def complete(self, told: str) -> None:
         if not self._is_last:
@@ -103,7 +128,12 @@ class TrainerStatus(Status):
 
     def refuse(self, error: BaseException) -> None:
         # its on_error would also set `step` back to 0
-        self._trainer.update_status(*_outcome(error))
+        self._trainer.update_status(**_outcome(error))
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, JobStopped):  # run.py passes everything else to its on_error
+            self._trainer.is_stopping = True
+            self._trainer.update_status(**error.row)
 
 
 class RowStatus(Status):
@@ -127,20 +157,16 @@ class RowStatus(Status):
         self._write(status="running", info="Starting")
 
     def say(self, info: str) -> None:
+        self.check()
         self._write(status="running", info=info)
 
     def progress(self, info: str, done: int, total: int, speed: str) -> None:
+        self.check()
         self._write(status="running", info=info, step=done, total_steps=total, speed_string=speed)
 
     def check(self) -> None:
         rows = self._ask("SELECT stop, return_to_queue FROM Job WHERE id = ?", self._job_id)
-        stop, queue = rows[0] if rows else (0, 0)
-        if stop:
-            self._end("stopped", "Job stopped", **self._handover)
-            raise JobStopped("Job stopped")
-        if queue:
-            self._end("queued", "Job queued", **self._handover)
-            raise JobStopped("Job returning to queue")
+        _raise_if_asked(*(rows[0] if rows else (0, 0)))
 
     def complete(self, told: str) -> None:
         if self._handover:
@@ -149,11 +175,11 @@ class RowStatus(Status):
             self._end("completed", told)
 
     def refuse(self, error: BaseException) -> None:
-        self._end(*_outcome(error))
+        self._end(**_outcome(error))
 
     def fail(self, error: BaseException) -> None:
-        if not isinstance(error, JobStopped):
-            self._end(*_outcome(error), **self._handover)
+        row = error.row if isinstance(error, JobStopped) else _outcome(error)
+        self._end(**row, **self._handover)
 
     def _end(self, status: str, info: str, **numbers: object) -> None:
         """The job's last write: while the row says `running`, the UI's queue starts nothing else."""
@@ -207,9 +233,10 @@ class RowStatus(Status):
         print(f"zit_merge: the UI's database {self._path} {why}: the merge goes on, only the UI does not see it", flush=True)
 
 
-def _outcome(error: BaseException) -> tuple[str, str]:
+def _outcome(error: BaseException) -> dict[str, str]:
     """`status` and `info` of a job that ends with this, as the trainer's `on_error` writes them."""
-    return ("stopped", "Job stopped") if isinstance(error, KeyboardInterrupt) else ("error", str(error))
+    is_stop = isinstance(error, KeyboardInterrupt)
+    return {"status": "stopped", "info": "Job stopped"} if is_stop else {"status": "error", "info": str(error)}
 
 
 def pass_on(error: BaseException, following: Iterable[Any]) -> None:
@@ -219,8 +246,6 @@ def pass_on(error: BaseException, following: Iterable[Any]) -> None:
         error: Whatever run.py has caught, of any process.
         following: Those after the first, which are not ours.
     """
-    if isinstance(error, JobStopped):
-        return  # the row has it already; they would make an error of it
     # The last one first: a trainer that has not begun writes step = 0, and one that is done has closed its database threads.
     for process in reversed([p for p in following if hasattr(p, "on_error")]):
         process.on_error(error)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from ..errors import counted
 from ..planning.types import StepPlan
 from ..progress import Progress
 from .status import Status
@@ -65,6 +66,7 @@ class JobProgress(DeferredInterrupt, Progress):
         self._modules = {plan.name: len(plan.shapes) for plan in plans}
         self._before = dict(zip(self._modules, accumulate(self._modules.values(), initial=0), strict=False))
         self._start = self._told = time.monotonic()
+        self._retell: Callable[[], None] = self._status.check
 
     def track(
         self, items: Collection[T], label: str, unit: str = "module", describe: Callable[[T], str] | None = None
@@ -73,12 +75,18 @@ class JobProgress(DeferredInterrupt, Progress):
 
         Raises:
             KeyboardInterrupt: Ctrl+C.
-            JobStopped: In a job without a trainer; a trainer raises its own exception.
+            JobStopped: The stop button, or the queue's.
         """
-        passed = self._picture if unit == "picture" else self._module
-        for done, item in enumerate(self._bar.track(items, label, unit, describe), 1):
+        total, is_picture = len(items), unit == "picture"
+        for done, item in enumerate(self._bar.track(items, label, unit, describe)):
+            name = describe(item) if describe else label
+            if is_picture:
+                self._picture(done, total, f"Picture {done + 1}/{total}: {name}")
             yield item
-            passed(done, len(items), describe(item) if describe else label)
+            if not is_picture:
+                self._module(done + 1, total, name)
+            elif done + 1 == total:
+                self._picture(total, total, f"{counted(total, 'picture')} rendered")
 
     def _module(self, done: int, total: int, label: str) -> None:
         """A module of a pass is done: the UI is told, and asked, about twice a second and at the end."""
@@ -87,28 +95,35 @@ class JobProgress(DeferredInterrupt, Progress):
         if now - self._told < _PAUSE and not (is_counted and done == total):
             return
         self._told = now
-        self._status.check()
-        if is_counted:
+        if not is_counted:
+            self._status.check()
+        else:
             overall = self._before[label] + round(done / total * self._modules[label])
             speed = f"{overall / max(now - self._start, 1e-3):.0f} modules/s"
             self._status.progress(f"Merging {label}: {done}/{total}", overall, sum(self._modules.values()), speed)
 
-    def _picture(self, done: int, total: int, label: str) -> None:
-        """A picture is done, which is told before the job stops. The first one waited for the model too: the pace is that of
-        the others."""
+    def _picture(self, done: int, total: int, info: str) -> None:
+        """So many pictures are done. The first one waited for the model too: the pace is that of the others."""
+        self._stop_if_interrupted()
         now = time.monotonic()
         if done == 1:
             self._start = now
         pace = f"{(now - self._start) / (done - 1):.1f} s/picture" if done > 1 else ""
-        self._status.progress(f"Picture {done}/{total}: {label}", done, total, pace)
+        self._retell = lambda: self._status.progress(info, done, total, pace)
+        self._retell()
+
+    def _denoising_step(self) -> None:
+        """Between two steps of a picture: whoever wants the job to stop need not wait for the picture."""
         self._stop_if_interrupted()
-        self._status.check()
+        if time.monotonic() - self._told >= _PAUSE:
+            self._status.check()
+            self._told = time.monotonic()
 
     def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
         """The same loader of a model, shown in the UI, and to be stopped: a download may take an hour, nothing is left half done.
 
         Args:
-            load: What is passed on is passed to it.
+            load: Makes a `Renderer`; what is passed on is passed to it.
         """
 
         @contextlib.contextmanager
@@ -121,7 +136,8 @@ class JobProgress(DeferredInterrupt, Progress):
                 self._at_once = False
             with model as renderer:
                 self._stop_if_interrupted()  # some library may have lost it
-                self._status.check()
+                self._retell()  # the picture that the model was loaded for
+                renderer.on_step = self._denoising_step
                 yield renderer
 
         return loaded

@@ -13,7 +13,13 @@ from .settings import ImageSpec, RenderSettings
 
 
 class Renderer(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    Attributes:
+        on_step: Called before each denoising step; may raise to stop the picture.
+    """
+
+    on_step: Callable[[], None]
 
     def set_adapter(self, deltas: Iterable[tuple[str, Delta]]) -> None:
         """Replaces the adapter on the model.
