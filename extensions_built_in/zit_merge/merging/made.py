@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..errors import ZitMergeError
 from ..formats.metadata import CHECK_KEY, OF_RANKS
 from ..formats.reader import LoraFile, load_lora, tensor_hash
+from ..formats.safetensors_file import Stamp
 from ..formats.verdict import Verdict
 from ..planning.types import StepPlan
 
@@ -34,12 +35,12 @@ class Hashes:
     """SHA-256 of the tensor data of files, taken in threads while other work goes on. As a context it ends them.
 
     Args:
-        paths: The files, each hashed once.
+        files: The files, with the stamps that they had when they were planned, where they were.
     """
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, files: Mapping[Path, Stamp | None]):
         self._pool = ThreadPoolExecutor(max_workers=2)
-        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(tensor_hash, p) for p in dict.fromkeys(paths)}
+        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(tensor_hash, p, stamp) for p, stamp in files.items()}
 
     def __enter__(self) -> Hashes:
         return self
@@ -48,7 +49,11 @@ class Hashes:
         self._pool.shutdown(cancel_futures=True)
 
     def of(self, paths: Iterable[Path]) -> dict[Path, str]:
-        """Path -> hash of some of the files; waits for them."""
+        """Path -> hash of some of the files; waits for them.
+
+        Raises:
+            ZitMergeError: One can't be read, or is no longer the planned one.
+        """
         return {path: self._futures[path].result() for path in paths}
 
 

@@ -14,6 +14,7 @@ from ..config.schema import Lora, Step
 from ..files.atomic import part_path
 from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
+from ..formats.safetensors_file import Stamp
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
 from ..model.strengths import compact
@@ -126,11 +127,12 @@ class StepBasis:
         return FORMS[self.spec.save.format]
 
     @cached_property
-    def hashed(self) -> list[Path]:
-        """The files whose SHA-256 the recipe needs: this step's own, and those of the steps that it uses."""
-        own = [i.lora.path for i in self.inputs if i.lora]
-        fed = [path for i in self.inputs if i.step for path in i.step.hashed]
-        return list(dict.fromkeys(own + fed))
+    def hashed(self) -> Mapping[Path, Stamp | None]:
+        """The files whose SHA-256 the recipe needs, as they were read: this step's own, and those of the steps that it uses."""
+        found = {i.lora.path: i.lora.stamp for i in self.inputs if i.lora}
+        for i in self.inputs:
+            found |= i.step.hashed if i.step else {}
+        return found
 
     @property
     def targets(self) -> list[Path]:
