@@ -302,7 +302,7 @@ def test_the_second_of_two_runs_gets_a_sentence_and_disturbs_nothing(work, loras
         first.flush()
         message = work.zit("run", work.job(STEP)).refused()
         assert "another run is writing this file now" in message and str(part) in message
-        assert part.read_bytes() == b"what the first run has written"
+        assert part.read_bytes().endswith(b"what the first run has written")
     work.zit("run", work.job(STEP)).ok()
     assert work.files() == [OUT]
 

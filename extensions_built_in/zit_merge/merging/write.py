@@ -40,13 +40,13 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
         readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
-        with LoraWriter(plan.path, plan.layout, plan.draft) as out:
+        with LoraWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
                 write(result, out, verifier, progress)
             files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
             metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
-            return Done(plan, out.finish(metadata, publish=plan.spec.keep), True, verdict)
+            return Done(plan, out.finish(metadata), True, verdict)
 
 
 @contextlib.contextmanager

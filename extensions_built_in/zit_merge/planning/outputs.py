@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SettingError, ZitMergeError, located
+from ..files.atomic import check_part
 from ..files.paths import check_writable, user_path
 from ..formats import lokr
 from ..formats.metadata import made_by
@@ -41,6 +42,8 @@ def check_output(plan: StepPlan, context: RunContext) -> None:
     if plan.spec.copy_to:
         with located("copy_to"):
             _check_copy(plan, context)
+    for target in dict.fromkeys((plan.path, *plan.targets)):
+        check_part(target)
     for target in plan.targets:
         for i in plan.inputs:
             if i.path.exists() and target.exists() and i.path.samefile(target):
