@@ -7,7 +7,7 @@ describes the LoRA to come by what the config says of it; the final plan reads t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def plan_section(
         ZitMergeError: A file that can't be read.
     """
     wanted = _needed(section, context, only)
-    builder = _Builder(section, context, before_training, {})
+    builder = _Builder(section, context, before_training)
     for i, step in enumerate(section.steps):
         if step.name == only and not step.keep:
             step = step.model_copy(update={"keep": True})  # asked for by name
@@ -51,7 +51,7 @@ def plan_section(
             builder.add(step, context.at(f"steps[{i}]"))
     plans = list(builder.plans.values())
     with located(context.loc):
-        check_room(plans, context)
+        check_room(plans, context, builder.there)
     return plans
 
 
@@ -78,12 +78,14 @@ class _Builder:
         context: Where it runs.
         before_training: The trained LoRA need not be there yet.
         plans: Name -> plan of the steps so far.
+        there: The outputs that are there and need not be made again.
     """
 
     section: Section
     context: RunContext
     before_training: bool
-    plans: dict[str, StepPlan]
+    plans: dict[str, StepPlan] = field(default_factory=dict)
+    there: set[Path] = field(default_factory=set)
 
     def add(self, step: Step, loc: str) -> None:
         """Plans the next step."""
@@ -99,7 +101,7 @@ class _Builder:
         )
         plan = step_plan(basis)
         with located(loc):
-            check_output(plan, self.context)
+            self.there.update(check_output(plan, self.context))
         self.plans[step.name] = plan
 
     def _inputs(self, step: Step, loc: str) -> tuple[Step, tuple[Input, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from ..config.schema import Lora, Step
 from ..files.atomic import part_path
-from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
+from ..formats.metadata import CHECK_KEY, OF_RANKS, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import Stamp
 from ..formats.spec import LoraSpec
@@ -224,6 +224,17 @@ class StepPlan(StepBasis):
         draft = {key: text for key, text in self.draft.items() if key != CHECK_KEY}
         return draft | {RECIPE_KEY: dumps(with_hashes(self.recipe, hashes))}
 
+    def made(self, metadata: Mapping[str, str], hashes: Mapping[Path, str]) -> bool:
+        """Whether a file of these metadata is the output of this recipe, by this version.
+
+        Args:
+            metadata: Of the file.
+            hashes: Path -> SHA-256 of the tensor data, for every file of `hashed`.
+        """
+        wanted, found = self.metadata(hashes), {key: text for key, text in metadata.items() if key != CHECK_KEY}
+        fixed = wanted.keys() - set(OF_RANKS if self.follows_from_numbers else ())
+        return found.keys() == wanted.keys() and all(found[key] == wanted[key] for key in fixed)
+
     @cached_property
     def follows_from_numbers(self) -> bool:
         """Whether its ranks, or those of a step that it uses, are known only when the numbers are."""
@@ -238,3 +249,18 @@ class StepPlan(StepBasis):
         units = self.form.units(self.ranks).values()
         ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
         return LoraSpec(ranks, self.shapes, self.dtype)
+
+
+def steps_to_make(plans: Sequence[StepPlan], there: Collection[Path]) -> set[str]:
+    """Names of the steps whose output is not there, and of those that they use and that are not there either.
+
+    Args:
+        plans: Of a section, in order.
+        there: The outputs that are there from the same recipe.
+    """
+    steps: set[str] = set()
+    for plan in reversed(plans):
+        if plan.name in steps or (plan.spec.keep and plan.path not in there):
+            fed_by = [i.step for i in plan.inputs if i.step]
+            steps |= {plan.name, *(step.name for step in fed_by if step.path not in there)}
+    return steps
