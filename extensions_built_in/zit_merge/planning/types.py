@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Lora, Step
+from ..errors import ZitMergeError
 from ..files.atomic import part_path
 from ..formats.metadata import CHECK_KEY, OF_RANKS, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
@@ -120,6 +122,21 @@ class StepBasis:
     def output_path(self) -> Path:
         """Where later steps of the run find it: a step that is not kept never gets its final name."""
         return self.path if self.spec.keep else part_path(self.path)
+
+    @contextlib.contextmanager
+    def computing(self, module: str) -> Iterator[None]:
+        """Decompositions that numbers without end make impossible as a sentence.
+
+        Args:
+            module: What is computed.
+        """
+        try:
+            yield
+        except torch.linalg.LinAlgError as e:
+            raise ZitMergeError(
+                f"{self.path.name}: {module} is too large to be computed: use smaller strengths, or leave the LoRA out that is "
+                "so strong there (inspect shows its norms)"
+            ) from e
 
     @property
     def form(self) -> Form:
