@@ -131,6 +131,8 @@ class Verifier:
         found, noise = self._products(module, parts, vectors, want, scales)
         wanted, crossed, got = float(want @ found[:-1, :-1] @ want), float(want @ found[:-1, -1]), float(found[-1, -1])
         wanted, missed = max(wanted, 0.0), max(wanted - 2 * crossed + got, 0.0)
+        if got > torch.finfo(torch.float32).max ** 2:  # the factors hold it, what programs multiply out does not
+            raise ZitMergeError(f"{self._file}: {module} is too large for {DTYPE_NAMES[self._dtype]}: use smaller strengths")
         # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
         is_cut = module in self._cut and got > 0
         rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
