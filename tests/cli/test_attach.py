@@ -24,7 +24,7 @@ from extensions_built_in.zit_merge.cli.attach import attach
 from extensions_built_in.zit_merge.config.edit import CannotEdit
 from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.errors import ZitMergeError
-from extensions_built_in.zit_merge.files.atomic import publish_file
+from extensions_built_in.zit_merge.files.atomic import open_exclusively, publish_file
 from extensions_built_in.zit_merge.files.text import to_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -413,7 +413,8 @@ def test_a_config_in_the_folder_of_the_training_would_be_taken_for_a_checkpoint(
 
 def test_a_backup_takes_no_name_that_is_used(files):
     put(files, "mine", "config.yaml.bak")
-    put(files, "left by a killed run", "config.yaml.zit_merge.part")
+    with open_exclusively(files.folder / "config.yaml.zit_merge.part") as part:
+        part.write(b"left by a killed run")
     (files.folder / "config.yaml.bak1").mkdir()
     config, texts = put(files, CONFIG), []
     for ratio in (0.1, 0.2):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from extensions_built_in.zit_merge.config.job import Job
 from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.files.atomic import part_path
 from extensions_built_in.zit_merge.planning.job import make_context
+from extensions_built_in.zit_merge.planning.training import Training
 
 REPO = Path(__file__).parents[2]
 
@@ -151,6 +153,27 @@ def test_a_resume_never_takes_our_files(toolkit, tmp_path, name):
     trainer.snr_gos = trainer.adapter_config = trainer.network_config = None
     Trainer.clean_up_saves(trainer)
     assert all(path.exists() for path in ours)
+
+
+@pytest.mark.toolkit
+@pytest.mark.parametrize("name", [*HOSTILE, "x_LoRA", "x_cn"])
+def test_the_checkpoint_that_is_looked_at_is_the_one_that_the_toolkit_resumes_from(toolkit, tmp_path, name):
+    sys.path.append(str(toolkit))
+    from jobs.process.BaseSDTrainProcess import BaseSDTrainProcess as Trainer
+
+    folder, pretrained = tmp_path / name, tmp_path / "pretrained.safetensors"
+    folder.mkdir()
+    pretrained.touch()
+    config = {"training_folder": str(tmp_path), "network": {"type": "lora", "pretrained_lora_path": str(pretrained)}}
+    network = SimpleNamespace(pretrained_lora_path=str(pretrained))
+    trainer = SimpleNamespace(job=SimpleNamespace(name=name), save_root=str(folder), network_config=network)
+    endings = ("_000000002.safetensors", ".safetensors", "_LoRA.safetensors", "_t2i.pt", "_cn", "_refiner_1.pt", "_1.pt", "x")
+    for file in (None, "other.safetensors", *(f"{name}{ending}" for ending in endings)):
+        if file:
+            (folder / file).touch()
+            time.sleep(0.01)  # the newest counts
+        found = Training("process[0]", name, config).resumes_from()
+        assert found == Path(Trainer.get_latest_save_path(trainer, name)), file
 
 
 @pytest.mark.toolkit

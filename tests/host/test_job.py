@@ -190,6 +190,30 @@ def test_two_processes_write_one_file(place, run_python):
     assert (place / "output" / "ranks" / "merged_ranks_one.safetensors").is_file()
 
 
+def test_processes_that_accelerate_does_not_see_are_stopped(place, run_python):
+    """torchrun on a CPU without ACCELERATE_USE_CPU: every process would take itself for the main one."""
+    section = {"type": "zit_merge", "training_folder": str(place / "output"), "shapes": "free"}
+    section["steps"] = [{"name": "one", "loras": [{"lora": str(place / "style.safetensors"), "ratio": 1}]}]
+    config = write(place, "unseen", job("unseen", section))
+    for words in (["run.py", config], ["-m", "extensions_built_in.zit_merge", "preview", config]):
+        if "preview" in words:
+            section |= {"preview": {"prompts": ["a cat"]}, "model": {"name_or_path": str(place / "model"), "arch": "zimage"}}
+            write(place, "unseen", job("unseen", section))
+        done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words)
+        assert done.returncode != 0
+        assert "2 processes were started (WORLD_SIZE), accelerate sees 1" in done.stdout + done.stderr
+        assert "set ACCELERATE_USE_CPU=true" in done.stdout + done.stderr
+        assert not (place / "output" / "unseen").exists()
+
+
+@pytest.mark.parametrize("number", ["1", "", "many"])
+def test_a_number_of_processes_that_says_nothing(place, run_python, number):
+    section = {"type": "zit_merge", "training_folder": str(place / "output"), "shapes": "free"}
+    section["steps"] = [{"name": "one", "loras": [{"lora": str(place / "style.safetensors"), "ratio": 1}]}]
+    done = run_python("run.py", write(place, f"alone{number}", job(f"alone{number}", section)), WORLD_SIZE=number)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def test_the_toolkits_own_loader_reads_our_file(trained, place, run_python, tmp_path):
     """LoRASpecialNetwork, which trains and previews with a file, holds the wanted delta in every module."""
     folder, _ = trained

@@ -355,7 +355,7 @@ def spoiled_truncation(spoil: Callable[[Factors], Factors]) -> Callable[..., Fac
 def refuse(folder: Path, weighed: Sequence[tuple[Path, float]], before: Path | None, says: str = DIFFERS, **how: Any) -> None:
     """The merge is refused, the old file stays as it is and no part of a new one lies there."""
     lay = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ZitMergeError, match=rf"^(layers|context_refiner)\.\d\.[\w.]+: {says}"):
+    with pytest.raises(ZitMergeError, match=rf"^out\.safetensors: (layers|context_refiner)\.\d\.[\w.]+: {says}"):
         merge_into(folder, weighed, "out", **how)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == lay
     assert before is None or before.name in lay

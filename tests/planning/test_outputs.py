@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,7 +303,7 @@ def test_the_second_of_two_runs_gets_a_sentence_and_disturbs_nothing(work, loras
         first.flush()
         message = work.zit("run", work.job(STEP)).refused()
         assert "another run is writing this file now" in message and str(part) in message
-        assert part.read_bytes() == b"what the first run has written"
+        assert part.read_bytes().endswith(b"what the first run has written")
     work.zit("run", work.job(STEP)).ok()
     assert work.files() == [OUT]
 
@@ -512,6 +513,59 @@ def test_no_space_is_found_before_anything_is_written(work, loras, monkeypatch, 
     message = work.zit(command, work.job(STEP)).refused()
     assert message.startswith("process[0].output_dir: the outputs need ") and "free some" in message
     assert work.files() == []
+
+
+def least_free(work, monkeypatch, config: Path) -> int:
+    """The fewest free bytes with which a job passes its check."""
+    low, high = 0, 10**7
+    while low < high:
+        free = (low + high) // 2
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        passes = work.zit("check", config).code == 0
+        low, high = (low, free) if passes else (free + 1, high)
+    return low
+
+
+def test_room_is_counted_beside_what_is_replaced(work, loras, monkeypatch):
+    """A new file is whole before the old one goes: the peak counts, not the difference."""
+    comfy, later = work.folder / "comfy", {"name": "b", "loras": [{"lora": "a", "ratio": 0.5}]}
+    comfy.mkdir()
+    copied, hidden = STEP | {"copy_to": str(comfy)}, STEP | {"keep": False}
+
+    def change(*steps: dict) -> Path:
+        """The same steps with another ratio in the first."""
+        return work.job(steps[0] | {"loras": [ME | {"ratio": 0.25}]}, *steps[1:])
+
+    need = partial(least_free, work, monkeypatch)
+    alone = need(work.job(STEP))
+    both = need(work.job(STEP, later))
+    assert alone < both < 2.2 * alone and need(work.job(copied)) == 2 * alone
+    assert need(work.job(hidden, later)) == both  # it is there until the section is done
+    monkeypatch.undo()
+    work.zit("run", work.job(copied, later)).ok()
+    assert (work.out / OUT).stat().st_size <= alone
+    assert need(work.job(copied, later)) == 0  # nothing is made again
+    first = need(change(STEP))
+    assert abs(first - alone) < 100
+    assert abs(need(change(copied, later)) - first) < 3000  # each replaces a file of its size
+    (comfy / OUT).unlink()
+    assert abs(need(work.job(copied, later)) - first) < 100  # the copy alone
+    assert abs(need(change(copied, later)) - 2 * first) < 3000
+    (comfy / "other").hardlink_to(work.out / OUT)  # what has another name stays on the disk
+    assert abs(need(change(STEP, later)) - both) < 3000
+
+
+def test_room_that_a_killed_run_took_is_given_back(work, loras, monkeypatch):
+    work.out.mkdir()
+    alone = least_free(work, monkeypatch, work.job(STEP))
+    for keep, name in ((True, OUT), (False, OUT)):
+        with atomic.open_exclusively(atomic.part_path(work.out / name)) as part:
+            part.write(bytes(alone // 2))
+        steps = [STEP | {"keep": keep}, *([] if keep else [{"name": "b", "loras": [{"lora": "a", "ratio": 0.5}]}])]
+        part_size = atomic.part_path(work.out / name).stat().st_size
+        with_part = least_free(work, monkeypatch, work.job(*steps))
+        atomic.part_path(work.out / name).unlink()
+        assert with_part == least_free(work, monkeypatch, work.job(*steps)) - part_size
 
 
 class FullDisk:

@@ -109,7 +109,7 @@ def test_other_inputs_give_a_second_plan(tmp_path):
 def test_a_recipe_has_paths_until_the_hashes_are_known(tmp_path):
     plan = planned(tmp_path, "exact")
     (step,) = plan.recipe["steps"]
-    assert [lora["sha256"] for lora in step["loras"]] == plan.hashed == [i.path for i in plan.inputs]
+    assert [lora["sha256"] for lora in step["loras"]] == list(plan.hashed) == [i.path for i in plan.inputs]
     hashes = {path: f"{n}" * 64 for n, path in enumerate(plan.hashed)}
     written = json.loads(plan.metadata(hashes)["zit_merge.recipe"])
     assert [lora.pop("sha256") for lora in written["steps"][0]["loras"]] == list(hashes.values())

@@ -287,7 +287,57 @@ def test_files_that_the_next_start_would_resume_from(work):
     folder = work.folder / "output" / "cat"
     folder.mkdir(parents=True)
     for name in ("cat_merged.safetensors", "cat.safetensors", "cat_000000250.safetensors", "cat_LoRA_x.pt", "merged_cat_a.png"):
-        (folder / name).touch()
+        work.lora(f"output/cat/{name}")
     text = advice(work, training(work))
     assert "cat_merged.safetensors would be taken for a checkpoint" in text
     assert text.count("would be taken") == 1
+
+
+@pytest.fixture
+def saves(work):
+    """The folder of a training that was interrupted, with its checkpoints of the steps 250 and 500."""
+    for i, name in enumerate(("cat_000000250.safetensors", "cat_000000500.safetensors")):
+        _age(work.lora(f"output/cat/{name}"), i)
+    return work.folder / "output" / "cat"
+
+
+def _age(path, order):
+    """Makes a file the newest; the time that counts is that of its last change of any kind, which can't be set."""
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before and order:
+        path.touch()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "a folder"])
+def test_a_checkpoint_that_the_training_would_resume_from_and_fail(work, saves, how):
+    path = saves / "cat_000000500.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir() if how == "a folder" else path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"")
+    message = check(work, training(work)).refused()
+    assert message.startswith(f"process[0]: {path}: ")
+    assert ("it is a folder" if how == "a folder" else "is not a whole .safetensors file") in message
+    assert message.endswith(", and the training would resume from it and fail: move it away")
+    path.rename(work.folder / "away")
+    assert "no errors" in check(work, training(work)).ok()
+
+
+def test_an_older_checkpoint_and_files_that_no_job_resumes_from_may_be_broken(work, saves):
+    assert "no errors" in check(work, training(work)).ok()
+    for name in ("cat_000000250.safetensors", "cat_LoRA_1.safetensors", "other.safetensors", "merged_cat.safetensors"):
+        (saves / name).write_bytes(b"broken")
+    _age(saves / "cat_000000500.safetensors", 1)
+    assert "no errors" in check(work, training(work)).ok()
+    assert "no errors" in check(work, training(work) | {"name": "elsewhere"}).ok()
+
+
+def test_a_broken_lora_that_the_training_would_start_from(work):
+    path = work.lora("start.safetensors")
+    network = {"type": "lora", "linear": 2, "linear_alpha": 2, "pretrained_lora_path": str(path)}
+    assert "no errors" in check(work, training(work, network=network)).ok()
+    path.write_bytes(path.read_bytes()[:-1])
+    message = check(work, training(work, network=network)).refused()
+    assert message.startswith(f"process[0].network.pretrained_lora_path: {path}: is not a whole .safetensors file")
+    assert message.endswith(", and the training would start from it and fail: copy it again")
+    work.lora("output/cat/cat_000000250.safetensors")
+    assert "no errors" in check(work, training(work, network=network)).ok()  # it resumes

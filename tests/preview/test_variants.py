@@ -188,7 +188,7 @@ def test_an_input_that_is_a_step_is_what_that_makes(work, loras):
 
 
 def test_the_base_changes_nothing():
-    assert changes(AdapterVariant("base")) == {} and AdapterVariant("base").files() == []
+    assert changes(AdapterVariant("base")) == {} and AdapterVariant("base").files() == {}
 
 
 # --- parts of a variant ---------------------------------------------------------------------------------------------------------

@@ -230,7 +230,11 @@ def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
     if x.dtype == torch.float64:
         return x.T @ x
-    size = x.abs().max()
+    sizes = x.abs().amax(0)
+    size = sizes.max()
+    if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
+        x = x / torch.where(sizes > 0, sizes, 1.0)
+        return (x.T @ x).double() * torch.outer(sizes.double(), sizes.double())
     x = x / torch.where(size > 0, size, 1.0)
     return (x.T @ x).double() * size.double() ** 2
 

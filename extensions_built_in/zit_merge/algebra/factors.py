@@ -11,6 +11,7 @@ invertible Q. No function here may let a delta depend on it, which rules out add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,8 +59,18 @@ class Factors(NamedTuple):
         return Factors(change(self.up), change(self.down))
 
     def times(self, strength: float) -> Factors:
-        """strength * delta. Sign and strength go into `up`; a strength of 1 leaves the factors as they are, bit for bit."""
-        return self if strength == 1 else Factors(single(self.up) * strength, self.down)
+        """strength * delta. Sign and strength go into `up`; a strength of 1 leaves the factors as they are, bit for bit.
+
+        Where `up` can't hold them, powers of two of the strength go into `down`.
+        """
+        if strength == 1:
+            return self
+        scaled = Factors(single(self.up) * strength, self.down)
+        if strength == 0 or scaled.up.numel() == 0 or LOW < float(torch.linalg.vector_norm(scaled.up, torch.inf)) < 1 / LOW:
+            return scaled
+        mantissa, exponent = math.frexp(strength)
+        level = leveled(self.map(single), exponent)
+        return Factors(level.up * mantissa, level.down)
 
     def expand(self) -> Factors:
         """Itself: other forms of a change become factors here."""
@@ -79,6 +90,33 @@ def single(x: Tensor) -> Tensor:
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite. One sum tells in nearly every case; elements are looked at only if it overflows."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+LOW = 2.0**-100  # an element that float32 rounds to nothing, or coarsely, is small beside one of this size
+
+
+def leveled(x: Factors, exponent: int = 0, which: Tensor | None = None) -> Factors:
+    """2^exponent * delta with components of about one size in `up` and in `down`, by powers of two, which are exact.
+
+    Half of a component may be zero: the other half is zero then too.
+
+    Args:
+        x: (out, in).
+        exponent: Of two.
+        which: (r,) the components that may be shared out anew; None is all.
+    """
+    ups, downs = (wide(t).abs().mean(d).cpu() for t, d in ((x.up, 0), (x.down, 1)))
+    alive = (ups > 0) & (downs > 0)
+    shift = ((downs / ups).log2() + exponent) / 2
+    shift = torch.where(alive if which is None else alive & which.cpu(), shift.round(), 0.0).to(x.up)
+    alive = alive.to(x.device)
+    return Factors(_ldexp(x.up * alive, shift), _ldexp(x.down * alive[:, None], (exponent - shift)[:, None]))
+
+
+def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent; in two steps, since float32 has no 2^128."""
+    half = (exponent / 2).round()
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)
 
 
 def whole(delta: Tensor) -> Factors:

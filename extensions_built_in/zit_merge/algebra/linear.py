@@ -180,7 +180,7 @@ def _refuse_opposite(cosines: Tensor) -> None:
 
 def _angle(gram: Tensor) -> float:
     """Between two deltas; 0 where one is zero."""
-    length = float(gram[0, 0] * gram[1, 1]) ** 0.5
+    length = float(gram[0, 0]) ** 0.5 * float(gram[1, 1]) ** 0.5
     return acos(min(1.0, max(-1.0, float(gram[0, 1]) / length))) if length else 0.0
 
 

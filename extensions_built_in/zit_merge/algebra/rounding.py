@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .factors import Factors
+from .factors import LOW, Factors, leveled, single
 
 
 def to_dtype(x: Factors, dtype: torch.dtype) -> Factors:
     """The factors in `dtype`, keeping their own scale where the dtype can hold it.
 
-    A component that `dtype` would lose, one that overflows or sinks into the subnormal numbers of float16, is first balanced
+    A component that `dtype` would lose, one that overflows or sinks into its subnormal numbers, is first balanced
     between `up` and `down` by a power of two, which is exact. Values that are already in `dtype` never move.
 
     Args:
@@ -22,17 +22,9 @@ def to_dtype(x: Factors, dtype: torch.dtype) -> Factors:
         Factors in `dtype`. They hold infinities only if the delta itself is too large for it.
     """
     rounded = Factors(x.up.to(dtype), x.down.to(dtype))
-    if dtype != torch.float16:  # bfloat16 and float32 share the range of the factors
-        return rounded
-    lost = _loses(x.up, rounded.up, 0) | _loses(x.down, rounded.down, 1)
-    if not lost.any():
-        return rounded
-    up, down = x.up.float(), x.down.float()
-    ups, downs = up.abs().mean(0), down.abs().mean(1)
-    alive = (ups > 0) & (downs > 0)  # half of a zero component may be anything: write zeros
-    shift = torch.where(lost & alive, ((downs / ups).log2() / 2).round(), 0.0)
-    up, down = torch.ldexp(up * alive, shift), torch.ldexp(down * alive[:, None], -shift[:, None])
-    return Factors(up.to(dtype), down.to(dtype))
+    loses = _loses if dtype == torch.float16 else _leaves  # bfloat16 and float32 have the range of nearly all factors
+    lost = loses(x.up, rounded.up, 0) | loses(x.down, rounded.down, 1)
+    return leveled(x.map(single), which=lost).map(lambda t: t.to(dtype)) if lost.any() else rounded
 
 
 def _loses(exact: Tensor, rounded: Tensor, dim: int) -> Tensor:
@@ -45,3 +37,11 @@ def _loses(exact: Tensor, rounded: Tensor, dim: int) -> Tensor:
         return torch.zeros(exact.shape[1 - dim], dtype=torch.bool, device=exact.device)
     error = (exact.float() - rounded.float()).abs().sum(dim)
     return ~(error <= torch.finfo(rounded.dtype).eps / 4 * exact.float().abs().sum(dim))
+
+
+def _leaves(exact: Tensor, rounded: Tensor, dim: int) -> Tensor:
+    """(r,) whether a component has no element in the middle of the range that float32 and bfloat16 share."""
+    if exact.dtype == rounded.dtype or exact.numel() == 0:
+        return torch.zeros(exact.shape[1 - dim], dtype=torch.bool, device=exact.device)
+    peaks = torch.linalg.vector_norm(exact, torch.inf, dim)
+    return (peaks > 0) & ((peaks < LOW) | (peaks > 1 / LOW))

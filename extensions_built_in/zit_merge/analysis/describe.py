@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from safetensors import safe_open
-
 from ..formats.header import DTYPES
 from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
+from ..formats.safetensors_file import SafetensorsFile
 from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import Trainer, recognise
 from .measure import Measurement
@@ -121,7 +120,7 @@ def _finite(number: float) -> float | None:
 def _stored_dtypes(lora: LoraFile) -> dict[str, int]:
     """Dtype as stored -> how many tensors have it, the commonest first, alphas left out."""
     keys = {key for changes in lora.changes.values() for change in changes for key in change.keys.values()}
-    with safe_open(lora.path, framework="pt") as file:
-        dtypes = [DTYPES[file.get_slice(key).get_dtype()] for key in sorted(keys)]
+    with SafetensorsFile(lora.path, lora.stamp) as file:
+        dtypes = [DTYPES[file.entries[key].dtype] for key in sorted(keys)]
     names = (DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes)
     return dict(Counter(names).most_common())

@@ -17,7 +17,7 @@ from ..config.job import RECIPE, Job, fill_environment, fill_name, job_of
 from ..config.parse import parse_section
 from ..config.schema import PROCESS_TYPE
 from ..errors import ZitMergeError
-from ..files.atomic import open_exclusively, os_errors, part_path, publish_file
+from ..files.atomic import open_exclusively, os_errors, part_path, publish_file, seal
 from ..files.text import TextFile, parse
 from ..planning.job import plan_job
 from ..planning.preflight import NO_TOOLKIT, Toolkit
@@ -130,13 +130,13 @@ def _check(section: Mapping[str, Any], path: Path, job: Job, position: int, conf
 def _write(file: TextFile, text: str) -> Path:
     """Replaces the file, atomically, and returns its backup. On an error there is neither a change nor a new file."""
     path = file.path.resolve() if file.path.is_symlink() else file.path  # a link stays one
-    part, old = part_path(path.with_name(f"{path.name}.zit_merge")), file.encode(file.text)
+    part, old, new = part_path(path.with_name(f"{path.name}.zit_merge")), file.encode(file.text), file.encode(text)
     if not path.is_file() or not all(os.access(p, os.W_OK) for p in (path, path.parent)):
         raise ZitMergeError(f"{path}: can't be written: change the permissions of the file or its folder, or work on a copy")
     with os_errors(path), open_exclusively(part) as whole, contextlib.ExitStack() as undo:
         undo.callback(part.unlink, missing_ok=True)
         undo.callback(whole.close)
-        _fill(whole, part, file.encode(text), path)
+        _fill(whole, part, new[(head := whole.tell()) :], path)
         if path.read_bytes() != old:
             raise ZitMergeError(f"{path}: was changed by another program just now: run the command again")
         backups = (path.with_name(f"{path.name}.bak{number or ''}") for number in itertools.count())
@@ -144,6 +144,7 @@ def _write(file: TextFile, text: str) -> Path:
         with backup.open("xb") as copy:
             undo.callback(lambda: backup.unlink() if path.read_bytes() == old else None)
             _fill(copy, backup, old, path)
+        seal(whole, new[:head])
         publish_file(whole, part, path)
         undo.pop_all()
     return backup

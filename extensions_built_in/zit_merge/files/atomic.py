@@ -1,6 +1,7 @@
 """Whole files or none: written beside their place under a lock, synced, then renamed.
 
-A reader sees the old file or the new one, never a part. What an interrupted run leaves is recognised and overwritten.
+A reader sees the old file or the new one, never a part. A part begins with a mark until the rest of it is on the disk: by
+that, what a killed run left is recognised and overwritten. Anything else in its place stays.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import ZitMergeError
+from ..errors import SettingError, ZitMergeError
+
+_MARK = b"zit_merge.part\n\n"
+PART_KEY = _MARK.decode().strip()  # of the metadata of a LoRA that never gets its final name, before all others
 
 
 def part_path(path: Path) -> Path:
@@ -20,13 +25,58 @@ def part_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def check_part(path: Path) -> None:
+    """Raises unless the part of a file can be written: there is none, or one of ours.
+
+    Raises:
+        SettingError: Something else is in its place.
+    """
+    with contextlib.suppress(OSError), contextlib.closing(_open_part(part_path(path))) as part:
+        _check_ours(part, part_path(path))
+
+
 def remove_part(path: Path) -> None:
     """Removes what a killed run left of a file; a part that another run is writing now stays, and stops this one in its turn."""
-    part = part_path(path)
-    if part.is_file():
-        with contextlib.suppress(ZitMergeError):
-            open_exclusively(part).close()
+    _remove_ours(part_path(path))
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed runs left in a folder. On a disk without locks nobody knows which of them are dead: all stay."""
+    for part in folder.glob("*.part") if folder.is_dir() else ():
+        _remove_ours(part, sure=True)
+
+
+def _remove_ours(part: Path, *, sure: bool = False) -> None:
+    with contextlib.suppress(OSError, ZitMergeError), contextlib.closing(_open_part(part)) as file:
+        is_mine = _lock(file)
+        if sure and not os.fstat(file.fileno()).st_size:
+            return  # another run may have made it just now
+        if (is_mine or (is_mine is None and not sure)) and _is_still(file, part):
+            _check_ours(file, part)
+            if os.name == "nt":  # Windows removes no open file
+                file.close()
             part.unlink()
+
+
+@contextlib.contextmanager
+def hold_part(part: Path) -> Iterator[None]:
+    """Keeps a finished part, which later steps read, from other runs; removes it at the end.
+
+    Args:
+        part: Its path.
+
+    Raises:
+        ZitMergeError: Another run has taken it.
+    """
+    with os_errors(part):
+        file = _open_part(part)
+    try:
+        if _lock(file) is False:
+            raise _in_use(part)
+        yield
+    finally:
+        file.close()
+        _remove_ours(part)
 
 
 def copy_file(source: Path, folder: Path) -> Path:
@@ -53,10 +103,12 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
     """
     with os_errors(path), open_exclusively(part_path(path)) as part:
         try:
+            head = b""
             for chunk in chunks:
+                if len(head) < len(_MARK):
+                    head, chunk = (head + chunk)[: len(_MARK)], chunk[len(_MARK) - len(head) :]
                 part.write(chunk)
-            part.flush()
-            os.fsync(part.fileno())
+            seal(part, head)
             publish_file(part, part_path(path), path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -64,6 +116,23 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
             part_path(path).unlink(missing_ok=True)
             raise
     return path
+
+
+def seal(part: BinaryIO, head: bytes) -> None:
+    """Puts the first bytes of a part in the place of its mark, once the rest is on the disk.
+
+    Args:
+        part: The part, open.
+        head: As many bytes as the mark has, or more; fewer are the whole file.
+    """
+    part.flush()
+    os.fsync(part.fileno())
+    part.seek(0)
+    part.write(head)
+    if len(head) < len(_MARK):
+        part.truncate()
+    part.flush()
+    os.fsync(part.fileno())
 
 
 def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
@@ -86,21 +155,67 @@ def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
 
 
 def open_exclusively(path: Path) -> BinaryIO:
-    """Opens for writing, empty, under a lock that ends with this process; what a dead process left is overwritten.
+    """Opens a part for writing, under a lock that ends with this process; what a dead process left of one is overwritten.
+
+    Returns:
+        The file, with the mark at its start and positioned behind it: see `seal`.
 
     Raises:
-        ZitMergeError: Another process is writing it now.
+        ZitMergeError: Another process is writing it now, or something else is in its place.
     """
     with os_errors(path):
         while True:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-            if not _lock(file):
+            try:
+                file = _open_part(path)
+            except FileNotFoundError:
+                try:
+                    file = _open_part(path, os.O_CREAT | os.O_EXCL)
+                except FileExistsError:
+                    continue
+            try:
+                if _lock(file) is False:
+                    raise _in_use(path)
+                if os.name == "nt" or _is_still(file, path):
+                    _check_ours(file, path)
+                    file.seek(0)
+                    file.truncate()
+                    file.write(_MARK)
+                    file.flush()
+                    return file
+            except BaseException:
                 file.close()
-                raise ZitMergeError(f"{path}: another run is writing this file now: wait for it or stop it")
-            if os.name == "nt" or _is_still(file, path):
-                file.truncate()
-                return file
+                raise
             file.close()  # it was published under its final name between open and lock: that file is not ours to empty
+
+
+def _open_part(path: Path, more: int = 0) -> BinaryIO:
+    """Opens a part as it is; neither through a link, nor a pipe that waits.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ZitMergeError: It is no regular file.
+    """
+    if not more and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise _in_the_way(path)
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        more |= getattr(os, name, 0)
+    return os.fdopen(os.open(path, os.O_RDWR | more, 0o666), "r+b")
+
+
+def _check_ours(part: BinaryIO, path: Path) -> None:
+    """Raises unless an open file is a part that zit_merge wrote, under no other name, or empty."""
+    facts = os.fstat(part.fileno())
+    part.seek(0)
+    if facts.st_nlink > 1 or not stat.S_ISREG(facts.st_mode) or (facts.st_size and PART_KEY.encode() not in part.read(64)):
+        raise _in_the_way(path)
+
+
+def _in_the_way(path: Path) -> SettingError:
+    return SettingError(f"{path}: is in the way and was not left by zit_merge, which writes there first: move it away")
+
+
+def _in_use(path: Path) -> ZitMergeError:
+    return ZitMergeError(f"{path}: another run is writing this file now: wait for it or stop it")
 
 
 def _is_still(file: BinaryIO, path: Path) -> bool:
@@ -108,19 +223,23 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Takes the system's lock on an open file; False if another process has it. A disk without locks lets everybody in."""
+def _lock(file: BinaryIO) -> bool | None:
+    """Takes the system's lock on an open file; False if another process has it, None on a disk without locks."""
     try:
         if os.name == "nt":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]  # of Windows
+            os.lseek(file.fileno(), 1 << 40, os.SEEK_SET)  # behind the end: bytes that are locked can't be read
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]  # of Windows
+            finally:
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
         else:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+        return False if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) else None
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import ZitMergeError
+from .inputs import read_limited
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TextFile:
         """
         marks = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
         try:
-            content = path.read_bytes()
+            content = read_limited(path)
             start = next(filter(content.startswith, marks), b"")
             codec = marks.get(start, "utf-8")
             return cls(path, start, codec, content[len(start) :].decode(codec))

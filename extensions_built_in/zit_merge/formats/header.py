@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from math import prod
 
 import torch
 
@@ -13,6 +12,7 @@ from ..errors import ZitMergeError
 from ..model.zimage import infer_sizes
 from .changes import FULL, Change, Group
 from .names import Part, parse_key, scaled_keys
+from .safetensors_file import SafetensorsFile
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,16 +36,16 @@ class Header:
     """The header of an open file.
 
     Attributes:
-        path: The file.
+        path: Of the file.
         metadata: The file's own.
         parts: Key -> what it is.
         scales: Key of a tensor -> key of what it is multiplied with.
     """
 
-    def __init__(self, path: Path, file: Any):  # safe_open, which has no types
-        self.path, self._file = path, file
-        self.metadata = dict(file.metadata() or {})
-        self.parts: dict[str, Part] = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    def __init__(self, file: SafetensorsFile):
+        self.path, self._file = file.path, file
+        self.metadata = dict(file.metadata)
+        self.parts: dict[str, Part] = {key: parse_key(key) for key in file.entries}
         self.scales = dict(self._scales())
 
     def keys(self, part: str) -> tuple[str, ...]:
@@ -64,11 +64,11 @@ class Header:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor."""
-        return tuple(self._file.get_slice(key).get_shape())
+        return self._file.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
         """Of a tensor; integers without a scale are refused."""
-        name = self._file.get_slice(key).get_dtype()
+        name = self._file.entries[key].dtype
         if name not in DTYPES or (name == "I8" and key not in self.scales):
             raise self.broken(f"{key} is stored as {name}, a LoRA's tensors are floating point")
         return DTYPES[name]
@@ -86,10 +86,9 @@ class Header:
 
     def alpha(self, key: str) -> float:
         """An alpha as stored, finite or not."""
-        tensor = self._file.get_tensor(key)
-        if tensor.numel() != 1:
-            raise self.broken(f"{key} has shape {list(tensor.shape)}, alpha is one number")
-        return float(tensor)
+        if prod(shape := self.shape(key)) != 1:
+            raise self.broken(f"{key} has shape {list(shape)}, alpha is one number")
+        return float(self._file.tensor(key))
 
     def groups(self) -> list[Group]:
         """The changes of the file, each with its keys.

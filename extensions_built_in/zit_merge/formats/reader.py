@@ -6,9 +6,7 @@ it is kept beside the tensors so that those which need no scaling pass through u
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..algebra import linear
@@ -29,6 +26,7 @@ from .header import Header, common_dtype
 from .metadata import Adapter
 from .names import SUFFIXES, is_of_another_model, nearest_key, parse_key
 from .reading import Reading
+from .safetensors_file import SafetensorsFile, Stamp
 from .scales import Scales
 from .verdict import Verdict
 
@@ -51,6 +49,7 @@ class LoraFile:
         questions: What the file leaves open, a sentence each; a merge refuses it until they are answered.
         remarks: What was decided for the user, a sentence each.
         scales: Key of a tensor -> key of what it is multiplied with when it is read.
+        stamp: Of the file; one that has another is no longer the file that is described here.
     """
 
     path: Path
@@ -64,6 +63,7 @@ class LoraFile:
     questions: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     scales: Mapping[str, str] = field(default_factory=dict)
+    stamp: Stamp | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -119,37 +119,35 @@ class LoraFile:
 
     def sha256(self) -> str:
         """Hex SHA-256 of the tensor data, header left out: what CivitAI calls AutoV3 and kohya `sshs_model_hash`."""
-        return tensor_hash(self.path)
+        return tensor_hash(self.path, self.stamp)
 
 
-def tensor_hash(path: Path) -> str:
-    """`LoraFile.sha256` of a file that need not be a LoRA."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            if 8 + header > path.stat().st_size:
-                raise ZitMergeError(f"{path}: is not a whole .safetensors file: copy or download it again")
-            file.seek(8 + header)
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    except OSError as e:
-        raise ZitMergeError(f"{path}: can't be read ({e.strerror}): check the disk and the file's permissions") from e
-    return digest.hexdigest()
+def tensor_hash(path: Path, stamp: Stamp | None = None) -> str:
+    """`LoraFile.sha256` of a file that need not be a LoRA.
+
+    Args:
+        path: The file.
+        stamp: What it must have, if it has been read before.
+
+    Raises:
+        ZitMergeError: It can't be read, or was changed.
+    """
+    with SafetensorsFile(path, stamp) as file:
+        return file.sha256()
 
 
 class TensorReader:
-    """An open LoRA file; close it before its file is replaced (Windows keeps mapped files)."""
+    """An open LoRA file, still the one that was described; close it before it is replaced (Windows keeps open files)."""
 
     def __init__(self, lora: LoraFile):
         self._lora = lora
-        self._file = _open(lora.path)
+        self._file = SafetensorsFile(lora.path, lora.stamp)
 
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._file.__exit__(None, None, None)
+    def __exit__(self, *exc: Any) -> None:
+        self._file.__exit__(*exc)
 
     def delta(self, module: str) -> tuple[float, Delta]:
         """(alpha / rank, change as stored, float8 as float32).
@@ -184,7 +182,7 @@ class TensorReader:
             key: Its key.
             rows: (first, last + 1); None is all.
         """
-        tensor = self._file.get_slice(key)[rows[0] : rows[1]] if rows else self._file.get_tensor(key)
+        tensor = self._file.tensor(key, rows)
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()
         if key in self._lora.scales:
@@ -197,7 +195,7 @@ class TensorReader:
 
     def _scale(self, key: str, rows: tuple[int, int] | None) -> Tensor:
         """One number, or (rows, 1) or (1, columns): what a tensor, or some of its rows, is multiplied with."""
-        scale = self._file.get_tensor(key).float()
+        scale = self._file.tensor(key).float()
         if scale.numel() == 1:
             return scale.reshape(())
         if scale.dim() == 1:
@@ -232,9 +230,8 @@ def load_lora(
         ZitMergeError: The file can't be read, is pickled, needs the base model's weights, or is no Z-Image LoRA.
     """
     reading = Reading(alpha, qkv, tuple(drop), adapter)
-    with _open(Path(path)) as file:
-        header = Header(Path(path), file)
-        lora = _read(header, reading)
+    with SafetensorsFile(Path(path)) as file:
+        lora = replace(_read(Header(file), reading), stamp=file.stamp)
     return _settle_twins(lora)
 
 
@@ -346,33 +343,6 @@ def _stranger(key: str) -> str:
     if parse_key(key).part == "weight":
         return "a weight of the model itself"
     return "no part of Z-Image" if is_of_another_model(key) else f"a name of a form that is not known{nearest_key(key)}"
-
-
-def _open(path: Path) -> Any:
-    """safe_open with one sentence for each way in which it can fail."""
-    if not path.exists():
-        raise ZitMergeError(f"{path}: there is no such file")
-    if path.is_dir():
-        raise ZitMergeError(f"{path}: is a folder, a .safetensors file is needed")
-    try:
-        path.open("rb").close()  # safetensors says "not found" where the permission is missing
-        return safe_open(path, framework="pt")
-    except SafetensorError as e:
-        if _is_pickle(path):
-            raise ZitMergeError(
-                f"{path}: is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read: "
-                "save it as .safetensors in a program that you trust it to"
-            ) from None
-        raise ZitMergeError(f"{path}: is not a whole .safetensors file ({e}): copy or download it again") from e
-    except OSError as e:
-        raise ZitMergeError(f"{path}: can't be read ({e.strerror or e}): check the file and its permissions") from e
-
-
-def _is_pickle(path: Path) -> bool:
-    """A pickle of protocol 2 to 5, bare or in the zip archive of torch.save."""
-    with path.open("rb") as file:
-        head = file.read(2)
-    return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(path)
 
 
 def _not_zimage(header: Header) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import ZitMergeError, counted
+from ..files.inputs import read_limited
 from .changes import Group
 from .metadata import Adapter, read_adapter
 from .reading import Reading
@@ -62,10 +64,11 @@ class Scales:
         try:
             if ADAPTER_KEY in self._header.metadata:
                 return read_adapter(self._header.metadata[ADAPTER_KEY], ADAPTER_KEY)
-            if (is_peft or self._header.path.name == "adapter_model.safetensors") and beside.is_file():
-                return read_adapter(beside.read_text(encoding="utf-8"), ADAPTER_FILE)
+            if (is_peft or self._header.path.name == "adapter_model.safetensors") and os.path.lexists(beside):
+                return read_adapter(read_limited(beside).decode(), ADAPTER_FILE)
         except (ValueError, OSError) as e:
-            why = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else e
+            why = f"{ADAPTER_FILE} can't be read ({e.strerror})" if isinstance(e, OSError) else e
+            why = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else why
             self.questions.append(f"alpha is outside of the tensors, but {why}: set alpha: none (alpha is the rank) or a number")
             return None
         if asked:

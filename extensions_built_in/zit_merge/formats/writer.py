@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.factors import Factors
-from ..files.atomic import open_exclusively, os_errors, part_path, publish_file
+from ..files.atomic import PART_KEY, open_exclusively, os_errors, part_path, publish_file, seal
 from ..model import zimage
 from ..model.zimage import MODULES
 from .names import native_name
@@ -151,13 +150,14 @@ class LoraWriter:
         path: The final name.
         entries: key -> (dtype, shape), in the order in which `write` will be called.
         reserve: Metadata of at least the size that `finish` will get.
+        publish: False leaves the file under its part name, for a step that only feeds later ones; it stays marked as a part.
     """
 
-    def __init__(self, path: Path, entries: Layout, reserve: Mapping[str, str]):
-        self.path = path
+    def __init__(self, path: Path, entries: Layout, reserve: Mapping[str, str], *, publish: bool = True):
+        self.path, self._mark = path, {} if publish else {PART_KEY: ""}
         self._part = part_path(path)
         self._entries = entries
-        self._header = len(_header(entries, reserve))
+        self._header = len(_header(entries, {**self._mark, **reserve}))
         self._pending = iter(entries.items())
 
     def __enter__(self) -> LoraWriter:
@@ -180,27 +180,23 @@ class LoraWriter:
         with os_errors(self.path):
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def finish(self, metadata: Mapping[str, str], *, publish: bool = True) -> Path:
+    def finish(self, metadata: Mapping[str, str]) -> Path:
         """Fills the header in, syncs, and moves the file to its name.
 
         Args:
             metadata: Not larger than what was reserved.
-            publish: False leaves the file under its part name, for a step that only feeds later ones.
 
         Returns:
             Where the file is.
         """
         if next(self._pending, None) is not None:
             raise AssertionError("finish was called before every tensor was written")
-        header = _header(self._entries, metadata, self._header)
+        header = _header(self._entries, {**self._mark, **metadata}, self._header)
         if len(header) != self._header:
             raise AssertionError(f"the metadata took {len(header)} bytes, {self._header} were reserved")
         with os_errors(self.path):
-            self._file.seek(0)
-            self._file.write(len(header).to_bytes(8, "little") + header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if not publish:
+            seal(self._file, len(header).to_bytes(8, "little") + header)
+            if self._mark:
                 self._file.close()
                 return self._part
             publish_file(self._file, self._part, self.path)

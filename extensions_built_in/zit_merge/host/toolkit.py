@@ -11,6 +11,7 @@ extension.py; the trainer's hooks, each asked for before it is used, in status.p
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
@@ -95,9 +96,17 @@ def accelerator() -> Any:
     """The job's accelerator (toolkit/accelerator.py).
 
     Raises:
-        ZitMergeError: The toolkit has none.
+        ZitMergeError: The toolkit has none, or it does not see the processes that were started: each would take itself for the
+            main one.
     """
-    return part("toolkit.accelerator", "get_accelerator")()
+    found = part("toolkit.accelerator", "get_accelerator")()
+    started = os.environ.get("WORLD_SIZE", "")  # of torchrun
+    if started.isdecimal() and int(started) > found.num_processes:
+        raise ZitMergeError(
+            f"{started} processes were started (WORLD_SIZE), accelerate sees {found.num_processes}, so that each would do "
+            "everything: without a GPU set ACCELERATE_USE_CPU=true, else start one process, or several with accelerate launch"
+        )
+    return found
 
 
 def device_of(name: str) -> torch.device:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ZitMergeError
-from ..formats.metadata import CHECK_KEY, OF_RANKS
 from ..formats.reader import LoraFile, load_lora, tensor_hash
+from ..formats.safetensors_file import Stamp
 from ..formats.verdict import Verdict
-from ..planning.types import StepPlan
+from ..planning.types import StepPlan, steps_to_make
 
 
 class Done(NamedTuple):
@@ -34,12 +34,12 @@ class Hashes:
     """SHA-256 of the tensor data of files, taken in threads while other work goes on. As a context it ends them.
 
     Args:
-        paths: The files, each hashed once.
+        files: The files, with the stamps that they had when they were planned, where they were.
     """
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, files: Mapping[Path, Stamp | None]):
         self._pool = ThreadPoolExecutor(max_workers=2)
-        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(tensor_hash, p) for p in dict.fromkeys(paths)}
+        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(tensor_hash, p, stamp) for p, stamp in files.items()}
 
     def __enter__(self) -> Hashes:
         return self
@@ -48,7 +48,11 @@ class Hashes:
         self._pool.shutdown(cancel_futures=True)
 
     def of(self, paths: Iterable[Path]) -> dict[Path, str]:
-        """Path -> hash of some of the files; waits for them."""
+        """Path -> hash of some of the files; waits for them.
+
+        Raises:
+            ZitMergeError: One can't be read, or is no longer the planned one.
+        """
         return {path: self._futures[path].result() for path in paths}
 
 
@@ -62,14 +66,12 @@ def made_file(plan: StepPlan, hashes: Hashes, path: Path) -> LoraFile | None:
     """
     if not path.is_file():
         return None
-    wanted = plan.metadata(hashes.of(plan.hashed))
+    wanted = hashes.of(plan.hashed)
     try:
         lora = load_lora(path)
     except ZitMergeError:
         return None
-    found = {key: text for key, text in lora.metadata.items() if key != CHECK_KEY}
-    fixed = wanted.keys() - set(OF_RANKS if plan.follows_from_numbers else ())
-    return lora if found.keys() == wanted.keys() and all(found[key] == wanted[key] for key in fixed) else None
+    return lora if plan.made(lora.metadata, wanted) else None
 
 
 def made_before(plan: StepPlan) -> Done | None:
@@ -99,9 +101,4 @@ def take_inventory(plans: Sequence[StepPlan], hashes: Hashes) -> Inventory:
         hashes: Of all their `hashed`.
     """
     there = {path: lora for plan in plans for path in plan.targets if (lora := made_file(plan, hashes, path))}
-    steps: set[str] = set()
-    for plan in reversed(plans):
-        if plan.name in steps or (plan.spec.keep and plan.path not in there):
-            fed_by = [i.step for i in plan.inputs if i.step]
-            steps |= {plan.name, *(step.name for step in fed_by if step.path not in there)}
-    return Inventory(there, steps)
+    return Inventory(there, steps_to_make(plans, there))

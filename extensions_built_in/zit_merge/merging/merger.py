@@ -131,7 +131,8 @@ class Merger:
         parameters = dict(self._parameters)
         if "seed" in parameters:  # other draws in every module
             parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
-        delta = self._method.function([p.weighted(p.ratio) for p in parts.values()], **parameters)
+        with self._plan.computing(module):
+            delta = self._method.function([p.weighted(p.ratio) for p in parts.values()], **parameters)
         return Merged(module, parts, None, delta)
 
     def _parts(self, module: str) -> dict[int, Part]:

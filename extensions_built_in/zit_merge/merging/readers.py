@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,8 +32,8 @@ class StepReaders:
     def __enter__(self) -> StepReaders:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._files.close()
+    def __exit__(self, *exc: Any) -> None:
+        self._files.__exit__(*exc)
 
     def of_input(self, i: Input) -> Reader:
         """Reads an input of a step: its file, or what an earlier step makes."""

@@ -60,6 +60,10 @@ class Result:
         Raises:
             ZitMergeError: It is too large for the dtype.
         """
+        with self.plan.computing(module):
+            return self._made(module)
+
+    def _made(self, module: str) -> Made:
         merged = self._merger.of(module)
         if not self.plan.kept_lokr:
             return Made(merged, self._finished(merged.delta, module))
@@ -104,7 +108,8 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
     for module, _, _, delta in merged:
         spectra[module] = torch.zeros(1, dtype=torch.float64)
         if delta is not None:
-            spectra[module] = singular_values(delta, plan.ranks[module]).cpu()
+            with plan.computing(module):
+                spectra[module] = singular_values(delta, plan.ranks[module]).cpu()
             total += norm(delta) ** 2
     costs = {module: sum(plan.shapes[module]) for module in spectra}
     if rule.size_mb:

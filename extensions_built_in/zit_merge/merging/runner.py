@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..files.atomic import copy_file, remove_part
+from ..files.atomic import copy_file, hold_part, remove_part, remove_parts
+from ..formats.reader import load_lora
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
 from .made import Done, Hashes, take_inventory
@@ -28,15 +29,22 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
     Raises:
         ZitMergeError: With no part of the failing step's file left behind.
     """
-    with contextlib.ExitStack() as cleanup, Hashes(path for plan in plans for path in plan.hashed) as hashes:
+    files = {path: stamp for plan in plans for path, stamp in plan.hashed.items()}
+    with contextlib.ExitStack() as cleanup, Hashes(files) as hashes:
         for plan in plans:
             cleanup.callback(remove_part, plan.path)
+        for folder in dict.fromkeys(path.parent for plan in plans for path in (plan.path, *plan.targets)):
+            cleanup.callback(remove_parts, folder)
         inventory, done = take_inventory(plans, hashes), dict[str, StepPlan]()
+        steps = dict(inventory.there)
         for plan in plans:
             plan = plan.over(done)
             lora = inventory.there.get(plan.path)
             if plan.name in inventory.steps:
-                step = write_step(plan, hashes, device, progress)
+                step = write_step(plan, steps, hashes, device, progress)
+                steps[step.path] = load_lora(step.path)
+                if not plan.spec.keep:
+                    cleanup.enter_context(hold_part(step.path))
             elif lora:
                 step = Done(plan.as_found(lora), plan.path, False, lora.verdict)
             else:

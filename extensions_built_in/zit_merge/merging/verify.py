@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, gram, norm
-from ..algebra.factors import Factors
+from ..algebra.factors import Factors, wide
 from ..algebra.least_squares import groups, least_squares
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
+from ..formats.spec import DTYPE_NAMES
 from ..formats.verdict import PAIRS_UP_TO, Measured, Verdict, judged
 from ..planning.types import StepPlan
 from .merger import Made, Parts
@@ -94,7 +95,7 @@ class Verifier:
 
     def __init__(self, plan: StepPlan):
         self._dtype, self._cut, self._sums = plan.dtype, plan.cut, Sums(len(plan.inputs))
-        self._spec = plan.spec
+        self._spec, self._inputs, self._file = plan.spec, plan.inputs, plan.path.name
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._pending: deque[Future[None]] = deque()
 
@@ -127,15 +128,17 @@ class Verifier:
         vectors.append(written.map(lambda t: t.to(merged.device)))
         want = torch.tensor(weights if is_linear else [0.0] * len(parts) + [1.0], dtype=torch.float64)
         scales = torch.tensor([*weights, *([] if is_linear else [1.0]), 1.0], dtype=torch.float64)
-        found, noise = self._products(module, vectors, want, scales)
+        found, noise = self._products(module, parts, vectors, want, scales)
         wanted, crossed, got = float(want @ found[:-1, :-1] @ want), float(want @ found[:-1, -1]), float(found[-1, -1])
         wanted, missed = max(wanted, 0.0), max(wanted - 2 * crossed + got, 0.0)
+        if got > torch.finfo(torch.float32).max ** 2:  # the factors hold it, what programs multiply out does not
+            raise ZitMergeError(f"{self._file}: {module} is too large for {DTYPE_NAMES[self._dtype]}: use smaller strengths")
         # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
         is_cut = module in self._cut and got > 0
         rounding = self._judge(module, abs(crossed - got) / got**0.5 if is_cut else missed**0.5, wanted**0.5, noise, written)
         if module in self._cut:
             wanted_parts = [merged] if coefficients is None else [p.weighted(coefficients[n]) for n, p in parts.items()]
-            _check_cut(module, wanted_parts, vectors[-1], rounding)
+            _check_cut(f"{self._file}: {module}", wanted_parts, vectors[-1], rounding)
         self._sums.add(module, parts, found, want, (wanted, missed, got))
 
     def verdict(self) -> Verdict:
@@ -144,19 +147,27 @@ class Verifier:
         found = self._sums.verdict(bool(self._cut))
         return judged(found, energy=rule.energy, most=rule.max, averaged=bool(self._spec.checkpoints))
 
-    def _products(self, module: str, vectors: Sequence[Delta], want: Tensor, scales: Tensor) -> tuple[Tensor, float]:
+    def _products(
+        self, module: str, parts: Parts, vectors: Sequence[Delta], want: Tensor, scales: Tensor
+    ) -> tuple[Tensor, float]:
         """(inner products of bare changes, of what else was wanted and of what was written, what sums can't tell)."""
         plain = bool(((scales.abs() <= _PLAIN) & (scales.abs() >= 1 / _PLAIN)).all())
         thin = plain and all(isinstance(v, Factors) for v in vectors)
         sums = _SUMS[self._dtype] if thin else torch.float64
         found = gram(vectors, sums)
         energy = float((found.diagonal() * scales**2).sum())
-        if sums == torch.float32 and float(want @ found[:-1, :-1] @ want) < _CANCELS * energy:
+        is_told = float(want @ found[:-1, :-1] @ want) >= _CANCELS * energy  # False where float32 overflows, too
+        if sums == torch.float32 and not is_told:
             sums = torch.float64
             found = gram(vectors)
             energy = float((found.diagonal() * scales**2).sum())
         if not torch.isfinite(found).all() or not math.isfinite(energy):
-            raise ZitMergeError(f"{module}: the norm of a change is too large for a number, the LoRA is broken: leave it out")
+            is_finite = found.diagonal().isfinite().tolist()
+            names = [self._inputs[n].label for n, is_one in zip(parts, is_finite, strict=False) if not is_one]
+            raise ZitMergeError(
+                f"{names[0] if names else self._file}: {module}: the norm of its change is too large for a number: "
+                + ("the LoRA is broken, leave it out" if names else "use smaller strengths")
+            )
         return found, _FLOOR[sums] * energy**0.5
 
     def _judge(self, module: str, beyond: float, wanted: float, noise: float, written: Delta) -> float:
@@ -166,17 +177,21 @@ class Verifier:
             if beyond <= rounding:
                 return rounding
         share = beyond / wanted if wanted else math.inf
-        cure = "save it as bf16 or fp32" if self._dtype == torch.float16 else "please report it with the recipe"
-        raise ZitMergeError(f"{module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
+        cure = "please report it with the recipe"
+        if self._dtype == torch.float16:
+            cure = "save it as bf16 or fp32"
+        elif wanted < torch.finfo(torch.float32).tiny:
+            cure = f"it is too small for {DTYPE_NAMES[self._dtype]}, use larger strengths"
+        raise ZitMergeError(f"{self._file}: {module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
 
 
-def _check_cut(module: str, parts: Sequence[Delta], written: Delta, rounding: float) -> None:
+def _check_cut(name: str, parts: Sequence[Delta], written: Delta, rounding: float) -> None:
     """Raises if a truncation left out something larger than the smallest component that it kept."""
-    left_out = _largest([p.map(lambda t: t.float()) for p in (*parts, written.times(-1.0))])
+    left_out = _largest([p.map(wide) for p in (*parts, written.times(-1.0))])
     kept = float(_sizes(written).min())
     if left_out > 1.001 * kept + rounding:
         raise ZitMergeError(
-            f"{module}: what was written differs from what was wanted by more than the truncation, which left out a component "
+            f"{name}: what was written differs from what was wanted by more than the truncation, which left out a component "
             f"of size {left_out:.2g} and kept one of {kept:.2g}: please report it with the recipe"
         )
 
@@ -197,14 +212,14 @@ def _coherent(written: Delta) -> float:
 def _sizes(written: Delta) -> Tensor:
     """|up_k| |down_k| of each component: the singular values of what `truncate` made."""
     up, down = written.expand()
-    ups, downs = (torch.linalg.vector_norm(t, dim=d, dtype=torch.float32) for t, d in ((up, 0), (down, 1)))
+    ups, downs = (torch.linalg.vector_norm(wide(t), dim=d) for t, d in ((up, 0), (down, 1)))
     return ups * downs
 
 
 def _largest(parts: Sequence[Delta]) -> float:
     """The largest singular value of a sum of deltas, from below: a few passes of block power iteration."""
     into, device = parts[0].shape[1], parts[0].device
-    x = torch.randn(into, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(into, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     for _ in range(3):
         image = sum(p @ torch.linalg.qr(x).Q for p in parts)
         x = sum(p.T @ image for p in parts)

@@ -7,13 +7,14 @@ files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from ..algebra.methods import METHODS
 from ..formats import lokr
-from ..formats.reader import TensorReader, load_lora
+from ..formats.reader import LoraFile, TensorReader
 from ..formats.writer import LoraWriter, fuse
 from ..planning.types import StepPlan
 from ..progress import Progress
@@ -22,11 +23,12 @@ from .results import Result
 from .verify import Verifier
 
 
-def write_step(plan: StepPlan, hashes: Hashes, device: torch.device, progress: Progress) -> Done:
+def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
     """Makes a step's file.
 
     Args:
-        plan: Final; the files of the steps that it uses are there.
+        plan: Final.
+        steps: Path -> file of the steps that are done; those that it uses are among them.
         hashes: Of `plan.hashed`.
         device: Where the algebra runs.
         progress: Shows how far it is.
@@ -35,16 +37,16 @@ def write_step(plan: StepPlan, hashes: Hashes, device: torch.device, progress: P
         ZitMergeError: With no part of the file left behind.
     """
     with _threads(plan), contextlib.ExitStack() as files:
-        readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
+        readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
-        with LoraWriter(plan.path, plan.layout, plan.draft) as out:
+        with LoraWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
                 write(result, out, verifier, progress)
-            files.close()  # Windows replaces no file that is mapped
+            files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
             metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
-            return Done(plan, out.finish(metadata, publish=plan.spec.keep), True, verdict)
+            return Done(plan, out.finish(metadata), True, verdict)
 
 
 @contextlib.contextmanager
@@ -71,7 +73,6 @@ def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: P
         whole = fuse([one.written.expand() for one in made])
         out.write(stem + form.down, whole.down)
         out.write(stem + form.up, whole.up)
-        del made, one, whole  # they may be views of an input's mapped file, which a caller's traceback would keep open
 
 
 def _write_lokr(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:

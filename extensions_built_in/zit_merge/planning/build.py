@@ -7,8 +7,10 @@ describes the LoRA to come by what the config says of it; the final plan reads t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,7 @@ def plan_section(
         ZitMergeError: A file that can't be read.
     """
     wanted = _needed(section, context, only)
-    builder = _Builder(section, context, before_training, {})
+    builder = _Builder(section, context, before_training)
     for i, step in enumerate(section.steps):
         if step.name == only and not step.keep:
             step = step.model_copy(update={"keep": True})  # asked for by name
@@ -51,7 +53,7 @@ def plan_section(
             builder.add(step, context.at(f"steps[{i}]"))
     plans = list(builder.plans.values())
     with located(context.loc):
-        check_room(plans, context)
+        check_room(plans, context, builder.there)
     return plans
 
 
@@ -78,12 +80,25 @@ class _Builder:
         context: Where it runs.
         before_training: The trained LoRA need not be there yet.
         plans: Name -> plan of the steps so far.
+        there: The outputs that are there and need not be made again.
+        written: File that one of these steps writes -> the step's name.
+        paths: Source and hash -> its file, found once for all steps that read it.
+        loras: File with the answers to what it leaves open -> what it holds, read once.
     """
 
     section: Section
     context: RunContext
     before_training: bool
-    plans: dict[str, StepPlan]
+    plans: dict[str, StepPlan] = field(default_factory=dict)
+    there: set[Path] = field(default_factory=set)
+    written: dict[Path, str] = field(default_factory=dict)
+    paths: dict[tuple[str, str | None], Path | None] = field(default_factory=dict)
+    loras: dict[tuple[Any, ...], LoraFile] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> Mapping[str, None]:
+        """Of the section's steps, in order."""
+        return dict.fromkeys(s.name for s in self.section.steps)
 
     def add(self, step: Step, loc: str) -> None:
         """Plans the next step."""
@@ -99,8 +114,9 @@ class _Builder:
         )
         plan = step_plan(basis)
         with located(loc):
-            check_output(plan, self.context)
+            self.there.update(check_output(plan, self.context))
         self.plans[step.name] = plan
+        self.written.update((target.resolve(), step.name) for target in plan.targets)
 
     def _inputs(self, step: Step, loc: str) -> tuple[Step, tuple[Input, ...]]:
         """The step with the LoRAs that it reads, and its inputs."""
@@ -128,7 +144,7 @@ class _Builder:
             path = self._path(spec)
         if path is None:
             return self._absent(spec, step, table)
-        lora = _read(spec, path, step.allow_unmatched)
+        lora = self._read(spec, path, step.allow_unmatched)
         known = LoraSpec(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
         if spec.lora.startswith(hub.HUB_PREFIX):
             file = hub.parse(spec.lora)
@@ -137,14 +153,26 @@ class _Builder:
         return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, known, table, path, lora)
 
     def _path(self, spec: Lora) -> Path | None:
-        names = [s.name for s in self.section.steps]
-        if not spec.sha256 and spec.lora in names:
+        if not spec.sha256 and spec.lora in self.names:
             raise SettingError(f"{spec.lora} is this step or a later one: a step can use only the steps before it")
-        path = resolve(spec, self.context, names, self.before_training)
-        for earlier in self.plans.values():
-            if path and path.resolve() in {target.resolve() for target in earlier.targets}:
-                raise SettingError(f"{spec.lora} is what the step {earlier.name} writes: use lora: {earlier.name}")
+        key = spec.lora, spec.sha256
+        if key not in self.paths:
+            self.paths[key] = resolve(spec, self.context, list(self.names), self.before_training)
+        path = self.paths[key]
+        if path and (earlier := self.written.get(path.resolve())):
+            raise SettingError(f"{spec.lora} is what the step {earlier} writes: use lora: {earlier}")
         return path
+
+    def _read(self, spec: Lora, path: Path, allow_unmatched: bool) -> LoraFile:
+        key = path, spec.alpha, spec.qkv, tuple(spec.drop), dumps(spec.adapter)
+        if key not in self.loras:
+            self.loras[key] = load_lora(path, alpha=spec.alpha, qkv=spec.qkv, drop=spec.drop, adapter=_recorded(spec))
+        lora = self.loras[key]
+        if lora.unmatched and not allow_unmatched:
+            raise unmatched_error(lora)
+        if lora.questions:
+            raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
+        return lora
 
     def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:
         """What a training will save, or what the hub has and nobody has fetched."""
@@ -177,15 +205,6 @@ def lora_factors(spec: Lora) -> dict[str, float]:
             "strengths",
         )
     return found
-
-
-def _read(spec: Lora, path: Path, allow_unmatched: bool) -> LoraFile:
-    lora = load_lora(path, alpha=spec.alpha, qkv=spec.qkv, drop=spec.drop, adapter=_recorded(spec))
-    if lora.unmatched and not allow_unmatched:
-        raise unmatched_error(lora)
-    if lora.questions:
-        raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
-    return lora
 
 
 def _recorded(spec: Lora) -> Adapter | None:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import SettingError, ZitMergeError, located
+from ..files.atomic import check_part, part_path
 from ..files.paths import check_writable, user_path
 from ..formats import lokr
-from ..formats.metadata import made_by
+from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
 from .context import RunContext
-from .types import StepPlan
+from .types import StepPlan, steps_to_make
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
 
 
-def check_output(plan: StepPlan, context: RunContext) -> None:
+def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
     """Checks the file of a step.
 
     Args:
         plan: The step.
         context: Where it runs.
+
+    Returns:
+        Those of its targets that are there and, as far as their metadata tell, would come out the same again.
 
     Raises:
         SettingError: The file can't or must not be written; located from the step on.
@@ -41,11 +48,16 @@ def check_output(plan: StepPlan, context: RunContext) -> None:
     if plan.spec.copy_to:
         with located("copy_to"):
             _check_copy(plan, context)
+    for target in dict.fromkeys((plan.path, *plan.targets)):
+        check_part(target)
+    there = set()
     for target in plan.targets:
         for i in plan.inputs:
             if i.path.exists() and target.exists() and i.path.samefile(target):
                 raise SettingError(f"{target} is both an input and the output: give the step another name")
-        _check_ours(target, plan)
+        if _check_ours(target, plan):
+            there.add(target)
+    return there
 
 
 def _could_stay(plan: StepPlan) -> bool:
@@ -65,47 +77,89 @@ def _check_copy(plan: StepPlan, context: RunContext) -> None:
     check_writable(folder)
 
 
-def _check_ours(target: Path, plan: StepPlan) -> None:
-    """A file that this step of this job wrote may be replaced, any other may not."""
+def _check_ours(target: Path, plan: StepPlan) -> bool:
+    """Whether a target is there as the step would make it. One that this step of this job wrote may be replaced, no other."""
     if not os.path.lexists(target):
-        return
+        return False
     try:
-        wrote = made_by(load_lora(target).metadata) if target.is_file() else None
+        metadata = load_lora(target).metadata if target.is_file() else {}
     except ZitMergeError:
-        wrote = None
-    if wrote != (plan.job, plan.name):
+        metadata = {}
+    if made_by(metadata) != (plan.job, plan.name):
         raise SettingError(
             f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
         )
+    paths = [lora["sha256"] for step in plan.recipe["steps"] for lora in step["loras"] if "sha256" in lora]
+    hashes = re.findall(r'"sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
+    return len(paths) == len(hashes) and plan.made(metadata, dict(zip(paths, hashes, strict=True)))
 
 
-def check_room(plans: Sequence[StepPlan], context: RunContext) -> None:
+@dataclass
+class _Disk:
+    """What the outputs of a section take on one disk, file after file.
+
+    Attributes:
+        loc: The setting that named the first folder on it.
+        folder: That folder.
+        taken: Bytes more than now.
+        peak: The most of them at any time: a new file is written beside the one that it replaces.
+        sizes: File -> its bytes.
+    """
+
+    loc: str
+    folder: Path
+    taken: int = 0
+    peak: int = 0
+    sizes: dict[Path, int] = field(default_factory=dict)
+
+    def write(self, path: Path, size: int) -> None:
+        """A file is written."""
+        if path not in self.sizes:
+            part = path if path.suffix == ".part" else part_path(path)
+            self.taken -= _bytes_freed(part)  # left by a killed run
+            self.sizes[path] = 0 if part == path else _bytes_freed(path)
+        self.peak = max(self.peak, self.taken + size)
+        self.taken += size - self.sizes[path]
+        self.sizes[path] = size
+
+
+def _bytes_freed(path: Path) -> int:
+    """What the disk gets back when a file is replaced; nothing where it has another name too, or is a link."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return 0
+    return facts.st_size if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1 else 0
+
+
+def check_room(plans: Sequence[StepPlan], context: RunContext, there: Collection[Path]) -> None:
     """Checks the folders and disks of all outputs.
 
     Args:
         plans: Of a section.
         context: Where it runs.
+        there: The outputs that are there and will not be made again.
 
     Raises:
         SettingError: A folder can't be written, or has no space for everything that will be; located from the section on.
     """
     with located("output_dir"):
         check_writable(context.output_dir)
-    disks: dict[int, tuple[str, Path, int]] = {}
+    disks: dict[int, _Disk] = {}
+    to_make = steps_to_make(plans, there)
     for plan in plans:
         for i, path in enumerate(plan.targets or [plan.output_path]):
             loc = "copy_to" if i else "output_dir"
             with located(loc):
                 parent = check_writable(path.parent)
-            disk = parent.stat().st_dev
-            first, where, needed = disks.get(disk, (loc, parent, 0))
-            replaced = path.stat().st_size if path.is_file() else 0
-            disks[disk] = first, where, needed + max(0, plan.bytes - replaced)
-    for loc, parent, needed in disks.values():
-        free = shutil.disk_usage(parent).free
-        if needed > free:
+            disk = disks.setdefault(parent.stat().st_dev, _Disk(loc, parent))
+            if plan.name in to_make or (i and path not in there):
+                disk.write(path, plan.bytes)
+    for disk in disks.values():
+        free = shutil.disk_usage(disk.folder).free
+        if disk.peak > free:
             raise SettingError(
-                f"the outputs need {needed / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB free: "
-                "free some, or set a smaller rank or another folder",
-                loc,
+                f"the outputs need {disk.peak / 1e6:,.0f} MB, each beside the file that it replaces, the disk of {disk.folder} "
+                f"has {free / 1e6:,.0f} MB free: free some, or set a smaller rank or another folder",
+                disk.loc,
             )

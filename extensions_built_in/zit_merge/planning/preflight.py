@@ -19,9 +19,10 @@ import torch
 
 from ..config.job import Job
 from ..config.schema import Section
-from ..errors import SettingError, nearest
+from ..errors import SettingError, ZitMergeError, nearest
+from ..formats.safetensors_file import SafetensorsFile
 from .context import RunContext
-from .training import ARCHS, Training, table, training_before
+from .training import ARCHS, LEFT_ALONE, Training, table, training_before
 
 RESTARTS = "cosine_with_restarts"
 Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
@@ -125,6 +126,7 @@ def preflight(job: Job, context: RunContext, section: Section, toolkit: Toolkit 
     if str(table(training.config, "model").get("arch", ARCHS[0])).split(":")[0] != ARCHS[0]:  # that one every toolkit has
         training.check_arch(toolkit.archs())
     train = table(training.config, "train")
+    _check_resumed(training)
     _check_scheduler(training, train, fixes, toolkit.scheduler)
     name = str(train.get("optimizer") or "adamw").lower()  # TrainConfig
     if trouble := toolkit.optimizer_trouble(name):
@@ -161,6 +163,21 @@ def restart_period(training: Training, loc: str) -> tuple[int, dict[str, Any]]:
     if not isinstance(period, int) or isinstance(period, bool) or period < 1:
         raise SettingError(f"total_iters must be a whole number of steps, not {period!r}", at)
     return period, parameters
+
+
+def _check_resumed(training: Training) -> None:
+    """Raises if the file that its start will load, after the model, can't be loaded."""
+    path = training.resumes_from()
+    if path is None or path.suffix != ".safetensors":
+        return
+    try:
+        SafetensorsFile(path).close()
+    except ZitMergeError as e:
+        what = str(e).rpartition(": ")[0]
+        is_own = path.parent == training.folder
+        how = "resume from it and fail: move it away" if is_own else "start from it and fail: copy it again"
+        loc = training.loc if is_own else f"{training.loc}.network.pretrained_lora_path"
+        raise SettingError(f"{what}, and the training would {how}", loc, is_complete=True) from None
 
 
 def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mapping[str, str], scheduler: Scheduler) -> None:
@@ -281,9 +298,8 @@ def strangers(training: Training) -> list[str]:
     if not training.folder.is_dir():
         return []
     own = re.compile(re.escape(training.job) + r"(_\d{9})?\.(safetensors|pt)")
-    left_alone = ("_LoRA", "_refiner", "_t2i", "_cn")  # get_latest_save_path drops these
     return sorted(
         p.name
         for p in training.folder.iterdir()
-        if training.claims(p) and not own.fullmatch(p.name) and not any(word in p.name for word in left_alone)
+        if training.claims(p) and not own.fullmatch(p.name) and not any(word in p.name for word in LEFT_ALONE)
     )

@@ -17,18 +17,23 @@ from .types import Input, StepBasis
 def recipe_of(step: StepBasis) -> dict[str, Any]:
     """The recipe of a step, with the paths of files in place of their hashes: `with_hashes` fills them in."""
     steps: dict[str, dict[str, Any]] = {}
-    _collect(step, steps)
+    for i in step.inputs:
+        for entry in i.step.recipe["steps"] if i.step else ():
+            steps.setdefault(entry["name"], _feeding(entry))
+    steps[step.name] = _entry(step)
     return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": step.job, "steps": list(steps.values())}
 
 
-def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
-    """Adds the entries of a step and, before it, of the steps that it uses."""
-    for i in step.inputs:
-        if i.step and i.step.name not in steps:
-            _collect(i.step, steps, feeds=True)
+def _feeding(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a step that only feeds later ones."""
+    if "file" not in entry:
+        return entry
+    return {"name": entry["name"], "keep": False} | {key: value for key, value in entry.items() if key not in ("name", "file")}
+
+
+def _entry(step: StepBasis) -> dict[str, Any]:
     spec = step.spec
-    entry: dict[str, Any] = {"name": spec.name}
-    entry |= {"keep": False} if feeds else {"file": step.path.name}
+    entry: dict[str, Any] = {"name": spec.name, "file": step.path.name}
     entry |= {"method": spec.method, **_params(spec)}
     entry |= {"rank": spec.rank_rule.record() if spec.rank_rule else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
@@ -38,7 +43,7 @@ def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool =
     if spec.confirm_size:
         entry["confirm_size"] = True
     entry["loras"] = [_input(i) for i in step.inputs]
-    steps[spec.name] = entry
+    return entry
 
 
 def _params(spec: Step) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 # The families of model.arch that are Z-Image: zimage, zimage:turbo, zimage:deturbo (extensions_built_in/diffusion_models/z_image)
 ARCHS = ("zimage", "zimage_l2p")
+LEFT_ALONE = ("_LoRA", "_refiner", "_t2i", "_cn")  # what has these in its path is resumed from by no job without them
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,22 @@ class Training:
         globs = [f"{self.job}*", f"CRITIC_{self.job}_*", *([f"{trigger}_*"] if trigger else [])]
         names = {n for whole in (name, f"{name}.part") for n in (whole, whole.lower())}
         return any(fnmatch.fnmatchcase(n, g) for glob in globs for g in (glob, glob.lower()) for n in names)
+
+    def resumes_from(self) -> Path | None:
+        """What its start loads (BaseSDTrainProcess.get_latest_save_path): the newest of its name, else a pretrained LoRA.
+
+        Not known where an embedding or an adapter is trained too: other names are looked for then.
+        """
+        if self.config.get("embedding") or self.config.get("adapter"):
+            return None
+        name = self.config.get("name") or self.job
+        patterns = (f"{name}*.safetensors", f"{name}*.pt", f"{name}*")
+        found = [path for pattern in patterns for path in glob.glob(os.path.join(self.folder, pattern)) if os.path.exists(path)]
+        found = [path for path in found if not any(word in path and word not in name for word in LEFT_ALONE)]
+        if found:
+            return Path(max(found, key=os.path.getctime))
+        pretrained = table(self.config, "network").get("pretrained_lora_path")
+        return Path(pretrained) if isinstance(pretrained, str) and os.path.exists(pretrained) else None
 
     def files(self) -> list[str]:
         """Names of the LoRA files in its folder."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 
 from ..config.schema import Lora, Step
+from ..errors import ZitMergeError
 from ..files.atomic import part_path
-from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
+from ..formats.metadata import CHECK_KEY, OF_RANKS, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
+from ..formats.safetensors_file import Stamp
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
 from ..model.strengths import compact
@@ -120,17 +123,33 @@ class StepBasis:
         """Where later steps of the run find it: a step that is not kept never gets its final name."""
         return self.path if self.spec.keep else part_path(self.path)
 
+    @contextlib.contextmanager
+    def computing(self, module: str) -> Iterator[None]:
+        """Decompositions that numbers without end make impossible as a sentence.
+
+        Args:
+            module: What is computed.
+        """
+        try:
+            yield
+        except torch.linalg.LinAlgError as e:
+            raise ZitMergeError(
+                f"{self.path.name}: {module} is too large to be computed: use smaller strengths, or leave the LoRA out that is "
+                "so strong there (inspect shows its norms)"
+            ) from e
+
     @property
     def form(self) -> Form:
         """How the output names things."""
         return FORMS[self.spec.save.format]
 
     @cached_property
-    def hashed(self) -> list[Path]:
-        """The files whose SHA-256 the recipe needs: this step's own, and those of the steps that it uses."""
-        own = [i.lora.path for i in self.inputs if i.lora]
-        fed = [path for i in self.inputs if i.step for path in i.step.hashed]
-        return list(dict.fromkeys(own + fed))
+    def hashed(self) -> Mapping[Path, Stamp | None]:
+        """The files whose SHA-256 the recipe needs, as they were read: this step's own, and those of the steps that it uses."""
+        found = {i.lora.path: i.lora.stamp for i in self.inputs if i.lora}
+        for i in self.inputs:
+            found |= i.step.hashed if i.step else {}
+        return found
 
     @property
     def targets(self) -> list[Path]:
@@ -222,6 +241,17 @@ class StepPlan(StepBasis):
         draft = {key: text for key, text in self.draft.items() if key != CHECK_KEY}
         return draft | {RECIPE_KEY: dumps(with_hashes(self.recipe, hashes))}
 
+    def made(self, metadata: Mapping[str, str], hashes: Mapping[Path, str]) -> bool:
+        """Whether a file of these metadata is the output of this recipe, by this version.
+
+        Args:
+            metadata: Of the file.
+            hashes: Path -> SHA-256 of the tensor data, for every file of `hashed`.
+        """
+        wanted, found = self.metadata(hashes), {key: text for key, text in metadata.items() if key != CHECK_KEY}
+        fixed = wanted.keys() - set(OF_RANKS if self.follows_from_numbers else ())
+        return found.keys() == wanted.keys() and all(found[key] == wanted[key] for key in fixed)
+
     @cached_property
     def follows_from_numbers(self) -> bool:
         """Whether its ranks, or those of a step that it uses, are known only when the numbers are."""
@@ -236,3 +266,18 @@ class StepPlan(StepBasis):
         units = self.form.units(self.ranks).values()
         ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
         return LoraSpec(ranks, self.shapes, self.dtype)
+
+
+def steps_to_make(plans: Sequence[StepPlan], there: Collection[Path]) -> set[str]:
+    """Names of the steps whose output is not there, and of those that they use and that are not there either.
+
+    Args:
+        plans: Of a section, in order.
+        there: The outputs that are there from the same recipe.
+    """
+    steps: set[str] = set()
+    for plan in reversed(plans):
+        if plan.name in steps or (plan.spec.keep and plan.path not in there):
+            fed_by = [i.step for i in plan.inputs if i.step]
+            steps |= {plan.name, *(step.name for step in fed_by if step.path not in there)}
+    return steps

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
 from ..files.atomic import os_errors, write_whole
+from ..files.inputs import PICTURE_LIMIT, read_limited
 from ..planning.context import PREFIXES, RunContext
 from .sheet import legend
 
@@ -55,10 +56,10 @@ class ImageStore:
     def has(self, digest: str) -> bool:
         """Whether a complete picture is stored."""
         try:
-            content = self.path(digest).read_bytes()
+            content = read_limited(self.path(digest), PICTURE_LIMIT)
             with Image.open(BytesIO(content)) as picture:
                 return content.endswith(_END) and _KEY in getattr(picture, "text", ())  # reads all of it
-        except (OSError, SyntaxError, ValueError, AttributeError):  # broken, or another format
+        except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError):  # broken, or another format
             return False
 
     def load(self, digest: str, edge: int | None = None) -> Image.Image:
@@ -72,7 +73,7 @@ class ImageStore:
             ZitMergeError: It can't be read any more.
         """
         try:
-            with Image.open(self.path(digest)) as picture:
+            with Image.open(BytesIO(self._content(digest))) as picture:
                 found = picture.convert("RGB")
         except OSError as e:
             raise self._gone(digest) from e
@@ -151,7 +152,7 @@ class ImageStore:
 
     def _content(self, digest: str) -> bytes:
         try:
-            return self.path(digest).read_bytes()
+            return read_limited(self.path(digest), PICTURE_LIMIT)
         except OSError as e:
             raise self._gone(digest) from e
 
@@ -221,7 +222,7 @@ def _time_of(name: str) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_limited(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -83,7 +83,7 @@ def render(
     """
     store, workers = image_store(preview.context, preview.settings.row), workers or Workers()
     pictures = preview.pictures()
-    files = [path for variant in dict.fromkeys(p.variant for p in pictures) for path in variant.files()]
+    files = {path: stamp for variant in dict.fromkeys(p.variant for p in pictures) for path, stamp in variant.files().items()}
     with Hashes(files) as hashes:
         records = PictureRecords(preview, hashes.of(files))
         missing = _missing(pictures, records, store)

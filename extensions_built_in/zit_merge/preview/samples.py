@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.schema import Preview, Section
 from ..errors import SettingError, ZitMergeError, joined, located
+from ..files.inputs import read_limited
 from ..files.paths import user_path
 from ..files.text import TextFile
 from ..planning.context import RunContext
@@ -129,7 +130,7 @@ def _other_kind(path: Path) -> str:
     """The class name in a model's folder, unless it is Z-Image's; empty where there is none."""
     for name in ("model_index.json", "transformer/config.json", "config.json"):
         try:
-            kind = json.loads((path / name).read_text(encoding="utf-8")).get("_class_name")
+            kind = json.loads(read_limited(path / name)).get("_class_name")
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(kind, str):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algebra.delta import Delta
+from ..formats.safetensors_file import Stamp
 from ..planning.types import Input, StepPlan, with_hashes
 from .groups import ModuleGroup
 
@@ -26,9 +27,9 @@ class AdapterVariant:
 
     label: str
 
-    def files(self) -> list[Path]:
-        """The files whose hashes its record needs."""
-        return []
+    def files(self) -> Mapping[Path, Stamp | None]:
+        """The files whose hashes its record needs, as they were when they were planned."""
+        return {}
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         """Everything that determines its deltas, for JSON; the same for equal variants.
@@ -57,8 +58,9 @@ class InputVariant(AdapterVariant):
 
     input: Input
 
-    def files(self) -> list[Path]:
-        return self.input.step.hashed if self.input.step else [self.input.path]
+    def files(self) -> Mapping[Path, Stamp | None]:
+        i = self.input
+        return i.step.hashed if i.step else {i.path: i.lora.stamp if i.lora else None}
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         i = self.input
@@ -82,7 +84,7 @@ class StepVariant(AdapterVariant):
 
     plan: StepPlan
 
-    def files(self) -> list[Path]:
+    def files(self) -> Mapping[Path, Stamp | None]:
         return self.plan.hashed
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class MaskedVariant(AdapterVariant):
     group: ModuleGroup
     only: bool
 
-    def files(self) -> list[Path]:
+    def files(self) -> Mapping[Path, Stamp | None]:
         return self.whole.files()
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ZitMergeError
+from ...files.inputs import PICTURE_LIMIT, read_limited
 from .values import NAME, number, text
 
 PICTURES = 3_500_000  # bytes of a page for pictures, as long as those can be made smaller
@@ -163,7 +164,8 @@ def _smaller(picture: bytes | Path, edge: int) -> bytes:
     """A JPEG of up to `edge` pixels a side, in the proportions of the picture."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+    content = picture if isinstance(picture, bytes) else read_limited(picture, PICTURE_LIMIT)
+    with Image.open(io.BytesIO(content)) as image:
         small, file = image if image.mode == "RGB" else image.convert("RGB"), io.BytesIO()
         small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         small.save(file, "JPEG", quality=_QUALITY, optimize=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ... import __version__
 from ...files.atomic import os_errors, write_whole
+from ...files.inputs import open_regular
 from .galleries import PICTURES, Gallery, fit
 from .values import NAME, anatomy, text
 
@@ -120,7 +121,7 @@ class Page:
 def is_ours(path: Path) -> bool:
     """Whether a file is a page that zit_merge wrote, so that it may be replaced."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return f'name="generator" content="{_GENERATOR}'.encode() in file.read(1000)
     except OSError:
         return False

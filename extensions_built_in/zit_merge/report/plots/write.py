@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...analysis.measure import Measurement
 from ...errors import SettingError, located
-from ...files.atomic import part_path, write_whole
+from ...files.atomic import check_part, part_path, write_whole
 from ...files.paths import check_writable, user_path
 from . import require_matplotlib
 from .data import plot_data
@@ -39,6 +39,7 @@ def target(path: Path, files: Sequence[Path]) -> Path:
             raise SettingError("is one of the LoRAs: give the picture another name")
     with located("--plot"):
         user_path(part_path(path))  # its name may be too long where that of the picture is not
+        check_part(path)
         check_writable(path.parent)
     require_matplotlib("--plot")
     return path
