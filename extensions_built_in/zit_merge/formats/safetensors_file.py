@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import threading
 import zipfile
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -227,7 +227,7 @@ def _parse(text: str, size: int) -> tuple[Mapping[str, str], Mapping[str, Entry]
     Raises:
         ValueError: It is no header, or not that of these bytes.
     """
-    table = json.loads(text, object_pairs_hook=_no_twins)
+    table = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
     if not isinstance(table, dict):
         raise ValueError("its header is no table")
     metadata = table.pop("__metadata__", None) or {}
@@ -253,12 +253,23 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"its header has {number[:20]}, which is no number of JSON")
+    return value
+
+
+def _whole(number: str) -> int:
+    _finite(number)
+    return int(number)
+
+
 def _entry(key: str, told: Any) -> Entry:
     """A tensor's entry of the header, checked by itself."""
     dtype, shape, place = map(told.get, ("dtype", "shape", "data_offsets")) if isinstance(told, dict) else (None, None, None)
     if not isinstance(dtype, str) or dtype not in _STORED or not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
         raise ValueError(f"{key} has no dtype, shape and place that can be read")
-    if 8 * (place[1] - place[0]) != prod(shape) * _STORED[dtype][0]:
+    if 8 * (place[1] - place[0]) != math.prod(shape) * _STORED[dtype][0]:
         raise ValueError(f"{key} does not have the bytes that its shape takes")
     return Entry(dtype, tuple(shape), *place)
 
