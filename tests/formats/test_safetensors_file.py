@@ -67,6 +67,7 @@ HEADERS = {
     "no UTF-8": (b'{"\xff":' + json.dumps(entry()).encode() + b"}", 4),
     "half a surrogate pair": (b'{"\\ud800":' + json.dumps(entry()).encode() + b"}", 4),
     "nested": (b"[" * 100_000, 4),
+    **{f"metadata {value!r}": ({"__metadata__": value, "a": entry()}, 4) for value in ("", 0, False, [], {"a": None})},
     "empty": (b"", 0),
     **{
         f"{word} where nobody reads it": (json.dumps({"a": entry() | {"more": 0}}).replace(": 0}", f": {word}}}").encode(), 4)

@@ -230,7 +230,8 @@ def _parse(text: str, size: int) -> tuple[Mapping[str, str], Mapping[str, Entry]
     table = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
     if not isinstance(table, dict):
         raise ValueError("its header is no table")
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not all text")
     for word in (*table, *metadata, *metadata.values()):
