@@ -15,8 +15,9 @@ from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
 from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import Trainer, recognise
+from ..formats.writer import why_padded
 from .measure import Measurement
-from .oddities import missing, odd
+from .oddities import missing, odd, padding
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def describe(measured: Measurement) -> Description:
     (lora,), norms = measured.loras, measured.norms(0)
     trainer, stored = recognise(lora), _stored_dtypes(lora)
     known = [norm for norm in norms.values() if norm is not None]
+    padded = padding(lora, norms)
     return Description(
         file=lora.path.name,
         trainer=trainer,
@@ -100,12 +102,12 @@ def describe(measured: Measurement) -> Description:
         dtype=" and ".join(stored),
         norms=norms,
         norm=None if len(known) < len(norms) else _finite(math.hypot(*known)),
-        missing=[*missing(lora, trainer)],
-        odd=[*odd(lora, trainer, norms, stored)],
+        missing=[*missing(lora.changes.keys() - padded, trainer)],
+        odd=[*odd(lora, trainer, norms, stored, padded)],
         skipped=list(lora.skipped),
         unmatched=list(lora.unmatched),
         questions=list(lora.questions),
-        remarks=list(lora.remarks),
+        remarks=[*lora.remarks, *([why_padded(padded)] if padded else [])],
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
         recipe=read_recipe(lora.metadata),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config.schema import Lora, Step
+from ..config.schema import Lora, RankRule, Step
 from ..files.atomic import part_path
 from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
@@ -109,6 +109,16 @@ class StepBasis:
     def name(self) -> str:
         """The step's name."""
         return self.spec.name
+
+    @property
+    def rank_limit(self) -> int | None:
+        """The highest rank that was asked for; None where nothing limits it."""
+        asked = self.spec.rank
+        if isinstance(asked, RankRule):
+            return asked.max
+        if asked == "same":
+            return max((i.known.rank for i in self.inputs), default=1)
+        return asked if isinstance(asked, int) else None
 
     @property
     def kept_lokr(self) -> LoraFile | None:
@@ -232,7 +242,8 @@ class StepPlan(StepBasis):
         """What later steps can know of the output."""
         if self.spec.save.keep_lokr:
             known = self.inputs[0].known
-            return LoraSpec(known.ranks, known.shapes, self.dtype, known.algorithms)
+            ranks = self.ranks if self.kept_lokr else known.ranks
+            return LoraSpec(ranks, known.shapes, self.dtype, known.algorithms)
         units = self.form.units(self.ranks).values()
         ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
         return LoraSpec(ranks, self.shapes, self.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
-from ..formats.writer import ALWAYS
+from ..formats.writer import ALWAYS, why_padded
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
 
@@ -30,6 +30,8 @@ def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str,
     silent = sum(1 for n in stacked.values() if n == 0)
     if silent:
         found.append(f"{silent} of {len(stacked)} modules have strength 0 throughout and are written as zeros")
+    if added := ranks.keys() - stacked.keys():
+        found.append(why_padded(added))
     return tuple(found)
 
 
@@ -60,6 +62,12 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
         found.append(f"rank {exact} holds everything, the best approximation of rank {rank} is written")
     elif isinstance(asked, int) and asked > exact:
         found.append(f"rank {asked} was asked for, {exact} holds everything: nothing is cut")
+    needed = min(exact, step.rank_limit or exact)
+    if rank > needed:
+        found.append(
+            f"rank {rank} is written where {needed} would do: beside an alpha key stable-diffusion.cpp takes rank 1 for the "
+            "width of the input"
+        )
     if not save.uniform:
         found.append(
             "each module has its own rank: diffusers before 0.40 needs the metadata that is written with it, AI-Toolkit the full "
