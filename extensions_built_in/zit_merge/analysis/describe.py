@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..formats.header import DTYPES
-from ..formats.metadata import read_check, read_recipe, trigger_words
+from ..formats.metadata import bases, read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
 from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import Trainer, recognise
@@ -49,6 +49,7 @@ class Description:
         remarks: Sentences: what was decided for the user.
         trigger_words: As the metadata name them.
         base_model: As the metadata name it, or None.
+        base: What the LoRA, or those that were merged into it, was trained on, by name: {model, arch, adapter}, what is known.
         recipe: The recipe of a file that zit_merge wrote, else None.
         check: What zit_merge found when it wrote the file, {error, kept, asked, got, cut}, else None.
     """
@@ -72,6 +73,7 @@ class Description:
     remarks: Sequence[str]
     trigger_words: Sequence[str]
     base_model: str | None
+    base: Sequence[Mapping[str, str]]
     recipe: Mapping[str, Any] | None
     check: Mapping[str, Any] | None
 
@@ -110,6 +112,7 @@ def describe(measured: Measurement) -> Description:
         remarks=[*lora.remarks, *([why_padded(padded)] if padded else [])],
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
+        base=bases(lora.metadata),
         recipe=read_recipe(lora.metadata),
         check=read_check(lora.metadata),
     )

@@ -12,7 +12,7 @@ import torch
 
 from ..config.schema import Lora, RankRule, Step
 from ..files.atomic import part_path
-from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
+from ..formats.metadata import BASE_KEY, CHECK_KEY, RECIPE_KEY, Base, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
@@ -47,6 +47,7 @@ class Input:
         lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
         step: It is the output of this earlier step.
         source: What a recipe calls it, where that is not its label.
+        base: What it was trained on, where the job or a recipe says it.
     """
 
     spec: Lora
@@ -57,6 +58,7 @@ class Input:
     lora: LoraFile | None = None
     step: StepPlan | None = None
     source: str = ""
+    base: Base = field(default_factory=dict)
 
     @cached_property
     def strengths(self) -> Mapping[str, float]:
@@ -77,7 +79,8 @@ class Input:
         """The file's own, or what the step before us will write."""
         if self.step:
             return self.step.draft
-        return self.lora.metadata if self.lora else {}
+        own = self.lora.metadata if self.lora else {}
+        return {**own, BASE_KEY: dumps([self.base])} if self.base else own
 
 
 USUAL_PREFIX = "merged_"  # of outputs' names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
+from ..formats.metadata import base_text, bases, bases_differ
 from ..formats.writer import ALWAYS, why_padded
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
@@ -24,6 +25,7 @@ def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str,
         found.append(
             f"the file is called {step.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {step.job}"
         )
+    found += _of_bases(step)
     found += _of_method(step)
     if all(i.known.ranks for i in step.inputs):  # else a file on the hub may hold more
         found += _of_rank(step, max([1, *stacked.values()]), max(ranks.values(), default=0), is_open)
@@ -33,6 +35,14 @@ def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str,
     if added := ranks.keys() - stacked.keys():
         found.append(why_padded(added))
     return tuple(found)
+
+
+def _of_bases(step: StepBasis) -> list[str]:
+    named = {i.label: bases(i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))}
+    if not bases_differ(base for found in named.values() for base in found):
+        return []
+    each = "; ".join(f"{label}: {' and '.join(map(base_text, found))}" for label, found in named.items() if found)
+    return [f"LoRAs of different bases, which may do less on another than on their own: {each}"]
 
 
 def _of_method(step: StepBasis) -> list[str]:
