@@ -386,6 +386,16 @@ CASES: dict[str, tuple[str, Callable[[], Made], Callable[[], Made]]] = {
     "rank varies, kohya": ("rank varies (1-4)", lambda: made_by("kohya-resized"), lambda: made_by("musubi")),
     "rank varies, LoKr": ("rank varies", lambda: made_by("kohya-resized"), lambda: made_by("lycoris-lokr-both")),
     "rank varies, fused": ("rank varies", lambda: made_by("kohya-resized"), lambda: made_by("musubi-comfy")),
+    "rank 1 beside alpha": (
+        "rank 1 beside an alpha key in 210 modules (e.g. layers.0.attention.to_q): stable-diffusion.cpp divides alpha by",
+        lambda: made_by("musubi", rank=1),
+        lambda: made_by("ai-toolkit", rank=1),
+    ),
+    "rank 1 beside alpha, LoKr": (
+        "rank 1 beside an alpha key in",
+        lambda: made_by("musubi-lokr", rank=1),
+        lambda: made_by("ai-toolkit-lokr", rank=1),
+    ),
     "alpha ignored": (
         "alpha is not the rank (alpha / rank 2) under lora_A / lora_B names",
         lambda: made_by("onetrainer-comfy"),
@@ -475,6 +485,47 @@ def test_odd(tmp_path, case):
         found = described(tmp_path, make())
         assert len(said(found.odd, words)) == expected, found.odd
         assert (" ".join(words.split()) in " ".join(description_text(found).split())) is bool(expected)
+
+
+W1 = "layers.1.feed_forward.w1"
+RANK_THERE, TOGETHER = "AI-Toolkit reads the rank at layers.0.attention.to_k", "programs count q, k and v of a block together"
+PADDED = {  # modules of the LoRA -> how many are added, and why
+    "one module": ((W1,), 4, (RANK_THERE, TOGETHER)),
+    "all but the probe's block": ((Q.replace("layers.0", "layers.3"), W1), 6, (RANK_THERE, TOGETHER)),
+    "the probe": ((K,), 2, (TOGETHER,)),
+    "what belongs to nothing": ((Q, K, V, "layers.3.feed_forward.w2"), 0, ()),
+    "one is added": ((Q, V), 1, (RANK_THERE,)),
+    "a refiner": (("noise_refiner.1.attention.to_v",), 5, (RANK_THERE, TOGETHER)),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_modules_of_zeros_that_we_add_are_explained_and_not_odd(work, case):
+    modules, added, reasons = PADDED[case]
+    producers.save(pairs(*modules), work.folder / "in.safetensors")
+    plan = " ".join(work.zit("merge", "in.safetensors", "-o", "out.safetensors", "--ratio", 1, "--shapes", "free").ok().split())
+    count = f"{len(modules) + added} modules" + f" ({added} of zeros)" * bool(added)
+    assert f"writes {count}, rank" in plan and f"wrote {count}, rank" in plan
+    text = work.zit("inspect", "out.safetensors").ok()
+    facts = json.loads(work.zit("inspect", "out.safetensors", "--json").ok())
+    assert facts["modules"] == len(modules) + added
+    assert [s for s in facts["odd"] if "sizes of another" not in s] == []
+    assert len(facts["remarks"]) == bool(added) == ("of zeros" in text) == ("note: " in plan)
+    for reason in (RANK_THERE, TOGETHER):
+        assert (reason in plan) is (reason in "".join(facts["remarks"])) is (reason in reasons)
+    alone = json.loads(work.zit("inspect", "in.safetensors", "--json").ok())
+    assert facts["missing"] == alone["missing"]
+
+
+def test_zeros_that_we_did_not_add_stay_odd(work):
+    """By another program, or no module that anything counts."""
+    zeros = pairs(Q, K, V, W1)
+    zeros.tensors[f"diffusion_model.{V}.lora_B.weight"].zero_()
+    producers.save(zeros, work.folder / "in.safetensors")
+    work.zit("merge", "in.safetensors", "-o", "out.safetensors", "--ratio", 1, "--shapes", "free", "--layers", "1=0").ok()
+    for name, wanted in (("in", f"{V} changes nothing"), ("out", f"2 modules (e.g. {W1}) change nothing")):
+        facts = json.loads(work.zit("inspect", f"{name}.safetensors", "--json").ok())
+        assert len(said(facts["odd"], f"{wanted}, all zeros")) == len(said(facts["odd"], "all zeros")) == 1
 
 
 def test_a_whole_file_of_the_real_sizes_has_nothing_odd(tmp_path):
@@ -608,7 +659,7 @@ def documented_keys() -> list[str]:
 
 
 def test_the_documentation_lists_the_keys():
-    assert len(documented_keys()) == 21
+    assert len(documented_keys()) == 22
 
 
 @pytest.mark.parametrize("name", READABLE)

@@ -299,7 +299,7 @@ def test_merge_with_a_layer_spec_for_each(work, real_loras):
         (["--ratio", 1, "--rank", "foo"], "--rank: must be exact, same, a whole number from 1"),
         (["--ratio", 1, "--rank", "energy=2"], "--rank: takes energy as a share from 0 to 1"),
         (["--ratio", 1, "--rank", "energy="], "--rank: 'energy=' is not NAME=VALUE"),
-        (["--ratio", 1, "--rank", "size_mb=0.001"], "--rank: a file of rank 1 takes "),
+        (["--ratio", 1, "--rank", "size_mb=0.001"], "--rank: a file of rank 2 takes "),
         (["--ratio", 1, "--method", "blend"], "--method: no such method: 'blend'"),
         (["--ratio", 1, "--params", "density=1"], "--params density: the method sum has no such parameter"),
         (["--ratio", 1, "--params", "density"], "--params: 'density' is not NAME=VALUE"),

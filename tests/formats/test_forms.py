@@ -120,6 +120,25 @@ def test_our_own_reader_reads_the_same(tmp_path, mix, form, dtype):
         assert float((delta - wanted[module]).norm()) < ROUNDING[dtype] * size[module], module
 
 
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("form", ENDINGS)
+def test_no_alpha_stands_beside_a_rank_of_1(tmp_path, form, uniform):
+    """stable-diffusion.cpp takes the width of the input for such a rank (src/lora.hpp: ne[ggml_n_dims - 1] of down)."""
+    path, deltas = write(tmp_path, "ai-toolkit-all", rank=1, shapes=FEW)
+    out = merge_into(tmp_path, [(path, 0.9)], format=form, uniform=uniform)
+    least = 2 if ENDINGS[form][1] else 1
+    thirds = () if uniform or form != "comfyui" else ("to_q", "to_k", "to_v")  # three of rank 1 are a rank of 3
+    ranks = {m: 1 if m.endswith(thirds) else least for m in FEW} | {"layers.0.attention.to_k": least}
+    tensors, found = load_file(out), read(out, form, FEW)
+    assert {key: tuple(t.shape) for key, t in tensors.items()} == table(form, FEW, ranks)
+    assert all(float(t) == len(tensors[key[:-6] + ENDINGS[form][0][0]]) for key, t in tensors.items() if key.endswith(".alpha"))
+    assert {m for m in FEW if not float((found[m] - 0.9 * deltas[m]).norm()) <= 3e-7 * float(deltas[m].norm())} == set()
+    metadata = read_metadata(out)
+    assert metadata.get("ss_network_dim", "2") == metadata.get("ss_network_alpha", "2") == "2"
+    if not uniform:
+        assert json.loads(metadata["lora_adapter_metadata"])["transformer.r"] == least
+
+
 @pytest.mark.parametrize("rank", ["exact", 2, "same"])
 def test_every_form_holds_the_same_factors_bit_for_bit(tmp_path, mix, rank):
     loras, _, _, shapes = mix
@@ -250,7 +269,8 @@ def test_a_fused_qkv_of_three_ranks(tmp_path):
     out = merge_into(tmp_path, [(path, 0.7)], format="comfyui", uniform=False)
     ranks = own_ranks(path)
     ranks["layers.0.attention.to_k"] = max(min(r, 8) for r in ranks.values())
-    ranks = {m: min(r, 8) for m, r in ranks.items()}
+    fused = ("to_q", "to_k", "to_v")
+    ranks = {m: min(r if m.endswith(fused) else max(r, 2), 8) for m, r in ranks.items()}
     assert {k: tuple(t.shape) for k, t in load_file(out).items()} == table("comfyui", {m: SMALL[m] for m in deltas}, ranks)
     key = "diffusion_model.layers.5.attention.qkv"
     three = [ranks[f"layers.5.attention.to_{c}"] for c in "qkv"]
@@ -267,15 +287,15 @@ def test_a_fused_qkv_of_three_ranks(tmp_path):
         assert float((found[module] - 0.7 * delta).norm()) < 1e-6 * float(delta.norm()), module
 
 
-def test_a_module_that_is_written_as_zeros_has_rank_1(tmp_path):
+def test_a_module_that_is_written_as_zeros_has_the_lowest_rank(tmp_path):
     modules = ("layers.3.attention.to_v", "layers.7.feed_forward.w3")
     path, _ = write(tmp_path, "ai-toolkit", shapes={m: SMALL[m] for m in modules})
     out = merge_into(tmp_path, [(path, {"ratio": 1.0, "overrides": {"7.w3": 0.0}})], uniform=False)
     zeros = {
-        "layers.3.attention.to_q": 1,
-        "layers.3.attention.to_k": 1,
-        "layers.7.feed_forward.w1": 1,
-        "layers.7.feed_forward.w3": 1,
+        "layers.3.attention.to_q": 2,
+        "layers.3.attention.to_k": 2,
+        "layers.7.feed_forward.w1": 2,
+        "layers.7.feed_forward.w3": 2,
     }
     expected = zeros | {"layers.3.attention.to_v": 3, "layers.0.attention.to_k": 3}
     assert written_ranks(out, "ai-toolkit", expected) == expected

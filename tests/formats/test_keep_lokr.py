@@ -115,6 +115,19 @@ def test_a_weighed_lokr_stays_one_and_is_what_it_has_to_be(tmp_path, name, dtype
     assert out.stat().st_size < 2 * len(before[0]) * DTYPES[dtype].itemsize / 2 + 60_000  # no expansion: the header is the rest
 
 
+@pytest.mark.parametrize("name", PRODUCED)
+def test_no_alpha_stands_beside_a_product_of_rank_1(tmp_path, name):
+    """stable-diffusion.cpp takes the width of w1_b, w2_b or lora_A for such a rank, too."""
+    path, made = write(tmp_path, name, rank=1)
+    out = keep(tmp_path, [(path, 0.8)])
+    check(out, {m: 0.8 * d for m, d in made.deltas.items()}, ROUNDING["fp32"])
+    for module, parts in modules_of(out).items():
+        downs = [t for part, t in parts.items() if part in ("w1_b", "w2_b", ".lora_A.weight")]
+        assert all(t.shape[0] == parts[".alpha"] == 2 for t in downs), module
+    again = keep(tmp_path, [(out, 1.0)], "again")
+    check(again, {m: 0.8 * d for m, d in made.deltas.items()}, ROUNDING["fp32"])
+
+
 @pytest.mark.parametrize("ratio", [1.0, -1.0, 0.0, -0.3, 2.5])
 def test_any_ratio(tmp_path, ratio):
     path, made = write(tmp_path, "ai-toolkit-lokr-split")
@@ -308,7 +321,9 @@ def test_the_recipe_makes_the_same_bytes(work, lokr, dtype):
     assert work.again(work.recipe(made), "--loras", folder).read_bytes() == made.read_bytes()
 
 
-def test_a_later_step_uses_it(work, lokr):
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_later_step_uses_it(work, lokr, rank):
+    work.lora("lokr.safetensors", "ai-toolkit-lokr-split", rank=rank)
     work.lora("me.safetensors")
     steps = [
         KEPT,

@@ -12,6 +12,7 @@ import torch
 from oracles.dense import product, read_deltas, relative
 from oracles.producers import PRODUCERS
 from reading import DTYPES, FUSED, QKV, SHAPES, Q, check, clear, dense, normal, question, refusal, store, write
+from workspace import FEW
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.algebra.delta import Kron
@@ -232,6 +233,23 @@ def test_a_mixed_file_says_what_it_is_made_of(tmp_path):
 # --- alpha of a LoKr -----------------------------------------------------------------------------------------------------------
 
 WHOLE = {"w1": normal(4, 4), "w2": normal(6, 6, seed=1)}
+IGNORED = "stands beside whole LoKr factors or differences, where it has no meaning, and is ignored as in every program"
+
+
+def test_the_plan_says_once_that_such_an_alpha_is_ignored(work):
+    """LyCORIS trainers name a rank and an alpha for whole factors too; every program applies 1."""
+    work.shapes = FEW
+    work.lora("a.safetensors", "simpletuner-lycoris-lokr", rank=2, metadata={"ss_network_dim": "32"})
+    work.lora("b.safetensors", "ai-toolkit-lokr-fp16")
+    step = {"loras": [{"lora": "a.safetensors", "ratio": 1.0}, {"lora": "b.safetensors", "ratio": 1.0}], "rank": 4}
+    plan = " ".join(work.zit("run", work.job({"name": "both"} | step), "--dry-run").ok().split())
+    assert plan.count(f"note: a.safetensors: alpha (2) {IGNORED}") == plan.count("where it has no meaning") == 1
+    assert IGNORED in " ".join(work.zit("inspect", "a.safetensors").ok().split())
+    kept = {"name": "kept", "loras": step["loras"][:1], "save": {"keep_lokr": True}}
+    work.zit("run", work.job(kept)).ok()  # ours has such an alpha too, for lycoris-lora, and it is no news
+    assert IGNORED not in " ".join(work.zit("inspect", work.out / "merged_cat_kept.safetensors").ok().split())
+
+
 PRODUCT = {"w1": normal(4, 4), "w2_a": normal(6, 2, seed=1), "w2_b": normal(2, 6, seed=2)}
 
 
@@ -242,7 +260,8 @@ def test_the_alpha_of_whole_factors_has_no_meaning(tmp_path, alpha, dtype):
     wanted = torch.kron(WHOLE["w1"].double(), WHOLE["w2"].double())
     for reading in ({}, {"alpha": "none"}, {"alpha": 2.0}):
         lora = clear(path, **reading)
-        assert lora.remarks == ()
+        said = [f"alpha ({alpha:g}) stands beside whole LoKr factors"] if abs(alpha) < 1e9 else []  # else AI-Toolkit's own habit
+        assert [remark.split(" or differences")[0] for remark in lora.remarks] == said
         check(lora, {Q: wanted})
 
 

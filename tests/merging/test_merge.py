@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sweep import examples
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
+from extensions_built_in.zit_merge.formats.metadata import trigger_words
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the inputs' size: half a unit in the last place for each factor; in float32 strength x alpha / rank is rounded too.
@@ -314,7 +315,7 @@ def test_same_is_the_largest_rank_among_the_inputs(tmp_path, pair):
 
 @pytest.mark.parametrize("rank", [1, 5, 9])
 def test_a_number_is_the_rank(tmp_path, pair, rank):
-    assert ranks(make(tmp_path, pair[0], rank=rank)) == {rank}
+    assert ranks(make(tmp_path, pair[0], rank=rank)) == {max(rank, 2)}  # 2 is the lowest beside an alpha key
 
 
 @pytest.mark.parametrize("rank", [10, 11, 64])
@@ -327,7 +328,7 @@ def test_a_rank_that_holds_everything_cuts_nothing(tmp_path, pair, rank):
 @pytest.mark.parametrize("rank", [1, 3, 7, "same"])
 def test_a_cut_file_is_as_close_as_its_rank_allows(tmp_path, pair, rank):
     found, wanted = read_deltas(make(tmp_path, pair[0], rank=rank)), weighted_sum(pair[1])
-    kept = 6 if rank == "same" else rank
+    kept = 6 if rank == "same" else max(rank, 2)
     for module, delta in wanted.items():
         excess = float((found[module] - delta).norm()) - best_error(delta, kept)
         assert abs(excess) < 1e-6 * float(delta.norm()), module
@@ -350,6 +351,7 @@ def test_a_cut_file_is_as_close_as_its_rank_allows(tmp_path, pair, rank):
 def test_other_algorithms_are_cut_as_close_as_the_rank_allows(tmp_path, names, rank):
     made, ratios = [write(tmp_path, name, 2, i) for i, name in enumerate(names)], (0.7, -0.4, 1.1)
     out = make(tmp_path, [(path, ratio) for (path, _), ratio in zip(made, ratios, strict=False)], rank=rank)
+    rank = max(rank, 2)  # the lowest beside an alpha key
     whole = {"lycoris-lokr-both": 4, "comfyui-train-loha": 4}.get(names[0], rank)  # 2 x 2: there is nothing to cut at 5
     assert ranks(out) == {min(rank, whole)}
     found = read_deltas(out)
@@ -541,12 +543,67 @@ def test_tag_frequencies_and_trigger_words_are_merged(tmp_path):
     ]
     loras = [(write_pairs(tmp_path / f"{i}.safetensors", factors, text), 1.0 if i < 3 else 0.0) for i, text in enumerate(texts)]
     metadata = read_metadata(make(tmp_path, loras))
-    assert json.loads(metadata["ss_tag_frequency"]) == {"1_zoe": {"zoe": 5}, "img": {"ink": 8, "portrait": 1}}
+    tags = {"ink": 8, "zoe": 5, "portrait": 1, "in ink style": 1}
+    assert folders(metadata) == [("1_out", list(tags.items()))]  # the commonest first
     # what goes in with strength 0 is not in the file, so its trigger word must not be promised
     assert metadata["modelspec.trigger_phrase"] == "zoe, in ink style"
     assert metadata["modelspec.merged_from"] == "0, 1, 2"
     again = read_metadata(make(tmp_path, [(tmp_path / "out.safetensors", 1.0), loras[2]], name="again"))
     assert again["modelspec.trigger_phrase"] == "zoe, in ink style"
+    assert folders(again) == [("1_again", [("ink", 9), ("zoe", 5), ("in ink style", 2), ("portrait", 1)])]
+
+
+def folders(metadata):
+    """ss_tag_frequency with its order."""
+    return [(name, list(tags.items())) for name, tags in json.loads(metadata["ss_tag_frequency"]).items()]
+
+
+FOLDERS = {  # ss_tag_frequency, ss_dataset_dirs -> trigger words
+    "AI-Toolkit": ({"1_trigger": {"trigger": 1}}, None, ["trigger"]),
+    "one tag": ({"10_alice": {"alice woman": 30}}, None, ["alice woman"]),
+    "every caption": (
+        {"10_alice": {"smile": 12, "alice woman": 30, "1girl": 30}},
+        {"10_alice": {"n_repeats": 10, "img_count": 30}},
+        ["alice woman", "1girl"],
+    ),
+    "the folder's name": ({"10_alice woman": {"smile": 12, "alice woman": 9}}, None, ["alice woman"]),
+    "captions alone": ({"img": {"a woman at a table": 1, "in the rain": 1}}, None, []),
+    "how many pictures is not known": ({"img": {"smile": 40, "rain": 7}}, None, []),
+    "one picture": ({"img": {"smile": 1, "rain": 1}}, {"img": {"img_count": 1}}, []),
+    "two folders": ({"1_a": {"a": 1}, "1_b": {"b": 1}}, None, ["a", "b"]),
+    "another folder": ({"a": {"x": 3, "y": 1}}, {"b": {"img_count": 3}}, []),
+    "broken": ({"a": {"x": 3, "y": 1}}, {"a": ["img_count"]}, []),
+    "blank": ({"1_": {" ": 1}}, None, []),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_trigger_word_is_what_every_caption_has(case):
+    tags, counts, wanted = FOLDERS[case]
+    metadata = {"ss_tag_frequency": json.dumps(tags)} | ({"ss_dataset_dirs": json.dumps(counts)} if counts else {})
+    assert trigger_words(metadata) == wanted
+
+
+def test_every_program_finds_the_trigger_words_of_all(tmp_path):
+    """As ComfyUI-Lora-Manager (the first folder, by counts) and SwarmUI (the phrase) do it, and after a second merge too."""
+    factors = {"layers.0.attention.to_k": (torch.ones(12, 1), torch.ones(1, 12))}
+    texts = [
+        {"ss_tag_frequency": json.dumps({"10_alice": {"alice woman": 30}})},
+        {"ss_tag_frequency": json.dumps({"1_style": {"inkstyle": 50}})},
+        {"modelspec.trigger_phrase": "ohwx man, photo"},
+    ]
+    loras = [(write_pairs(tmp_path / f"{i}.safetensors", factors, text), 1.0) for i, text in enumerate(texts)]
+    first = make(tmp_path, loras[:2], "first")
+    for out, words in (
+        (first, {"inkstyle": 50, "alice woman": 30}),
+        (make(tmp_path, [(first, 0.5), loras[2]], "second"), {"inkstyle": 50, "alice woman": 30, "ohwx man": 1, "photo": 1}),
+    ):
+        metadata = read_metadata(out)
+        ((_, tags),) = folders(metadata)
+        assert tags == list(words.items())
+        assert set(metadata["modelspec.trigger_phrase"].split(", ")) == set(words) == set(trigger_words(metadata))
+    alone = read_metadata(make(tmp_path, loras[:1], "alone"))
+    assert folders(alone) == [("10_alice", [("alice woman", 30)])]
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_a_plan_revised_without_changes_is_the_same(tmp_path, rank):
 def test_ranks_that_were_chosen_give_a_second_plan(tmp_path):
     plan = planned(tmp_path, {"energy": 0.9}, uniform=False)
     before = everything(plan)
-    second = plan.revised(dict.fromkeys(plan.ranks, 1) | {TO_Q: 4})
+    second = plan.revised(dict.fromkeys(plan.ranks, 2) | {TO_Q: 4})
     assert everything(plan) == before and plan.is_open and set(plan.ranks.values()) == {5}
-    assert not second.is_open and second.ranks == dict.fromkeys(plan.ranks, 1) | {TO_Q: 4, TO_K: 4}
+    assert not second.is_open and second.ranks == dict.fromkeys(plan.ranks, 2) | {TO_Q: 4, TO_K: 4}
     assert second.layout[f"diffusion_model.{TO_Q}.lora_A.weight"][1] == (4, 8)
     assert second.bytes < plan.bytes and second.recipe == plan.recipe
     assert json.loads(second.draft["lora_adapter_metadata"]) != json.loads(plan.draft["lora_adapter_metadata"])

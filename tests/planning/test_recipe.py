@@ -186,7 +186,8 @@ def test_what_stands_in_the_metadata(work, loras):
     assert values["ss_output_name"] == "merged_cat_a"
     assert values["modelspec.merged_from"] == "me, musubi"  # musubi's file has a modelspec.title
     assert values["modelspec.trigger_phrase"] == "trg_ai_toolkit"
-    assert json.loads(values["ss_tag_frequency"])["1_trg_ai_toolkit"] == {"trg_ai_toolkit": 1}
+    tags = {"trg_musubi": 40, "portrait": 7, "trg_ai_toolkit": 1}
+    assert json.loads(values["ss_tag_frequency"]) == {"1_merged_cat_a": tags}
     assert "ss_base_model_version" in values
 
 

@@ -276,7 +276,7 @@ def test_a_step_of_forty_loras_is_short(work: Workspace):
 def test_what_went_in_and_what_came_out_are_the_verdict_and_the_file(work: Workspace, loras):
     (work.folder / "copies").mkdir()
     entries = [{"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.6}]
-    step = {"name": "both", "rank": {"energy": 0.9}, "save": {"uniform": False}, "copy_to": "copies", "loras": entries}
+    step = {"name": "both", "rank": {"energy": 0.99}, "save": {"uniform": False}, "copy_to": "copies", "loras": entries}
     (done,) = run_all(work.job(step))
     text, verdict = screen(done_text(done), done.path), done.verdict
     for n, name in enumerate(("me", "style")):

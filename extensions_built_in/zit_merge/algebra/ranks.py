@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Spectra = Mapping[str, Tensor]  # module -> singular values, largest first
+_ONE: Mapping[str, int] = {}  # component in every module
 
 
 def common_rank(spectra: Spectra, energy: float, total: float | None = None) -> int:
@@ -26,7 +27,9 @@ def common_rank(spectra: Spectra, energy: float, total: float | None = None) -> 
     return _reaching(by_place, energy, total)
 
 
-def ranks_of_energy(spectra: Spectra, costs: Mapping[str, int], energy: float, total: float | None = None) -> dict[str, int]:
+def ranks_of_energy(
+    spectra: Spectra, costs: Mapping[str, int], energy: float, total: float | None = None, least: Mapping[str, int] = _ONE
+) -> dict[str, int]:
     """The ranks that keep a share of the energy in the smallest file, every module at least one component.
 
     Args:
@@ -34,33 +37,37 @@ def ranks_of_energy(spectra: Spectra, costs: Mapping[str, int], energy: float, t
         costs: Module -> what one component takes.
         energy: Share of the sum of all squared singular values.
         total: That sum, where `spectra` do not hold all of them.
+        least: Module -> components that it has in the file in any case; one where it is not named.
     """
-    modules, order = _by_worth(spectra, costs)
+    modules, order = _by_worth(spectra, costs, least)
     values = torch.cat([sigma.cpu() for sigma in spectra.values()])[order] ** 2
     return _counted(modules[order][: _reaching(values, energy, total)], spectra)
 
 
-def ranks_that_fit(spectra: Spectra, costs: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int]:
+def ranks_that_fit(
+    spectra: Spectra, costs: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool], least: Mapping[str, int] = _ONE
+) -> dict[str, int]:
     """The ranks that keep the most energy in a file that still fits, every module at least one component.
 
     Args:
         spectra: Module -> singular values.
         costs: Module -> what one component takes.
         fits: Whether a file of such ranks fits.
+        least: Module -> components that it has in the file in any case; one where it is not named.
     """
-    modules, order = _by_worth(spectra, costs)
+    modules, order = _by_worth(spectra, costs, least)
     ranked = modules[order]
     kept = bisect_left(range(len(ranked) + 1), True, key=lambda n: not fits(_counted(ranked[:n], spectra))) - 1
     return _counted(ranked[: max(kept, 0)], spectra)
 
 
-def _by_worth(spectra: Spectra, costs: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """(number of its module for each component, the components' order: first the one that every module holds anyway, then by
+def _by_worth(spectra: Spectra, costs: Mapping[str, int], least: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """(number of its module for each component, the components' order: first those that every module holds anyway, then by
     energy for what they take)."""
     modules = torch.cat([torch.full((len(sigma),), i) for i, sigma in enumerate(spectra.values())])
     worth = [sigma.cpu() ** 2 / costs[name] for name, sigma in spectra.items()]
-    for values in worth:
-        values[0] = torch.inf
+    for name, values in zip(spectra, worth, strict=True):
+        values[: least.get(name, 1)] = torch.inf
     return modules, torch.cat(worth).argsort(descending=True, stable=True)
 
 

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..formats.header import DTYPES
-from ..formats.metadata import read_check, read_recipe, trigger_words
+from ..formats.metadata import bases, read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import SafetensorsFile
 from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import Trainer, recognise
+from ..formats.writer import why_padded
 from .measure import Measurement
-from .oddities import missing, odd
+from .oddities import missing, odd, padding
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Description:
         remarks: Sentences: what was decided for the user.
         trigger_words: As the metadata name them.
         base_model: As the metadata name it, or None.
+        base: What the LoRA, or those that were merged into it, was trained on, by name: {model, arch, adapter}, what is known.
         recipe: The recipe of a file that zit_merge wrote, else None.
         check: What zit_merge found when it wrote the file, {error, kept, asked, got, cut}, else None.
     """
@@ -70,6 +72,7 @@ class Description:
     remarks: Sequence[str]
     trigger_words: Sequence[str]
     base_model: str | None
+    base: Sequence[Mapping[str, str]]
     recipe: Mapping[str, Any] | None
     check: Mapping[str, Any] | None
 
@@ -87,6 +90,7 @@ def describe(measured: Measurement) -> Description:
     (lora,), norms = measured.loras, measured.norms(0)
     trainer, stored = recognise(lora), _stored_dtypes(lora)
     known = [norm for norm in norms.values() if norm is not None]
+    padded = padding(lora, norms)
     return Description(
         file=lora.path.name,
         trainer=trainer,
@@ -99,14 +103,15 @@ def describe(measured: Measurement) -> Description:
         dtype=" and ".join(stored),
         norms=norms,
         norm=None if len(known) < len(norms) else _finite(math.hypot(*known)),
-        missing=[*missing(lora, trainer)],
-        odd=[*odd(lora, trainer, norms, stored)],
+        missing=[*missing(lora.changes.keys() - padded, trainer)],
+        odd=[*odd(lora, trainer, norms, stored, padded)],
         skipped=list(lora.skipped),
         unmatched=list(lora.unmatched),
         questions=list(lora.questions),
-        remarks=list(lora.remarks),
+        remarks=[*lora.remarks, *([why_padded(padded)] if padded else [])],
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
+        base=bases(lora.metadata),
         recipe=read_recipe(lora.metadata),
         check=read_check(lora.metadata),
     )

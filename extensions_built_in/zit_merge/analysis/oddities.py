@@ -6,9 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from ..formats.changes import Change
+from ..formats.metadata import RECIPE_KEY
 from ..formats.reader import LoraFile
 from ..formats.scales import ADAPTER_KEY
 from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, usual_modules
+from ..formats.writer import complete
 from ..model import zimage
 from ..model.strengths import row_name
 from ..model.zimage import MODULES, SECTIONS, section_components
@@ -17,11 +20,24 @@ from ..wording import listed, neighbours, some, span
 _SCALED_BY_ONE_MODULE = {"diffusion_model.", "transformer.", "lora_unet_", ""}  # prefixes that diffusers reads
 
 
-def missing(lora: LoraFile, trainer: Trainer | None) -> Iterator[str]:
-    """What the file changes nothing in: single layers, single components, whole sections.
+def padding(lora: LoraFile, norms: Mapping[str, float | None]) -> frozenset[str]:
+    """The modules of zeros that zit_merge added to a file of its own for the programs that count modules.
 
     Args:
         lora: The file.
+        norms: Module -> norm of its change, None where it is broken.
+    """
+    if RECIPE_KEY not in lora.metadata:
+        return frozenset()
+    changed = {m for m in lora if norms[m] != 0}
+    return frozenset(m for m in complete(changed, zimage.REAL_SIZES) if m in lora and m not in changed)
+
+
+def missing(lora: Collection[str], trainer: Trainer | None) -> Iterator[str]:
+    """What the file changes nothing in: single layers, single components, whole sections.
+
+    Args:
+        lora: The modules that the file changes.
         trainer: The program that wrote it, where it is known.
     """
     usual, program = usual_modules(trainer), trainer.name.split(" (")[0] if trainer else ""
@@ -77,7 +93,13 @@ def _as_usual(names: Sequence[str], usual: Collection[str], program: str) -> str
     return f", as usual for {program}" if usual and not set(names) & set(usual) else ""
 
 
-def odd(lora: LoraFile, trainer: Trainer | None, norms: Mapping[str, float | None], stored: Mapping[str, int]) -> Iterator[str]:
+def odd(
+    lora: LoraFile,
+    trainer: Trainer | None,
+    norms: Mapping[str, float | None],
+    stored: Mapping[str, int],
+    padded: Collection[str] = (),
+) -> Iterator[str]:
     """What programs are known to stumble over, and what is probably not meant.
 
     Args:
@@ -85,8 +107,9 @@ def odd(lora: LoraFile, trainer: Trainer | None, norms: Mapping[str, float | Non
         trainer: The program that wrote it, where it is known.
         norms: Module -> norm of its change, None where it is broken.
         stored: Dtype as stored -> how many tensors have it.
+        padded: Modules that are meant to be zeros.
     """
-    yield from _odd_norms(lora, norms)
+    yield from _odd_norms(lora, {m: length for m, length in norms.items() if m not in padded})
     yield from _odd_changes(lora, trainer)
     yield from _odd_for_clients(lora, stored)
 
@@ -147,12 +170,19 @@ def _odd_for_clients(lora: LoraFile, stored: Mapping[str, int]) -> Iterator[str]
             f"alpha is not the rank (alpha / rank {values}) under lora_A / lora_B names: AI-Toolkit, InvokeAI and diffusers 0.36 "
             "ignore it and apply 1"
         )
+    if single := [m for m, several in lora.changes.items() if any(c.alpha is not None and _has_single(c) for c in several)]:
+        yield f"rank 1 beside an alpha key in {some(single)}: stable-diffusion.cpp divides alpha by the width of the input"
     yield from _half_blocks(
         lora, ("to_q", "to_k", "to_v"), "stable-diffusion.cpp drops what follows the gap, Nunchaku refuses the file"
     )
     yield from _half_blocks(lora, ("w1", "w3"), "Nunchaku refuses the file")
     if narrow := [f"{n} tensors are {name}" for name, n in stored.items() if name.startswith("float8")]:
         yield f"{listed(narrow)}: diffusers since 0.38 refuses the file"
+
+
+def _has_single(change: Change) -> bool:
+    """Whether a pair of its factors has one component."""
+    return any(change.sizes[part][0] == 1 for part in ("down", "w1_b", "w2_b") if part in change.sizes)
 
 
 def _half_blocks(lora: LoraFile, components: Sequence[str], consequence: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ _HOST_KEYS = (
     "logging",
     "training_folder",
 )
-_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter")
+_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter", "trained_on")
 # What keys take that may have one form or another.
 _EITHER = {
     "layers": "ranges, such as {0-9: 0.5}, or 30 numbers",

@@ -152,8 +152,16 @@ def union_of(preset: Preset, own: Mapping[str, Any]) -> dict[str, Any]:
     return {table: union(getattr(preset, table), own.get(table, {}), table) for table in TABLES}
 
 
+class Base(_Model):
+    """What a LoRA was trained on, by name."""
+
+    model: str | None = None
+    arch: str | None = None
+    adapter: str | None = None
+
+
 class Lora(_Model):
-    """One LoRA of a step, with its strength keys. `sha256`, `strengths`, `unmatched`, `adapter` stand in recipes."""
+    """One LoRA of a step, with its strength keys. `sha256` and what follows it stand in recipes."""
 
     lora: str
     ratio: float
@@ -169,6 +177,7 @@ class Lora(_Model):
     strengths: dict[str, list[float]] | None = None
     unmatched: list[str] | None = None
     adapter: dict[str, Any] | None = None
+    trained_on: Base | None = None
 
     # The preset as it was when the section was read: its file may be gone when a training is done.
     _preset: Preset | None = PrivateAttr(None)

@@ -2,7 +2,8 @@
 
 As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
 `.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, it is 1, since lycoris-lora can't do
-without. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs.
+without. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs. A product has two components at least,
+as in `writer`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, Kron
-from ..algebra.factors import Factors, single, whole
+from ..algebra.factors import Factors, pad, single, whole
 from .changes import Change
 from .reader import LoraFile, TensorReader
-from .writer import FORMS, Layout
+from .writer import FORMS, LEAST, Layout
 
 _FORM = FORMS["ai-toolkit"]
+_UPS, _DOWNS = ("up", "w1_a", "w2_a"), ("down", "w1_b", "w2_b")
 
 
 def why_not(lora: LoraFile) -> str | None:
@@ -50,12 +52,34 @@ def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
     alphas: Layout = dict.fromkeys(alpha_keys(lora.changes), (torch.float32, ()))
     entries: Layout = {}
     for module, (change, *_) in lora.changes.items():
-        stem = _FORM.prefix + module
-        for part, shape in change.sizes.items():
-            if change.third is not None and part in ("w1", "w1_a", "up"):
-                shape = (shape[0] // 3, *shape[1:])
-            entries[f"{stem}{_suffix(part)}"] = (dtype, shape)
+        entries |= {f"{_FORM.prefix}{module}{_suffix(part)}": (dtype, shape) for part, shape in _shapes(change).items()}
     return alphas | entries
+
+
+def ranks(lora: LoraFile) -> dict[str, int]:
+    """Module -> rank of the output as it is read back."""
+
+    def rank(change: Change) -> int:
+        shapes = _shapes(change)
+        if "up" in shapes:
+            return shapes["up"][1]
+        return math.prod(min(shapes[w]) if w in shapes else shapes[f"{w}_a"][1] for w in ("w1", "w2"))
+
+    return {module: min(rank(change), *change.shape) for module, (change, *_) in lora.changes.items()}
+
+
+def _shapes(change: Change) -> dict[str, tuple[int, int]]:
+    """Part -> shape in the output."""
+    shapes = {}
+    for part, (rows, columns) in change.sizes.items():
+        if change.third is not None and part in ("w1", "w1_a", "up"):
+            rows //= 3
+        if part in _UPS:
+            columns = max(columns, LEAST)
+        elif part in _DOWNS:
+            rows = max(rows, LEAST)
+        shapes[part] = (rows, columns)
+    return shapes
 
 
 def scaled(change: Change, reader: TensorReader, strength: float, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,7 +98,7 @@ def scaled(change: Change, reader: TensorReader, strength: float, dtype: torch.d
     parts = (
         _lokr_parts(_level(delta) if dtype == torch.float16 else delta)
         if isinstance(delta, Kron)
-        else {"up": delta.up, "down": delta.down}
+        else dict(zip(("up", "down"), _at_least(delta), strict=True))
     )
     return {part: parts[part].to(dtype) for part in change.sizes}
 
@@ -101,14 +125,19 @@ def delta(parts: Mapping[str, Tensor]) -> Delta:
 
 def alpha(change: Change) -> float:
     """alpha = r, so that the scale is 1."""
-    return float(next((change.sizes[p][1] for p in ("up", "w1_a", "w2_a") if p in change.sizes), 1))
+    shapes = _shapes(change)
+    return float(next((shapes[part][1] for part in _UPS if part in shapes), 1))
+
+
+def _at_least(factors: Factors) -> Factors:
+    return pad(factors, max(LEAST, factors.rank))
 
 
 def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name, factor in zip(("w1", "w2"), delta, strict=True):
-        wide: Factors = factor.map(single)
-        parts |= {name: wide.up @ wide.down, f"{name}_a": factor.up, f"{name}_b": factor.down}
+        wide, split = factor.map(single), _at_least(factor)
+        parts |= {name: wide.up @ wide.down, f"{name}_a": split.up, f"{name}_b": split.down}
     return parts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
 CHECK_KEY = "zit_merge.check"
+BASE_KEY = "zit_merge.base"  # [{model, arch, adapter}, ...]: what the LoRAs that went in were trained on, each only once
 
 OF_RANKS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")  # what follows from the ranks
 
@@ -32,11 +33,92 @@ def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The trigger words that a file names: `modelspec.trigger_phrase`, else AI-Toolkit's one tag per folder."""
+    """The trigger words that a file names: `modelspec.trigger_phrase`, else the tags that every caption of a folder has."""
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
-        return [phrase]
-    return _unique(tag for tags in tag_frequency(metadata).values() if len(tags) == 1 for tag in tags)
+        return _words(phrase) if VERSION_KEY in metadata else [phrase]  # ours lists those of several LoRAs
+    folders = _json(metadata.get("ss_dataset_dirs"))
+    folders = folders if isinstance(folders, dict) else {}
+    tables = tag_frequency(metadata).items()
+    return _unique(tag for folder, tags in tables for tag in _in_every_caption(folder, tags, folders.get(folder)) if tag.strip())
+
+
+def _in_every_caption(folder: str, tags: Mapping[str, int], facts: object) -> list[str]:
+    """The tags of a folder that are certain to be in every caption; captions also list what is in one picture or the other.
+
+    Args:
+        folder: Its name: `1_trigger` of AI-Toolkit, `10_name` of kohya's trainers, which take the name for the caption of a
+            picture that has none.
+        tags: Tag -> how many captions have it.
+        facts: What `ss_dataset_dirs` says of the folder: `{n_repeats, img_count}`.
+    """
+    images = facts.get("img_count") if isinstance(facts, dict) else None
+    every = images if isinstance(images, int) and images > 1 else math.inf
+    name = re.sub(r"^\d+_", "", folder)
+    return [tag for tag, n in tags.items() if len(tags) == 1 or tag == name or n >= every]
+
+
+def _words(phrase: str) -> list[str]:
+    return [word for word in re.split(r"\s*,\s*", phrase.strip()) if word]
+
+
+Base = Mapping[str, str]  # model, arch, adapter: what is known of it
+_FAMILY = "zimage"  # all that ss_base_model_version and modelspec.architecture mostly tell
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+def base_of(model: object = None, arch: object = None, adapter: object = None) -> dict[str, str]:
+    """What a LoRA was trained on, by names alone: of a path its last part, as folders may hold a user's name.
+
+    Args:
+        model: A path, or user/repo of the Hugging Face hub, which stays whole.
+        arch: AI-Toolkit's `arch`, `zimage:turbo`, or another program's word for it.
+        adapter: Of the training (AI-Toolkit's assistant_lora_path), as `model`.
+    """
+    names = {"model": _name(model), "arch": arch.strip() if isinstance(arch, str) else "", "adapter": _name(adapter)}
+    return {key: name for key, name in names.items() if name}
+
+
+def _name(path: object) -> str:
+    text = path.strip().rstrip("\\/") if isinstance(path, str) else ""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and not text.lower().endswith(_FILES):
+        return text
+    return re.split(r"[\\/]", text)[-1]
+
+
+def bases(metadata: Mapping[str, str]) -> list[dict[str, str]]:
+    """What a LoRA, or those that were merged into it, was trained on, as far as the file is certain of it."""
+    own = _json(metadata.get(BASE_KEY))
+    if isinstance(own, list):
+        found = [base_of(b.get("model"), b.get("arch"), b.get("adapter")) for b in own if isinstance(b, dict)]
+    else:
+        config = _json(metadata.get("ot_config"))  # OneTrainer's; ss_sd_model_name is that of kohya's trainers and musubi
+        model = config.get("base_model_name") if isinstance(config, dict) else metadata.get("ss_sd_model_name")
+        kinds = (metadata.get(key, "").removesuffix("/lora") for key in ("ss_base_model_version", "modelspec.architecture"))
+        found = [base_of(model, next((kind for kind in kinds if re.match(f"{_FAMILY}.", _plain(kind))), None))]
+    return [dict(pairs) for pairs in dict.fromkeys(tuple(b.items()) for b in found if b)]
+
+
+def base_text(base: Base) -> str:
+    """`Tongyi-MAI/Z-Image-Turbo, zimage:turbo, adapter v2.safetensors`."""
+    return ", ".join(f"adapter {name}" if key == "adapter" else name for key, name in base.items())
+
+
+def bases_differ(named: Iterable[Base]) -> bool:
+    """Whether some of them name another model, arch or adapter than others; what one does not name is no difference."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for base in named:
+        for key, name in base.items():
+            seen[key].add(_plain(re.split(r"[\\/]", name)[-1]))
+    return any(len(names) > 1 for names in seen.values())
+
+
+def _plain(name: str) -> str:
+    """Without what differs between spellings and copies of one model: `z_image_turbo_bf16.safetensors` -> `zimageturbo`."""
+    name = name.lower()
+    for ending in _FILES:
+        name = name.removesuffix(ending)
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"[-_.](bf16|fp16|fp32|fp8\w*|q\d\w*)$", "", name))
 
 
 def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -219,17 +301,12 @@ def merged_metadata(
         version: Of zit_merge.
         inputs: (name, metadata) of every LoRA that goes in with a strength other than 0.
     """
-    tags: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for _, metadata in inputs:
-        for folder, counts in tag_frequency(metadata).items():
-            for tag, count in counts.items():
-                tags[folder][tag] += count
-    bases = _unique(m["ss_base_model_version"] for _, m in inputs if m.get("ss_base_model_version"))
+    versions = _unique(m["ss_base_model_version"] for _, m in inputs if m.get("ss_base_model_version"))
     merged = {
         "format": "pt",
         VERSION_KEY: version,
         RECIPE_KEY: dumps(recipe),
-        "ss_base_model_version": bases[0] if len(bases) == 1 else "zimage",  # AI-Toolkit's name for it
+        "ss_base_model_version": versions[0] if len(versions) == 1 else "zimage",  # AI-Toolkit's name for it
         "ss_output_name": output_name,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURE,
@@ -237,12 +314,28 @@ def merged_metadata(
         "modelspec.title": output_name,
         "modelspec.merged_from": ", ".join(metadata.get("modelspec.title") or name for name, metadata in inputs),
     }
-    if tags:
-        merged["ss_tag_frequency"] = dumps(tags)
-    words = (word for _, metadata in inputs for words in trigger_words(metadata) for word in words.split(", "))
-    if triggers := _unique(words):  # of a file that was merged itself they stand in one phrase
-        merged["modelspec.trigger_phrase"] = ", ".join(triggers)
-    return merged
+    if trained_on := list({dumps(base): base for _, metadata in inputs for base in bases(metadata)}.values()):
+        merged[BASE_KEY] = dumps(trained_on)
+    return merged | _merged_words(output_name, [metadata for _, metadata in inputs])
+
+
+def _merged_words(output_name: str, inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Tags and trigger words of all inputs. Both keys hold every trigger word: ComfyUI-Lora-Manager reads only the first folder
+    (extract_trained_words), SwarmUI only the phrase."""
+    counts, triggers, folders = Counter[str](), list[str](), list[str]()
+    for metadata in inputs:
+        tables = tag_frequency(metadata)
+        words = _unique(word for phrase in trigger_words(metadata) for word in _words(phrase))
+        for tags in tables.values():
+            counts.update(tags)
+        counts.update(word for word in words if not any(word in tags for tags in tables.values()))
+        triggers += words
+        folders += tables
+    if not counts:
+        return {}
+    folder = folders[0] if len(set(folders)) == 1 else f"1_{output_name}"
+    phrase = {"modelspec.trigger_phrase": ", ".join(_unique(triggers))} if triggers else {}
+    return {"ss_tag_frequency": dumps({folder: dict(counts.most_common())})} | phrase
 
 
 def dumps(value: object) -> str:

@@ -11,11 +11,12 @@ from typing import Protocol
 from ..errors import ZitMergeError, counted
 from ..files.inputs import read_limited
 from .changes import Group
-from .metadata import Adapter, read_adapter
+from .metadata import VERSION_KEY, Adapter, read_adapter
 from .reading import Reading
 
 ADAPTER_KEY = "lora_adapter_metadata"  # diffusers, SimpleTuner
 ADAPTER_FILE = "adapter_config.json"  # peft save_pretrained
+ENDLESS = 1e9  # AI-Toolkit writes 9999999999 beside whole LoKr factors, in any dtype; inf in fp16
 
 
 class Alphas(Protocol):
@@ -43,6 +44,7 @@ class Scales:
         self._header, self._reading = header, reading
         self._zeros: list[str] = []
         self._negative = 0
+        self._idle: set[float] = set()  # alphas that have no meaning, as stored
         self._adapter_scales: set[float] = set()
         self.questions: list[str] = []
         self.remarks: list[str] = []
@@ -87,7 +89,9 @@ class Scales:
         """(alpha / rank, alpha as stored) of one module of a group."""
         stored = self._header.alpha(group.alpha) if group.alpha else None
         if not group.is_scaled and not (self.adapter and self.adapter.kind == "LOKR"):
-            return 1.0, stored  # AI-Toolkit writes 9999999999 there, which is inf in fp16
+            if stored is not None and abs(stored) < ENDLESS and VERSION_KEY not in self._header.metadata:  # ours: see lokr.py
+                self._idle.add(stored)
+            return 1.0, stored
         asked = self._reading.alpha
         if asked == "none":
             return 1.0, stored
@@ -116,6 +120,12 @@ class Scales:
             self.questions.append(
                 f"{self._zeros[0]}{more} is 0, which trainers take for alpha = rank and programs for no effect: "
                 f"set alpha: none (alpha is the rank) or alpha: {'metadata' if self.adapter else 'key'} (no effect)"
+            )
+        if self._idle:
+            values = f"{min(self._idle):g}" if len(self._idle) == 1 else f"{min(self._idle):g} to {max(self._idle):g}"
+            self.remarks.append(
+                f"alpha ({values}) stands beside whole LoKr factors or differences, where it has no meaning, and is ignored as "
+                "in every program: the strength is 1, whatever rank the metadata name"
             )
         if self._negative:
             self.remarks.append(f"alpha is negative in {counted(self._negative, 'module')}, its sign is kept")

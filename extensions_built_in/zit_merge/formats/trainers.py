@@ -22,6 +22,7 @@ from ..model.zimage import COMPONENTS, MODULES
 from .changes import FULL
 from .metadata import RECIPE_KEY, VERSION_KEY
 from .reader import LoraFile
+from .scales import ENDLESS
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,6 @@ _ENDINGS: Mapping[str, str] = {
 }
 _GARBLED = re.compile(r"adaLN\.modulation|(noise|context)\.refiner|attention\.to\.|feed\.forward")
 _TO_Q = re.compile(r"attention\.to\.[qkv]\.")
-_ENDLESS = 1e9  # AI-Toolkit's 9999999999 in any dtype; inf in fp16
 
 
 def recognise(lora: LoraFile) -> Trainer | None:
@@ -203,7 +203,7 @@ def _signs(lora: LoraFile) -> frozenset[str]:
     further = {
         "mixed": len(prefixes) > 1,
         "alpha": any(change.alpha is not None for change in changes),
-        "endless": any(change.alpha is not None and change.alpha >= _ENDLESS for change in changes),
+        "endless": any(change.alpha is not None and change.alpha >= ENDLESS for change in changes),
         "native": any(change.native for change in changes),
         "adaLN": any(MODULES[name].component == "adaLN_modulation" for name in lora),
         "garbled": any(map(_GARBLED.search, keys)),

@@ -8,15 +8,16 @@ musubi, InvokeAI, DiffSynth):
     diffusion_model.<diffusers module>.alpha           float32 scalar = r
 
 One rank r in every module (loaders up to diffusers 0.39 take one module's scale for all), alpha equal to it (some ignore it, some
-require it), q, k and v together and w1 with w3 (stable-diffusion.cpp and Nunchaku count them), layers.0.attention.to_k always
-(AI-Toolkit reads the rank there). The other forms hold the same modules under other names.
+require it), 2 at least (stable-diffusion.cpp takes the width of the input for a rank of 1 and divides alpha by it), q, k and v
+together and w1 with w3 (stable-diffusion.cpp and Nunchaku count them), layers.0.attention.to_k always (AI-Toolkit reads the rank
+there). The other forms hold the same modules under other names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.factors import Factors
+from ..errors import counted
 from ..files.atomic import PART_KEY, open_exclusively, os_errors, part_path, publish_file, seal
 from ..model import zimage
 from ..model.zimage import MODULES
@@ -32,6 +34,7 @@ from .names import native_name
 
 _TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3"))
 ALWAYS = "layers.0.attention.to_k"
+LEAST = 2  # components beside an alpha key: stable-diffusion.cpp reads the rank as ne[ggml_n_dims - 1] of down, its width for 1
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -65,6 +68,11 @@ class Form:
             units[stem] = (*units.get(stem, ()), module)
         return units
 
+    def least_ranks(self, modules: Iterable[str]) -> dict[str, int]:
+        """Module -> the lowest rank that it may have, so that no alpha stands beside a rank of 1."""
+        units = self.units(modules).values()
+        return {m: LEAST if self.alpha and len(unit) < LEAST else 1 for unit in units for m in unit}
+
 
 FORMS: Mapping[str, Form] = {
     "ai-toolkit": Form("diffusion_model."),
@@ -88,6 +96,20 @@ def complete(modules: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
             if module.section != "other" and module.component in together:
                 wanted |= {zimage.at(module.section, module.index, c).name for c in together}
     return [name for name in MODULES if name in wanted]
+
+
+def why_padded(modules: Collection[str]) -> str:
+    """Why a file holds these modules, which nothing changes, in a sentence.
+
+    Args:
+        modules: Of `complete`, one or more.
+    """
+    reasons = []
+    if ALWAYS in modules:
+        reasons.append(f"AI-Toolkit reads the rank at {ALWAYS}")
+    if set(modules) - {ALWAYS}:
+        reasons.append("programs count q, k and v of a block together, w1 and w3 too")
+    return f"{counted(len(modules), 'module')} of zeros {'is' if len(modules) == 1 else 'are'} added: {', and '.join(reasons)}"
 
 
 def layout(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype, form: Form) -> Layout:

@@ -111,11 +111,11 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
             with plan.computing(module):
                 spectra[module] = singular_values(delta, plan.ranks[module]).cpu()
             total += norm(delta) ** 2
-    costs = {module: sum(plan.shapes[module]) for module in spectra}
+    costs, least = {module: sum(plan.shapes[module]) for module in spectra}, plan.form.least_ranks(plan.shapes)
     if rule.size_mb:
-        chosen = ranks.ranks_that_fit(spectra, costs, fits)
+        chosen = ranks.ranks_that_fit(spectra, costs, fits, least)
     elif plan.spec.save.uniform:
         chosen = dict.fromkeys(spectra, ranks.common_rank(spectra, rule.energy or 1.0, total))
     else:
-        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy or 1.0, total)
+        chosen = ranks.ranks_of_energy(spectra, costs, rule.energy or 1.0, total, least)
     return plan.revised(chosen)

@@ -18,13 +18,13 @@ from ..config.schema import Lora, Section, Step
 from ..errors import SettingError, located, nearest
 from ..files import hub
 from ..formats.header import common_dtype
-from ..formats.metadata import Adapter, dumps, read_adapter
+from ..formats.metadata import Adapter, base_of, dumps, read_adapter
 from ..formats.reader import LoraFile, load_lora, unmatched_error
 from ..formats.spec import DTYPES, LoraSpec
 from ..model.strengths import Weights, compact, factors, strengths
 from .context import RunContext
 from .outputs import check_output, check_room
-from .sources import checkpoint_loras, resolve, trained_step
+from .sources import checkpoint_loras, is_trained, resolve, trained_step
 from .step import step_plan
 from .types import Input, StepBasis, StepPlan
 
@@ -144,13 +144,20 @@ class _Builder:
             path = self._path(spec)
         if path is None:
             return self._absent(spec, step, table)
+        base = self._base(spec)
         lora = self._read(spec, path, step.allow_unmatched)
         known = LoraSpec(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
         if spec.lora.startswith(hub.HUB_PREFIX):
             file = hub.parse(spec.lora)
             pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
-            return Input(spec, file.name, known, table, path, lora, source=pinned)
-        return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, known, table, path, lora)
+            return Input(spec, file.name, known, table, path, lora, source=pinned, base=base)
+        return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, known, table, path, lora, base=base)
+
+    def _base(self, spec: Lora) -> dict[str, str]:
+        """What it was trained on, as the training in the job or a recipe says."""
+        if spec.trained_on:
+            return base_of(**spec.trained_on.model_dump())
+        return self.context.training.base if self.context.training and is_trained(spec) else {}
 
     def _path(self, spec: Lora) -> Path | None:
         if not spec.sha256 and spec.lora in self.names:
@@ -182,7 +189,7 @@ class _Builder:
         training = self.context.training
         assert training, "only a training's LoRA has no path before it is there"
         path = training.file(trained_step(spec.lora))
-        return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path)
+        return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path, base=training.base)
 
 
 def lora_factors(spec: Lora) -> dict[str, float]:

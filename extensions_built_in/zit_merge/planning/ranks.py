@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..config.schema import RankRule
 from ..errors import SettingError
 from ..formats import lokr
 from ..formats.writer import ALWAYS, complete
@@ -47,26 +46,21 @@ def extent_of(step: StepBasis, chosen: Mapping[str, int] | None = None) -> Exten
     if not is_known:
         return Extent({}, stacked, ranks_of(step, chosen or stacked))
     stacked = {m: min(n, *MODULES[m].shape(sizes)) for m, n in stacked.items()}
-    written = stacked if step.spec.save.keep_lokr else complete(stacked, sizes)
-    shapes = {m: MODULES[m].shape(sizes) for m in written}
+    if step.kept_lokr:
+        return Extent({m: MODULES[m].shape(sizes) for m in stacked}, stacked, lokr.ranks(step.kept_lokr))
+    shapes = {m: MODULES[m].shape(sizes) for m in complete(stacked, sizes)}
     return Extent(shapes, stacked, ranks_of(step, chosen or {m: stacked.get(m, 0) for m in shapes}))
 
 
 def ranks_of(step: StepBasis, most: Mapping[str, int]) -> dict[str, int]:
-    """The rank of every module written: what was asked for, as far as the inputs hold it.
+    """The rank of every module written: what was asked for, as far as the inputs hold it, and what the form needs at least.
 
     Args:
         step: The step.
         most: Module -> the highest rank that it may have.
     """
-    asked, limit = step.spec.rank, None
-    if isinstance(asked, RankRule):
-        limit = asked.max
-    elif isinstance(asked, int):
-        limit = asked
-    elif asked == "same":
-        limit = max((i.known.rank for i in step.inputs), default=1)
-    ranks = {m: max(1, n if limit is None else min(n, limit)) for m, n in most.items()}
+    limit, least = step.rank_limit, step.form.least_ranks(most)
+    ranks = {m: max(least[m], n if limit is None else min(n, limit)) for m, n in most.items()}
     largest = max(ranks.values(), default=1)
     if step.spec.save.uniform:
         return dict.fromkeys(ranks, largest)

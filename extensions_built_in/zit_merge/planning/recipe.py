@@ -66,6 +66,8 @@ def _input(i: Input) -> dict[str, Any]:
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
     if i.lora and i.lora.adapter:
         entry["adapter"] = i.lora.adapter.record()
+    if i.base:
+        entry["trained_on"] = dict(i.base)
     entry["strengths"] = i.rows
     if i.lora and i.lora.unmatched:
         entry["unmatched"] = list(i.lora.unmatched)

@@ -60,6 +60,11 @@ def trained_step(source: str) -> int | None:
     return int(source.partition("@")[2]) if "@" in source else None
 
 
+def is_trained(spec: Lora) -> bool:
+    """Whether it is what the training before the section saves."""
+    return bool(re.fullmatch(rf"{TRAINED}(@\d+)?", spec.lora)) and not spec.sha256
+
+
 def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_training: bool) -> Path | None:
     """The file of a source.
 
@@ -76,7 +81,7 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
         SettingError: There is no such file.
     """
     source = spec.lora
-    if re.fullmatch(rf"{TRAINED}(@\d+)?", source) and not spec.sha256:
+    if is_trained(spec):
         return _resolve_trained(source, context, before_training)
     if source.startswith(hub.HUB_PREFIX):
         return _resolve_hub(spec, context)

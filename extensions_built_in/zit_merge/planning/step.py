@@ -65,15 +65,17 @@ def _fitted(step: StepBasis, extent: Extent, whole: _Output, limit: int, is_open
     With `uniform: false` the ranks that are found here are bounds: the components are chosen by their singular values.
 
     Raises:
-        SettingError: Rank 1 takes more.
+        SettingError: The lowest rank takes more.
     """
 
     def capped(rank: int) -> tuple[Extent, _Output]:
         lower = replace(extent, ranks=ranks_of(step, {m: min(n, rank) for m, n in extent.ranks.items()}))
         return lower, _output(step, lower)
 
-    if (least := capped(1)[1].bytes) > limit:
-        raise SettingError(f"a file of rank 1 takes {ceil(least / 1e3) / 1e3:g} MB: set size_mb to that or more", "rank")
+    lowest, least = capped(1)
+    if least.bytes > limit:
+        rank, size = max(lowest.ranks.values()), ceil(least.bytes / 1e3) / 1e3
+        raise SettingError(f"a file of rank {rank} takes {size:g} MB: set size_mb to that or more", "rank")
     if not is_open or whole.bytes <= limit:
         return extent, whole, False
     if not step.spec.save.uniform:

@@ -17,6 +17,7 @@ import torch
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, joined, not_available_yet
 from ..formats.changes import FULL
+from ..formats.metadata import base_of
 from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
 
@@ -82,6 +83,14 @@ class Training:
         if step is None or step == self.steps:
             return self.folder / f"{self.job}.safetensors"
         return self.folder / f"{self.job}_{step:09d}.safetensors"
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What it trains on, by name. AI-Toolkit's metadata say zimage for every arch of the family."""
+        model = table(self.config, "model")
+        names = [model.get(key) for key in ("name_or_path", "assistant_lora_path")]
+        path, adapter = (Path(n).name if isinstance(n, str) and Path(n).exists() else n for n in names)
+        return base_of(path, model.get("arch"), adapter)
 
     def kept(self) -> list[int]:
         """The steps whose checkpoints it will have kept, the final file's as the last."""

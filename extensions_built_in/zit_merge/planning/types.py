@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..config.schema import Lora, Step
+from ..config.schema import Lora, RankRule, Step
 from ..errors import ZitMergeError
 from ..files.atomic import part_path
-from ..formats.metadata import CHECK_KEY, OF_RANKS, RECIPE_KEY, adapter_ranks, dumps
+from ..formats.metadata import BASE_KEY, CHECK_KEY, OF_RANKS, RECIPE_KEY, Base, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import Stamp
 from ..formats.spec import LoraSpec
@@ -50,6 +50,7 @@ class Input:
         lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
         step: It is the output of this earlier step.
         source: What a recipe calls it, where that is not its label.
+        base: What it was trained on, where the job or a recipe says it.
     """
 
     spec: Lora
@@ -60,6 +61,7 @@ class Input:
     lora: LoraFile | None = None
     step: StepPlan | None = None
     source: str = ""
+    base: Base = field(default_factory=dict)
 
     @cached_property
     def strengths(self) -> Mapping[str, float]:
@@ -80,7 +82,8 @@ class Input:
         """The file's own, or what the step before us will write."""
         if self.step:
             return self.step.draft
-        return self.lora.metadata if self.lora else {}
+        own = self.lora.metadata if self.lora else {}
+        return {**own, BASE_KEY: dumps([self.base])} if self.base else own
 
 
 USUAL_PREFIX = "merged_"  # of outputs' names
@@ -112,6 +115,16 @@ class StepBasis:
     def name(self) -> str:
         """The step's name."""
         return self.spec.name
+
+    @property
+    def rank_limit(self) -> int | None:
+        """The highest rank that was asked for; None where nothing limits it."""
+        asked = self.spec.rank
+        if isinstance(asked, RankRule):
+            return asked.max
+        if asked == "same":
+            return max((i.known.rank for i in self.inputs), default=1)
+        return asked if isinstance(asked, int) else None
 
     @property
     def kept_lokr(self) -> LoraFile | None:
@@ -262,7 +275,8 @@ class StepPlan(StepBasis):
         """What later steps can know of the output."""
         if self.spec.save.keep_lokr:
             known = self.inputs[0].known
-            return LoraSpec(known.ranks, known.shapes, self.dtype, known.algorithms)
+            ranks = self.ranks if self.kept_lokr else known.ranks
+            return LoraSpec(ranks, known.shapes, self.dtype, known.algorithms)
         units = self.form.units(self.ranks).values()
         ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
         return LoraSpec(ranks, self.shapes, self.dtype)

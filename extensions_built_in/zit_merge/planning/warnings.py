@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
 from ..errors import counted
+from ..formats.metadata import base_text, bases, bases_differ
 from ..formats.names import parse_key
-from ..formats.writer import ALWAYS
+from ..formats.writer import ALWAYS, why_padded
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
 
@@ -26,13 +27,24 @@ def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str,
         found.append(
             f"the file is called {step.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {step.job}"
         )
+    found += _of_bases(step)
     found += _of_method(step)
     if all(i.known.ranks for i in step.inputs):  # else a file on the hub may hold more
         found += _of_rank(step, max([1, *stacked.values()]), max(ranks.values(), default=0), is_open)
     silent = sum(1 for n in stacked.values() if n == 0)
     if silent:
         found.append(f"{silent} of {len(stacked)} modules have strength 0 throughout and are written as zeros")
+    if added := ranks.keys() - stacked.keys():
+        found.append(why_padded(added))
     return tuple(found)
+
+
+def _of_bases(step: StepBasis) -> list[str]:
+    named = {i.label: bases(i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))}
+    if not bases_differ(base for found in named.values() for base in found):
+        return []
+    each = "; ".join(f"{label}: {' and '.join(map(base_text, found))}" for label, found in named.items() if found)
+    return [f"LoRAs of different bases, which may do less on another than on their own: {each}"]
 
 
 def _of_method(step: StepBasis) -> list[str]:
@@ -62,6 +74,12 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
         found.append(f"rank {exact} holds everything, the best approximation of rank {rank} is written")
     elif isinstance(asked, int) and asked > exact:
         found.append(f"rank {asked} was asked for, {exact} holds everything: nothing is cut")
+    needed = min(exact, step.rank_limit or exact)
+    if rank > needed:
+        found.append(
+            f"rank {rank} is written where {needed} would do: beside an alpha key stable-diffusion.cpp takes rank 1 for the "
+            "width of the input"
+        )
     if not save.uniform:
         found.append(
             "each module has its own rank: diffusers before 0.40 needs the metadata that is written with it, AI-Toolkit the full "

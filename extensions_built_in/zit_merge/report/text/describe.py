@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...analysis.describe import Description
+from ...formats.metadata import base_text
 from ...formats.verdict import LARGE
 from ...model.zimage import MODULES, SECTIONS
 from ...wording import TITLE, listed, middle, percent, ranks_text, row, shorten, squeezed
@@ -59,6 +60,7 @@ def _head(found: Description) -> dict[str, str]:
         "dtype": found.dtype,
         "norm": "unknown, some of it is broken" if found.norm is None else f"{found.norm:.4g}",
         "base model": shorten(found.base_model or "not named", TITLE),
+        "trained on": shorten("; ".join(map(base_text, found.base)), _WORDS),
         "trigger words": _words(found.trigger_words),
         "recipe": f"recipe {middle(found.file)} prints it" if found.recipe else "",
         "left out": f"{len(found.skipped)} keys that no merge takes, {_examples(found.skipped)}" if found.skipped else "",

@@ -155,6 +155,8 @@ def written(plan: StepPlan) -> list[str]:
     if not all(i.known.ranks for i in plan.inputs):
         return ["what the files on the hub will tell"]
     modules = counted(len(plan.shapes or plan.stacked), "module")
+    if added := len(plan.ranks.keys() - plan.stacked.keys()):
+        modules += f" ({added} of zeros)"
     rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
     rank += " at most" if plan.is_open else ""
     form = [f"format {plan.spec.save.format}"] if plan.spec.save.format != "ai-toolkit" else []
