@@ -1,8 +1,9 @@
 """ComfyUI's rules for the keys of a Z-Image LoRA, as data, and what they make of a file.
 
-The facts are read from Comfy-Org/ComfyUI as it is since a3b5d499 (2026-01-12; 0.20.1 was run and agrees): comfy/lora.py
-(model_lora_keys_unet, load_lora), comfy/utils.py (z_image_to_diffusers), comfy/weight_adapter/{lora,loha,lokr}.py. What runs here
-is our own reading of them, not ComfyUI: good for LoRA, LoHa, LoKr and whole differences, not for what needs the base weights.
+The facts are read from Comfy-Org/ComfyUI as it is since a3b5d499 (2026-01-12): comfy/lora.py (model_lora_keys_unet, load_lora),
+comfy/utils.py (z_image_to_diffusers), comfy/weight_adapter/{lora,loha,lokr}.py. What runs here is our own reading of them, for
+machines without ComfyUI; test_comfyui.py compares it with the code itself. Good for LoRA, LoHa, LoKr and whole differences, not
+for what needs the base weights.
 """
 
 import re

@@ -4,7 +4,7 @@
 
 A merge of two LoRAs of different ranks is written in every form, for a Z-Image of width 48 with all its layers. Every client, in
 a process of its own, reads every file; what it makes of each of the 276 linears is compared with the float64 sum of the trainers'
-deltas. ComfyUI stands there by its rules (comfyui.py), every other column was run.
+deltas. Every column was run, but for ComfyUI where no checkout of it is found: it stands there by its rules then (comfyui.py).
 
 The diffusers releases are installed with pip into a folder that is kept. PEFT and lycoris-lora are those of --python. AI-Toolkit
 is the one at $AI_TOOLKIT_ROOT or ~/ai-toolkit, run by --toolkit-python, which must have its packages.
@@ -29,7 +29,7 @@ TESTS = Path(__file__).resolve().parents[1]
 REPO, READERS = TESTS.parent, TESTS / "clients" / "readers"
 sys.path[:0] = [str(TESTS)]
 
-from clients import comfyui  # noqa: E402
+from clients import comfyui, comfyui_source  # noqa: E402
 from oracles import producers  # noqa: E402
 
 OLDEST = (0, 36)  # the first diffusers that has Z-Image
@@ -192,7 +192,7 @@ def install(python: str, version: str, work: Path) -> Path | str:
 
 def clients(args: argparse.Namespace) -> list[Client]:
     """The readers to run."""
-    found = []
+    found = [Client("ComfyUI {}", (args.python, str(READERS / "with_comfyui.py")))] if comfyui_source.root() else []
     for version in args.diffusers or releases(args.python):
         folder = install(args.python, version, args.work)
         if isinstance(folder, str):
@@ -317,8 +317,9 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def brief(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """The README's table: a line for each client, neighbours that answer alike in one, the files of 276 modules only."""
-    kept = [row for row in rows if "276 modules" in row.name]
+    """The README's table: a line for each client, neighbours that answer alike in one, the files of 276 modules only. Ranks of
+    their own, which change no answer of these clients, stand there for the first form only."""
+    kept = [row for row in rows if "276 modules" in row.name and ("uniform" not in row.name or row.name.startswith("ai-toolkit"))]
     lines: list[tuple[list[str], list[str]]] = []
     for column in columns:
         cells = [verdict(column.answers[row.name], row.deltas) for row in kept]
@@ -356,7 +357,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder), args.trainers)
-        columns = [comfyui_column(rows)]
+        columns = [] if comfyui_source.root() else [comfyui_column(rows)]
         for client in clients(args):
             began = time.monotonic()
             columns.append(run(client, rows))

@@ -385,7 +385,10 @@ def test_a_recipe_of_every_form_makes_the_same_bytes(work, loras, form, uniform)
 def test_the_plan_says_who_reads_another_form(work, loras, form):
     text = work.zit("run", work.job({"name": "a", "loras": BOTH, "save": {"format": form}}), "--dry-run").ok()
     assert f"format {form}" in text
-    assert "ai-toolkit is read by all" in " ".join(text.split())
+    said = " ".join(text.split())
+    assert "ai-toolkit is read by all" in said
+    assert ("DiffSynth, LightX2V and Forge Neo load nothing of it" in said) is (form == "diffusers")
+    assert ("ComfyUI drops q, k, v and out of it" in said) is (form == "kohya")
     assert "note: format" not in work.zit("run", work.job({"name": "a", "loras": BOTH}), "--dry-run").ok()
 
 

@@ -1,7 +1,6 @@
 """LoRA files in the forms that programs read, written tensor by tensor.
 
-The default, `ai-toolkit`, is the one that every client reads (measured against ComfyUI, diffusers 0.36 to 0.42, AI-Toolkit,
-musubi, InvokeAI, DiffSynth):
+The default, `ai-toolkit`, is the one that every client reads (measured, see the README's table; musubi converts it):
 
     diffusion_model.<diffusers module>.lora_A.weight   (r, in)
     diffusion_model.<diffusers module>.lora_B.weight   (out, r)

@@ -63,7 +63,10 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
     """Of a rank where `exact` would hold everything."""
     save, asked, rule = step.spec.save, step.spec.rank, step.spec.rank_rule
     if save.keep_lokr:
-        return ["it stays a LoKr: ComfyUI and diffusers from 0.42 read it, most other programs do not"]
+        return [
+            "it stays a LoKr: ComfyUI, SD.Next, OneTrainer and diffusers from 0.42 read it; InvokeAI, DiffSynth, LightX2V, mflux "
+            "and musubi do not"
+        ]
     found = []
     if is_open and rule:
         limit = f"{rule.energy:.6g} of the energy" if rule.energy else f"{rule.size_mb:g} MB"
@@ -83,17 +86,21 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
     if not save.uniform:
         found.append(
             "each module has its own rank: diffusers before 0.40 needs the metadata that is written with it, AI-Toolkit the full "
-            f"rank in {ALWAYS}, and other programs may apply a wrong strength"
+            f"rank in {ALWAYS}, and PEFT's hot swap into an adapter of one rank refuses it"
         )
     if save.format in _READERS:
-        found.append(f"format {save.format} is read by {_READERS[save.format]}; ai-toolkit is read by all of them")
+        found.append(f"format {save.format} is read by {_READERS[save.format]}")
     return found
 
 
+# As measured: the table in the README, and the sources of Forge Neo and Nunchaku.
 _READERS: Mapping[str, str] = {
-    "diffusers": "diffusers, ComfyUI and InvokeAI, not by Forge Neo's or DiffSynth's loaders",
-    "kohya": "musubi and diffusers from 0.39, not by ComfyUI, which drops q, k, v and out of it",
-    "comfyui": "ComfyUI and Forge Neo, not by AI-Toolkit or Nunchaku; diffusers loads a part of it without a word",
+    "diffusers": "diffusers, ComfyUI, SD.Next, InvokeAI, OneTrainer, mflux and stable-diffusion.cpp; DiffSynth, LightX2V and "
+    "Forge Neo load nothing of it. ai-toolkit is read by all of them",
+    "kohya": "musubi, SD.Next, OneTrainer and diffusers from 0.39; ComfyUI drops q, k, v and out of it, DiffSynth and LightX2V "
+    "load nothing. ai-toolkit is read by all of them but musubi, which converts it",
+    "comfyui": "ComfyUI, SD.Next, stable-diffusion.cpp and Forge Neo, not by AI-Toolkit or Nunchaku; others, such as diffusers, "
+    "InvokeAI and DiffSynth, load a part of it without a word. ai-toolkit is read by all of them",
 }
 
 
