@@ -312,7 +312,10 @@ def test_a_recipe_is_a_section(files):
     assert files.zit("run", config).ok()
     recipe = files.zit("recipe", "out/cat/merged_cat_soft.safetensors").ok()
     head = "type: zit_merge\n"
-    put(files, recipe.replace(head, head + "output_dir: out\nshapes: free\ndevice: cpu\n"), "recipe.yaml")
+    put(files, recipe.replace(head, head + "output_dir: out\n"), "recipe.yaml")
+    assert "recipe.yaml: output_dir: no recipe has this key" in refused(files, CONFIG, "recipe.yaml")
+    own = re.sub("(made_by|[ -]*file): .*\n", "", recipe)
+    put(files, own.replace(head, head + "output_dir: out\nshapes: free\ndevice: cpu\n"), "recipe.yaml")
     done(files, CONFIG.replace("sd_trainer", "other"), section="recipe.yaml")
     (config.parent / "me.safetensors").rename(config.parent / "them.safetensors")
     assert "no file with the tensors of me.safetensors" in refused(files, CONFIG, "recipe.yaml")

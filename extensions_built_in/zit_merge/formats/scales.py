@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ZitMergeError, counted
+from ..files.text import TextFile
 from .changes import Group
 from .metadata import Adapter, read_adapter
 from .reading import Reading
@@ -63,9 +64,9 @@ class Scales:
             if ADAPTER_KEY in self._header.metadata:
                 return read_adapter(self._header.metadata[ADAPTER_KEY], ADAPTER_KEY)
             if (is_peft or self._header.path.name == "adapter_model.safetensors") and beside.is_file():
-                return read_adapter(beside.read_text(encoding="utf-8"), ADAPTER_FILE)
-        except (ValueError, OSError) as e:
-            why = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else e
+                return read_adapter(TextFile.read(beside).text, ADAPTER_FILE)
+        except (ValueError, ZitMergeError) as e:
+            why = f"{ADAPTER_FILE} is no text that can be read" if isinstance(e, ZitMergeError) else e
             self.questions.append(f"alpha is outside of the tensors, but {why}: set alpha: none (alpha is the rank) or a number")
             return None
         if asked:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, Save, Step
+from ..wording import public_name
 from .types import Input, StepBasis
 
 
@@ -18,7 +19,12 @@ def recipe_of(step: StepBasis) -> dict[str, Any]:
     """The recipe of a step, with the paths of files in place of their hashes: `with_hashes` fills them in."""
     steps: dict[str, dict[str, Any]] = {}
     _collect(step, steps)
-    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": step.job, "steps": list(steps.values())}
+    return {
+        "type": PROCESS_TYPE,
+        "made_by": f"zit_merge {__version__}",
+        "job": public_name(step.job),
+        "steps": list(steps.values()),
+    }
 
 
 def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool = False) -> None:
@@ -27,8 +33,8 @@ def _collect(step: StepBasis, steps: dict[str, dict[str, Any]], *, feeds: bool =
         if i.step and i.step.name not in steps:
             _collect(i.step, steps, feeds=True)
     spec = step.spec
-    entry: dict[str, Any] = {"name": spec.name}
-    entry |= {"keep": False} if feeds else {"file": step.path.name}
+    entry: dict[str, Any] = {"name": public_name(spec.name)}
+    entry |= {"keep": False} if feeds else {"file": public_name(step.path.name)}
     entry |= {"method": spec.method, **_params(spec)}
     entry |= {"rank": spec.rank_rule.record() if spec.rank_rule else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
@@ -53,7 +59,7 @@ def _save(save: Save) -> dict[str, Any]:
 
 
 def _input(i: Input) -> dict[str, Any]:
-    entry: dict[str, Any] = {"lora": i.source or i.label}
+    entry: dict[str, Any] = {"lora": public_name(i.source or i.label)}
     if i.lora:
         entry["sha256"] = i.lora.path
     entry["ratio"] = i.spec.ratio

@@ -12,6 +12,7 @@ import torch
 
 from ..config.schema import Lora, Step
 from ..files.atomic import part_path
+from ..files.paths import user_path
 from ..formats.metadata import CHECK_KEY, RECIPE_KEY, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.spec import LoraSpec
@@ -132,10 +133,19 @@ class StepBasis:
         fed = [path for i in self.inputs if i.step for path in i.step.hashed]
         return list(dict.fromkeys(own + fed))
 
+    @cached_property
+    def copy_folder(self) -> Path:
+        """Where a copy goes.
+
+        Raises:
+            SettingError: `copy_to` is no path.
+        """
+        return user_path(self.spec.copy_to or "")
+
     @property
     def targets(self) -> list[Path]:
         """Every file that will be there at the end: the output, and its copy."""
-        copies = [Path(self.spec.copy_to).expanduser() / self.path.name] if self.spec.copy_to else []
+        copies = [self.copy_folder / self.path.name] if self.spec.copy_to else []
         return [self.path, *copies] if self.spec.keep else []
 
 
