@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..config.recipe import only_recipe
 from ..formats.header import DTYPES
 from ..formats.metadata import read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
@@ -86,7 +87,7 @@ def describe(measured: Measurement) -> Description:
         ZitMergeError: The file can't be read any more.
     """
     (lora,), norms = measured.loras, measured.norms(0)
-    trainer, stored = recognise(lora), _stored_dtypes(lora)
+    trainer, stored, recipe = recognise(lora), _stored_dtypes(lora), read_recipe(lora.metadata)
     known = [norm for norm in norms.values() if norm is not None]
     return Description(
         file=lora.path.name,
@@ -108,7 +109,7 @@ def describe(measured: Measurement) -> Description:
         remarks=list(lora.remarks),
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
-        recipe=read_recipe(lora.metadata),
+        recipe=recipe and only_recipe(recipe)[0],
         check=read_check(lora.metadata),
     )
 
