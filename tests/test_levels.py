@@ -9,7 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "extensions_built_in" / "zit_merge"
 # From the ground up. What shares a line may import each other's neighbours below, never each other.
 LEVELS = (
-    ("__init__", "errors", "wording", "progress"),
+    ("__init__", "wording", "progress"),
+    ("errors",),
     ("algebra", "model", "files"),
     ("formats",),
     ("config",),

@@ -6,9 +6,17 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from .wording import message
+
 
 class ZitMergeError(Exception):
-    """The input, the config or the machine prevents the work. The message says what is wrong, where, and what to do."""
+    """The input, the config or the machine prevents the work. The message says what is wrong, where, and what to do.
+
+    Whoever prints it, AI-Toolkit too, gets one line that is fit for a terminal.
+    """
+
+    def __str__(self) -> str:
+        return message(super().__str__())
 
 
 class SettingError(ZitMergeError):
@@ -30,7 +38,7 @@ class SettingError(ZitMergeError):
         self.message, self.loc, self.is_complete = message, loc, is_complete
 
     def __str__(self) -> str:
-        return f"{self.loc}: {self.message}" if self.loc else self.message
+        return message(f"{self.loc}: {self.message}" if self.loc else self.message)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis.test_compare import fits, one_line, plus, times
+from analysis.test_compare import one_line, plus, times
 from pairs import MODULES, Pair, deltas, later_save, lora, rotated, write
 from safetensors.torch import load_file, save_file
+from screen import fits
 from workspace import Workspace, merge_into
 
 from extensions_built_in.zit_merge.algebra.least_squares import groups

@@ -13,6 +13,7 @@ from oracles import methods as oracle
 from oracles.producers import PRODUCERS
 from pairs import MODULES, Pair, deltas, lora, write
 from safetensors.torch import load_file, save_file
+from screen import fits
 from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError
@@ -66,10 +67,6 @@ def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def fits(text: str) -> bool:
-    return text.isascii() and max(map(len, text.splitlines())) <= 80 and all(c.isprintable() or c == "\n" for c in text)
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracles import producers
 from oracles.producers import PRODUCERS, Made
+from screen import fits
 from workspace import FEW, REAL, SMALL, Workspace
 
 from extensions_built_in.zit_merge.analysis.describe import Description, describe
@@ -619,7 +620,7 @@ def test_long_names_and_words_are_cut_with_a_count(tmp_path):
     made.tensors.update({f"text_encoder.{long}.{i}": torch.ones(1) for i in range(4)})
     made.tensors.update({f"x.{long}.{i}": torch.ones(1) for i in range(9)})
     text = description_text(replace(described(tmp_path, made), file=f"a{long}c.safetensors"))
-    assert len(text.splitlines()) < 70 and max(map(len, text.splitlines())) <= 80 and text.isascii()
+    assert len(text.splitlines()) < 70 and fits(text)
     flat = "".join(text.split())
     for part in ("c.safetensors(314letters)", "(5,000inall)", "(1,000,000letters)", "4keysthatnomergetakes", "9keys,e.g.x.bbb"):
         assert part in flat, part
@@ -636,8 +637,8 @@ def test_one_trigger_phrase_of_a_megabyte(tmp_path):
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path):
     metadata = {"modelspec.trigger_phrase": "\x1b[2J red\x07\r\nfile  fake \u4e2d\u2028x\x7f", "ss_base_model_version": "\x00"}
     text = text_of(tmp_path, replace(pairs(Q), metadata=metadata))
-    assert all(c.isprintable() or c == "\n" for c in text) and text.isascii()
-    assert "trigger words ?[2J red? file fake \\u4e2d x?\n" in text
+    assert fits(text)
+    assert "trigger words \\x1b[2J red\\x07 file fake \u4e2d x\\x7f\n" in text
 
 
 def test_what_is_open_and_what_was_decided(tmp_path):

@@ -533,7 +533,7 @@ def test_the_first_process_of_a_job_runs_where_the_ui_wrote_cuda(work, loras, mo
         ("a: *nowhere", "line"),
         ("a:\n\t- b", "line 2"),
         ("a: !!python/object:os.system x", "line 1"),
-        ("job: extension\x07", "not valid YAML"),
+        ("job: extension\x07", "line 1: the character U+0007"),
     ],
 )
 def test_files_that_hold_no_job(work, content, says):

@@ -200,6 +200,61 @@ def test_alpha_that_was_asked_for_where_there_is_none(tmp_path):
 # --- 2: PEFT's adapters, whose alpha stands beside the file --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_an_adapters_config_with_a_byte_order_mark(tmp_path, encoding):
+    path = saved(tmp_path, sidecar=json.dumps({"r": 4, "lora_alpha": 8}).encode(encoding))
+    check(clear(path), {Q: BARE * 2})
+    told = config(r=4, lora_alpha=8)["lora_adapter_metadata"]
+    path = store(tmp_path, renamed(PAIR, "transformer."), "x", metadata={"lora_adapter_metadata": f"\ufeff{told}"})
+    check(clear(path), {Q: BARE * 2})
+
+
+# What may take longer than anybody waits, or has no bound that its form tells.
+ENDLESS = [
+    *("(a+)+$", "(a*)*b", "([a-z]+)*x", r"(\w+\s?)*y", "(a|a)*b", "(.*)*", "((a?)*)*"),
+    *(".*.*.*.*x", "(a|aa)" * 30, "a?" * 40 + "a" * 40, "(.*a){20}", "((((a+)+)+)+)+", "a{0,9}" * 12),
+    *("(" * 600 + "a" + ")" * 600, "a{99999999999999999999}", r"(?=.*a)b", r"(?<!a)b", r"(x)(?(1)a|b)", "(?:(?i:a))"),
+]
+
+
+@pytest.mark.parametrize("pattern", ENDLESS, ids=range(len(ENDLESS)))
+def test_patterns_that_may_never_end_are_not_tried(tmp_path, pattern):
+    path = store(tmp_path, renamed(PAIR, "transformer."), metadata=config(r=4, lora_alpha=2, alpha_pattern={pattern: 1}))
+    (asked,) = load_lora(path).questions
+    assert "alpha_pattern" in asked and "set alpha: none" in asked
+    check(clear(path, alpha="none"), {Q: BARE})
+
+
+def test_more_patterns_than_a_model_has_modules_are_not_tried(tmp_path):
+    patterns = {f"layers.{n}.x": 1 for n in range(100_000)}
+    assert "takes too long" in question(
+        store(tmp_path, renamed(PAIR, "transformer."), metadata=config(r=4, lora_alpha=2, rank_pattern=patterns))
+    )
+
+
+USUAL = [
+    *("to_q", "^to_q", r"layers\.0\.attention\.to_q", r"^layers\.0\.attention\.to_q$", r"layers\.(0|1)\.attention\.to_q"),
+    r".*\.to_q",
+    *(
+        r".*attention.*",
+        r"layers\.\d+\.attention\.to_[qkv]",
+        r"(layers|noise_refiner)\.\d{1,2}\.attention\.(to_q|to_k)",
+        "(?:to_q)",
+    ),
+    *(r"layers\.([0-9]|1[0-9])\.attention\.to_q", r"(.*\.)?attention\.to_q", r"layers\.0\.[a-z]+\.to_q", r".+\.0\..+"),
+]
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_patterns_as_people_write_them(tmp_path, pattern):
+    other = pytest.importorskip("peft.utils.other")
+    path = store(tmp_path, renamed(PAIR, "transformer."), metadata=config(r=4, lora_alpha=2, alpha_pattern={pattern: 8}))
+    is_found = other.get_pattern_key([pattern], Q) == pattern and pattern != Q
+    check(clear(path), {Q: BARE * (2 if is_found or pattern == Q else 0.5)})
+    wanted = re.match(rf"(.*\.)?({pattern})$", Q)
+    assert is_found == bool(wanted)
+
+
 @pytest.mark.parametrize("name", ["adapter_model", "my_style"])
 def test_an_adapter_with_its_config_beside_it(tmp_path, name):
     path = saved(tmp_path, sidecar={"r": 4, "lora_alpha": 6}, name=name)

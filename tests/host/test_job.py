@@ -222,3 +222,17 @@ def test_the_toolkits_own_loader_reads_our_file(trained, place, run_python, tmp_
     done = run_python(LOADER, place / "model", path, tmp_path / "wanted.pt")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "240 modules agree" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_the_sentence_of_the_toolkits_error_steers_no_log_and_tells_no_variable(place, run_python, encoding):
+    """On Windows the UI's log is not UTF-8: a letter that it lacks must not end the job with an error of its own."""
+    step = {"name": "a", "loras": [{"lora": "style.safetensors", "ratio": 1}], "copy_to": "${MY_TOKEN}/\x1b[2J\u89d2\u202ex"}
+    config = write(place, "hostile", job("hostile", merging(output_dir=str(place / "hostile"), steps=[step])))
+    done = run_python("run.py", config, MY_TOKEN="s3cr3t_value", PYTHONIOENCODING=encoding)
+    shown = "\u89d2" if encoding == "utf-8" else r"\u89d2"
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "is not a folder: create it" in line]
+    assert done.returncode != 0 and said, done.stdout[-3000:] + done.stderr[-3000:]
+    for line in said:
+        assert rf"process[0].steps[0].copy_to: ${{MY_TOKEN}}/\x1b[2J{shown}\u202ex is not a folder" in line
+        assert "s3cr3t" not in line and "\x1b" not in line and "UnicodeEncodeError" not in line

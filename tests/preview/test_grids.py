@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
+from screen import fits
 from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -258,8 +259,7 @@ def test_the_plan_fits_into_80_columns_whatever_names_there_are(work, loras, tmp
     found = previewed(
         work, step(ME, name="n" * 150, preview=seeds | {"compare": ["base"]}), model=MODEL | {"name_or_path": str(folder)}
     )
-    lines = found.text().splitlines()
-    assert max(map(len, lines)) < 80 and found.text().isascii() and len(lines) < 20
+    assert fits(found.text(), 79) and len(found.text().splitlines()) < 20
     assert "seed 0, 1, 2, 3, 4, ..., 149" in " ".join(found.text().split())
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,49 @@ def test_a_picture_that_is_not_whole_is_none(home):
     assert not found.has("a")
     path.mkdir()
     assert not found.has("a")
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def traps() -> dict[str, bytes]:
+    """PNG files that end as ours do."""
+
+    def png(width: int, height: int, pixels: bytes, *further: bytes) -> bytes:
+        size = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+        text = chunk(b"tEXt", b"zit_merge\0{}")
+        chunks = [chunk(b"IHDR", size), text, *further, chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+    whole = zlib.compress(bytes(64 * (1 + 3 * 64)))
+    return {
+        "a bomb of pixels": png(100_000, 100_000, zlib.compress(b"")),
+        "a bomb that Pillow only warns of": png(12_000, 12_000, zlib.compress(b"")),
+        "a bomb of text": png(64, 64, whole, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(10**8)))),
+        "no zlib": png(64, 64, b"no zlib"),
+        "too few pixels": png(64, 64, zlib.compress(bytes(100))),
+        "no size": png(0, 0, whole),
+        "a negative size": png(2**31, 64, whole),
+        "broken profile": png(64, 64, whole, chunk(b"iCCP", b"x")),
+        "broken pHYs": png(64, 64, whole, chunk(b"pHYs", b"x")),
+        "broken header": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"") + chunk(b"IEND", b""),
+        "a chunk longer than the file": png(64, 64, whole)[:-20] + b"\xff\xff\xff\xfftEXtx" + chunk(b"IEND", b""),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("trap", traps())
+def test_a_picture_that_breaks_its_reader_is_rendered_again(home, trap):
+    found = store(home)
+    found.path("a").parent.mkdir(parents=True)
+    found.path("a").write_bytes(traps()[trap])
+    if trap not in ("broken profile", "broken pHYs", "a bomb of text") or not found.has("a"):
+        assert not found.has("a")
+        with pytest.raises(ZitMergeError, match=r"a\.png: can't be read any more: run `preview` to render it again"):
+            found.load("a")
+    found.save("a", plain("red"), {})
+    assert found.has("a") and found.load("a").getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])

@@ -324,9 +324,9 @@ def test_names_that_are_no_metric(own):
     assert refused("structur").startswith("no such metric: 'structur' (did you mean structure?); there are pixels, structure, ")
     for form in ("a:", ":b", "a:b:c", ".a:b", "a b:c", "/x/y.py:f", ""):
         assert refused(form).startswith(f"no such metric: {form!r}")
-    assert "Python can't import no_such_module (ModuleNotFoundError: No module named 'no_such_module')" in refused(
-        "no_such_module:f"
-    )
+    assert "Python finds no no_such_module: correct the name" in refused("no_such_module:f")
+    assert "Python finds no no_such_package" in refused("no_such_package.module:f")
+    assert "Python can't import json.no_such_module (ModuleNotFoundError: " in refused("json.no_such_module:f")
     module = own("def distance(p, r): return 0\nLIMIT = 3\n")
     assert refused(f"{module}:distanse") == f"'{module}:distanse': {module} has no distanse (did you mean distance?)"
     assert "is of type int, not a function" in refused(f"{module}:LIMIT")

@@ -160,7 +160,7 @@ WRONG = [
     ({"prompts": []}, ".prompts", f"{NOT_PROMPTS} []"),
     ({"prompts": " "}, ".prompts", f"{NOT_PROMPTS} ' '"),
     ({"prompts": {"a": "b"}}, ".prompts", f"{NOT_PROMPTS} {{'a': 'b'}}"),
-    ({"prompts": ["a", 5]}, ".prompts[1]", "must be text, not 5"),
+    ({"prompts": ["a", 5]}, ".prompts[1]", "must be text, not 5: YAML reads this as the number 5, put it in quotes"),
     ({"prompts": ["a", ["b"]]}, ".prompts[1]", "must be text, not ['b']"),
     ({"prompts": ["a", ""]}, ".prompts[1]", "has a form that is not allowed: '' (any text but an empty one is allowed)"),
     ({"seed": "x"}, ".seed", f"{NOT_SEED} 'x'"),
@@ -225,7 +225,11 @@ def test_what_is_wrong_with_a_preview(asked, key, says, level):
         ({"by": "layers", "prompts": 5}, ".prompts", f"{NOT_PROMPTS} 5"),
         ({"by": "layers", "metrics": []}, ".metrics", "must have at least one entry"),
         ({"by": "layers", "metrics": "pixels"}, ".metrics", "must be a list, not 'pixels'"),
-        ({"by": "layers", "metrics": [5]}, ".metrics[0]", "must be text, not 5"),
+        (
+            {"by": "layers", "metrics": [5]},
+            ".metrics[0]",
+            "must be text, not 5: YAML reads this as the number 5, put it in quotes",
+        ),
         (
             {"by": "layers", "preset": "a/b"},
             ".preset",

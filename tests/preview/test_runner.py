@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,9 @@ from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.image_store import ImageStore, image_store
 from extensions_built_in.zit_merge.preview.metrics import pixels, tensor_of
-from extensions_built_in.zit_merge.preview.page import on_page
 from extensions_built_in.zit_merge.preview.plan import Picture, PreviewPlan
 from extensions_built_in.zit_merge.preview.rendering import Workers
-from extensions_built_in.zit_merge.preview.runner import render, render_section
+from extensions_built_in.zit_merge.preview.runner import on_page, render, render_section
 from extensions_built_in.zit_merge.preview.variants import digest
 from extensions_built_in.zit_merge.progress import SILENT
 from extensions_built_in.zit_merge.report.page.run import RunPage, run_page
@@ -411,6 +411,33 @@ def test_every_part_is_measured_on_its_own_pictures(work, loras):
         without = [pixels(a, b) for a, b in zip(drawn[f"without {group['name']}"], drawn["soft"], strict=True)]
         whole = [pixels(a, b) for a, b in zip(drawn["base"], drawn["soft"], strict=True)]
         assert group["metrics"]["pixels"]["share"] == pytest.approx(sum(without) / sum(whole))
+
+
+@pytest.mark.parametrize("words", [["check"], ["run", "--dry-run"], ["run"], ["preview", "--dry-run"]], ids=str)
+def test_no_code_of_a_config_runs_before_pictures_are_rendered(work, loras, monkeypatch, words):
+    monkeypatch.syspath_prepend(str(work.folder))
+    (work.folder / "spy_package").mkdir()
+    (work.folder / "spy_package" / "__init__.py").write_text("import pathlib\npathlib.Path('imported').touch()\n")
+    (work.folder / "spy_package" / "metric.py").write_text("def far(p, r):\n    return 1.0\n")
+    ablate = {"by": "components", "metrics": ["pixels", "spy_package.metric:far"]}
+    command, *flags = words
+    config = work.job(step(ME, ablate=ablate), model=MODEL, sample=SAMPLES)
+    work.zit(command, config, *flags).ok()
+    assert not Path("imported").exists()
+    preview = of(work, step(ME, ablate=ablate))
+    told = render(preview, CPU, Loader())
+    assert next(told) == "importing spy_package.metric for metrics" and not Path("imported").exists()
+    list(told)
+    assert Path("imported").exists()
+    for name in ("spy_package.metric", "spy_package"):
+        del sys.modules[name]
+
+
+def test_a_metric_that_can_not_be_imported_is_told_before_the_model_is_loaded(work, loras):
+    loader = Loader()
+    with pytest.raises(ZitMergeError, match=r"^process\[0\]\.steps\[0\]\.ablate\.metrics\[0\]: 'json:far': json has no far"):
+        rendered(of(work, step(ME, ablate={"by": "components", "metrics": ["json:far"]})), loader)
+    assert not loader.loaded and not store(of(work, step(ME, preview=True))).folder.exists()
 
 
 def test_what_is_told_of_a_grid_says_where_it_lies(work, loras):

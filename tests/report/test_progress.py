@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
+from screen import fits
 from workspace import merge_into
 
 from extensions_built_in.zit_merge import load_lora, merge
@@ -72,12 +73,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+def log(folder: Path, monkeypatch: pytest.MonkeyPatch, encoding: str = "ascii") -> Iterator[Callable[[], str]]:
     """A file as stderr."""
     path = folder / "log.txt"
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", encoding=encoding) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        yield lambda: path.read_bytes().decode("ascii")
+        yield lambda: path.read_bytes().decode(encoding)
 
 
 def run(clock: Clock, seconds: float, modules: int = 240, name: str = "soft", quiet: bool = False) -> None:
@@ -143,10 +144,16 @@ def test_quiet_is_quiet(tmp_path, monkeypatch, clock):
 
 
 def test_names_steer_no_log(tmp_path, monkeypatch, clock):
-    with log(tmp_path, monkeypatch) as read:
+    with log(tmp_path, monkeypatch, "utf-8") as read:
         run(clock, 1.0, modules=3, name="a\r\n\x1b[2J" + "貓" * 300)
         (line,) = read().splitlines()
-    assert LINE.fullmatch(line) and len(line) < 80
+    assert line.startswith("a \\x1b[2J貓貓") and line.endswith("貓: 1/3 modules, 2 s left") and fits(line, 60)
+
+
+def test_a_log_gets_the_letters_that_it_has(tmp_path, monkeypatch, clock):
+    with log(tmp_path, monkeypatch) as read:
+        run(clock, 1.0, modules=3, name="貓")
+        assert read().startswith("\\u8c93: 1/3 modules")
 
 
 def test_each_step_counts_from_its_own_start(tmp_path, monkeypatch, clock):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config.recipe import only_recipe
 from ..formats.header import DTYPES
 from ..formats.metadata import bases, read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
@@ -88,7 +89,7 @@ def describe(measured: Measurement) -> Description:
         ZitMergeError: The file can't be read any more.
     """
     (lora,), norms = measured.loras, measured.norms(0)
-    trainer, stored = recognise(lora), _stored_dtypes(lora)
+    trainer, stored, recipe = recognise(lora), _stored_dtypes(lora), read_recipe(lora.metadata)
     known = [norm for norm in norms.values() if norm is not None]
     padded = padding(lora, norms)
     return Description(
@@ -112,7 +113,7 @@ def describe(measured: Measurement) -> Description:
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
         base=bases(lora.metadata),
-        recipe=read_recipe(lora.metadata),
+        recipe=recipe and only_recipe(recipe)[0],
         check=read_check(lora.metadata),
     )
 

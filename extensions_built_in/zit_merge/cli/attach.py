@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..config.edit import put
-from ..config.job import RECIPE, Job, fill_environment, fill_name, job_of
+from ..config.job import RECIPE, VARIABLE, Job, fill_environment, fill_name, job_of
 from ..config.parse import parse_section
+from ..config.recipe import check_recipe
 from ..config.schema import PROCESS_TYPE
 from ..errors import ZitMergeError
 from ..files.atomic import open_exclusively, os_errors, part_path, publish_file, seal
@@ -62,17 +63,14 @@ def attach(config: Path, section: Path, *, replace: bool = False, toolkit: Toolk
             as it was then, and there is no new file.
     """
     file = TextFile.read(Path(config))
-    try:
-        job = job_of(file.text, file.path)
-        if job.recipe:
-            raise ZitMergeError(f"{config}: is a {PROCESS_TYPE} section, not an AI-Toolkit job: name the job first")
-        new, own_text = _read_section(TextFile.read(Path(section)))
-        index = _to_replace(job, file.path, replace)
-        position = len(job.processes) if index is None else index
-        _check(fill_name(new, job.name), Path(section), job, position, file.path, toolkit)
-        text = put(file, new, index, own_text)
-    except RecursionError:
-        raise ZitMergeError(f"{config} or {section}: is nested too deeply: simplify it") from None
+    job = job_of(file.text, file.path)
+    if job.recipe:
+        raise ZitMergeError(f"{config}: is a {PROCESS_TYPE} section, not an AI-Toolkit job: name the job first")
+    new, own_text = _read_section(TextFile.read(Path(section)))
+    index = _to_replace(job, file.path, replace)
+    position = len(job.processes) if index is None else index
+    _check(fill_name(new, job.name), Path(section), job, position, file.path, toolkit)
+    text = put(file, new, index, own_text)
     backup = None if text == file.text else _write(file, text)
     return Attached(file.path, job.loc(position), index is not None, backup)
 
@@ -97,8 +95,13 @@ def _read_section(file: TextFile) -> tuple[Mapping[str, Any], str]:
     recipe = re.search(RECIPE, file.text, re.MULTILINE)
     document = parse(file.text if recipe else fill_environment(file.text, file.path), file.path)
     section = _one_section(document, file.path)
-    if recipe and (found := re.search(r"\$\{[^}]+\}|\[name\]", repr(section))):
+    if recipe and (found := re.search(rf"{VARIABLE}|\[name\]", repr(section))):
         raise ZitMergeError(f"{file.path}: the recipe has {found[0]}, which AI-Toolkit would fill in: rename that file")
+    if section in (document, [document]):
+        try:
+            check_recipe(section)
+        except ZitMergeError as e:
+            raise ZitMergeError(f"{file.path}: {e}") from None
     return section, file.text if section is document else ""
 
 

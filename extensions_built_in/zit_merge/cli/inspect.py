@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from ..config.recipe import only_recipe
 from ..errors import ZitMergeError
 from ..formats.metadata import read_recipe
 from ..formats.reader import load_lora
 from ..report.progress import Bar
 from ..report.text.catalogue import methods_facts, methods_text, presets_text
-from .console import say
+from ..wording import message
+from .console import say, show, show_json, show_yaml
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Shows what is in a file, what several have in common, or which sources a file holds."""
     _check_drawn(args)
     if args.methods and args.json and not args.presets:
-        print(json.dumps(methods_facts(), indent=1))
+        show_json(methods_facts())
         return
     if args.methods or args.presets:
         if args.json:
             raise ZitMergeError("inspect --presets: prints no JSON: leave one of the two out")
-        print("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
+        show("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
         return
     if not args.files:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
@@ -76,7 +79,7 @@ def _look_at_files(args: argparse.Namespace) -> None:
         _print_found(args, compare(measured), comparison_text)
     else:
         _print_found(args, describe(measured), description_text)
-    for path, write in ((args.plot, write_plot), (args.html, write_page)):
+    for path, write in ((args.plot, write_plot), (args.html, partial(write_page, full_paths=args.full_paths))):
         if path:
             write(measured, path)
             if not args.json:  # stdout is one object
@@ -84,14 +87,19 @@ def _look_at_files(args: argparse.Namespace) -> None:
 
 
 def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> None:
-    print(json.dumps(found.to_json(), indent=1) if args.json else text(found))
+    if args.json:
+        paths = [str(path.absolute()) for path in (*args.files, *(args.sources or ()))]
+        show_json(found.to_json() | ({"paths": paths} if args.full_paths else {}))
+    else:
+        show(text(found))
 
 
 def recipe(args: argparse.Namespace) -> None:
-    """Prints the section that made a file."""
-    from ..files.text import to_yaml
-
+    """Prints the section that made a file: whoever wrote the file, nothing but a recipe."""
     found = read_recipe(load_lora(args.file).metadata)
     if found is None:
         raise ZitMergeError(f"{args.file}: has no recipe, zit_merge did not make it")
-    print(to_yaml(found), end="")
+    kept, others = only_recipe(found)
+    show_yaml(kept)
+    if others:
+        print(message(f"zit_merge: left out, no recipe has these keys: {', '.join(others)}"), file=sys.stderr)

@@ -11,6 +11,7 @@ from decimal import Decimal
 from functools import partial
 
 from ..errors import ZitMergeError
+from ..wording import forget
 from .parser import build_parser
 
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the input or the config is wrong, 2 usage, 130 interrupted.
     """
+    forget()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names in other scripts must not stop a run on a console that can't show them
             stream.reconfigure(errors="backslashreplace")
@@ -115,12 +117,12 @@ def _attach(args: argparse.Namespace) -> None:
     from ..config.edit import CannotEdit
     from ..host.toolkit import found
     from .attach import attach
-    from .console import say
+    from .console import say, show
 
     try:
         say(args, attach(args.config, args.section, replace=args.replace, toolkit=found()).text())
     except CannotEdit as e:
-        print(e.paste, end="")
+        show(e.paste.rstrip("\n"))
         raise
 
 

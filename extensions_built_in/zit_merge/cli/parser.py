@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..model.zimage import ALIASES, COMPONENTS, GROUPS
+from ..wording import shown
 
 Command = Callable[[argparse.Namespace], None]
 WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat words of the command line, such as the names that a pattern found."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(shown(message), end="", file=file or sys.stderr)
 
 
 def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -19,7 +29,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     Args:
         commands: Name -> what runs it.
     """
-    parser = argparse.ArgumentParser(prog="zit_merge", description="Merge Z-Image Turbo LoRAs, block by block.")
+    parser = _Parser(prog="zit_merge", description="Merge Z-Image Turbo LoRAs, block by block.")
     parser.add_argument("--version", action="version", version=f"zit_merge {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -66,6 +76,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     inspect.add_argument(
         "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
     )
+    inspect.add_argument("--full-paths", action="store_true", help="whole paths in --json and --html, with the names of users")
     inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
     inspect.add_argument("--presets", action="store_true", help="list the presets")

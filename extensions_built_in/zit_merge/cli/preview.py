@@ -21,7 +21,7 @@ from ..preview.runner import render_section
 from ..preview.section_yaml import section_yaml
 from ..report.page.run import RunPage, run_page
 from ..report.progress import Bar
-from .console import say
+from .console import say, show
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def preview(args: argparse.Namespace) -> None:
         plans = [plan for plan in planned.plans if only in (None, plan.name)]
         pictures, found = preview_plan(planned.section, planned.context, plans), True
         if args.yaml:
-            print(_cell_yaml(pictures, step, number), end="")
+            show(_cell_yaml(pictures, step, number).rstrip("\n"))
         elif args.dry_run:
             say(args, pictures.text())
         else:

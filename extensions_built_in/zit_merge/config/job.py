@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError, ZitMergeError, located
-from ..files.text import TextFile, parse
+from ..files.text import TextFile, parse, reading
+from ..wording import hide
 from .parse import parse_section
+from .recipe import check_recipe
 from .schema import PROCESS_TYPE, Section
 
 
@@ -52,6 +54,7 @@ class Job:
         return tuple(found)
 
 
+VARIABLE = r"\$\{([^}]+)\}"
 RECIPE = r"^made_by: zit_merge"  # file names in a recipe are meant as they stand: no ${ENV}, no [name]
 
 
@@ -62,10 +65,7 @@ def load_job(path: str | Path) -> Job:
         ZitMergeError: The file can't be read, has a key twice, or is neither.
     """
     file = TextFile.read(Path(path))
-    try:
-        return job_of(file.text, file.path)
-    except RecursionError:
-        raise ZitMergeError(f"{path}: is nested too deeply, or contains itself") from None
+    return job_of(file.text, file.path)
 
 
 def job_of(text: str, path: Path) -> Job:
@@ -75,13 +75,11 @@ def job_of(text: str, path: Path) -> Job:
         text: The text.
         path: Its file, for messages; its ending tells JSON from YAML.
     """
-    if re.search(RECIPE, text, re.MULTILINE):
-        raw = parse(text, path)
-        return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
-    raw = parse(fill_environment(text, path), path)
+    raw = parse(text if re.search(RECIPE, text, re.MULTILINE) else fill_environment(text, path), path)
     if isinstance(raw, list) and len(raw) == 1:  # a section as a list of one, as under process:
         raw = raw[0]
     if isinstance(raw, Mapping) and raw.get("type") == PROCESS_TYPE:
+        check_recipe(raw)
         return Job(str(raw.get("job") or path.stem), [raw], path.parent, recipe=True)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("config"), Mapping):
         raise ZitMergeError(
@@ -91,7 +89,8 @@ def job_of(text: str, path: Path) -> Job:
         raise ZitMergeError(f"{path}: job is {raw.get('job')!r}; a {PROCESS_TYPE} section needs job: extension")
     name = raw["config"].get("name")
     if not isinstance(name, str) or not name:
-        raise ZitMergeError(f"{path}: config.name must be text, not {name!r}: a job needs a name, in quotes if it is a number")
+        told = reading(name) or ": a job needs a name"
+        raise ZitMergeError(f"{path}: config.name must be text, not {name if reading(name) else repr(name)}{told}")
     processes = raw["config"].get("process")
     if not isinstance(processes, list):
         raise ZitMergeError(f"{path}: config.process must be a list of processes")
@@ -109,9 +108,17 @@ def fill_environment(text: str, path: Path) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise ZitMergeError(f"{path}: the environment variable {match[1]} is not set: set it or write the path out")
+        hide(os.environ[match[1]], match[1])
         return os.environ[match[1]]
 
-    return re.sub(r"\$\{([^}]+)\}", value, text)  # comments included, as toolkit/config.py does
+    return re.sub(VARIABLE, value, text)  # comments included, as toolkit/config.py does
+
+
+def hide_environment(text: str) -> None:
+    """Keeps what a text says by `${NAME}` out of messages, where another program has read it."""
+    for name in re.findall(VARIABLE, text):
+        if name in os.environ:
+            hide(os.environ[name], name)
 
 
 def fill_name(value: Any, name: str) -> Any:

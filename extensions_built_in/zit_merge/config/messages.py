@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SettingError, joined, nearest
+from ..files.text import reading
 
 _FORMS = {
     "name": "letters, digits, _ . and - are",
@@ -41,11 +43,13 @@ _EITHER = {
     "seed": "a whole number from 0 to 2^63 - 1, or a list of them",
     "size": "a side in pixels, or [width, height]",
 }
-_SHOWN = 300  # letters of a value that a message repeats
+_SHOWN = 100  # letters of a value that a message repeats
 _OF_FORM = ("dict_type", "list_type", "model_type", "int_type", "string_type", "too_short", "too_long")
 
 
-def setting_error(error: ValidationError, owners: Mapping[str, type[BaseModel]], top: type[BaseModel]) -> SettingError:
+def setting_error(
+    error: ValidationError, owners: Mapping[str, type[BaseModel]], top: type[BaseModel], written: object = None
+) -> SettingError:
     """One of pydantic's errors in our words: an unknown key before a missing one, since it is often the same mistake; then the
     innermost, since a number or a list is tried as both.
 
@@ -53,6 +57,7 @@ def setting_error(error: ValidationError, owners: Mapping[str, type[BaseModel]],
         error: What pydantic found.
         owners: Key -> the model of what lies below it, for the keys that are known there.
         top: The model of what lies below none of these.
+        written: What was checked, as it was before its nulls were left out.
     """
     first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(_path(e["loc"]))))
     loc = _path(first["loc"])
@@ -61,7 +66,11 @@ def setting_error(error: ValidationError, owners: Mapping[str, type[BaseModel]],
         where = f"{where}[{part}]" if isinstance(part, int) else joined(where, str(part))
     if first["type"] == "extra_forbidden":
         return SettingError(_unknown(loc, owners, top), where)
-    hint = " (the strength of this LoRA, such as ratio: 1.0)" if first["type"] == "missing" and loc[-1] == "ratio" else ""
+    hint = ""
+    if first["type"] == "missing" and _is_null(written, loc):
+        hint = ", YAML reads what is written there as null: write a value, in quotes if it is the word itself"
+    elif first["type"] == "missing" and loc[-1] == "ratio":
+        hint = " (the strength of this LoRA, such as ratio: 1.0)"
     return SettingError(f"{_trouble(first, loc)}{hint}", where)
 
 
@@ -69,6 +78,8 @@ def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
     """What is wrong with the value at a location."""
     kind, limits, value = error["type"], error.get("ctx", {}), repr(error["input"])
     value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+    if isinstance(error["input"], date):
+        value = str(error["input"])
     if kind in _OF_FORM and loc and loc[-1] in _EITHER:
         return f"must be {_EITHER[loc[-1]]}, not {value}"
     form = _FORMS.get(next((part for part in reversed(loc) if isinstance(part, str)), ""), "another form is")
@@ -77,7 +88,7 @@ def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
         "float_type": f"must be a number, not {value}",
         "int_type": f"must be a whole number, not {value}",
         "finite_number": f"must be a finite number, not {value}",
-        "string_type": f"must be text, not {value}",
+        "string_type": f"must be text, not {value}{reading(error['input'])}",
         "bool_type": f"must be true or false, not {value}",
         "list_type": f"must be a list, not {value}",
         "dict_type": f"must be a mapping, not {value}",
@@ -89,6 +100,13 @@ def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
         "string_pattern_mismatch": f"has a form that is not allowed: {value} ({form} allowed)",
     }
     return messages.get(kind) or str(error["msg"]).removeprefix("Value error, ")
+
+
+def _is_null(written: object, loc: Sequence[int | str]) -> bool:
+    """Whether a key that is missing stands there, without a value."""
+    for part in loc[:-1]:
+        written = written[part] if isinstance(written, Mapping | list) else None  # type: ignore[index]
+    return isinstance(written, Mapping) and loc[-1] in written
 
 
 def _unknown(loc: Sequence[int | str], owners: Mapping[str, type[BaseModel]], top: type[BaseModel]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SettingError, joined, located, not_available_yet
+from ..files.extent import ExtentError, check_extent
 from .messages import setting_error
 from .plain import plain_keys
 from .presets import find_preset
@@ -39,11 +40,15 @@ def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) ->
     """
     if not isinstance(raw, Mapping):
         raise SettingError(f"must be a mapping with type: {PROCESS_TYPE}, not {raw!r}")
+    try:
+        check_extent(raw)  # AI-Toolkit has read it, not we
+    except ExtentError as e:
+        raise SettingError(str(e)) from None
     settings: dict[str, Any] = plain_keys(raw)
     _refuse_later(settings)
     if first and settings.get("device") == "cuda":
         settings["device"] = "auto"
-    section = _validate(settings)  # as it is, so that a message names where a setting was written
+    section = _validate(settings, raw)  # as it is, so that a message names where a setting was written
     shared = {k: settings[k] for k in Settings.model_fields if k in settings}
     section = _validate(settings | {"steps": [_inherit(shared, step) for step in settings["steps"]]})
     check_names(section.steps)
@@ -57,11 +62,11 @@ def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) ->
     return section
 
 
-def _validate(raw: Mapping[str, Any]) -> Section:
+def _validate(settings: Mapping[str, Any], written: object = None) -> Section:
     try:
-        return Section.model_validate(raw)
+        return Section.model_validate(settings)
     except ValidationError as e:
-        raise setting_error(e, _OWNERS, Section) from None
+        raise setting_error(e, _OWNERS, Section, written) from None
 
 
 def _find_presets(step: Step, folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SettingError, joined
+from ..files.text import reading
 
 
 def plain_keys(value: Any, loc: str = "") -> Any:
@@ -25,7 +26,7 @@ def plain_keys(value: Any, loc: str = "") -> Any:
     plain: dict[str, Any] = {}
     for key, entry in value.items():
         if isinstance(key, bool) or not isinstance(key, int | str):
-            raise SettingError("a key must be text", joined(loc, str(key)))
+            raise SettingError(f"a key must be text{reading(key)}", joined(loc, str(key)))
         if str(key) in plain:
             raise SettingError(f"duplicate key {key}: keep one of them", loc)
         if entry is not None:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import SettingError, ZitMergeError, located, nearest
+from ..files.paths import unquoted
 from ..files.text import TextFile, parse
 from ..model.strengths import TABLES, Weights, entries, factor_table, factors
 from .messages import setting_error
@@ -45,6 +46,7 @@ def find_preset(preset: str, folder: Path = Path()) -> Preset:
     Raises:
         SettingError: There is no such preset or file, or the file is wrong.
     """
+    preset = unquoted(preset)
     if is_file(preset):
         return _read(preset, folder)
     if preset in presets():
@@ -81,8 +83,6 @@ def _read(preset: str, folder: Path) -> Preset:
     path = _path(preset, folder)
     try:
         raw = parse(TextFile.read(path).text, path)
-    except RecursionError:
-        raise SettingError(f"{path}: is nested too deeply, or contains itself") from None
     except ZitMergeError as e:
         raise SettingError(str(e)) from None
     try:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from ..files.extent import read_json
+
+if sys.version_info >= (3, 11):
+    from re import _parser as regex  # type: ignore[attr-defined]
+else:
+    import sre_parse as regex
 
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
@@ -26,7 +35,7 @@ def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
     if not isinstance(table, dict):
         return {}
     return {
-        str(folder): {str(t): int(n) for t, n in tags.items() if isinstance(n, int | float) and math.isfinite(n)}
+        str(folder): {str(t): int(n) for t, n in tags.items() if _is_number(n)}
         for folder, tags in table.items()
         if isinstance(tags, dict)
     }
@@ -201,11 +210,36 @@ class Adapter:
 
 def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that matches the module's name or its end (peft utils/other.py get_pattern_key)."""
-    return next((value for key, value in pattern.items() if re.match(_ending(key), module)), default)
+    return next((value for key, value in pattern.items() if _ending(key).match(module)), default)
 
 
-def _ending(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+@cache  # re forgets
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+_LONGEST = 48  # letters of a module's name, at least
+_WAYS = 20_000  # to try a table's patterns on a name; one that only spells a name has one
+_LETTERS = (regex.LITERAL, regex.NOT_LITERAL, regex.ANY, regex.IN)
+
+
+def _ways(parsed: Iterable[tuple[Any, Any]]) -> int:
+    """In how many ways at most re tries a pattern on a name: what follows a choice is tried for each of its ways.
+
+    Raises:
+        ValueError: It has parts whose ways can't be counted: lookaround, references to groups, repeated groups.
+    """
+    ways = 1
+    for kind, what in parsed:
+        if kind is regex.BRANCH:
+            ways *= sum(map(_ways, what[1]))
+        elif kind is regex.SUBPATTERN and not what[1] and not what[2]:  # no flags
+            ways *= _ways(what[3])
+        elif kind in (regex.MAX_REPEAT, regex.MIN_REPEAT) and (what[1] == 1 or [k in _LETTERS for k, _ in what[2]] == [True]):
+            ways *= min(what[1] - what[0] + 1, _LONGEST) if what[1] != 1 else 1 + _ways(what[2])
+        elif kind not in (*_LETTERS, regex.AT):
+            raise ValueError(str(kind))
+    return ways
 
 
 def read_adapter(text: str, source: str) -> Adapter:
@@ -237,12 +271,20 @@ def _pattern(table: Mapping[str, object], name: str, source: str, *, positive: b
     pattern = table.get(name) or {}
     if not isinstance(pattern, dict):
         raise ValueError(f"{source} has a {name} that is no table")
+    ways = 0
     for key in pattern:
         try:
             re.compile(key)
-            re.compile(_ending(key))
+            ways += 10 + _ways(regex.parse(rf"({key})$"))  # to find and to keep it costs too
+        except (ValueError, RecursionError, OverflowError):
+            ways = _WAYS + 1
         except re.error:
             raise ValueError(f"{source} has a {name} with {key!r}, which is no regular expression") from None
+        if ways > _WAYS:
+            raise ValueError(
+                f"{source} has a {name} with {key!r}, which takes too long to match or uses more than names, classes, "
+                "alternatives and a few repetitions"
+            )
     return {key: _number(value, f"{name} {key}", source, positive=positive) for key, value in pattern.items() if key}
 
 
@@ -345,8 +387,8 @@ def dumps(value: object) -> str:
 
 def _json(text: str | None) -> object:
     try:
-        return json.loads(text) if text else None
-    except (ValueError, RecursionError):  # somebody else's metadata: not ours to refuse
+        return read_json(text) if text else None
+    except ValueError:  # somebody else's metadata: not ours to refuse
         return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ZitMergeError, counted
-from ..files.inputs import read_limited
+from ..files.text import TextFile
 from .changes import Group
 from .metadata import VERSION_KEY, Adapter, read_adapter
 from .reading import Reading
@@ -67,10 +67,9 @@ class Scales:
             if ADAPTER_KEY in self._header.metadata:
                 return read_adapter(self._header.metadata[ADAPTER_KEY], ADAPTER_KEY)
             if (is_peft or self._header.path.name == "adapter_model.safetensors") and os.path.lexists(beside):
-                return read_adapter(read_limited(beside).decode(), ADAPTER_FILE)
-        except (ValueError, OSError) as e:
-            why = f"{ADAPTER_FILE} can't be read ({e.strerror})" if isinstance(e, OSError) else e
-            why = f"{ADAPTER_FILE} is no UTF-8 text" if isinstance(e, UnicodeDecodeError) else why
+                return read_adapter(TextFile.read(beside).text, ADAPTER_FILE)
+        except (ValueError, ZitMergeError) as e:
+            why = f"{ADAPTER_FILE} {str(e).removeprefix(f'{beside}: ').partition(': ')[0]}" if isinstance(e, ZitMergeError) else e
             self.questions.append(f"alpha is outside of the tensors, but {why}: set alpha: none (alpha is the rank) or a number")
             return None
         if asked:

@@ -13,11 +13,11 @@ A mark's `signs` are words that must hold of the keys, or must not if they begin
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..files.extent import read_json
 from ..model.zimage import COMPONENTS, MODULES
 from .changes import FULL
 from .metadata import RECIPE_KEY, VERSION_KEY
@@ -219,8 +219,8 @@ def _version(metadata: Mapping[str, str], where: str) -> str | None:
     if text is None or not inner:
         return text
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError):  # somebody else's metadata: not ours to refuse
+        table = read_json(text)
+    except ValueError:  # somebody else's metadata: not ours to refuse
         return None
     version = table.get(inner) if isinstance(table, dict) else None
     return None if version is None else str(version)

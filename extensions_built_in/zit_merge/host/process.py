@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from jobs.process import BaseExtensionProcess
 
 from ..errors import ZitMergeError
+from ..wording import shown
 from . import toolkit
 
 if TYPE_CHECKING:
@@ -138,12 +139,16 @@ class ZitMergeProcess(BaseExtensionProcess):
     def _pictures_to_come(self) -> list[str]:
         """The pictures of the section; what prevents them stops no merge."""
         from ..preview.grids import preview_plan
+        from ..preview.runner import import_metrics
 
         planned = self._planned
         if not planned.section.wants_pictures:
             return []
         try:
-            return [preview_plan(planned.section, planned.context, planned.plans).text()]
+            preview = preview_plan(planned.section, planned.context, planned.plans)
+            for text in import_metrics(preview):
+                _say(text)
+            return [preview.text()]
         except ZitMergeError as e:
             return [
                 f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error; to fix the config first, stop it now"
@@ -152,8 +157,7 @@ class ZitMergeProcess(BaseExtensionProcess):
 
 def _say(text: str) -> None:
     """Prints what the log can hold: on Windows AI-Toolkit's is not UTF-8."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    print(shown(text), flush=True)
 
 
 def _is_main() -> bool:
@@ -164,6 +168,9 @@ def _config_folder(job, process_id: int, section) -> Path:
     """Where the job's config lies. The toolkit does not hand it on, so the files on its command line are read again."""
     from yaml import YAMLError
 
+    from ..config.job import hide_environment
+    from ..files.text import TextFile
+
     endings = (".json", ".jsonc", ".yaml", ".yml")
     for word in sys.argv[1:]:
         in_root = [toolkit.config_root() / f"{word}{ending}" for ending in ("", *endings)]  # get_config looks there first
@@ -173,5 +180,6 @@ def _config_folder(job, process_id: int, section) -> Path:
             except (ValueError, KeyError, TypeError, OSError, YAMLError):
                 continue  # another file that the command line names: no config of ours
             if len(processes) > process_id and processes[process_id] == section:
+                hide_environment(TextFile.read(path).text)
                 return path.parent
     return Path()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..wording import shown
+
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
 _LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT
 _TRY = 1.0  # seconds that sqlite itself may wait: meanwhile Ctrl+C is not heard
@@ -226,17 +228,18 @@ class RowStatus(Status):
             return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
 
     def _warn(self, lost: str) -> None:
-        print(f"zit_merge: the UI's database {self._path} is locked, {lost}", flush=True)
+        print(shown(f"zit_merge: the UI's database {self._path} is locked, {lost}"), flush=True)
 
     def _give_up(self, why: str) -> None:
         self._broken = True
-        print(f"zit_merge: the UI's database {self._path} {why}: the merge goes on, only the UI does not see it", flush=True)
+        told = f"zit_merge: the UI's database {self._path} {why}: the merge goes on, only the UI does not see it"
+        print(shown(told), flush=True)
 
 
 def _outcome(error: BaseException) -> dict[str, str]:
     """`status` and `info` of a job that ends with this, as the trainer's `on_error` writes them."""
     is_stop = isinstance(error, KeyboardInterrupt)
-    return {"status": "stopped", "info": "Job stopped"} if is_stop else {"status": "error", "info": str(error)}
+    return {"status": "stopped", "info": "Job stopped"} if is_stop else {"status": "error", "info": shown(str(error))}
 
 
 def pass_on(error: BaseException, following: Iterable[Any]) -> None:

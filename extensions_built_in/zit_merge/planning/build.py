@@ -6,6 +6,7 @@ describes the LoRA to come by what the config says of it; the final plan reads t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ import torch
 from ..config.schema import Lora, Section, Step
 from ..errors import SettingError, located, nearest
 from ..files import hub
+from ..files.paths import unquoted
 from ..formats.header import common_dtype
 from ..formats.metadata import Adapter, base_of, dumps, read_adapter
 from ..formats.reader import LoraFile, load_lora, unmatched_error
@@ -134,6 +136,17 @@ class _Builder:
         return step, tuple(inputs)
 
     def _input(self, spec: Lora, step: Step) -> Input:
+        bare = unquoted(spec.lora)
+        if (
+            bare != spec.lora
+            and not spec.sha256
+            and not any(os.path.lexists(folder / spec.lora) for folder in self.context.folders)
+        ):
+            try:
+                return self._input(spec.model_copy(update={"lora": bare}), step)
+            except SettingError as e:
+                e.message = f"{spec.lora!r} was read without the quotes or blanks around it: {e.message}"
+                raise
         table = lora_factors(spec)
         if not spec.sha256 and (earlier := self.plans.get(spec.lora)):
             for key in ("alpha", "qkv", "drop"):

@@ -8,6 +8,7 @@ from typing import Any
 from .. import __version__
 from ..formats.metadata import adapter_metadata, kohya_metadata, merged_metadata
 from ..formats.verdict import placeholder
+from ..wording import public_name
 from .types import StepBasis, with_hashes
 
 
@@ -19,9 +20,11 @@ def draft_metadata(step: StepBasis, ranks: Mapping[str, int], recipe: Mapping[st
         ranks: Module -> rank, of every module written.
         recipe: Of the step, with paths in place of hashes.
     """
-    used = [(i.label.removesuffix(".safetensors"), i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))]
+    used = [
+        (public_name(i.label.removesuffix(".safetensors")), i.metadata) for i in step.inputs if any(map(i.counts, i.known.ranks))
+    ]
     hashed = with_hashes(recipe, dict.fromkeys(step.hashed, "0" * 64))
-    metadata = placeholder(len(step.inputs)) | merged_metadata(step.path.stem, hashed, __version__, used)
+    metadata = placeholder(len(step.inputs)) | merged_metadata(public_name(step.path.stem), hashed, __version__, used)
     if step.kept_lokr or not ranks:
         return metadata
     if step.spec.save.format == "kohya":

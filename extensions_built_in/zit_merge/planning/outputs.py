@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..errors import SettingError, ZitMergeError, located
 from ..files.atomic import check_part, part_path
-from ..files.paths import check_writable, user_path
+from ..files.paths import check_writable
 from ..formats import lokr
 from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
+from ..wording import public_name
 from .context import RunContext
 from .types import StepPlan, steps_to_make
 
@@ -69,7 +70,7 @@ def _could_stay(plan: StepPlan) -> bool:
 def _check_copy(plan: StepPlan, context: RunContext) -> None:
     if not plan.spec.keep:
         raise SettingError("the step is not kept (keep: false), so there is nothing to copy: drop one of the two")
-    folder = user_path(plan.spec.copy_to or "")
+    folder = plan.copy_folder
     if context.training and context.training.claims(folder / plan.path.name):
         raise SettingError(f"AI-Toolkit would take the copy for a checkpoint of {plan.job}: give another folder")
     if not folder.is_dir():
@@ -85,7 +86,7 @@ def _check_ours(target: Path, plan: StepPlan) -> bool:
         metadata = load_lora(target).metadata if target.is_file() else {}
     except ZitMergeError:
         metadata = {}
-    if made_by(metadata) != (plan.job, plan.name):
+    if made_by(metadata) != (public_name(plan.job), public_name(plan.name)):
         raise SettingError(
             f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
         )

@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, Save, Step
+from ..wording import public_name
 from .types import Input, StepBasis
 
 
@@ -20,8 +21,13 @@ def recipe_of(step: StepBasis) -> dict[str, Any]:
     for i in step.inputs:
         for entry in i.step.recipe["steps"] if i.step else ():
             steps.setdefault(entry["name"], _feeding(entry))
-    steps[step.name] = _entry(step)
-    return {"type": PROCESS_TYPE, "made_by": f"zit_merge {__version__}", "job": step.job, "steps": list(steps.values())}
+    steps[public_name(step.name)] = _entry(step)
+    return {
+        "type": PROCESS_TYPE,
+        "made_by": f"zit_merge {__version__}",
+        "job": public_name(step.job),
+        "steps": list(steps.values()),
+    }
 
 
 def _feeding(entry: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def _feeding(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _entry(step: StepBasis) -> dict[str, Any]:
     spec = step.spec
-    entry: dict[str, Any] = {"name": spec.name, "file": step.path.name}
+    entry: dict[str, Any] = {"name": public_name(spec.name), "file": public_name(step.path.name)}
     entry |= {"method": spec.method, **_params(spec)}
     entry |= {"rank": spec.rank_rule.record() if spec.rank_rule else spec.rank, "save": _save(spec.save)}
     if spec.shapes != "strict":
@@ -58,7 +64,7 @@ def _save(save: Save) -> dict[str, Any]:
 
 
 def _input(i: Input) -> dict[str, Any]:
-    entry: dict[str, Any] = {"lora": i.source or i.label}
+    entry: dict[str, Any] = {"lora": public_name(i.source or i.label)}
     if i.lora:
         entry["sha256"] = i.lora.path
     entry["ratio"] = i.spec.ratio

@@ -11,7 +11,7 @@ from ..algebra.ema import gamma_of, profile
 from ..config.schema import TRAINED, Checkpoints, Lora
 from ..errors import SettingError, ZitMergeError, nearest
 from ..files import hub
-from ..files.paths import NO_PICKLES, PICKLES, user_path
+from ..files.paths import NO_PICKLES, PICKLES, system_path, user_path
 from ..formats.reader import tensor_hash
 from .context import RunContext
 from .training import Training
@@ -92,14 +92,15 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
             f"{source} is neither {TRAINED}, nor an earlier step{nearest(source, (TRAINED, *steps))}, nor a .safetensors file, "
             "nor hf:user/repo/file.safetensors"
         )
-    wanted = user_path(source)
-    candidates = list(dict.fromkeys(user_path(folder / wanted) for folder in context.folders))
+    wanted = system_path(source)
+    candidates = list(dict.fromkeys(system_path(folder / wanted) for folder in context.folders))
     candidates += [folder / wanted.name for folder in context.lora_folders]
     if spec.sha256:
         return _resolve_hash(spec.sha256, wanted.name, candidates, context)
     for path in candidates:
         if path.exists():
             return path
+    user_path(source)  # it may tell why
     looked = ", ".join(str(p.parent) for p in candidates)
     raise SettingError(f"{source} is not there (looked in {looked}): give the path of the file")
 

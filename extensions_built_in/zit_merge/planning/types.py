@@ -14,6 +14,7 @@ import torch
 from ..config.schema import Lora, RankRule, Step
 from ..errors import ZitMergeError
 from ..files.atomic import part_path
+from ..files.paths import user_path
 from ..formats.metadata import BASE_KEY, CHECK_KEY, OF_RANKS, RECIPE_KEY, Base, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import Stamp
@@ -164,10 +165,19 @@ class StepBasis:
             found |= i.step.hashed if i.step else {}
         return found
 
+    @cached_property
+    def copy_folder(self) -> Path:
+        """Where a copy goes.
+
+        Raises:
+            SettingError: `copy_to` is no path.
+        """
+        return user_path(self.spec.copy_to or "")
+
     @property
     def targets(self) -> list[Path]:
         """Every file that will be there at the end: the output, and its copy."""
-        copies = [Path(self.spec.copy_to).expanduser() / self.path.name] if self.spec.copy_to else []
+        copies = [self.copy_folder / self.path.name] if self.spec.copy_to else []
         return [self.path, *copies] if self.spec.keep else []
 
 

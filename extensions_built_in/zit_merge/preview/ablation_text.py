@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..model.zimage import COMPONENTS
-from ..wording import WIDTH, aligned, beside, squeezed, wrapped
+from ..wording import WIDTH, aligned, beside, columns, padded, squeezed, wrapped
 from .ablation import NAME, Ablation, number
 from .groups import BY_CELLS, LEAVE_OUT, SHORT
 
@@ -31,7 +31,7 @@ def _orders(ablation: Ablation) -> Iterator[str]:
     names = [squeezed(m, _LABEL) for m in ablation.distances]
     for name, m in zip(names, ablation.distances, strict=True):
         order = _order(ablation, m) if ablation.ranked(m) else ["no change"]
-        yield from beside(f"  {name:<{max(map(len, names))}}  ", [f"100 % is {ablation.whole(m):.3g}", *order])
+        yield from beside(f"  {padded(name, max(map(columns, names)))}  ", [f"100 % is {ablation.whole(m):.3g}", *order])
 
 
 def _order(ablation: Ablation, metric: str) -> list[str]:
@@ -62,7 +62,7 @@ def _column(ablation: Ablation, metric: str) -> list[str]:
     spreads = [_spread(ablation.shares(metric, g.name)) for g in ablation.groups]
     cells = (f"{share} {spread}" for share, spread in zip(shares, spreads, strict=True))
     fitting = (cell if len(cell) <= _CELL else share for cell, share in zip(cells, shares, strict=True))
-    return [f" {text:<{_CELL}}" for text in (squeezed(metric, _CELL), *fitting)]
+    return [f" {padded(text, _CELL)}" for text in (squeezed(metric, _CELL), *fitting)]
 
 
 def _spread(shares: Sequence[float | None]) -> str:

@@ -11,7 +11,7 @@ from ..planning.context import RunContext
 from ..planning.types import Input, StepPlan
 from .groups import BY_COMPONENTS, ONLY, module_groups
 from .image_store import image_store
-from .metrics import metric
+from .metrics import check_metric
 from .plan import ImageGrid, PreviewPlan
 from .samples import settings_of, specs_of
 from .settings import ImageSpec, RenderSettings
@@ -138,7 +138,7 @@ class _GridBuilder:
         with located(joined(plan.loc, "ablate")):
             for n, name in enumerate(ablate.metrics):
                 with located(f"metrics[{n}]"):
-                    metric(name)
+                    check_metric(name)
             if ablate.by == BY_COMPONENTS and ablate.groups:
                 raise SettingError("are runs of layers, by: components has none: drop groups, or use by: cells", "groups")
             if plan.ranks and not present:

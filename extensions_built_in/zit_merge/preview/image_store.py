@@ -21,8 +21,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import ZitMergeError
 from ..files.atomic import os_errors, write_whole
+from ..files.extent import read_json
 from ..files.inputs import PICTURE_LIMIT, read_limited
+from ..files.paths import without_users
 from ..planning.context import PREFIXES, RunContext
+from .samples import LARGEST
 from .sheet import legend
 
 _KEY = "zit_merge"  # of a PNG file's text
@@ -56,10 +59,9 @@ class ImageStore:
     def has(self, digest: str) -> bool:
         """Whether a complete picture is stored."""
         try:
-            content = read_limited(self.path(digest), PICTURE_LIMIT)
-            with Image.open(BytesIO(content)) as picture:
-                return content.endswith(_END) and _KEY in getattr(picture, "text", ())  # reads all of it
-        except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError):  # broken, or another format
+            content = self._content(digest)
+            return content.endswith(_END) and _KEY in self._opened(digest, content).text
+        except ZitMergeError:  # broken, or another format: it is rendered again
             return False
 
     def load(self, digest: str, edge: int | None = None) -> Image.Image:
@@ -72,11 +74,7 @@ class ImageStore:
         Raises:
             ZitMergeError: It can't be read any more.
         """
-        try:
-            with Image.open(BytesIO(self._content(digest))) as picture:
-                found = picture.convert("RGB")
-        except OSError as e:
-            raise self._gone(digest) from e
+        found = self._opened(digest, self._content(digest)).convert("RGB")
         if edge:
             found.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         return found
@@ -93,7 +91,7 @@ class ImageStore:
             ZitMergeError: It can't be written.
         """
         text = PngImagePlugin.PngInfo()
-        text.add_text(_KEY, json.dumps(record, sort_keys=True, default=str))
+        text.add_text(_KEY, json.dumps(without_users(record), sort_keys=True, default=str))
         return self._write(self.path(digest), _png(picture, text))
 
     def write(self, name: str, content: bytes) -> Path:
@@ -155,6 +153,21 @@ class ImageStore:
             return read_limited(self.path(digest), PICTURE_LIMIT)
         except OSError as e:
             raise self._gone(digest) from e
+
+    def _opened(self, digest: str, content: bytes) -> PngImagePlugin.PngImageFile:
+        """A picture, read to its end.
+
+        Raises:
+            ZitMergeError: It is broken.
+        """
+        try:
+            picture = PngImagePlugin.PngImageFile(BytesIO(content))
+            if max(picture.size) > LARGEST:  # before its pixels are unpacked
+                raise ValueError(f"{picture.size} pixels")
+            picture.load()
+        except Exception as e:  # Pillow has no class for broken files; zlib's and Python's own errors come through
+            raise self._gone(digest) from e
+        return picture
 
     def _gone(self, digest: str) -> ZitMergeError:
         return ZitMergeError(f"{self.path(digest)}: can't be read any more: run `preview` to render it again")
@@ -222,7 +235,7 @@ def _time_of(name: str) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_limited(path))
+        found = read_json(read_limited(path).decode())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from math import isfinite
 
 import numpy as np
@@ -104,6 +105,24 @@ def detail(picture: Tensor, reference: Tensor) -> float:
 METRICS: Mapping[str, Metric] = {f.__name__: f for f in (pixels, structure, colour, detail)}
 
 
+def check_metric(name: str) -> None:
+    """Raises unless there may be such a metric. Runs no code of the user's.
+
+    Args:
+        name: As of `metric`.
+
+    Raises:
+        SettingError: It is neither a built-in one nor in a module that Python finds.
+    """
+    if name in METRICS:
+        return
+    if not (form := re.fullmatch(r"(\w+)(\.\w+)*:\w+", name)):
+        known = f"there are {', '.join(METRICS)}, and module:function for one of your own"
+        raise SettingError(f"no such metric: {name!r}{nearest(name, METRICS)}; {known}")
+    if find_spec(form[1]) is None:  # of a package the outermost: to look further, Python would import it
+        raise SettingError(f"{name!r}: Python finds no {form[1]}: correct the name, or put its folder on PYTHONPATH")
+
+
 def metric(name: str) -> Metric:
     """A metric by its name in a config.
 
@@ -113,21 +132,17 @@ def metric(name: str) -> Metric:
     Raises:
         SettingError: There is no such metric, or it can't be called.
     """
+    check_metric(name)
     if name in METRICS:
         return METRICS[name]
-    form = re.fullmatch(r"(\w[\w.]*):(\w+)", name)
-    if not form:
-        known = f"there are {', '.join(METRICS)}, and module:function for one of your own"
-        raise SettingError(f"no such metric: {name!r}{nearest(name, METRICS)}; {known}")
+    own, _, function = name.partition(":")
     try:
-        module = import_module(form[1])
+        module = import_module(own)
     except Exception as e:  # the user's own code
-        raise SettingError(
-            f"{name!r}: Python can't import {form[1]} ({_reason(e)}): fix it, or put its folder on PYTHONPATH"
-        ) from e
-    if not hasattr(module, form[2]):
-        raise SettingError(f"{name!r}: {form[1]} has no {form[2]}{nearest(form[2], vars(module))}")
-    if not callable(found := getattr(module, form[2])):
+        raise SettingError(f"{name!r}: Python can't import {own} ({_reason(e)}): fix it, or put its folder on PYTHONPATH") from e
+    if not hasattr(module, function):
+        raise SettingError(f"{name!r}: {own} has no {function}{nearest(function, vars(module))}")
+    if not callable(found := getattr(module, function)):
         kind = type(found).__name__
         raise SettingError(f"{name!r}: is of type {kind}, not a function: name a function of two pictures")
     return found

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from .. import __version__
 from ..config.schema import Ablate
 from ..errors import ZitMergeError, counted, located
+from ..files.paths import without_users
 from ..progress import SILENT, Progress
 from ..wording import copyable
 from .ablation import Ablation, measure
@@ -97,12 +98,12 @@ class GridWriter:
         ablation = self._measure(grid, grid.ablate) if grid.ablate else None
         if not ablation:  # an ablation's are to be measured: too many, and too similar, to look at one by one
             self._add_samples(grid)
-        yamls = [section_yaml(self._preview.section, cell.plan.spec) for cell in grid.cells]
+        yamls = [section_yaml(self._preview.section, cell.plan.spec, shared=True) for cell in grid.cells]
         yamls = yamls or [""] * len(grid.variants)
         facts = self._facts(grid, yamls) | ({"ablation": ablation.facts()} if ablation else {})
         files = [
             self._store.write(f"{grid.name}.png", self._sheet(grid, ablation)),
-            self._store.write(f"{grid.name}.json", json.dumps(facts, indent=1, default=str).encode()),
+            self._store.write(f"{grid.name}.json", json.dumps(without_users(facts), indent=1, default=str).encode()),
         ]
         notes, preset = list[str](), ""
         if ablation and grid.ablate:

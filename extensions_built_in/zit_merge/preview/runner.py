@@ -8,17 +8,18 @@ from contextlib import ExitStack
 import torch
 
 from ..algebra.delta import Delta
-from ..errors import ZitMergeError, counted
+from ..errors import ZitMergeError, counted, joined, located
 from ..merging.made import Hashes
 from ..merging.readers import StepReaders
 from ..planning.job import Planned
 from ..planning.types import Input, StepPlan
 from ..progress import SILENT, Progress
+from ..report.page.galleries import Gallery, Measures, Preview
 from ..report.page.run import RunPage
 from .image_store import ImageStore, image_store
+from .metrics import METRICS, metric
 from .outputs import GridResult, GridWriter
-from .page import on_page
-from .plan import Picture, PictureRecords, PreviewPlan
+from .plan import Picture, PictureRecords, PreviewPlan, specs_text
 from .rendering import Load, Workers
 from .variants import AdapterVariant, ReadDeltas
 
@@ -82,6 +83,9 @@ def render(
         ZitMergeError: A picture can't be rendered, or a file can't be written.
     """
     store, workers = image_store(preview.context, preview.settings.row), workers or Workers()
+    for text in import_metrics(preview):
+        if workers.is_main:
+            yield text
     pictures = preview.pictures()
     files = {path: stamp for variant in dict.fromkeys(p.variant for p in pictures) for path, stamp in variant.files().items()}
     with Hashes(files) as hashes:
@@ -106,6 +110,26 @@ def render(
             raise ZitMergeError(errors[0])
         if workers.is_main:
             yield from grids.finished(missing)
+
+
+def import_metrics(preview: PreviewPlan) -> Iterator[str]:
+    """Imports the user's own metrics, which a check does not: it runs no code that a config names.
+
+    Args:
+        preview: The plan.
+
+    Yields:
+        Which module is imported next.
+
+    Raises:
+        SettingError: It can't be imported, or has no such function.
+    """
+    for grid in preview.grids:
+        for n, name in enumerate(grid.ablate.metrics if grid.ablate else ()):
+            if name not in METRICS:
+                yield f"importing {name.partition(':')[0]} for metrics"
+                with located(joined(grid.plan.loc, f"ablate.metrics[{n}]")):
+                    metric(name)
 
 
 def _missing(pictures: Sequence[Picture], records: PictureRecords, store: ImageStore) -> list[Picture]:
@@ -195,3 +219,24 @@ class _Grids:
             result = self._writer.write(grid)
             self._on_grid(result)
             yield result.text()
+
+
+def on_page(page: RunPage, preview: PreviewPlan) -> Callable[[GridResult], None]:
+    """Shows grids on a page, for `run_preview`.
+
+    Args:
+        page: The section of the preview has begun on it.
+        preview: The plan of the grids.
+    """
+    return lambda result: page.show(preview.context, result.grid.plan.name, _gallery(result))
+
+
+def _gallery(result: GridResult) -> Gallery:
+    pictures = [Preview(p.heading, p.label, p.path, p.yaml) for p in result.pictures]
+    note, measures = specs_text(result.grid.specs), None
+    if ablation := result.ablation:
+        metrics = list(ablation.distances)
+        rows = [(g.name, [ablation.share(metric, g.name) for metric in metrics]) for g in ablation.groups]
+        measures = Measures(metrics, rows, result.preset)
+        note = f"{note}. {ablation.meaning} {ablation.caveat}"
+    return Gallery(result.grid.title, note, pictures, measures)

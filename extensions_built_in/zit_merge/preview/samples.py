@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +10,9 @@ from typing import Any
 
 from ..config.schema import Preview, Section
 from ..errors import SettingError, ZitMergeError, joined, located
+from ..files.extent import read_json
 from ..files.inputs import read_limited
-from ..files.paths import user_path
+from ..files.paths import system_path, unquoted, user_path
 from ..files.text import TextFile
 from ..planning.context import RunContext
 from ..planning.training import ARCHS, table
@@ -130,8 +130,8 @@ def _other_kind(path: Path) -> str:
     """The class name in a model's folder, unless it is Z-Image's; empty where there is none."""
     for name in ("model_index.json", "transformer/config.json", "config.json"):
         try:
-            kind = json.loads(read_limited(path / name)).get("_class_name")
-        except (OSError, ValueError, AttributeError, RecursionError):
+            kind = read_json(read_limited(path / name).decode()).get("_class_name")
+        except (OSError, ValueError, AttributeError):
             continue
         if isinstance(kind, str):
             return "" if kind.startswith("ZImage") else kind
@@ -185,7 +185,7 @@ def _prompts(asked: Sequence[str] | str, context: RunContext) -> list[str]:
     """The prompts, read from the file that a string names."""
     if not isinstance(asked, str):
         return list(asked)
-    wanted = user_path(asked)
+    wanted = system_path(unquoted(asked))
     candidates = list(dict.fromkeys((folder / wanted).absolute() for folder in context.folders))
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:

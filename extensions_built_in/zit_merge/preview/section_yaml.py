@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.schema import Section, Step
+from ..files.paths import without_users
 from ..files.text import to_yaml
 
 _HOST_KEYS = ("device", "output_dir", "training_folder", "name")
 
 
-def section_yaml(section: Section, step: Step) -> str:
+def section_yaml(section: Section, step: Step, *, shared: bool = False) -> str:
     """The section that makes one step and the earlier steps that it uses, without pictures.
 
     Args:
         section: As it was read.
         step: One of its steps, whose strengths may differ; its file is kept.
+        shared: For others to see, without the names of users in paths.
     """
     steps = [{key: value for key, value in _plain(step).items() if key != "keep"}]
     used = [lora.lora for lora in step.loras]
@@ -24,7 +26,8 @@ def section_yaml(section: Section, step: Step) -> str:
             steps.insert(0, _plain(earlier))
             used += [lora.lora for lora in earlier.loras]
     settings = {key: value for key in _HOST_KEYS if (value := getattr(section, key)) not in (None, "auto")}
-    return to_yaml({"type": "zit_merge", **settings, "steps": steps})
+    made = {"type": "zit_merge", **settings, "steps": steps}
+    return to_yaml(without_users(made) if shared else made)
 
 
 def _plain(step: Step) -> dict[str, Any]:

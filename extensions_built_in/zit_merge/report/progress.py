@@ -12,13 +12,13 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from ..progress import Progress
-from ..wording import plain
+from ..wording import shown, squeezed
 
 T = TypeVar("T")
 
 DELAY = 1.0  # seconds: what takes less is not shown
 _APART, _SHARE = 10.0, 0.1  # seconds, and share of the modules, between two lines of a log
-_TITLE = 30  # letters
+_TITLE = 30  # columns
 
 Clock = Callable[[], float]
 
@@ -64,7 +64,7 @@ class Bar(Progress):
 
 def _shown(title: str, total: int, clock: Clock, unit: str) -> _Shown:
     """A bar where stderr is a terminal. A stream that keeps a log may lack `isatty`; without a console there is None."""
-    title = plain(title)[:_TITLE]
+    title = shown(squeezed(title, _TITLE), sys.stderr)
     is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
     return _Drawn(title, total, unit) if is_terminal else _Lines(title, total, clock, unit)
 

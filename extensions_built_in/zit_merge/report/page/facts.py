@@ -47,8 +47,8 @@ def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
     asked, got = (_told(verdict, key, len(plan.inputs)) for key in ("asked", "got"))
     facts = {
         "name": text(plan.name, NAME),
-        "file": text(str(done.path), TEXT) if plan.spec.keep else None,
-        "copy": text(str(plan.targets[1]), TEXT) if plan.spec.keep and plan.spec.copy_to else None,
+        "file": text(done.path.name, TEXT) if plan.spec.keep else None,
+        "copy": text(f"{plan.targets[1].parent.name}/{done.path.name}", TEXT) if plan.spec.keep and plan.spec.copy_to else None,
         "made": done.made,
         "bytes": done.path.stat().st_size,
         "modules": len(plan.shapes),

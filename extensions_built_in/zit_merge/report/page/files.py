@@ -24,12 +24,13 @@ def check_target(path: Path) -> None:
         raise ZitMergeError(f"--html {path}: exists and is no page of zit_merge: give another name")
 
 
-def write_page(measured: Measurement, path: Path) -> None:
+def write_page(measured: Measurement, path: Path, full_paths: bool = False) -> None:
     """Writes the page of one or more files.
 
     Args:
         measured: The files.
         path: A .html file.
+        full_paths: The names of users stay in paths.
 
     Raises:
         ZitMergeError: A file is broken, or the page can't be written.
@@ -37,7 +38,7 @@ def write_page(measured: Measurement, path: Path) -> None:
     check_target(path)
     loras = measured.loras
     more = f" and {len(loras) - 1} more" if len(loras) > 1 else ""
-    page = Page(f"{loras[0].path.name}{more}")
+    page = Page(f"{loras[0].path.name}{more}", full_paths)
     page.begin("", section_of(loras))
     page.add(files_facts(measured))
     page.write(path)

@@ -46,7 +46,7 @@ class Preview:
         """
         try:
             return _smaller(self.picture, _EDGE)
-        except (OSError, SyntaxError) as e:  # Pillow calls a broken PNG a syntax error
+        except Exception as e:  # Pillow has no class for broken pictures; zlib's and Python's own errors come through
             raise ZitMergeError(f"the picture {text(self.column)} of {text(self.row)} can't be read: {e}") from None
 
 

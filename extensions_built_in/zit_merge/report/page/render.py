@@ -21,6 +21,7 @@ from typing import Any
 from ... import __version__
 from ...files.atomic import os_errors, write_whole
 from ...files.inputs import open_regular
+from ...files.paths import without_users
 from .galleries import PICTURES, Gallery, fit
 from .values import NAME, anatomy, text
 
@@ -57,9 +58,11 @@ class Page:
 
     Attributes:
         title: The job's name.
+        full_paths: The section's paths stand there with the names of users.
     """
 
     title: str
+    full_paths: bool = False
     _sections: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, place: str, raw: Mapping[str, Any], *, first: bool = False) -> None:
@@ -70,7 +73,9 @@ class Page:
             raw: The section as the config has it, which the composer's YAML repeats.
             first: It is the job's first process, where the UI writes `device: cuda` and means `auto`.
         """
-        self._sections.append({"place": place, "raw": _repeatable(raw, first), "steps": []})
+        self._sections.append(
+            {"place": place, "raw": _repeatable(raw if self.full_paths else without_users(raw), first), "steps": []}
+        )
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """A step of the section, from `step_facts` or `files_facts`."""

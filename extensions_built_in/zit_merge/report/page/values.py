@@ -10,6 +10,7 @@ from typing import Any
 from ...config.presets import presets
 from ...model.strengths import FactorTable, factor_table
 from ...model.zimage import COMPONENTS, MODULES, N_LAYERS, REFINERS, SECTIONS
+from ...wording import masked
 
 TEXT, NAME = 600, 300  # letters of a sentence, and of a name
 
@@ -53,7 +54,7 @@ def text(value: object, most: int = TEXT) -> str:
         value: Shown as `str` has it.
         most: Letters that are shown.
     """
-    whole = str(value)
+    whole = masked(str(value))
     shown = "".join(c if c.isprintable() or c == " " else " " for c in whole[:most])
     return shown if len(whole) <= most else f"{shown}... ({len(whole):,} characters)"
 

@@ -163,7 +163,7 @@ def wrapped(texts: Iterable[str], indent: str = "") -> list[str]:
         texts: The sentences.
         indent: Before the second line of each, and those after.
     """
-    return [line for text in texts for line in wrap(text, _LETTERS, subsequent_indent=indent)]
+    return [line for text in texts for line in wrap(drawable(text), _LETTERS, subsequent_indent=indent)]
 
 
 def cut(name: str, letters: int) -> str:

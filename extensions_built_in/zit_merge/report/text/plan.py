@@ -10,7 +10,7 @@ from ...errors import counted
 from ...formats.spec import DTYPE_NAMES, LoraSpec
 from ...model import zimage
 from ...planning.types import Input, StepPlan
-from ...wording import WIDTH, aligned, beside, copyable, ranges, ranks_text, span, squeezed, wrapped
+from ...wording import WIDTH, aligned, beside, columns, copyable, padded, ranges, ranks_text, span, squeezed, wrapped
 from .table import grouped_table, strength_table
 
 NAME = 40  # letters of a name in a sentence
@@ -66,15 +66,15 @@ def numbers_of(plan: StepPlan) -> list[str]:
 
 
 def names_of(plan: StepPlan, most: int) -> list[str]:
-    """The inputs' names, of one width and of so many letters at most.
+    """The inputs' names, of one width and of so many columns at most.
 
     Args:
         plan: The step.
-        most: Letters of a name.
+        most: Columns of a name.
     """
     names = [squeezed(i.label, most) for i in plan.inputs]
-    width = max(map(len, names))
-    return [f"{name:<{width}}" for name in names]
+    width = max(map(columns, names))
+    return [padded(name, width) for name in names]
 
 
 def _known_of(i: Input) -> list[str]:
@@ -128,7 +128,7 @@ def _strength_lines(i: Input) -> Iterator[str]:
 
 def _preset_name(preset: str) -> str:
     """Of a file the name without its folder, cut to what a line has room for."""
-    return squeezed(Path(preset).name if is_file(preset) else preset, 20)
+    return squeezed(Path(preset).name if is_file(preset) else preset, 19)
 
 
 def _present(i: Input) -> Collection[str]:

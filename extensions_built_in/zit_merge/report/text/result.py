@@ -9,7 +9,7 @@ from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import LOST, STRONGER, Reason, Verdict
 from ...merging.made import Done
 from ...planning.types import StepPlan
-from ...wording import aligned, beside, copyable, listed, percent, span, squeezed, wrapped
+from ...wording import aligned, beside, columns, copyable, listed, percent, span, squeezed, wrapped
 from .plan import NAME, names_of, numbers_of, step_name, written
 from .table import COLUMN, short, value_table
 
@@ -85,10 +85,10 @@ def _named(plan: StepPlan, members: Sequence[int]) -> str:
 
 def _went_in(plan: StepPlan, verdict: Verdict) -> Iterator[str]:
     """Every input with what was asked of it and what the file holds; of many the strongest."""
-    shown, columns = _strongest(plan, verdict), _columns(plan, verdict)
+    shown, values = _strongest(plan, verdict), _values(plan, verdict)
     names, numbers = names_of(plan, 44), numbers_of(plan)
-    heads, cells = list(columns), [aligned([column[n] for n in shown]) for column in columns.values()]
-    width = len(f"  {numbers[0]}{names[0]}")
+    heads, cells = list(values), [aligned([column[n] for n in shown]) for column in values.values()]
+    width = columns(f"  {numbers[0]}{names[0]}")
     yield f"  {'went in':<{width - 2}}" + "".join(f"  {head:>{_wide(head)}}" for head in heads)
     for at, n in enumerate(shown):
         texts = (f"  {column[at]:>{_wide(head)}}" for head, column in zip(heads, cells, strict=True))
@@ -112,7 +112,7 @@ def _strongest(plan: StepPlan, verdict: Verdict) -> Sequence[int]:
     return range(count) if count <= _SHOWN else sorted(range(count), key=first)[:_SHOWN]
 
 
-def _columns(plan: StepPlan, verdict: Verdict) -> dict[str, list[str]]:
+def _values(plan: StepPlan, verdict: Verdict) -> dict[str, list[str]]:
     """Heading -> a text for each input."""
     if plan.spec.checkpoints:  # alike by nature
         return {"ratio": [short(i.spec.ratio) for i in plan.inputs]}
