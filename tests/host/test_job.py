@@ -123,6 +123,7 @@ def test_our_files_never_claim_to_be_the_training(trained):
         metadata = file.metadata()
     assert "training_info" not in metadata and not [k for k in metadata if k.startswith("sshs_")]
     assert metadata["ss_base_model_version"] == "zimage"
+    assert json.loads(metadata["zit_merge.base"]) == [{"model": "model", "arch": "zimage:turbo"}]  # a folder by its name alone
     assert json.loads(metadata["zit_merge.recipe"])["job"] == "cat_v1"
 
 
