@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -149,6 +150,22 @@ def test_what_a_killed_run_left_is_overwritten(tmp_path, content):
     check_part(path)
     assert write_whole(path, [b"new"]).read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_between_the_last_byte_and_the_final_name_leaves_a_part_of_ours(tmp_path):
+    path = tmp_path / "a"
+    if (pid := os.fork()) == 0:
+        os.replace = lambda *_: os._exit(7)
+        with contextlib.suppress(BaseException):
+            write_whole(path, [b"x" * 100])
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert part_path(path).read_bytes() == b"x" * 100
+    assert write_whole(path, [b"new"]).read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def test_an_empty_part_holds_nothing_that_could_be_lost(tmp_path):

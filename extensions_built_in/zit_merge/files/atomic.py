@@ -1,7 +1,8 @@
 """Whole files or none: written beside their place under a lock, synced, then renamed.
 
-A reader sees the old file or the new one, never a part. A part begins with a mark until the rest of it is on the disk: by
-that, what a killed run left is recognised and overwritten. Anything else in its place stays.
+A reader sees the old file or the new one, never a part. A part begins with a mark until the rest of it is on the disk, and where
+the file system has modes it has the sticky bit, which means nothing on a file, until it has its final name: by these, what a
+killed run left is recognised and overwritten. Anything else in its place stays.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
     if os.name == "nt":  # Windows renames no open file
         file.close()
     os.replace(part, path)
+    _stick(file, False)
     file.close()
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -181,6 +183,7 @@ def open_exclusively(path: Path) -> BinaryIO:
                     file.truncate()
                     file.write(_MARK)
                     file.flush()
+                    _stick(file, True)
                     return file
             except BaseException:
                 file.close()
@@ -206,8 +209,18 @@ def _check_ours(part: BinaryIO, path: Path) -> None:
     """Raises unless an open file is a part that zit_merge wrote, under no other name, or empty."""
     facts = os.fstat(part.fileno())
     part.seek(0)
-    if facts.st_nlink > 1 or not stat.S_ISREG(facts.st_mode) or (facts.st_size and PART_KEY.encode() not in part.read(64)):
+    is_marked = facts.st_mode & stat.S_ISVTX or not facts.st_size or PART_KEY.encode() in part.read(64)
+    if facts.st_nlink > 1 or not stat.S_ISREG(facts.st_mode) or not is_marked:
         raise _in_the_way(path)
+
+
+def _stick(file: BinaryIO, on: bool) -> None:
+    """Sets or clears the sticky bit of an open file, where there is one."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        os.fchmod(file.fileno(), mode | stat.S_ISVTX if on else mode & ~stat.S_ISVTX)
 
 
 def _in_the_way(path: Path) -> SettingError:
