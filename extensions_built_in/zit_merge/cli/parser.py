@@ -47,16 +47,12 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     run.add_argument("--step", help="only this step, and the earlier ones that it uses")
     run.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     _add_strict(run)
-    run.add_argument("--output-dir", help="instead of the config's")
-    run.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
+    _add_folders(run)
 
     preview = add("preview", "render the pictures that a config asks for; in AI-Toolkit's folder, or under accelerate launch")
     preview.add_argument("config", type=Path)
     preview.add_argument("--step", help="only this step")
-    preview.add_argument("--output-dir", help="instead of the config's")
-    preview.add_argument(
-        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
-    )
+    _add_folders(preview)
     preview.add_argument("--dry-run", action="store_true", help="print what would be rendered, render nothing")
     preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
 
@@ -64,22 +60,9 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     check = add("check", "check a config: everything that can be known before training")
     check.add_argument("config", type=Path)
-    check.add_argument("--output-dir", help="instead of the config's")
-    check.add_argument(
-        "--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash"
-    )
+    _add_folders(check)
 
-    inspect = add("inspect", "show what is in a LoRA file, or what several have in common")
-    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
-    inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
-    inspect.add_argument("--json", action="store_true")
-    inspect.add_argument(
-        "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
-    )
-    inspect.add_argument("--full-paths", action="store_true", help="whole paths in --json and --html, with the names of users")
-    inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
-    inspect.add_argument("--methods", action="store_true", help="list the merge methods")
-    inspect.add_argument("--presets", action="store_true", help="list the presets")
+    _inspect_arguments(add("inspect", "show what is in a LoRA file, or what several have in common"))
 
     recipe = add("recipe", "print the section that made a file, as YAML that `run` takes")
     recipe.add_argument("file", type=Path)
@@ -93,6 +76,24 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     attach.add_argument("--section", type=Path, required=True, metavar="FILE", help="YAML or JSON: a section, a recipe, or a job")
     attach.add_argument("--replace", action="store_true", help="put it in the place of the config's own zit_merge section")
     return parser
+
+
+def _add_folders(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--output-dir", help="instead of the config's")
+    sub.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
+
+
+def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
+    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
+    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument(
+        "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
+    )
+    inspect.add_argument("--full-paths", action="store_true", help="whole paths in --json and --html, with the names of users")
+    inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
+    inspect.add_argument("--methods", action="store_true", help="list the merge methods")
+    inspect.add_argument("--presets", action="store_true", help="list the presets")
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:

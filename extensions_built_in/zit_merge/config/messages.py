@@ -103,7 +103,7 @@ def _trouble(error: Mapping[str, Any], loc: Sequence[int | str]) -> str:
 
 
 def _is_null(written: object, loc: Sequence[int | str]) -> bool:
-    """Whether a key that is missing stands there, without a value."""
+    """Whether the key is written without a value, which counts as missing."""
     for part in loc[:-1]:
         written = written[part] if isinstance(written, Mapping | list) else None  # type: ignore[index]
     return isinstance(written, Mapping) and loc[-1] in written

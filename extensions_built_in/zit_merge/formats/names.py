@@ -196,7 +196,7 @@ def _part_of_change(prefix: str, name: str) -> Part | None:
 
 
 def _scaled(prefix: str, name: str) -> Part | None:
-    """The factor that a scale belongs to: a scale's name ends where `.weight` stands, if anything stands there."""
+    """The factor that a scale belongs to, whose own name may end in `.weight`."""
     parts = (_part_of_change(prefix, of) for of in (f"{name}.weight", name))
     return next((part for part in parts if part and part.algorithm), None)
 

@@ -370,7 +370,8 @@ def _not_zimage(header: Header) -> str:
     )
 
 
-_ADAPTED = re.compile(r"lora|lokr_|hada_|loha|oft_|\.diff$|\.alpha$")  # a name that an adapter's tensor has, in any form
+# A name that a tensor of an adapter has, in any form.
+_ADAPTED = re.compile(r"(?:^|[._])(?:lora|lokr|hada|loha|oft)(?:[._]|$)|\.(?:diff|alpha)$")
 _SIDES = {n * size for size in REAL_SIZES.values() for n in (1, 3, 4)}  # q, k and v together are 3, adaLN is 4 times dim
 
 

@@ -100,16 +100,21 @@ def render(
             for picture in rendered:
                 yield from grids.finished([picture])
             return
-        errors = []
-        try:
-            for _ in rendered:
-                pass
-        except ZitMergeError as e:
-            errors.append(str(e))
-        if errors := workers.gather(errors):
-            raise ZitMergeError(errors[0])
+        _render_share(rendered, workers)
         if workers.is_main:
             yield from grids.finished(missing)
+
+
+def _render_share(rendered: Iterator[Picture], workers: Workers) -> None:
+    """Renders the pictures of this process and waits for the others; what failed in one of them is raised in all."""
+    errors = []
+    try:
+        for _ in rendered:
+            pass
+    except ZitMergeError as e:
+        errors.append(str(e))
+    if errors := workers.gather(errors):
+        raise ZitMergeError(errors[0])
 
 
 def import_metrics(preview: PreviewPlan) -> Iterator[str]:
