@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from workspace import REAL, Workspace, lora_bytes
+from workspace import FEW, REAL, Workspace, lora_bytes
 
 torch.set_num_threads(1)  # the matrices are small: a second thread only waits for the first, worse so beside other workers
 
@@ -24,6 +24,12 @@ def work(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """An empty folder that is the working directory."""
     monkeypatch.chdir(tmp_path)
     return Workspace(tmp_path, capsys.readouterr)
+
+
+@pytest.fixture
+def few(work: Workspace) -> None:
+    """Its LoRAs have few layers: for tests of what is the same for all of them."""
+    work.shapes = FEW
 
 
 @pytest.fixture

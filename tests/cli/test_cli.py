@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workspace import FEW, SMALL, Ran, Workspace, without_progress
+from workspace import SMALL, Ran, Workspace, without_progress
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.algebra.methods import METHODS
@@ -27,13 +27,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 ME = {"lora": "me.safetensors", "ratio": 1.0}
 STYLE = {"lora": "style.safetensors", "ratio": 0.5}
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    """With LoRAs of few layers: a command does with them what it does with all."""
-    work.shapes = FEW
-    return work
+pytestmark = pytest.mark.usefixtures("few")
 
 
 def delta(path: Path, module: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from oracles.dense import read_metadata
 from safetensors.torch import load_file, save_file
 from screen import fits, steers
 from workspace import FEW, Workspace
@@ -30,22 +30,11 @@ ME = {"lora": "me.safetensors", "ratio": 1.0}
 STEP = {"name": "a", "loras": [ME]}
 CHINESE = "\u89d2\u8272\u5c0f\u7ea2"
 STEERING = "\x1b[2J\x1b]0;x\x07\r\b\x7f\x85\x9b\u2028\u202egpj\u2066\u200b"
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    """With LoRAs of few layers: texts are looked at here."""
-    work.shapes = FEW
-    return work
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
+pytestmark = pytest.mark.usefixtures("few")
 
 
 def with_metadata(path: Path, **values: str) -> Path:
-    save_file(load_file(path), path, (metadata(path) or {}) | values)
+    save_file(load_file(path), path, read_metadata(path) | values)
     return path
 
 
@@ -85,7 +74,7 @@ def made(work: Workspace) -> Path:
 def test_recipe_prints_a_recipe_and_nothing_else(work, loras):
     path = made(work)
     wanted = work.zit("recipe", path).ok()
-    hostile = planted(json.loads(metadata(path)["zit_merge.recipe"]))
+    hostile = planted(json.loads(read_metadata(path)["zit_merge.recipe"]))
     with_metadata(path, **{"zit_merge.recipe": json.dumps(hostile)})
     ran = work.zit("recipe", path)
     assert (ran.code, ran.out) == (0, wanted)
@@ -98,7 +87,7 @@ def test_recipe_prints_a_recipe_and_nothing_else(work, loras):
 @pytest.mark.parametrize("command", ["run", "check", "preview", "attach"])
 def test_a_recipe_with_other_keys_is_refused(work, loras, place, command):
     (work.folder / "spy.py").write_text(SPY)
-    recipe = json.loads(metadata(made(work))["zit_merge.recipe"])
+    recipe = json.loads(read_metadata(made(work))["zit_merge.recipe"])
     hostile = planted(recipe)
     for other in set(FOREIGN) - {place}:
         hostile = {**hostile, "steps": hostile["steps"]}
@@ -394,7 +383,7 @@ def test_no_output_says_what_a_variable_says(work, secret):
     made = sorted(work.out.glob("*.safetensors"))
     assert [path.name for path in made] == [f"merged_x_{VALUE}_{name}.safetensors" for name in (f"a_{VALUE}", "b")]
     for path in made:
-        assert VALUE not in json.dumps(metadata(path))
+        assert VALUE not in json.dumps(read_metadata(path))
         recipe = work.recipe(path)
         assert "MY_TOKEN" in recipe.read_text() and VALUE not in recipe.read_text()
         assert load_file(work.again(recipe, "--loras", work.folder)).keys() == load_file(path).keys()

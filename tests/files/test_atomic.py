@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora
 from extensions_built_in.zit_merge.files import atomic
@@ -27,12 +26,6 @@ from extensions_built_in.zit_merge.report.progress import Bar
 OUT = "merged_cat_a.safetensors"
 ME = {"lora": "me.safetensors", "ratio": 1.0}
 IN_THE_WAY = "is in the way and was not left by zit_merge, which writes there first: move it away"
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    work.shapes = FEW
-    return work
 
 
 def left(path: Path, content: bytes = b"what a killed run wrote") -> Path:
@@ -72,7 +65,7 @@ def put(path: Path, kind: str) -> Path:
 
 KINDS = ["link", "link to nothing", "link to a part", "hard link", "hard link of a part", "folder", "pipe"]
 KINDS += ["download", "LoRA", "one letter"]
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
+pytestmark = [pytest.mark.usefixtures("few"), pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")]
 
 
 def facts(folder: Path) -> dict[str, tuple[int, int, bytes]]:

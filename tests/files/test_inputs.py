@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.files.inputs import TEXT_LIMIT, open_regular, read_limited
 from extensions_built_in.zit_merge.preview.image_store import ImageStore
 from extensions_built_in.zit_merge.report.page.render import is_ours
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has none of them in folders")
+pytestmark = [pytest.mark.usefixtures("few"), pytest.mark.skipif(os.name == "nt", reason="Windows has none of them in folders")]
 KINDS = {
     "pipe": "it is a pipe, not a file",
     "device": "it is a device, not a file",
@@ -38,12 +37,6 @@ def limit() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    work.shapes = FEW
-    return work
 
 
 def put(path: Path, kind: str) -> Path:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workspace import FEW, SMALL, Workspace
+from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.files import atomic
@@ -33,13 +33,7 @@ ME = {"lora": "me.safetensors", "ratio": 1.0}
 STYLE = {"lora": "style.safetensors", "ratio": 0.5}
 STEP = {"name": "a", "loras": [ME]}
 posix = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    """With LoRAs of few layers: what is looked at here is the same for all of them."""
-    work.shapes = FEW
-    return work
+pytestmark = pytest.mark.usefixtures("few")
 
 
 def broken(work: Workspace, name: str = "broken.safetensors") -> dict:

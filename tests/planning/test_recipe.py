@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from oracles import producers
-from safetensors import safe_open
+from oracles.dense import read_metadata
 from safetensors.torch import load_file, save_file
 from workspace import FEW, Workspace, empty_hub_cache, put_into_hub_cache
 
@@ -32,18 +32,7 @@ STYLE = {"lora": "style.safetensors", "ratio": 1, "effects": {"composition": 1e-
 ONE_STEP = {"name": "a", "loras": [ME, STYLE]}
 K = "diffusion_model.layers.0.attention.to_k"
 ELSEWHERE = "elsewhere/recipe.yaml"  # a folder in which none of the inputs lies
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    """With LoRAs of few layers: what is looked at here is the same for all of them."""
-    work.shapes = FEW
-    return work
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
+pytestmark = pytest.mark.usefixtures("few")
 
 
 def move_and_rename(work: Workspace, *paths: Path) -> Path:
@@ -171,7 +160,7 @@ def test_no_folders_dates_or_hashes_of_inputs_stand_in_the_metadata(work, monkey
     work.lora("secret_folder/me.safetensors")
     work.lora("secret_folder/style.safetensors", "onetrainer-legacy", seed=1)
     work.zit("run", work.job(ONE_STEP), "--loras", work.folder / "secret_folder").ok()
-    values = metadata(work.out / "merged_cat_a.safetensors")
+    values = read_metadata(work.out / "merged_cat_a.safetensors")
     text = json.dumps(values)
     for forbidden in ("secret_folder", str(work.folder), work.folder.name, str(Path.home()), "2026", "ffffffff", "date", "time"):
         assert forbidden not in text
@@ -181,7 +170,7 @@ def test_no_folders_dates_or_hashes_of_inputs_stand_in_the_metadata(work, monkey
 
 def test_what_stands_in_the_metadata(work, loras):
     work.zit("run", work.job(ONE_STEP)).ok()
-    values = metadata(work.out / "merged_cat_a.safetensors")
+    values = read_metadata(work.out / "merged_cat_a.safetensors")
     assert values["modelspec.architecture"] == "Z-Image/lora"
     assert values["ss_output_name"] == "merged_cat_a"
     assert values["modelspec.merged_from"] == "me, musubi"  # musubi's file has a modelspec.title
@@ -193,7 +182,7 @@ def test_what_stands_in_the_metadata(work, loras):
 
 def test_the_recipe_names_files_by_name_and_hash_and_holds_the_whole_table(work, loras):
     work.zit("run", work.job(ONE_STEP)).ok()
-    (recipe,) = (json.loads(v) for k, v in metadata(work.out / "merged_cat_a.safetensors").items() if "recipe" in k)
+    (recipe,) = (json.loads(v) for k, v in read_metadata(work.out / "merged_cat_a.safetensors").items() if "recipe" in k)
     (step,) = recipe["steps"]
     raw = loras[0].read_bytes()
     wanted = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
@@ -355,7 +344,7 @@ def test_a_recipe_carries_what_the_metadata_said_of_alpha(work, name, how):
     recipe = work.recipe(made, ELSEWHERE)
     if how == "stripped":
         save_file(load_file(source), source)
-        assert "lora_adapter_metadata" not in (metadata(source) or {})
+        assert "lora_adapter_metadata" not in read_metadata(source)
         other = work.folder / "other"
         work.zit("run", work.job({"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 0.9}]}, output_dir=str(other))).ok()
         assert (other / made.name).read_bytes() != made.read_bytes()  # without the recipe it is another strength
@@ -482,8 +471,8 @@ def test_a_file_of_the_cache_is_merged_offline_and_pinned(work, loras, hub_cache
     raw = loras[1].read_bytes()
     assert entry["lora"] == f"{HUB}@{COMMIT}"
     assert entry["sha256"] == hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
-    assert str(hub_cache) not in json.dumps(metadata(made))
-    assert "style" in metadata(made)["modelspec.merged_from"] or "musubi" in metadata(made)["modelspec.merged_from"]
+    assert str(hub_cache) not in json.dumps(read_metadata(made))
+    assert "style" in read_metadata(made)["modelspec.merged_from"] or "musubi" in read_metadata(made)["modelspec.merged_from"]
 
 
 @pytest.mark.parametrize("where", ["cache", "--loras", "moved branch"])

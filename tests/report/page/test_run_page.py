@@ -28,13 +28,7 @@ from extensions_built_in.zit_merge.report.page.render import LIMIT, Page
 
 ME, STYLE = {"lora": "me.safetensors", "ratio": 0.9}, {"lora": "style.safetensors", "ratio": 0.6}
 BOTH = {"name": "soft", "loras": [ME, STYLE]}
-
-
-@pytest.fixture
-def work(work: Workspace) -> Workspace:
-    """With LoRAs of few layers."""
-    work.shapes = FEW
-    return work
+pytestmark = pytest.mark.usefixtures("few")
 
 
 def facts(path: Path) -> dict:
