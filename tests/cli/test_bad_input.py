@@ -354,6 +354,29 @@ def test_a_name_that_is_too_long_for_a_file_is_found_before_the_training(work, l
     assert message.startswith("process[1].")
 
 
+@pytest.mark.parametrize(
+    "name", ["a\0b", "[" * 3000, "a/" + "b" * 256, "x" * 250], ids=["null byte", "3000", "in a folder", "250"]
+)
+@pytest.mark.parametrize("command", ["check", "run", "dry run"])
+@pytest.mark.parametrize("where", ["job", "training_folder", "name_or_path", "recipe"])
+def test_a_name_that_no_system_can_have_is_a_sentence_wherever_a_path_is_made_of_it(work, loras, where, name, command):
+    training, checkpoints = work.training(), {"name": "b", "rank": 2, "checkpoints": {"last": 2}}
+    if where in training:
+        training[where] = name
+    elif where == "name_or_path":
+        training["model"] = {"name_or_path": name}
+    config = work.config(training, work.section(STEP, checkpoints), job=name if where == "job" else "cat")
+    if where == "recipe":
+        made_by = {"type": "zit_merge", "made_by": "zit_merge 0.4.0", "job": name}
+        steps = [{"name": "a", "file": f"{name}.safetensors", "shapes": "free", "loras": [ME]}]
+        config = work.write(made_by | {"steps": steps}, "recipe.yaml")
+    words = (config, "--dry-run") if command == "dry run" else (config,)
+    ran = work.zit(command.replace("dry run", "run"), *words)
+    could_be = where == "name_or_path" or (where == "training_folder" and len(name) == 250)
+    assert ran.code == 1 or could_be
+    assert "Traceback" not in ran.err and (ran.code == 0 or ran.err.startswith("zit_merge: "))
+
+
 def test_no_space_on_the_disk(work, loras, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

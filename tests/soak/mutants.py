@@ -359,7 +359,7 @@ class Recipes(Texts):
             else:
                 try:
                     metadata[key] = json.dumps(mutated_json(json.loads(metadata[key]), random))
-                except ValueError:
+                except (ValueError, RecursionError):  # no JSON, or what an earlier round nested
                     metadata[key] = _mutated_text(metadata[key], random)
         text = json.dumps(header).encode()
         self.path.write_bytes(len(text).to_bytes(8, "little") + text + self.content[8 + length :])

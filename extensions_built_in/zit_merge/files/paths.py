@@ -51,7 +51,8 @@ def system_path(text: str | Path) -> Path:
         if b"\0" in str(text).encode():  # a name that is no Unicode can't go into a recipe
             raise ValueError("it holds a null byte")
         path = Path(text).expanduser()
-        path.exists()
+        for part in (str(path), *path.parts):  # of a folder that is not there the system does not look at the rest
+            Path(part).exists()
     except (OSError, RuntimeError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else e
         raise SettingError(f"{str(text)[:80]!r} is no path that this system can have ({reason}): correct it") from e

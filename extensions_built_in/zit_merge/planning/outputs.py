@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import SettingError, ZitMergeError, located
 from ..files.atomic import check_part, part_path
-from ..files.paths import check_writable
+from ..files.paths import check_writable, system_path
 from ..formats import lokr
 from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
@@ -39,6 +39,7 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
     """
     if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
         raise SettingError(f"{plan.path.name[:60]}... is too long for a file name: shorten the step's or the job's name", "name")
+    system_path(plan.path)
     if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         cap = "rank: {energy: 0.99, max: 64}" if plan.is_open else "rank: 64"
         raise SettingError(

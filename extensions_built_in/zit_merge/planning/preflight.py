@@ -295,7 +295,7 @@ def _images(dataset: Mapping[str, Any]) -> int:
 
 def strangers(training: Training) -> list[str]:
     """Files in the save folder that are no saves of the trainer, but that its next start would resume from."""
-    if not training.folder.is_dir():
+    if not os.path.isdir(training.folder):
         return []
     own = re.compile(re.escape(training.job) + r"(_\d{9})?\.(safetensors|pt)")
     return sorted(

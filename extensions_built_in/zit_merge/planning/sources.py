@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
         )
     wanted = system_path(source)
     candidates = list(dict.fromkeys(system_path(folder / wanted) for folder in context.folders))
-    candidates += [folder / wanted.name for folder in context.lora_folders]
+    candidates += [system_path(folder / wanted.name) for folder in context.lora_folders]
     if spec.sha256:
         return _resolve_hash(spec.sha256, wanted.name, candidates, context)
     for path in candidates:
@@ -118,7 +119,7 @@ def _resolve_trained(source: str, context: RunContext, before_training: bool) ->
             context.training.check_step(step)
         return None
     path = context.training.file(step)
-    if not path.exists():
+    if not os.path.exists(path):
         raise SettingError(
             f"{path} is not there, the folder holds {_there(context.training)}: finish the training, or name one of these"
         )

@@ -16,6 +16,7 @@ import torch
 
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, joined, not_available_yet
+from ..files.paths import system_path
 from ..formats.changes import FULL
 from ..formats.metadata import base_of
 from ..formats.spec import LoraSpec
@@ -61,6 +62,12 @@ class Training:
         for key, value in (("training_folder", folder), ("name", name)):
             if not isinstance(value, str):
                 raise self._error(f"must be text, not {value!r}", key)
+            if "\0" in value:
+                raise self._error(f"holds a null byte, which no path can have: {value[:80]!r}", key)
+        try:
+            system_path(folder)
+        except SettingError as e:
+            raise self._error(e.message, "training_folder") from e
         return Path(folder) / name
 
     @property
@@ -89,7 +96,7 @@ class Training:
         """What it trains on, by name. AI-Toolkit's metadata say zimage for every arch of the family."""
         model = table(self.config, "model")
         names = [model.get(key) for key in ("name_or_path", "assistant_lora_path")]
-        path, adapter = (Path(n).name if isinstance(n, str) and Path(n).exists() else n for n in names)
+        path, adapter = (Path(n).name if isinstance(n, str) and os.path.exists(n) else n for n in names)
         return base_of(path, model.get("arch"), adapter)
 
     def kept(self) -> list[int]:
@@ -108,7 +115,7 @@ class Training:
         """The steps of the checkpoints that lie in its folder, by their names; the final file is the last."""
         pattern = re.compile(re.escape(self.job) + r"_(\d{9})\.safetensors")
         found = {int(match[1]) for name in self.files() if (match := pattern.fullmatch(name))}
-        return [*sorted(step for step in found if step < self.steps), *([self.steps] if self.file().is_file() else [])]
+        return [*sorted(step for step in found if step < self.steps), *([self.steps] if os.path.isfile(self.file()) else [])]
 
     def check_step(self, step: int) -> None:
         """Raises unless the training will have kept a checkpoint of this step."""
@@ -222,7 +229,7 @@ class Training:
 
     def files(self) -> list[str]:
         """Names of the LoRA files in its folder."""
-        return sorted(p.name for p in self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
+        return sorted(p.name for p in self.folder.glob("*.safetensors")) if os.path.isdir(self.folder) else []
 
 
 def training_before(job: str, processes: Sequence[Any], index: int) -> Training | None:
