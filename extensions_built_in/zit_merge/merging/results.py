@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..algebra import ranks
-from ..algebra.delta import Delta, norm
-from ..algebra.factors import Factors, is_finite, pad
+from ..algebra.delta import Delta, norm, parts
+from ..algebra.factors import Factors, is_finite, pad, stack
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule
@@ -83,8 +83,9 @@ class Result:
         rank, (out, into), dtype = self.plan.ranks[module], self.plan.shapes[module], self.plan.dtype
         if delta is None:
             return Factors(torch.zeros(out, rank, dtype=dtype), torch.zeros(rank, into, dtype=dtype))
-        factors = truncate(delta, rank) if delta.rank > rank else delta.expand()
-        return pad(to_dtype(factors, dtype).map(lambda t: self._checked(t.cpu(), module)), rank)
+        changes = [truncate(delta, rank)] if delta.rank > rank else [p.expand() for p in parts(delta)]
+        rounded = stack([to_dtype(factors, dtype) for factors in changes])
+        return pad(rounded.map(lambda t: self._checked(t.cpu(), module)), rank)
 
     def _checked(self, tensor: Tensor, module: str) -> Tensor:
         if not is_finite(tensor):
