@@ -248,7 +248,7 @@ def _shortened(vectors: Sequence[Delta]) -> Sequence[Delta]:
 
 
 def _probed(module: str, vectors: Sequence[Delta], want: Tensor, written: Delta, sums: torch.dtype) -> tuple[Tensor, list[float]]:
-    """Inner products of the vectors with what was written too much, squared norms of that, of what was written, of what was wanted.
+    """Inner products of the vectors with the difference, and squared norms of that, of what was written and of what was wanted.
 
     In float32 where that is safe, as `sums` asks for.
     """
