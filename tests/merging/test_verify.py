@@ -26,6 +26,7 @@ from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.algebra.linear import add
 from extensions_built_in.zit_merge.algebra.rounding import to_dtype
 from extensions_built_in.zit_merge.algebra.truncate import truncate
+from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 from extensions_built_in.zit_merge.merging import results
 from extensions_built_in.zit_merge.merging.merger import Merged, Merger
 
@@ -459,6 +460,34 @@ def test_a_spoiled_step_leaves_the_steps_before_it(work, monkeypatch):
     message = work.zit("run", work.job(*steps)).refused()
     assert "what was written differs from what was wanted by " in message and "please report it with the recipe" in message
     assert work.files() == ["merged_cat_a.safetensors"]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_a_spoiled_merge_of_many_components(tmp_path, monkeypatch, spoil):
+    """Beyond 64 components the inputs' inner products are estimates; what is refused is the same."""
+    weighed = [(pairs(tmp_path / f"{n}.safetensors", drawn(40, n, side=48))[0], 0.8) for n in range(3)]
+    assert verdict(merge_into(tmp_path, weighed, "right", dtype="bf16"))["got"] == pytest.approx([0.8] * 3, rel=2e-3)
+    monkeypatch.setattr(results, "to_dtype", spoiled_rounding(SPOILED[spoil]))
+    refuse(tmp_path, weighed, None, dtype="bf16")
+
+
+def test_an_exact_merge_reads_every_tensor_once_and_decomposes_nothing(tmp_path, monkeypatch):
+    weighed = [(path, 0.8) for path, _ in two(tmp_path)]
+    reads, read = list[tuple[Path, str]](), SafetensorsFile.tensor
+
+    def counted(self: SafetensorsFile, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        reads.append((self.path, key))
+        return read(self, key, rows)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr(SafetensorsFile, "tensor", counted)
+    for name in ("svd", "svdvals", "qr"):
+        monkeypatch.setattr(torch.linalg, name, never)
+    merge_into(tmp_path, weighed, dtype="bf16")
+    factors = [found for found in reads if not found[1].endswith("alpha")]
+    assert factors and len(factors) == len(set(factors))
 
 
 # --- rounding alone never is an error ------------------------------------------------------------------------------------------

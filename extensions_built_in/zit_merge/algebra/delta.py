@@ -226,17 +226,18 @@ def _flat(x: Delta) -> Tensor | None:
     return delta if torch.equal(other, torch.eye(x.rank, dtype=other.dtype, device=other.device)) else None
 
 
-_TAME = 1e-8  # products of elements between this and its inverse, and sums of many of them, are well within float32
+_TAME = 1e-20  # sums of squares between this and its inverse, and products of their roots, are well within float32
 
 
 def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
     if x.dtype == torch.float64:
         return x.T @ x
+    found = x.T @ x
+    if bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
+        return found.double()
     sizes = x.abs().amax(0)
     size = sizes.max()
-    if bool(((sizes == 0) | ((sizes > _TAME) & (sizes < 1 / _TAME))).all()):
-        return (x.T @ x).double()
     if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
         x = x / torch.where(sizes > 0, sizes, 1.0)
         return (x.T @ x).double() * torch.outer(sizes.double(), sizes.double())

@@ -8,7 +8,7 @@ t = 2, 6e-8 for t = 4, 4e-14 for t = 10. Inner products of long lists of compone
 
 from __future__ import annotations
 
-import zlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ _BLOCK = 128  # components that are cast at once
 _SHORT = 521  # a prime: rows that are heads, or repeat with another power of two, meet in no one sum
 
 
-def probes(into: int, name: str, like: torch.dtype, device: torch.device) -> Tensor:
-    """(into, 16) Gaussian numbers, the same ones whenever they are drawn for this name.
+@lru_cache(maxsize=8)
+def probes(into: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(into, 16) Gaussian numbers, always the same ones.
 
     Args:
         into: Columns of the changes.
-        name: Of the module.
-        like: The dtype; float64 has the numbers of float32.
+        dtype: float64 has the numbers of float32.
         device: Where they go.
     """
-    return torch.randn(into, COUNT, generator=_seeded(name)).to(device, like)
+    return torch.randn(into, COUNT, generator=torch.Generator().manual_seed(into)).to(device, dtype)
 
 
 def image(x: Delta, block: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _shortened(x: Tensor) -> Tensor:
     rows, columns = x.shape
     if rows <= 2 * _SHORT:
         return x
-    signs = (torch.randint(0, 2, (rows, 1), generator=_seeded(f"{rows}")) * 2 - 1).to(x.device)
+    signs = _signs(rows, x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     folds = -(-rows // _SHORT)
     if x.is_contiguous():
@@ -77,5 +77,8 @@ def _shortened(x: Tensor) -> Tensor:
     return signed.view(columns, folds, _SHORT).sum(1).T
 
 
-def _seeded(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+@lru_cache(maxsize=8)
+def _signs(rows: int, device: torch.device) -> Tensor:
+    """(rows, 1), each 1 or -1."""
+    drawn = torch.randint(0, 2, (rows, 1), generator=torch.Generator().manual_seed(rows))
+    return (drawn * 2 - 1).float().to(device)

@@ -64,7 +64,8 @@ class Merged(NamedTuple):
         module: Its name.
         parts: Input -> its part; only the inputs that count there.
         coefficients: Input -> coefficient of its change in a linear method, factor left out; None for any other method.
-        delta: The method's answer, before truncation and rounding; None where no input changes the module.
+        delta: The method's answer, before truncation and rounding; None where no input changes the module, and once a linear
+            method's is rounded.
     """
 
     module: str

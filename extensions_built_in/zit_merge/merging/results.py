@@ -66,7 +66,8 @@ class Result:
     def _made(self, module: str) -> Made:
         merged = self._merger.of(module)
         if not self.plan.kept_lokr:
-            return Made(merged, self._finished(merged.delta, module))
+            written = self._finished(merged.delta, module)
+            return Made(merged if merged.coefficients is None else merged._replace(delta=None), written)  # parts have it all
         change, strength = self.plan.kept_lokr.changes[module][0], self.plan.inputs[0].strengths[module]
         reader = self._readers[0]
         assert isinstance(reader, TensorReader), "a LoKr that is kept is read from its file"

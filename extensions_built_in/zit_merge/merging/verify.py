@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, gram, norm
-from ..algebra.factors import Factors, peak, wide
+from ..algebra.factors import Factors, wide
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.probes import COUNT, image, probes, shortened
 from ..config.schema import RankRule
@@ -46,6 +46,8 @@ _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
+_LARGE = 1 << 24  # bytes of a module beside which no other one is merged
+_FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
 _FEW, _THIN = 64, 1024  # components, of all changes and of one: between them inner products are taken of shortened factors
 
 
@@ -112,11 +114,10 @@ class Verifier:
         return self
 
     def add(self, made: Made) -> None:
-        """Hands a module over; waits while one is pending, so that memory stays at three modules."""
-        if made.merged.coefficients is not None:  # the sum is taken anew
-            made = made._replace(merged=made.merged._replace(delta=None))
+        """Hands a module over; waits while one is pending, or for a large one, so that memory stays at three small modules."""
+        size = sum(made.written.shape) * made.written.rank * self._dtype.itemsize
         self._pending.append(self._pool.submit(self.check, made))
-        if len(self._pending) > 1:
+        while len(self._pending) > (size <= _LARGE):
             self._pending.popleft().result()
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
@@ -153,10 +154,10 @@ class Verifier:
         wanted = max(float(want @ found @ want), 0.0)
         is_easy = self._dtype != torch.float32 and _is_plain(scales) and wanted >= _CANCELS * energy
         sums = torch.float32 if is_easy else torch.float64
-        crossed, (missed, got, asked) = _probed(module, vectors, want, written, sums)
+        crossed, (missed, got, asked) = _probed(vectors, want, written, sums)
         noise = _NOISE[sums] * energy**0.5
         if sums == torch.float32 and not missed**0.5 <= _SLACK * (torch.finfo(self._dtype).eps / 2 * got**0.5 + noise):
-            crossed, (missed, got, asked) = _probed(module, vectors, want, written, torch.float64)
+            crossed, (missed, got, asked) = _probed(vectors, want, written, torch.float64)
             noise = _NOISE[torch.float64] * energy**0.5
         self._check_size(module, got)
         self._judge(module, missed**0.5, asked**0.5, noise, got**0.5, written)
@@ -247,19 +248,23 @@ def _shortened(vectors: Sequence[Delta]) -> Sequence[Delta]:
     return vectors if is_short else [shortened(v) for v in thin]
 
 
-def _probed(module: str, vectors: Sequence[Delta], want: Tensor, written: Delta, sums: torch.dtype) -> tuple[Tensor, list[float]]:
+def _probed(vectors: Sequence[Delta], want: Tensor, written: Delta, sums: torch.dtype) -> tuple[Tensor, list[float]]:
     """Inner products of the vectors with the difference, and squared norms of that, of what was written and of what was wanted.
 
     In float32 where that is safe, as `sums` asks for.
     """
-    block = probes(written.shape[1], module, sums, written.device)
-    images, got = [image(v, block) for v in vectors], image(written, block)
-    wanted = sum((x * w for x, w in zip(images, want.tolist(), strict=True) if w), torch.zeros_like(got))
-    beyond = got - wanted
-    if sums == torch.float32 and not all(1e-12 < peak(x) < 1e12 for x in (*images, got)):
-        return _probed(module, vectors, want, written, torch.float64)
-    crossed = torch.tensor([float((x * beyond).sum()) for x in images], dtype=torch.float64)
-    return crossed / COUNT, [float(x.double().square().sum()) / COUNT for x in (beyond, got, wanted)]
+    block = probes(written.shape[1], sums, written.device)
+    rows = block.new_empty(len(vectors) + 3, written.shape[0] * COUNT)  # those of the vectors, wanted, written, the difference
+    for row, vector in zip(rows, vectors, strict=False):
+        row.copy_(image(vector, block).flatten())
+    torch.mv(rows[: len(vectors)].T, want.to(rows), out=rows[-3])
+    rows[-2] = image(written, block).flatten()
+    torch.sub(rows[-2], rows[-3], out=rows[-1])
+    products = (rows @ rows.T).double().cpu()
+    crossed, sizes = products[-1], products.diagonal()
+    if sums == torch.float32 and not ((sizes[:-1] > _FAR) & (sizes[:-1] < 1 / _FAR)).all():
+        return _probed(vectors, want, written, torch.float64)
+    return crossed[: len(vectors)] / COUNT, (sizes[[-1, -2, -3]] / COUNT).tolist()
 
 
 def _check_cut(name: str, parts: Sequence[Delta], written: Delta, rounding: float) -> None:
