@@ -9,7 +9,7 @@ method it is the method's answer, before truncation and rounding. A module whose
 truncation that was asked for, stops the run.
 
 A module that is written whole is compared by what it does to 16 random inputs (`algebra.probes`): an error of twice what rounding
-is allowed in all escapes in one module of a thousand at most, one of four times in one of ten million, one of ten times never.
+is allowed in all escapes in one module of a thousand at most, one of four times in one of ten million, one of ten times in 4e-14.
 The error itself is told to some 5 % for a module, below 1 % for a file. Strengths in the file are those in what was wanted and
 what the difference adds to them, so that they are told to some 1e-5. Inner products of the inputs are exact up to 64 components
 in all, beyond that their cosines are told to about 1 or 2 %; the strengths of inputs that can be told apart do not depend on it.
