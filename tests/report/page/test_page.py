@@ -652,7 +652,10 @@ def test_inspect_writes_a_page_whose_yaml_runs(work, loras, show):
     frame.type("1. me.safetensors", 0.25)
     work.write(frame.text(), "merge.yaml")
     work.zit("run", "merge.yaml", "--output-dir", work.out).ok()
+    frame.inner.get_by_role("radio", name="a whole job").check()
+    work.zit("run", work.write(frame.text(), "job.yaml")).ok()
     (made,) = work.out.glob("*.safetensors")
+    assert (work.folder / "output" / "files_merge" / "merged_files_merge_merged.safetensors").is_file()
     found = json.loads(work.zit("inspect", made, "--sources", *loras, "--json").ok())
     assert re.search(r"0\.25", json.dumps(found))
 

@@ -57,6 +57,7 @@ function makeDesk(owner) {
       const { steps, unknown } = standingAlone(composed(), owner);
       const [host] = owner.alone.config.process;
       const { train_fixes, ...section } = owner.raw; // of the training
+      if (!owner.place) delete section.output_dir; // of the command line: the UI shows what is in the job's own folder
       const config = { ...owner.alone.config, process: [{ ...host, ...section, steps }] };
       return { yaml: yamlBlock({ ...owner.alone, config }, 0).join("\n") + "\n", unknown };
     },
