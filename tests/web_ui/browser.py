@@ -69,11 +69,12 @@ class User:
     def new_job(self) -> None:
         """New Job, Show Advanced."""
         self.page.goto(f"{self.ui.url}/jobs")
-        self.page.get_by_role("link", name="New Training Job").click()
+        # what is imported or pasted before the settings have come gets an empty training_folder
+        with self.page.expect_response("**/api/settings"):
+            self.page.get_by_role("link", name="New Training Job").click()
         self.page.wait_for_url("**/jobs/new")
         self.press("Show Advanced")
         self.wait(lambda: "meta:" in self.yaml())
-        self.wait(lambda: str(self.ui.output) in self.yaml())  # the settings have come
 
     def import_config(self, path: Path) -> None:
         """Import Config: a file."""
@@ -152,10 +153,10 @@ class User:
         card = self.page.locator("div.shadow-lg", has=self.page.get_by_role("heading", name="Checkpoints"))
         return [text.strip() for text in card.locator("span.direction-rtl").all_inner_texts()]
 
-    def start(self) -> None:
-        """The play button."""
+    def start(self, name: str) -> None:
+        """The play button; the job waits in the queue or runs then."""
         self.icon("play").click()
-        self.wait(lambda: self.icon("play").count() == 0 or self.icon("play").is_disabled())
+        self.wait(lambda: self.ui.row(name)["status"] in ("queued", "running"))
 
     def stop(self) -> None:
         """The pause button, and its question."""

@@ -32,9 +32,10 @@ class Material:
             made = producers.PRODUCERS[producer].make(shapes, 3, seed, torch.bfloat16)
             producers.save(made, self.loras / f"{name}.safetensors")
 
-    def training(self, name: str) -> Path:
+    def training(self, name: str, **save: object) -> Path:
         """A job that trains three steps and samples; to import."""
         process = training(self.folder, name)
+        process["save"] |= save
         process["train"]["disable_sampling"] = False
         process["sample"] |= {"samples": SAMPLES, "guidance_scale": 1, "seed": 42, "walk_seed": True}
         return self._write(name, job(name, process))

@@ -22,16 +22,23 @@ from web_ui.conftest import CHROMIUM
 from web_ui.material import Material
 from web_ui.server import REPO, WebUi
 
-NAME = "my_char_v1"
+NAME = "my_char"
+SIDEBAR = 226
 DOCS = REPO / "extensions_built_in" / "zit_merge" / "docs"
 TRAINING = REPO / "config" / "examples" / "train_zit_lora_then_merge.yaml"
 COLOURS = 64
+HIDE = """name => {
+    const card = [...document.querySelectorAll("h2")].find((h) => h.innerText === name).closest(".shadow-lg").parentElement;
+    for (const other of card.parentElement.children) if (other !== card) other.style.display = "none";
+    card.style.marginTop = 0;
+    for (const log of document.querySelectorAll(".overflow-y-auto")) log.scrollTop = log.scrollHeight;
+}"""
 SECTION = """\
     - type: zit_merge
       steps:
         - name: soft
           loras:
-            - {lora: trained, ratio: 0.9, blocks: {adaLN_modulation: 0.7}}
+            - {lora: trained, ratio: 0.9, layers: {0-9: 0.5, 10-29: [1.0, 0.6]}}
         - name: with_style
           rank: 32
           loras:
@@ -82,21 +89,26 @@ def editor(album: Album, folder: Path) -> None:
 def job(album: Album, material: Material) -> None:
     """The page of a job that is done, and its tab Plugin."""
     user = album.user
-    user.page.set_viewport_size({"width": 1200, "height": 900})
+    user.page.set_viewport_size({"width": 1500, "height": 900})
     user.new_job()
-    user.import_config(material.training(NAME))
+    user.import_config(material.training(NAME, save_every=250))
     user.to_meta()
     user.paste(SECTION.replace("/data", str(material.folder)).replace("steps:", "shapes: free\n      steps:"))
     user.create()
-    user.start()
+    user.start(NAME)
     user.wait(lambda: user.ui.row(NAME)["status"] in ("completed", "error"), 300)
-    user.wait(lambda: user.status() == "completed" and len(user.checkpoints()) > 2)
-    album.take("job")
+    assert user.ui.row(NAME)["status"] == "completed", user.ui.row(NAME)["info"]
+    merged = {f"merged_{NAME}_soft", f"merged_{NAME}_with_style"}
+    user.wait(lambda: user.status() == "completed" and merged <= set(user.checkpoints()))
+    user.wait(lambda: user.page.get_by_role("button", name="Plugin").count() == 1)
+    # of the right column only the files: this computer's load is of no interest
+    user.page.evaluate(HIDE, "Checkpoints")
+    user.page.mouse.move(700, 20)
+    album.take("job", x=SIDEBAR, width=1500 - SIDEBAR, height=560)
     user.plugin()
+    user.page.set_viewport_size({"width": 1200, "height": 1110})
     user.page.wait_for_timeout(500)  # its maps are drawn
-    album.take("plugin")
-    for tab in ("Samples", "Config File", "Loss Graph"):
-        user.tab(tab)
+    album.take("plugin", x=SIDEBAR, width=1200 - SIDEBAR)
 
 
 def main() -> None:

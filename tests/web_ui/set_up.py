@@ -28,7 +28,7 @@ HOME = Path(os.environ.get("AI_TOOLKIT_WEB_UI") or Path.home() / ".cache" / "zit
 READY = "ready.txt"  # written last
 
 PRISMA = "6.19.0"  # the UI's lock file has 6.3.1, which knows no engine without a download; package.json allows both
-PACKAGES = (f"prisma@{PRISMA}", f"@prisma/client@{PRISMA}", f"@prisma/adapter-better-sqlite3@{PRISMA}", "better-sqlite3@12")
+PACKAGES = (f"prisma@{PRISMA}", f"@prisma/client@{PRISMA}", f"@prisma/adapter-better-sqlite3@{PRISMA}", "better-sqlite3@^11.9")
 # No engine is downloaded.
 SCHEMA = ('provider = "prisma-client-js"', 'provider = "prisma-client-js"\n  engineType = "client"')
 # The engine in JavaScript wants to be told its database; dates are stored as the other engine does.
@@ -40,6 +40,10 @@ CLIENT = (
 # Next.js may not put the library, which is no JavaScript, into its bundles.
 BUNDLES = ("serverExternalPackages: [", "serverExternalPackages: ['better-sqlite3', '@prisma/adapter-better-sqlite3', ")
 IMPORTS = "import path from 'path';\nimport { PrismaBetterSQLite3 } from '@prisma/adapter-better-sqlite3';\n"
+WORKS = (
+    "const { PrismaBetterSQLite3 } = require('@prisma/adapter-better-sqlite3');"
+    "new PrismaBetterSQLite3({ url: ':memory:' }).connect().then(() => require('sqlite3'))"
+)
 FONT = "@font-face { font-family: 'Inter'; font-style: normal; font-weight: 100 900; src: local('Arial'); }"
 
 
@@ -82,6 +86,7 @@ def build(ui: Path) -> None:
     run("npm", "install", "--no-save", *quiet, *PACKAGES, cwd=ui)
     native(ui / "node_modules" / "better-sqlite3")
     native(ui / "node_modules" / "sqlite3")
+    run("node", "-e", WORKS, cwd=ui)
     change(ui / "prisma" / "schema.prisma", *SCHEMA)
     change(ui / "cron" / "prisma.ts", *CLIENT, before=IMPORTS)
     change(ui / "src" / "server" / "prisma.ts", *CLIENT, before=IMPORTS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from web_ui.material import SAMPLES
@@ -16,8 +17,7 @@ ENOUGH = 5 * MINUTES  # a job imports AI-Toolkit first: half a minute on two cor
 
 def start_and_wait(user, name: str, status: str = "completed") -> dict:
     """Presses play on the job's page and waits for the end."""
-    user.start()
-    user.wait(lambda: user.ui.row(name)["status"] in ("queued", "running"), 30)
+    user.start(name)
     user.wait(lambda: user.ui.is_over(name), ENOUGH)
     row = user.ui.row(name)
     assert row["status"] == status, f"{row['info']}\n{user.ui.job_log(name)[-3000:]}"
@@ -123,29 +123,63 @@ def test_a_merge_alone_by_import_config(user, material):
     user.wait(lambda: user.page.get_by_role("button", name="Plugin").count() == 1)
 
 
-def test_a_stop_among_the_pictures_and_a_second_start(user, material):
-    name = "stopped_merge"
+@pytest.mark.xfail(reason="the example's train.steps, there for the Start button, is shown until the first module is merged")
+def test_a_merge_alone_promises_no_million_steps(user, material):
     user.new_job()
-    user.import_config(material.merge_with_pictures(name, prompts=3, steps=10))
+    user.import_config(material.merge("no_million"))
     user.create()
-    user.start()
-    user.wait(lambda: any(re.match(r"Picture [3-9]/", info) for info in user.ui.infos(name)), ENOUGH)
+    assert "1000000" not in user.progress(), user.screen()
+
+
+def stop_among_pictures(user, name: str) -> dict[Path, int]:
+    """Starts a job, stops it at the second picture or later, and waits until all has ended: the times of its files then."""
+    user.start(name)
+    user.wait(lambda: any(re.match(r"Picture [2-9]/", info) for info in user.ui.infos(name)), ENOUGH)
     user.wait(lambda: user.icon("pause").count() == 1)
     user.stop()
-    asked = time.monotonic()
-    user.wait(lambda: user.ui.is_over(name), 60)
-    assert time.monotonic() - asked < 30, "the picture at hand is tiny"
+    user.wait(lambda: user.ui.row(name)["status"] == "stopped")
+    user.wait(lambda: user.ui.is_over(name), 30)  # the picture at hand is made first, a tiny one here
     row = user.ui.row(name)
     assert (row["status"], row["info"]) == ("stopped", "Job stopped"), row
     user.wait(lambda: user.status() == "stopped" and user.icon("play").count() == 1)
     folder = user.ui.output / name
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".png")}
-    merged = [path for path in before if path.suffix == ".safetensors"]
-    pictures = [path for path in before if "_previews" in str(path)]
-    assert len(merged) == 2 and len(pictures) >= 2, before
-    start_and_wait(user, name)
-    again = [str(path.relative_to(folder)) for path in [*merged, *pictures] if path.stat().st_mtime_ns != before[path]]
+    return {path: path.stat().st_mtime_ns for path in folder.glob("merged_*") if path.suffix == ".safetensors"} | {
+        path: path.stat().st_mtime_ns for path in folder.glob("merged_*_previews/pictures/*")
+    }
+
+
+def assert_kept(before: dict[Path, int]) -> None:
+    """Both merges and a picture were there, and are the same files."""
+    kinds = Counter(path.suffix for path in before)
+    assert kinds.pop(".safetensors") == 2 and kinds.total() >= 1, before
+    again = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert not again, f"made again: {again}"
+
+
+def test_a_stop_among_the_pictures_and_a_second_start(user, material):
+    name = "stopped_merge"
+    user.new_job()
+    user.import_config(material.merge_with_pictures(name, prompts=2, steps=8))
+    user.create()
+    before = stop_among_pictures(user, name)
+    start_and_wait(user, name)
+    assert_kept(before)
+
+
+@pytest.mark.thorough
+def test_a_stop_after_a_training_and_a_second_start(user, material):
+    """The training is resumed at its end, without a step; its LoRA is the same, so nothing that rests on it is made again."""
+    name = "stopped_training"
+    user.new_job()
+    user.import_config(material.training(name))
+    user.to_meta()
+    user.paste(material.section())
+    user.create()
+    before = stop_among_pictures(user, name)
+    assert user.ui.row(name)["step"] == 3
+    row = start_and_wait(user, name)
+    assert row["step"] == 3 and row["info"].startswith("Training completed"), row
+    assert_kept(before)
 
 
 def test_a_typing_error_is_said_before_the_training(user, material):
