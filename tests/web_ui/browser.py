@@ -106,6 +106,13 @@ class User:
         self.page.keyboard.press("Home")
         assert self.cursor() == (lines.index("meta:") + 1, 1), self.screen()
 
+    def to_new_line_above_meta(self) -> None:
+        """Goes to the end of the last line of `process` and presses Enter: the editor indents the new line."""
+        self.to_meta()
+        for key in ("ArrowUp", "End", "Enter"):
+            self.page.keyboard.press(key)
+        assert self.cursor()[1] > 1, self.screen()
+
     def paste(self, text: str) -> None:
         """Ctrl+V."""
         self.page.evaluate("text => navigator.clipboard.writeText(text)", text)

@@ -74,11 +74,7 @@ def editor(album: Album, folder: Path) -> None:
         user.page.set_viewport_size({"width": 1200, "height": 560})
         user.new_job()
         user.import_config(path)
-        if name == "paste":
-            user.to_meta()
-        else:
-            user.to_end()
-            user.page.keyboard.press("Enter")
+        user.to_meta() if name == "paste" else user.to_new_line_above_meta()
         user.paste(SECTION)
         user.wait(lambda is_red=name != "paste": user.is_red() == is_red)
         user.page.mouse.move(700, 20)

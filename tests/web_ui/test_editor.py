@@ -7,16 +7,17 @@ import pytest
 pytestmark = pytest.mark.web_ui
 
 
-def test_a_paste_after_enter_at_the_end_is_red_and_not_saved(user, material):
-    """Known behaviour of the editor, which README warns of: it indents the first pasted line once more."""
+@pytest.mark.parametrize("place", ["after Enter above meta", "at the end"])
+def test_a_paste_elsewhere_is_red_and_not_saved(user, material, place):
+    """Known behaviour of the editor, which README warns of: after Enter it indents the first pasted line once more."""
+    name = "broken_" + place.replace(" ", "_")
     user.new_job()
-    user.import_config(material.training("broken_paste"))
-    user.to_end()
-    user.page.keyboard.press("Enter")
+    user.import_config(material.training(name))
+    user.to_end() if place == "at the end" else user.to_new_line_above_meta()
     user.paste(material.section())
     user.wait(user.is_red)
     user.create()
-    assert [p["type"] for p in user.ui.config("broken_paste")["config"]["process"]] == ["diffusion_trainer"]
+    assert [p["type"] for p in user.ui.config(name)["config"]["process"]] == ["diffusion_trainer"]
 
 
 def test_simple_and_back_keeps_the_section(user, material):
@@ -33,12 +34,14 @@ def test_simple_and_back_keeps_the_section(user, material):
     assert [p["type"] for p in user.ui.config("there_and_back")["config"]["process"]] == ["diffusion_trainer", "zit_merge"]
 
 
-def test_edit_and_clone_keep_the_section(user, material):
+def test_a_clone_has_the_section(user, material):
     user.new_job()
     user.import_config(material.merge("to_clone"))
     user.create()
     job = user.ui.row("to_clone")["id"]
     user.page.goto(f"{user.ui.url}/jobs/new?cloneId={job}")
+    # the editor shows for good what the page has when it is opened: before the answer has come that is the UI's own default
+    user.page.get_by_text("Advanced job detected").wait_for()
     user.press("Show Advanced")
     user.wait(lambda: "to_clone_copy" in user.yaml())
     user.create()
