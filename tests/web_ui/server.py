@@ -185,6 +185,18 @@ class WebUi:
             told = [info for (info,) in db.execute(words, (self.row(name)["id"],))]
         return [info for n, info in enumerate(told) if n == 0 or told[n - 1] != info]
 
+    def counts(self, name: str) -> list[tuple[int, int]]:
+        """(step, total_steps) of every write into the row, in order."""
+        with contextlib.closing(sqlite3.connect(self.database, timeout=30)) as db:
+            words = "SELECT step, total_steps FROM Diary WHERE id = ? ORDER BY rowid"
+            return db.execute(words, (self.row(name)["id"],)).fetchall()
+
+    def save(self, name: str, text: str) -> Path:
+        """A file that a user has saved somewhere."""
+        path = self.output.parent / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
     def job_log(self, name: str) -> str:
         """What the job printed since its last start."""
         path = self.output / name / "log.txt"

@@ -83,6 +83,7 @@ def test_the_page_is_the_plugin_tab(user, trained):
     for word in ("soft", "with_style", "style.safetensors"):
         assert word in text, user.screen()
     assert frame.locator("img").count() > 0, "pictures"
+    assert frame.locator("body").evaluate("b => getComputedStyle(b).backgroundColor") == "rgb(20, 23, 28)", "as dark as the UI"
 
 
 def test_the_composer_copies_out_of_the_sandbox(user, trained):
@@ -116,19 +117,37 @@ def test_a_merge_alone_by_import_config(user, material):
     user.import_config(material.merge("merge_alone"))
     user.create()
     assert user.ui.config("merge_alone")["config"]["process"][0]["type"] == "zit_merge"
+    assert user.progress() == "Step 0 of 1", user.screen()
     row = start_and_wait(user, "merge_alone")
-    assert "2 merged" in row["info"], row
+    assert row["info"] == "2 merged", row
+    assert user.progress() == "", "no bar that would promise more"
     user.wait(lambda: {"merged_merge_alone_exact", "merged_merge_alone_small"} <= set(user.checkpoints()))
     assert user.icon("play").count() == 1, "it can be started again with other weights"
     user.wait(lambda: user.page.get_by_role("button", name="Plugin").count() == 1)
+    row = start_and_wait(user, "merge_alone")
+    assert row["info"] == "2 up to date" and set(user.ui.counts("merge_alone")[-4:]) == {(0, 0)}, "no bar of the run before"
 
 
-@pytest.mark.xfail(reason="the example's train.steps, there for the Start button, is shown until the first module is merged")
-def test_a_merge_alone_promises_no_million_steps(user, material):
+def test_a_whole_job_from_the_plugin_tab_is_imported_and_merges_alone(user, trained):
+    user.open(trained)
+    frame = user.plugin()
+    frame.get_by_role("radio", name="a whole job").check()
+    ratio = frame.get_by_label(f"1. {trained}.safetensors", exact=True)
+    ratio.fill("0.25")
+    ratio.press("Tab")
+    text, name = frame.locator(".yaml textarea").first.input_value(), f"{trained}_merge"
     user.new_job()
-    user.import_config(material.merge("no_million"))
+    user.import_config(user.ui.save(f"{name}.yaml", text))
     user.create()
-    assert "1000000" not in user.progress(), user.screen()
+    (process,) = user.ui.config(name)["config"]["process"]
+    lora = process["steps"][0]["loras"][0]
+    assert lora["lora"] == str(user.ui.output / trained / f"{trained}.safetensors") and lora["ratio"] == 0.25
+    row = start_and_wait(user, name)
+    assert row["info"] == "2 merged", row
+    user.wait(lambda: {f"merged_{name}_soft", f"merged_{name}_with_style"} <= set(user.checkpoints()))
+    user.tab("Samples")  # the model and the samples of the training came along
+    pictures = user.page.locator("img[alt='Sample Image']")
+    user.wait(lambda: pictures.count() >= 2 and pictures.evaluate_all("all => all.every((i) => i.naturalWidth > 0)"))
 
 
 def stop_among_pictures(user, name: str) -> dict[Path, int]:
@@ -191,6 +210,7 @@ def test_a_typing_error_is_said_before_the_training(user, material):
     user.create()
     row = start_and_wait(user, name, "error")
     assert row["step"] == 0 and not list((user.ui.output / name).glob("*.safetensors"))
+    assert row["info"].startswith("with_style: "), "the column of the queue shows the beginning"
     assert "lorras" in row["info"], row
     assert user.heading() == row["info"].strip(), user.screen()
     assert "loras" in user.heading().replace("lorras", ""), "what was meant"
