@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extensions_built_in.zit_merge.errors import SettingError, ZitMergeError, joined, located, not_available_yet
+from extensions_built_in.zit_merge.errors import SettingError, ZitMergeError, joined, located, not_available_yet, of_step
 
 
 def test_a_location_is_completed_on_the_way_up():
@@ -41,3 +41,41 @@ def test_what_a_later_version_brings():
     where, _, message = str(caught.value).partition(": ")
     assert where == "process[0].network.type"
     assert message == "merging a trained loha is not available yet in this version of zit_merge; train with type: lora"
+
+
+PLACE = "process[1].steps[0].loras[0]"
+
+
+@pytest.mark.parametrize(
+    ("error", "usual", "first"),
+    [
+        (
+            SettingError("must be a number, not 'much'", f"{PLACE}.ratio"),
+            f"{PLACE}.ratio: must be a number, not 'much'",
+            f"soft: must be a number, not 'much' ({PLACE}.ratio)",
+        ),
+        (
+            SettingError("/data/my loras/a.safetensors does not exist (looked in /data)", f"{PLACE}.lora"),
+            f"{PLACE}.lora: /data/my loras/a.safetensors does not exist (looked in /data)",
+            f"soft: a.safetensors does not exist (looked in /data) ({PLACE}.lora, /data/my loras/a.safetensors)",
+        ),
+        (
+            ZitMergeError("/data/b.safetensors: is not a whole .safetensors file (x): copy it again"),
+            "/data/b.safetensors: is not a whole .safetensors file (x): copy it again",
+            "soft: b.safetensors: is not a whole .safetensors file (x): copy it again (/data/b.safetensors)",
+        ),
+        (
+            ZitMergeError("C:\\data\\c.safetensors: there is no such file"),
+            "C:\\data\\c.safetensors: there is no such file",
+            "soft: c.safetensors: there is no such file (C:\\data\\c.safetensors)",
+        ),
+        (ZitMergeError("no space left: free some"), "no space left: free some", "soft: no space left: free some"),
+        (SettingError("/ is no folder"), "/ is no folder", "soft: / is no folder"),
+    ],
+)
+def test_a_narrow_column_shows_the_step_and_the_sentence_first(error, usual, first):
+    with pytest.raises(ZitMergeError) as caught, of_step("outer"), of_step("soft"):
+        raise error
+    assert str(caught.value) == usual
+    caught.value.sentence_first = True
+    assert str(caught.value) == first

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import PureWindowsPath
 
 from .wording import message
 
@@ -13,10 +15,32 @@ class ZitMergeError(Exception):
     """The input, the config or the machine prevents the work. The message says what is wrong, where, and what to do.
 
     Whoever prints it, AI-Toolkit too, gets one line that is fit for a terminal.
+
+    Attributes:
+        step: The step that it is about, where that is known.
+        sentence_first: For a column that shows the beginning only: the step and the sentence come first, the place last.
     """
 
+    step = ""
+    sentence_first = False
+
     def __str__(self) -> str:
-        return message(super().__str__())
+        loc, text = self._told()
+        if not self.sentence_first:
+            return message(f"{loc}: {text}" if loc else text)
+        path = re.match(_PATH, text)
+        places = [loc, path[0] if path else ""]
+        name = PureWindowsPath(path[0]).name + text[path.end() :] if path else text
+        place = ", ".join(filter(None, places))
+        return message(": ".join(filter(None, (self.step, name))) + (f" ({place})" if place else ""))
+
+    def _told(self) -> tuple[str, str]:
+        """(location, sentence)"""
+        return "", super().__str__()
+
+
+# An absolute path that begins a sentence; without blanks, or with any up to the ending of a LoRA.
+_PATH = r"(?:/|[A-Za-z]:[\\/])(?:.*?\.safetensors|\S+?)(?=:? )"
 
 
 class SettingError(ZitMergeError):
@@ -37,8 +61,8 @@ class SettingError(ZitMergeError):
         super().__init__(message, loc)
         self.message, self.loc, self.is_complete = message, loc, is_complete
 
-    def __str__(self) -> str:
-        return message(f"{self.loc}: {self.message}" if self.loc else self.message)
+    def _told(self) -> tuple[str, str]:
+        return self.loc, self.message
 
 
 @contextmanager
@@ -52,6 +76,20 @@ def located(loc: str) -> Iterator[None]:
         yield
     except SettingError as e:
         e.loc = e.loc if e.is_complete else joined(loc, e.loc)
+        raise
+
+
+@contextmanager
+def of_step(name: str) -> Iterator[None]:
+    """Tells every error that passes which step it is about.
+
+    Args:
+        name: Of the step.
+    """
+    try:
+        yield
+    except ZitMergeError as e:
+        e.step = e.step or name
         raise
 
 

@@ -46,8 +46,10 @@ def what_is_not_right(done: Sequence[Done]) -> dict[str, str]:
 
 
 def summary(done: Sequence[Done]) -> str:
-    """`2 merged`, `2 merged, with_style is off: see the Plugin tab`: the end of a job in a few words."""
-    merged = f"{len(done)} merged"
+    """`2 merged`, `1 merged, 1 up to date, with_style is off: see the Plugin tab`: the end of a job in a few words."""
+    made = sum(one.made for one in done)
+    counts = {"merged": made, "up to date": len(done) - made}
+    merged = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     groups: dict[str, list[str]] = {}
     for one in done:
         if one.verdict and one.verdict.status != RIGHT:

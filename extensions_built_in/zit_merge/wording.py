@@ -240,6 +240,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace(".0 %", " %")
 
 
+def size_text(count: int) -> str:
+    """`42.6 MB`, `1.36 GB`: bytes in powers of ten, as the page has them too."""
+    return f"{count / 1e9:.2f} GB" if count >= 999.95e6 else f"{count / 1e6:.1f} MB"
+
+
 def ranks_text(ranks: Mapping[str, int], algorithms: Iterable[str]) -> str:
     """`32`, `4-32`, `3840 at most` where not all of it is LoRA.
 

@@ -526,8 +526,8 @@ def test_the_first_process_of_a_job_runs_where_the_ui_wrote_cuda(work, loras, mo
         ({"job": "extension", "config": {"name": "cat", "process": section()}}, "config.process"),
         ({"job": "extension", "config": {"name": "cat", "process": []}}, "no process of type zit_merge"),
         (
-            {"job": "extension", "config": {"name": "cat", "process": [{"type": "zit_marge"}, "x"]}},
-            "no process of type zit_merge",
+            {"job": "extension", "config": {"name": "cat", "process": [{"type": "zit_marge"}]}},
+            "no process of type zit_merge: correct zit_marge",
         ),
         ("a: [1, 2", "line"),
         ("a: *nowhere", "line"),

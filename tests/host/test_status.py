@@ -1,5 +1,6 @@
 """What the UI's job row says from start to end, on the real toolkit and a real database; and who gets the memory back."""
 
+import re
 import sqlite3
 import threading
 import time
@@ -72,7 +73,8 @@ def test_an_exception_in_the_merge_is_shown_with_its_sentence(toolkit, place, br
     ran = Launched(toolkit, config, database)
     assert ran.code != 0
     assert ran.statuses == ["running", "error"], ran.seen
-    assert "broken.safetensors" in ran.infos[-1] and "NaN" in ran.infos[-1]
+    assert ran.infos[-1].startswith("bad: broken.safetensors: ") and "NaN" in ran.infos[-1], "the UI's columns cut the end"
+    assert ran.infos[-1].endswith("/broken.safetensors)")
     assert row(database)["step"] == STEPS
     assert not parts(place / "output" / "sb")
 
@@ -102,8 +104,13 @@ def test_a_merge_only_job_fills_the_row(toolkit, place, style, database):
     assert ran.code == 0, ran.log[-3000:]
     assert ran.statuses == ["running", "completed"]
     last = row(database)
-    assert (last["step"], last["total_steps"]) == (2 * len(style.deltas),) * 2
+    counted = 2 * len(style.deltas)
+    assert (0, 0) in ran.counts and (counted, counted) in ran.counts
+    assert (last["step"], last["total_steps"]) == (0, 0), "no bar is drawn, and the Start button is there again"
     assert last["speed_string"].endswith(" modules/s") and last["info"] == "2 merged"
+    again = Launched(toolkit, config, database)
+    assert again.code == 0 and again.infos[-1] == "2 up to date"
+    assert set(again.counts) == {(0, 0)}, "nothing was merged"
 
 
 def test_a_result_that_is_off_is_named_in_the_rows_last_words(place, style, run_python, database):
@@ -146,7 +153,10 @@ def test_a_wrong_config_shows_as_error(toolkit, place, database, tmp_path):
                 process["sqlite_db_path"] = str(db)
         ran = Launched(toolkit, write(place, name, job(name, *processes)), db)
         assert ran.code != 0
-        assert ran.seen[-1][0] == "error" and "nowhere.safetensors is not there" in ran.seen[-1][1], ran.seen
+        assert ran.seen[-1][0] == "error" and ran.infos[-1].startswith("x: nowhere.safetensors is not there"), ran.seen
+        assert re.search(r" \(process\[[01]\]\.steps\[0\]\.loras\[0\]\.lora, /.*/nowhere\.safetensors\)$", ran.infos[-1]), (
+            "the place comes last"
+        )
 
 
 def test_a_locked_database_is_waited_for(toolkit, place, database):
@@ -280,7 +290,8 @@ def test_an_error_after_a_training_between_two_sections_is_shown(toolkit, place,
     ran = Launched(toolkit, write(place, "sr", job("sr", *sections)), database)
     assert ran.code != 0
     assert ran.statuses == ["running", "error"], ran.seen
-    assert "broken.safetensors" in ran.infos[-1] and "NaN" in ran.infos[-1]
+    assert ran.infos[-1].startswith("bad: broken.safetensors: ") and "NaN" in ran.infos[-1], "the UI's columns cut the end"
+    assert ran.infos[-1].endswith("/broken.safetensors)")
     assert row(database)["step"] == STEPS
 
 

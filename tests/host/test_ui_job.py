@@ -17,8 +17,9 @@ EXAMPLE = Path(__file__).parents[2] / "config" / "examples" / "ui_merge_job.yaml
 def test_it_has_what_the_uis_pages_read():
     """page.tsx reads datasets, jobConfig.ts asks what is in model, SampleImages.tsx counts sample.samples."""
     process = yaml.safe_load(EXAMPLE.read_text())["config"]["process"][0]
-    assert isinstance(process["model"], dict) and process["datasets"] == [] and process["sample"]["samples"] == []
-    assert process["train"]["steps"] > 276 * len(process["steps"]), "jobs.ts: a completed job starts again if steps > step"
+    assert isinstance(process["model"], dict) and process["datasets"] == []
+    assert len(process["sample"]["samples"]) >= 3, "the gallery has three columns at least"
+    assert process["train"]["steps"] == 1, "jobs.ts: a completed job starts again if steps > step, and we leave step at 0"
     assert {"sqlite_db_path", "training_folder", "device", "performance_log_every"} <= set(process)
 
 

@@ -22,8 +22,9 @@ CREATE TABLE Job (id TEXT PRIMARY KEY, name TEXT UNIQUE, gpu_ids TEXT, job_confi
 """
 # Ours: whatever was ever written into a row, in order.
 DIARY = """
-CREATE TABLE Diary (id TEXT, status TEXT, info TEXT);
-CREATE TRIGGER Told AFTER UPDATE ON Job BEGIN INSERT INTO Diary VALUES (NEW.id, NEW.status, NEW.info); END;
+CREATE TABLE Diary (id TEXT, status TEXT, info TEXT, step INTEGER, total_steps INTEGER);
+CREATE TRIGGER Told AFTER UPDATE ON Job BEGIN
+ INSERT INTO Diary VALUES (NEW.id, NEW.status, NEW.info, NEW.step, NEW.total_steps); END;
 """
 
 
@@ -66,6 +67,7 @@ class Launched:
             "AITK_JOB_ID": job_id,
         }
         self.database, self.job_id = database, job_id
+        self._before = len(self._diary())
         self.process = subprocess.Popen(
             [sys.executable, "run.py", str(config)],
             cwd=toolkit,
@@ -106,13 +108,22 @@ class Launched:
             db.execute(f"UPDATE Job SET {names} WHERE id = ?", (*columns.values(), self.job_id))
         db.close()
 
-    @property
-    def seen(self) -> list[tuple[str, str]]:
-        """(status, info) of every write, in order."""
+    def _diary(self) -> list[tuple]:
         db = sqlite3.connect(self.database)
-        found = db.execute("SELECT status, info FROM Diary WHERE id = ? ORDER BY rowid", (self.job_id,)).fetchall()
+        rows = db.execute("SELECT status, info, step, total_steps FROM Diary WHERE id = ? ORDER BY rowid", (self.job_id,))
+        found = rows.fetchall()
         db.close()
         return found
+
+    @property
+    def seen(self) -> list[tuple[str, str]]:
+        """(status, info) of every write since the start, in order."""
+        return [(status, info) for status, info, *_ in self._diary()[self._before :]]
+
+    @property
+    def counts(self) -> list[tuple[int, int | None]]:
+        """(step, total_steps) of every write since the start, in order."""
+        return [(step, total) for _, _, step, total in self._diary()[self._before :]]
 
     @property
     def statuses(self) -> list[str]:

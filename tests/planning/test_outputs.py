@@ -26,6 +26,7 @@ from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats import writer
 from extensions_built_in.zit_merge.report.progress import Bar
+from extensions_built_in.zit_merge.wording import size_text
 
 ROOT = Path(__file__).parents[2]
 OUT = "merged_cat_a.safetensors"
@@ -498,7 +499,7 @@ def test_over_2_gb_needs_confirmation_before_the_training(work, monkeypatch):
 def test_the_size_that_is_announced_is_the_size_that_is_written(work, loras):
     text = work.zit("run", work.job({"name": "a", "loras": [ME, STYLE]}, rank=64)).ok()
     size = (work.out / OUT).stat().st_size
-    assert text.count(f"{size / 1e6:,.1f} MB") == 2
+    assert text.count(size_text(size)) == 2
 
 
 @pytest.mark.parametrize("command", ["check", "run"])

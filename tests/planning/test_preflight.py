@@ -140,6 +140,42 @@ def test_a_fix_is_named_with_the_section_that_asks_for_it(work, fixing, place):
     assert message.startswith(f"process[{place}].train_fixes: process[0].train.lr_scheduler is cosine")
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (None, "process[0].type: is missing: AI-Toolkit starts no job with a process without one"),
+        (["diffusion_trainer"], "process[0].type: is missing"),
+        ("diffusion_trainr", "process[0].type: AI-Toolkit has no process diffusion_trainr (did you mean diffusion_trainer?)"),
+        ("Diffusion_Trainer", "process[0].type: AI-Toolkit has no process Diffusion_Trainer (did you mean diffusion_trainer?)"),
+    ],
+)
+def test_a_process_of_no_type_or_of_a_wrong_one(work, kind, says):
+    assert says in check(work, training(work) | {"type": kind}).refused()
+
+
+def test_our_own_type_misspelled_or_missing(work):
+    for kind, says in (
+        ("zit_merg", "config.process: there is no process of type zit_merge: correct zit_merg"),
+        ("x", "zit_merge: append one"),
+    ):
+        config = work.config(training(work), merging() | {"type": kind})
+        assert says in work.zit("run", config).refused()
+    assert (
+        "process[1].type: is missing: write type: zit_merge" in work.zit("check", work.config(training(work), {**LORA})).refused()
+    )
+    two = work.config(training(work), merging(), "zit_merge")
+    assert "process[2]: must be a mapping with a type, not 'zit_merge'" in work.zit("check", two).refused()
+
+
+def test_an_extension_of_the_users_own_is_no_error(work, toolkit):
+    own = training(work, optimizer="adamw") | {"type": "my_trainer"}
+    assert check(work, own).ok()
+    types = "def get_all_extensions_process_dict():\n    return {'my_trainer': 0, 'zit_merge': 0}\n"
+    toolkit(extension=types, optimizer="def get_optimizer(params, name, lr, given):\n    pass\n")
+    assert check(work, own).ok()
+    assert "AI-Toolkit has no process their_trainer" in check(work, own | {"type": "their_trainer"}).refused()
+
+
 TOOLKIT = {
     "__init__": "",
     "scheduler": """
@@ -286,11 +322,17 @@ def test_few_steps_for_a_large_dataset(work):
 def test_files_that_the_next_start_would_resume_from(work):
     folder = work.folder / "output" / "cat"
     folder.mkdir(parents=True)
-    for name in ("cat_merged.safetensors", "cat.safetensors", "cat_000000250.safetensors", "cat_LoRA_x.pt", "merged_cat_a.png"):
+    for name in ("cat.safetensors", "cat_000000250.safetensors", "cat_LoRA_x.pt", "merged_cat_a.png"):
+        work.lora(f"output/cat/{name}")
+    for name in ("cat_merged.safetensors", "cat_old.safetensors"):
         work.lora(f"output/cat/{name}")
     text = advice(work, training(work))
-    assert "cat_merged.safetensors would be taken for a checkpoint" in text
-    assert text.count("would be taken") == 1
+    assert "cat_old.safetensors would be taken for a checkpoint and resumed from" in text
+    assert (
+        "cat_merged.safetensors is named as what AI-Toolkit's MERGE button writes, which applies each strength twice; it would "
+        "be taken for a checkpoint and resumed from: move it away"
+    ) in text
+    assert text.count("be taken") == 2
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from preview.helpers import ME, MODEL, STYLE, planned, previewed, step
 from screen import fits
 from workspace import SMALL, Workspace
@@ -15,6 +16,7 @@ from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.plan import PreviewPlan, _distinct, specs_text
 from extensions_built_in.zit_merge.preview.settings import ImageSpec
 
+EXAMPLE = Path(__file__).parents[2] / "config" / "examples" / "ui_merge_job.yaml"
 ONE, BOTH = {"prompts": ["a cat"]}, (ME, STYLE)
 
 
@@ -27,6 +29,16 @@ def refused(work: Workspace, *steps: dict, **keys: Any) -> str:
         previewed(work, *steps, **keys)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_uis_example_fills_its_gallery_with_a_row_for_each_variant(work, loras):
+    (raw,) = yaml.safe_load(EXAMPLE.read_text())["config"]["process"]
+    for lora in (lora for asked in raw["steps"] for lora in asked["loras"]):
+        lora["lora"] = Path(lora["lora"]).name
+    found = previewed(
+        work, *raw["steps"], **{k: v for k, v in raw.items() if k not in ("type", "steps", "device")}, shapes="free", preview=True
+    )
+    assert {len(grid.specs) for grid in found.grids} == {found.settings.row} == {3}
 
 
 # --- variants -------------------------------------------------------------------------------------------------------------------

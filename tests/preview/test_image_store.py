@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from preview.helpers import MODEL, names, plain, planned, settled, step
 
 from extensions_built_in.zit_merge.errors import ZitMergeError
@@ -48,7 +48,7 @@ def add_samples(found: ImageStore, *colours: str, size: tuple[int, int] = (64, 6
     """Stores pictures of these colours and adds them to the samples. Returns the names of the new samples, by name."""
     for colour in colours:
         found.save(colour, plain(colour, size), {"colour": colour})
-    return sorted(path.name for path in found.add_samples(colours, [f"a {colour} picture" for colour in colours]))
+    return sorted(path.name for path in found.add_samples(colours, colours, [f"a {colour} picture" for colour in colours]))
 
 
 def colours(folder: Path, shown: list[str]) -> list[str]:
@@ -156,7 +156,7 @@ def test_a_picture_of_somebody_else_is_none(home, kind):
 
 def test_a_picture_that_is_gone_when_it_is_looked_at(home):
     found = store(home)
-    for what in (lambda: found.load("a"), lambda: found.add_samples(["a"], ["a"])):
+    for what in (lambda: found.load("a"), lambda: found.add_samples(["a"], ["a"], ["x"])):
         with pytest.raises(ZitMergeError, match=r"a\.png: can't be read any more: run `preview` to render it again"):
             what()
 
@@ -174,17 +174,25 @@ def test_samples_have_names_that_the_viewer_splits_in_the_order_in_which_they_ar
     assert shown[0].split("_")[0] <= str(int(time.time() * 1000) + 1000)
 
 
-def test_the_pictures_are_copied_and_have_thumbnails_as_the_toolkit_makes_them(home):
-    found = store(home)
-    picture = Image.linear_gradient("L").resize((640, 320)).convert("RGB")
-    found.save("a", picture, {})
-    (path,) = store(home, row=1).add_samples(["a"], ["a"])
-    assert path.read_bytes() == found.path("a").read_bytes()
-    thumb = Image.open(home / "samples" / ".thumbs" / f"{path.name}.jpg")
-    assert thumb.size == (300, 300) and thumb.format == "JPEG"
-    theirs = picture.crop((160, 0, 480, 320)).resize((300, 300), Image.Resampling.LANCZOS)
-    apart = np.abs(np.asarray(thumb).astype(int) - np.asarray(theirs).astype(int))
-    assert apart.mean() < 1
+@pytest.mark.parametrize("size", [(640, 320), (320, 640)])
+def test_the_copies_are_labelled_and_have_thumbnails_as_the_toolkit_makes_them(home, size):
+    found = store(home, row=1)
+    picture = Image.linear_gradient("L").resize(size).convert("RGB")
+    found.save("a", picture, {"seed": 42})
+    (path,) = found.add_samples(["a"], ["ratio 0.4"], ["a cat (seed 42)"])
+    copy, thumb = Image.open(path), Image.open(home / "samples" / ".thumbs" / f"{path.name}.jpg")
+    assert copy.size == size and copy.text == Image.open(found.path("a")).text, "what it was made from goes with it"
+    assert (thumb.size, thumb.format) == ((300, 300), "JPEG")
+    theirs = ImageOps.fit(picture, (300, 300), Image.Resampling.LANCZOS)
+    for shown, plain_one, exact in ((copy, picture, 0), (thumb, theirs, 1)):
+        apart = np.abs(np.asarray(shown.convert("RGB")).astype(int) - np.asarray(plain_one).astype(int))
+        band = max(12, min(shown.size) // 28) * 2
+        assert apart[: -band - 2].mean() <= exact, "above the label it is the picture"
+        assert (np.asarray(shown.convert("L"))[-band:] > 240).any() and apart[-band:].mean() > 20, "white letters on a dark band"
+    other = store(home, row=1)
+    other.save("b", picture, {})
+    (unlike,) = other.add_samples(["b"], ["ratio 0.8"], ["a cat (seed 42)"])
+    assert Image.open(unlike).tobytes() != copy.tobytes(), "the label is what was given"
 
 
 @pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 7, 10])
@@ -245,17 +253,17 @@ def test_interrupted_samples_are_completed_by_the_next_run(home, monkeypatch):
         found.save(colour, plain(colour), {})
     write, count = ImageStore._sample, [0]
 
-    def killed(self, name, content):
+    def killed(self, name, *what):
         count[0] += 1
         if count[0] == 4:
             raise KeyboardInterrupt
-        return write(self, name, content)
+        return write(self, name, *what)
 
     monkeypatch.setattr(ImageStore, "_sample", killed)
     with pytest.raises(KeyboardInterrupt):
-        found.add_samples(COLOURS[:5], COLOURS[:5])
+        found.add_samples(COLOURS[:5], COLOURS[:5], COLOURS[:5])
     monkeypatch.undo()
-    found.add_samples(COLOURS[:5], COLOURS[:5])
+    found.add_samples(COLOURS[:5], COLOURS[:5], COLOURS[:5])
     ours = [name for name in names(home / "samples") if name.endswith(".png")]
     assert [viewer(name)[1] for name in ours] == [0, 1, 2, 0, 1, 2]
     assert colours(home / "samples", ours)[:5] == COLOURS[:5]

@@ -10,7 +10,7 @@ from PIL import Image, ImageFont
 from preview.helpers import plain
 
 from extensions_built_in.zit_merge.preview import sheet as sheets
-from extensions_built_in.zit_merge.preview.sheet import Block, edge_of, legend, sheet
+from extensions_built_in.zit_merge.preview.sheet import Block, edge_of, labelled, legend, sheet
 
 PALETTE = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (200, 200, 0), (200, 0, 200), (0, 200, 200), (128, 64, 0), (255, 128, 0)]
 LONG = "a highly detailed photograph of a ginger cat on a weathered windowsill, golden hour, film grain, 85mm, " * 12
@@ -236,3 +236,20 @@ def test_an_empty_legend_is_an_empty_tile():
 
 def test_a_sheet_of_one_small_picture_is_not_wider_than_its_words_need():
     assert sheet("a", [Block("a", [("x", plain("red", (64, 64)))])], 1).width <= 540
+
+
+# --- labels --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("size", [(64, 64), (1024, 1024), (512, 768), (1024, 256), (256, 1024), (300, 300), (16, 16)])
+def test_a_label_stays_in_its_band_and_above_it_the_picture_is_untouched(name, size):
+    before = Image.new("RGB", size, (200, 30, 30))
+    after = labelled(before, TEXTS[name])
+    assert after.size == size and before.getcolors() == [(size[0] * size[1], (200, 30, 30))]
+    changed = (at(after) != at(before)).any(2).any(1)
+    top = int(changed.argmax())
+    assert changed[top:].all() and not changed[:top].any()
+    letters = max(12, min(size) // 28)
+    assert size[1] - top <= 4 * letters
+    assert not (at(after)[:, -2:] > 220).all(2).any(), "no letter at the edge"

@@ -46,7 +46,7 @@ from extensions_built_in.zit_merge.report.text.describe import description_text
 from extensions_built_in.zit_merge.report.text.plan import plan_text
 from extensions_built_in.zit_merge.report.text.result import done_text
 from extensions_built_in.zit_merge.report.text.table import norm_table, value_table
-from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, squeezed, wrapped
+from extensions_built_in.zit_merge.wording import aligned, beside, copyable, ranges, size_text, squeezed, wrapped
 
 CPU = torch.device("cpu")
 HERE = Path(__file__)
@@ -289,7 +289,7 @@ def test_what_went_in_and_what_came_out_are_the_verdict_and_the_file(work: Works
         assert (float(asked), float(got)) == (pytest.approx(verdict.asked[n], rel=6e-3), pytest.approx(verdict.got[n], rel=6e-3))
     written = load_lora(done.path)
     low, high = min(written.ranks.values()), max(written.ranks.values())
-    size = f"{done.path.stat().st_size / 1e6:,.1f} MB"
+    size = size_text(done.path.stat().st_size)
     came_out = f"\n  wrote {len(written)} modules, rank {low}-{high}, bf16, {size}\n"
     assert f"{came_out}    {done.path}\n  copied to\n    copies\n" in text
     worst = max(verdict.errors, key=verdict.errors.get)

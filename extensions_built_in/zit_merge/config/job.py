@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingError, ZitMergeError, located
+from ..errors import SettingError, ZitMergeError, located, nearest
 from ..files.text import TextFile, parse, reading
 from ..wording import hide
 from .parse import parse_section
@@ -50,7 +50,10 @@ class Job:
                 with located(self.loc(i)):
                     found.append((i, parse_section(raw, first=i == 0 and not self.recipe, folder=self.folder)))
         if not found:
-            raise SettingError(f"there is no process of type {PROCESS_TYPE}: append one", "config.process")
+            types = [str(raw.get("type")) for raw in self.processes if isinstance(raw, Mapping)]
+            meant = next((kind for kind in types if nearest(kind, [PROCESS_TYPE])), "")
+            cure = f"correct {meant}" if meant else "append one"
+            raise SettingError(f"there is no process of type {PROCESS_TYPE}: {cure}", "config.process")
         return tuple(found)
 
 

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ..wording import size_text
+
 TEXT_LIMIT = 16_000_000  # bytes of a config, a recipe or an adapter's config: a thousand times what they take
 PICTURE_LIMIT = 500_000_000
 
@@ -55,10 +57,10 @@ def read_limited(path: Path, limit: int = TEXT_LIMIT) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise OSError(errno.EFBIG, f"it has {size / 1e6:,.0f} MB, more than {limit / 1e6:,.0f}")
+            raise OSError(errno.EFBIG, f"it has {size_text(size)}, more than {size_text(limit)}")
         content = bytearray()
         while chunk := file.read(limit + 1 - len(content)):
             content += chunk
     if len(content) > limit:  # a file of /proc says 0, and one that grows says less
-        raise OSError(errno.EFBIG, f"it has more than {limit / 1e6:,.0f} MB")
+        raise OSError(errno.EFBIG, f"it has more than {size_text(limit)}")
     return bytes(content)

@@ -6,8 +6,10 @@ the training starts; the merge itself runs when its turn comes.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +41,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         try:
             self._forecast(process_id, job, config)
         except BaseException as e:
-            self._status.refuse(e)
+            self._status.refuse(self._sentence_first(e))
             raise
 
     def _forecast(self, process_id: int, job, config: OrderedDict) -> None:
@@ -71,7 +73,7 @@ class ZitMergeProcess(BaseExtensionProcess):
             self._merge()
             self._show()
         except BaseException as e:
-            self._status.fail(e)
+            self._status.fail(self._sentence_first(e))
             if isinstance(e, JobStopped):
                 _say(e.row["info"])
             raise
@@ -83,6 +85,19 @@ class ZitMergeProcess(BaseExtensionProcess):
 
         super().on_error(e)
         pass_on(e, [p for p in self.job.process[self.process_id + 1 :] if not isinstance(p, ZitMergeProcess)])
+
+    def _sentence_first(self, error: BaseException) -> BaseException:
+        """The error as the UI's columns show it best; whoever prints it later, run.py and the trainer, says the same."""
+        if isinstance(error, ZitMergeError):
+            error.sentence_first = True
+            error.step = error.step or self._step_at(getattr(error, "loc", ""))
+        return error
+
+    def _step_at(self, loc: str) -> str:
+        """The name of the step that a location is in, as the config has it, right or wrong."""
+        found, steps = re.match(rf"process\[{self.process_id}\]\.steps\[(\d+)\]", loc), self._raw.get("steps")
+        step = steps[int(found[1])] if found and isinstance(steps, list) else None
+        return str(step["name"]) if isinstance(step, Mapping) and "name" in step else ""
 
     def _ours(self, end: int | None = None) -> list[ZitMergeProcess]:
         """The sections of the job, those before process `end`."""
@@ -114,8 +129,8 @@ class ZitMergeProcess(BaseExtensionProcess):
         except ZitMergeError as e:
             if self is sections[-1]:
                 raise
-            self.trouble = str(e)  # not the error itself: its frames hold what the model took
-            _say(f"NO PICTURES: {e}\n  the job goes on, merges, and ends with this error")
+            self.trouble = str(self._sentence_first(e))  # not the error itself: its frames hold what the model took
+            _say(f"NO PICTURES: {self.trouble}\n  the job goes on, merges, and ends with this error")
         if self is sections[-1] and (troubles := [p.trouble for p in sections if p.trouble]):
             raise ZitMergeError(troubles[0])
 

@@ -22,6 +22,7 @@ from ..wording import shown
 _WAIT = 30.0  # seconds for a locked database, as the toolkit waits
 _LAST_WAIT = 120.0  # for what no later write repeats; the toolkit gives each of its writes four times _WAIT
 _TRY = 1.0  # seconds that sqlite itself may wait: meanwhile Ctrl+C is not heard
+_NOTHING: Mapping[str, Any] = {"step": 0, "total_steps": 0, "speed_string": ""}  # without a total the UI draws no bar
 _TRAINER = ("done_hook", "update_status", "should_stop", "should_return_to_queue", "step_num")  # of DiffusionTrainer
 
 
@@ -153,10 +154,11 @@ class RowStatus(Status):
 
     def __init__(self, path: Path, job_id: str, is_last: bool, next_total: int | None = None):
         self._path, self._job_id = path, job_id
-        # what we have counted is not what the process that follows counts
-        self._handover: dict[str, Any] = {} if is_last else {"step": 0, "total_steps": next_total, "speed_string": ""}
+        # What we have counted is not what the process that follows counts.
+        self._handover: dict[str, Any] = {} if is_last else {**_NOTHING, "total_steps": next_total}
         self._broken = False
-        self._write(status="running", info="Starting")
+        # a training that follows still needs the steps of its earlier run, should we be refused
+        self._write(status="running", info="Starting", **({} if self._handover else _NOTHING))
 
     def say(self, info: str) -> None:
         self.check()
@@ -174,7 +176,7 @@ class RowStatus(Status):
         if self._handover:
             self._write(wait=_LAST_WAIT, **self._handover)
         else:
-            self._end("completed", told)
+            self._end("completed", told, step=0, total_steps=0)  # a job of 1 step or more can be started again
 
     def refuse(self, error: BaseException) -> None:
         self._end(**_outcome(error))

@@ -78,7 +78,7 @@ def found() -> Toolkit:
 
     if find_spec("toolkit") is None:
         return NO_TOOLKIT
-    return Toolkit(make_scheduler, optimizer_trouble, zimage_archs, has_broken_ema)
+    return Toolkit(make_scheduler, optimizer_trouble, zimage_archs, process_types, has_broken_ema)
 
 
 def version() -> str:
@@ -178,6 +178,16 @@ def zimage_archs() -> set[str]:
     except Exception:  # it imports every extension, broken ones too
         found = set()
     return {arch for arch in found if arch.startswith("zimage")} or set(ARCHS)
+
+
+@silence()
+def process_types() -> set[str] | None:
+    """What `type` can be in a job here, extensions included; None if it can't be told (toolkit/extension.py)."""
+    get_dict = _find("toolkit.extension", "get_all_extensions_process_dict")
+    try:
+        return set(get_dict()) if get_dict else None
+    except Exception:  # it imports every extension, broken ones too
+        return None
 
 
 @silence()

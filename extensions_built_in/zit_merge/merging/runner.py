@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..errors import of_step
 from ..files.atomic import copy_file, hold_part, remove_part, remove_parts
 from ..formats.reader import load_lora
 from ..planning.types import StepPlan
@@ -41,7 +42,8 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
             plan = plan.over(done)
             lora = inventory.there.get(plan.path)
             if plan.name in inventory.steps:
-                step = write_step(plan, steps, hashes, device, progress)
+                with of_step(plan.name):
+                    step = write_step(plan, steps, hashes, device, progress)
                 steps[step.path] = load_lora(step.path)
                 if not plan.spec.keep:
                     cleanup.enter_context(hold_part(step.path))
@@ -51,6 +53,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
                 continue  # nothing that is left to do uses it
             done[plan.name] = step.plan
             if step.made or any(copy not in inventory.there for copy in plan.targets):
-                for copy in plan.targets[1:]:
-                    copy_file(step.path, copy.parent)
+                with of_step(plan.name):
+                    for copy in plan.targets[1:]:
+                        copy_file(step.path, copy.parent)
             yield step

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Lora, Section, Step
-from ..errors import SettingError, located, nearest
+from ..errors import SettingError, located, nearest, of_step
 from ..files import hub
 from ..files.paths import unquoted
 from ..formats.header import common_dtype
@@ -52,7 +52,8 @@ def plan_section(
         if step.name == only and not step.keep:
             step = step.model_copy(update={"keep": True})  # asked for by name
         if step.name in wanted:
-            builder.add(step, context.at(f"steps[{i}]"))
+            with of_step(step.name):
+                builder.add(step, context.at(f"steps[{i}]"))
     plans = list(builder.plans.values())
     with located(context.loc):
         check_room(plans, context, builder.there)

@@ -15,7 +15,7 @@ from ..files.paths import user_path
 from .build import plan_section
 from .context import PREFIXES, RunContext
 from .device import pick_device
-from .preflight import NO_TOOLKIT, Toolkit, preflight
+from .preflight import NO_TOOLKIT, Toolkit, check_types, preflight
 from .training import Training, training_before
 from .types import StepPlan
 
@@ -67,6 +67,8 @@ def plan_job(
     Raises:
         ZitMergeError: Anything that would stop the job and can be known now.
     """
+    if before_training:
+        check_types(job, toolkit)
     _check_sections(job, output_dir)
     sections = [(i, s) for i, s in job.sections() if index in (None, i)]
     if only and len(sections) > 1:

@@ -16,7 +16,7 @@ from ..files.paths import check_writable, system_path
 from ..formats import lokr
 from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
-from ..wording import public_name
+from ..wording import public_name, size_text
 from .context import RunContext
 from .types import StepPlan, steps_to_make
 
@@ -43,7 +43,7 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
     if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         cap = "rank: {energy: 0.99, max: 64}" if plan.is_open else "rank: 64"
         raise SettingError(
-            f"{plan.path.name} would take {plan.bytes / 1e9:.1f} GB at rank {plan.rank}: set {cap}, "
+            f"{plan.path.name} would take {size_text(plan.bytes)} at rank {plan.rank}: set {cap}, "
             + ("save: {keep_lokr: true} to keep it a LoKr, " if _could_stay(plan) else "")
             + "or confirm_size: true if you want it so"
         )
@@ -161,7 +161,7 @@ def check_room(plans: Sequence[StepPlan], context: RunContext, there: Collection
         free = shutil.disk_usage(disk.folder).free
         if disk.peak > free:
             raise SettingError(
-                f"the outputs need {disk.peak / 1e6:,.0f} MB, each beside the file that it replaces, the disk of {disk.folder} "
-                f"has {free / 1e6:,.0f} MB free: free some, or set a smaller rank or another folder",
+                f"the outputs need {size_text(disk.peak)}, each beside the file that it replaces, the disk of {disk.folder} "
+                f"has {size_text(free)} free: free some, or set a smaller rank or another folder",
                 disk.loc,
             )

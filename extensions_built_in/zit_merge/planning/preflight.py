@@ -12,14 +12,15 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
 from typing import Any
 
 import torch
 
 from ..config.job import Job
-from ..config.schema import Section
-from ..errors import SettingError, ZitMergeError, nearest
+from ..config.schema import PROCESS_TYPE, Section
+from ..errors import SettingError, ZitMergeError, located, nearest
 from ..formats.safetensors_file import SafetensorsFile
 from .context import RunContext
 from .training import ARCHS, LEFT_ALONE, Training, table, training_before
@@ -45,6 +46,12 @@ OPTIMIZERS: Mapping[str, str | None] = {
     "prodigy": "prodigyopt",
     "lion": "lion_pytorch",
 }
+# What toolkit/extension.py finds in extensions_built_in, AceStepCaptioner and other captioners aside.
+PROCESS_TYPES = (
+    *("diffusion_trainer", "sd_trainer", "ui_trainer", "concept_slider", "ultimate_slider_trainer"),
+    *("image_reference_slider_trainer", "concept_replacer", "textual_inversion_trainer", "pure_lora_generator"),
+    *("reference_generator", "batch_img2img", "dataset_tools", "super_tagger", "sync_from_collection", PROCESS_TYPE),
+)
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -88,16 +95,48 @@ class Toolkit:
         scheduler: Its maker of schedulers.
         optimizer_trouble: Why it can't make an optimizer, by its name; empty if it can.
         archs: Its families of Z-Image.
+        process_types: What `type` can be in its jobs; None where its extensions can't be asked.
         old_ema: Whether it is older than its fix of EMA.
     """
 
     scheduler: Scheduler = known_scheduler
     optimizer_trouble: Callable[[str], str] = known_trouble
     archs: Callable[[], Collection[str]] = lambda: ARCHS
+    process_types: Callable[[], Collection[str] | None] = lambda: None
     old_ema: Callable[[], bool] = lambda: False
 
 
 NO_TOOLKIT = Toolkit()
+
+
+def check_types(job: Job, toolkit: Toolkit = NO_TOOLKIT) -> None:
+    """Checks the type of every process: AI-Toolkit's UI tells of a wrong one by an exit code only.
+
+    Args:
+        job: The whole config.
+        toolkit: Whose processes they are.
+
+    Raises:
+        SettingError: It is missing, or is none that there is.
+    """
+    if job.recipe:
+        return
+    for index, raw in enumerate(job.processes):
+        with located(job.loc(index)):
+            if not isinstance(raw, Mapping):
+                raise SettingError(f"must be a mapping with a type, not {str(raw)[:60]!r}")
+            kind = raw.get("type")
+            if not isinstance(kind, str) or not kind:
+                hint = f"write type: {PROCESS_TYPE}" if "steps" in raw else "AI-Toolkit starts no job with a process without one"
+                raise SettingError(f"is missing: {hint}", "type")
+            if kind in PROCESS_TYPES:
+                continue
+            known = toolkit.process_types()
+            if known is None and not get_close_matches(kind.lower(), PROCESS_TYPES, cutoff=0.9):
+                continue  # one of the user's own extensions may have it
+            if kind not in (known or ()):
+                there = sorted({*PROCESS_TYPES, *(known or ())})
+                raise SettingError(f"AI-Toolkit has no process {kind}{nearest(kind, there)}; it has {', '.join(there)}", "type")
 
 
 def preflight(job: Job, context: RunContext, section: Section, toolkit: Toolkit = NO_TOOLKIT) -> list[str]:
@@ -243,7 +282,14 @@ def advice(training: Training, old_ema: bool = False) -> list[str]:
     if old_ema and table(train, "ema_config").get("use_ema"):
         found.append("ema_config has no effect in this AI-Toolkit, which is older than 0.10.5 (2026-06-07): update it")
     for name in strangers(training):
-        found.append(f"{training.folder / name} would be taken for a checkpoint and resumed from: move it away")
+        path = training.folder / name
+        if name.startswith(f"{training.job}_merged"):  # ui/src/components/FilesWidget.tsx
+            found.append(
+                f"{path} is named as what AI-Toolkit's MERGE button writes, which applies each strength twice; it would be taken "
+                "for a checkpoint and resumed from: move it away"
+            )
+        else:
+            found.append(f"{path} would be taken for a checkpoint and resumed from: move it away")
     return [f"{training.loc}: {text}" for text in found]
 
 

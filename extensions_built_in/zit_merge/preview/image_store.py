@@ -3,7 +3,7 @@
 merged_<job>_previews/pictures/<digest>.png    every picture once; existing ones are not rendered again
 merged_<job>_previews/<step>_<kind>.png        a contact sheet
 merged_<job>_previews/<step>_<kind>.json       its content, with everything that the pictures are made from
-samples/<ms>__<step>_<n>.png                   the same pictures in AI-Toolkit's gallery, in full rows
+samples/<ms>__<step>_<n>.png                   the same pictures, labelled, in AI-Toolkit's gallery, in full rows
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..files.inputs import PICTURE_LIMIT, read_limited
 from ..files.paths import without_users
 from ..planning.context import PREFIXES, RunContext
 from .samples import LARGEST
-from .sheet import legend
+from .sheet import labelled, legend
 
 _KEY = "zit_merge"  # of a PNG file's text
 _END = b"IEND\xae\x42\x60\x82"  # of every PNG file
@@ -90,8 +90,7 @@ class ImageStore:
         Raises:
             ZitMergeError: It can't be written.
         """
-        text = PngImagePlugin.PngInfo()
-        text.add_text(_KEY, json.dumps(without_users(record), sort_keys=True, default=str))
+        text = json.dumps(without_users(record), sort_keys=True, default=str)
         return self._write(self.path(digest), _png(picture, text))
 
     def write(self, name: str, content: bytes) -> Path:
@@ -111,12 +110,13 @@ class ImageStore:
             path.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(path, [content])
 
-    def add_samples(self, digests: Sequence[str], labels: Sequence[str]) -> list[Path]:
+    def add_samples(self, digests: Sequence[str], labels: Sequence[str], headings: Sequence[str]) -> list[Path]:
         """Copies pictures into the job's samples, in full rows; those already there keep their places.
 
         Args:
             digests: Of the pictures, in order.
-            labels: Of the pictures, for the legend that fills the last row.
+            labels: What each is of, which is drawn into the copy.
+            headings: Prompt and seed of each, for the legend that fills the last row too.
 
         Returns:
             The new files.
@@ -128,25 +128,32 @@ class ImageStore:
             return []
         record = self.folder / "samples.json"
         known = {digest: name for digest, name in _read(record).items() if isinstance(name, str) and _SAMPLE.fullmatch(name)}
-        missing = [(d, label) for d, label in zip(digests, labels, strict=True) if not self._exists(known.get(d))]
-        gaps = {d: known[d] for d, _ in missing if self._is_gap(known.get(d))}
-        new = [(d, label) for d, label in missing if d not in gaps]
+        label_of = dict(zip(digests, labels, strict=True))
+        told = {d: f"{label_of[d]}: {heading}" for d, heading in zip(digests, headings, strict=True)}
+        missing = [d for d in digests if not self._exists(known.get(d))]
+        gaps = [d for d in missing if self._is_gap(known.get(d))]
+        new = [d for d in missing if d not in gaps]
         first = max(int(time.time() * 1000), 1 + max(map(_time_of, _names(self.samples)), default=0))
-        known |= {digest: self._name(first, n) for n, (digest, _) in enumerate(new)}
+        known |= {digest: self._name(first, n) for n, digest in enumerate(new)}
         if new:  # before the pictures: what an interruption leaves out is a gap then
             self.write(record.name, json.dumps(known, indent=1).encode())
-        tiles = [self._sample(self._name(first, n), tile) for n, tile in enumerate(self._tiles(new), len(new))]
-        return [self._sample(known[d], self._content(d)) for d in (*gaps, *(d for d, _ in new))] + tiles
+        filling = -len(new) % self.row
+        tiles = [self._legend(new[0], [told[d] for d in new] if n == 0 else []) for n in range(filling)]
+        added = [self._sample(self._name(first, n), tile) for n, tile in enumerate(tiles, len(new))]
+        return [self._sample(known[d], self.load(d), label_of[d], self._text(d)) for d in (*gaps, *new)] + added
 
     def _name(self, first: int, number: int) -> str:
         """Of picture `number` of a batch: milliseconds, training step, position in the row."""
         return f"{first + number}__{self.step:09d}_{number % self.row}.png"
 
-    def _tiles(self, new: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-        """What fills the last row: a legend of the new pictures, then empty tiles."""
-        for n in range(-len(new) % self.row):
-            lines = [f"{k}. {label}" for k, (_, label) in enumerate(new, 1)] if n == 0 else []
-            yield _png(legend(f"zit_merge: {self.job}" if n == 0 else "", lines, self.load(new[0][0]).size))
+    def _legend(self, like: str, told: Sequence[str]) -> Image.Image:
+        """A tile of the last row, in the size of a picture: what the new ones are, or nothing."""
+        lines = [f"{k}. {label}" for k, label in enumerate(told, 1)]
+        return legend(f"zit_merge: {self.job}" if lines else "", lines, self.load(like).size)
+
+    def _text(self, digest: str) -> str:
+        """What a picture was made from, as its file has it."""
+        return self._opened(digest, self._content(digest)).text[_KEY]
 
     def _content(self, digest: str) -> bytes:
         try:
@@ -183,14 +190,14 @@ class ImageStore:
         row = (f"{time - number + n}__{step:09d}_{n}.png" for n in range(max(self.row, number)))
         return any(map(self._exists, row))
 
-    def _sample(self, name: str, content: bytes) -> Path:
+    def _sample(self, name: str, picture: Image.Image, label: str = "", text: str = "") -> Path:
         """Writes one sample, its thumbnail first as in the toolkit, so that the gallery always finds one."""
         assert self.samples, "only a job's folder has samples"
-        thumb = BytesIO()
-        with Image.open(BytesIO(content)) as picture:
-            ImageOps.fit(picture.convert("RGB"), (_THUMB, _THUMB), Image.Resampling.LANCZOS).save(thumb, "JPEG", quality=90)
+        thumb, small = BytesIO(), ImageOps.fit(picture, (_THUMB, _THUMB), Image.Resampling.LANCZOS)
+        whole = labelled(picture, label) if label else picture
+        (labelled(small, label) if label else small).save(thumb, "JPEG", quality=90)
         self._write(self.samples / ".thumbs" / f"{name}.jpg", thumb.getvalue())
-        return self._write(self.samples / name, content)
+        return self._write(self.samples / name, _png(whole, text))
 
 
 def image_store(context: RunContext, row: int) -> ImageStore:
@@ -217,9 +224,12 @@ def image_store(context: RunContext, row: int) -> ImageStore:
     )
 
 
-def _png(picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> bytes:
-    content = BytesIO()
-    picture.save(content, "PNG", pnginfo=text)
+def _png(picture: Image.Image, text: str) -> bytes:
+    """As PNG, with what it was made from."""
+    content, info = BytesIO(), PngImagePlugin.PngInfo()
+    if text:
+        info.add_text(_KEY, text)
+    picture.save(content, "PNG", pnginfo=info)
     return content.getvalue()
 
 

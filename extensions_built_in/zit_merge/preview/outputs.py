@@ -125,11 +125,12 @@ class GridWriter:
         ]
 
     def _add_samples(self, grid: ImageGrid) -> None:
-        labels: dict[str, str] = {}
+        told: dict[str, tuple[str, str]] = {}
         for variant, label in zip(grid.variants, grid.labels, strict=True):
             for spec, heading in zip(grid.specs, grid.headings, strict=True):
-                labels.setdefault(self._digest(variant, spec), f"{label}: {heading}")
-        self._store.add_samples(list(labels), list(labels.values()))
+                told.setdefault(self._digest(variant, spec), (label, heading))
+        labels, headings = zip(*told.values(), strict=True)
+        self._store.add_samples(list(told), labels, headings)
 
     def _sheet(self, grid: ImageGrid, ablation: Ablation | None) -> bytes:
         """The contact sheet as PNG."""

@@ -98,6 +98,28 @@ def legend(title: str, lines: Sequence[str], size: tuple[int, int]) -> Image.Ima
     return tile
 
 
+def labelled(picture: Image.Image, label: str) -> Image.Image:
+    """A picture with its label in a band at its lower edge, in at most two lines.
+
+    Args:
+        picture: RGB; it is not changed.
+        label: Such as `base`, or the values of a sweep.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    letters = max(12, min(picture.size) // 28)
+    margin = letters // 2
+    lines = _wrapped(label, picture.width - 2 * margin, 2, letters)
+    band = Image.new("RGB", (picture.width, margin + len(lines) * (letters + margin)), (0, 0, 0))
+    whole, top = picture.copy(), max(0, picture.height - band.height)
+    whole.paste(band, (0, top), Image.new("L", band.size, 165))
+    draw = ImageDraw.Draw(whole)
+    for n, line in enumerate(lines):
+        draw.text((margin, top + margin // 2 + n * (letters + margin)), line, _PAPER, _font(letters, _is_eastern(line)))
+    return whole
+
+
 def _block(block: Block, across: int, edge: int) -> Image.Image:
     """A heading and the pictures of a block."""
     grid = _grid(block, across, edge)
@@ -168,17 +190,17 @@ def _lines(lines: Sequence[str], width: int, ink: tuple[int, int, int], size: in
     return part
 
 
-def _wrapped(text: str, width: int, most: int) -> list[str]:
+def _wrapped(text: str, width: int, most: int, size: int = _SIZE) -> list[str]:
     """A text in lines of at most `width` pixels, the last one cut where there are more than `most`."""
     rest, lines = _plain(text), list[str]()
-    while _length(rest) > width and len(lines) < most - 1:
-        fitting = max(1, bisect_right(range(1, len(rest)), float(width), key=lambda n: _length(rest[:n])))
+    while _length(rest, size) > width and len(lines) < most - 1:
+        fitting = max(1, bisect_right(range(1, len(rest)), float(width), key=lambda n: _length(rest[:n], size)))
         comma = rest.rfind(", ", 0, fitting) + 1 if most == 2 else 0  # between the two strengths of a caption
         space = comma if comma > fitting // 2 else rest.rfind(" ", 0, fitting + 1)
         at = space if space > fitting // 2 else fitting  # long words, and scripts without spaces
         lines.append(rest[:at].rstrip())
         rest = rest[at:].lstrip()
-    return [*lines, _cut(rest, width)]
+    return [*lines, _cut(rest, width, size)]
 
 
 def _cut(text: str, width: int, size: int = _SIZE) -> str:

@@ -81,6 +81,11 @@ class Frame:
         field.fill(repr(value))
         field.press("Tab")
 
+    def colour(self, scheme: str) -> None:
+        """Shows the page in light colours; in a frame it is dark at first."""
+        if scheme == "light":
+            self.press("Light colours")
+
     def press(self, name: str) -> None:
         """Clicks a button by its text."""
         self.inner.get_by_role("button", name=name, exact=True).click()

@@ -246,7 +246,8 @@ def test_the_preset_of_the_measures_can_be_copied(work, loras, show):
 
 @sweep("width, scheme", [800, 1200, 1920], ["light", "dark"])
 def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
-    frame = show(write(work, page_of(work, loras, COMPARED, SWEEP, ABLATION, PARTS)), width, scheme)
+    frame = show(write(work, page_of(work, loras, COMPARED, SWEEP, ABLATION, PARTS)), width)
+    frame.colour(scheme)
     assert frame.find(".gallery h3").all_inner_texts() == ["what each does", "ratio of me", "parts", "parts by layer"]
     assert frame.violations() == [] and frame.overflow() == 0
     frame.find(".gallery").nth(1).locator(".thumb").nth(2).click()

@@ -15,7 +15,7 @@ import torch
 import yaml
 from oracles import producers
 from oracles.dense import read_deltas
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sweep import few, sweep
 from workspace import SMALL, Workspace, lora_bytes, of_layers
 
@@ -28,6 +28,7 @@ from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES, at
 from extensions_built_in.zit_merge.report.page.facts import files_facts
 from extensions_built_in.zit_merge.report.page.files import section_of
 from extensions_built_in.zit_merge.report.page.render import Page
+from extensions_built_in.zit_merge.wording import size_text
 
 FACE = {"lora": "me.safetensors", "ratio": 0.9, "blocks": {"attention": 0.9, "to_q": 1.1}, "layers": {"0-9": [0.5, 1.0]}}
 STYLE = {"lora": "style.safetensors", "ratio": 0.6, "effects": {"composition": 0.2}, "overrides": {"20-25.to_v": -1.3}}
@@ -111,7 +112,7 @@ def test_every_step_at_a_glance(work, loras, show):
         "240 modules",
         "rank 5",
         "method sum",
-        f"{size:.4g} MB",
+        f"{size:.1f} MB",
         "me.safetensors",
         "0.9",
         "trg_ai_toolkit",
@@ -120,9 +121,27 @@ def test_every_step_at_a_glance(work, loras, show):
     assert "of the energy is kept" in small and "rank 2" in small and "rank 8 holds everything" in small  # the note
 
 
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (51_234, "0.1 MB"),
+        (42_612_345, "42.6 MB"),
+        (999_949_999, "999.9 MB"),
+        (999_950_000, "1.00 GB"),
+        (1_361_000_000, "1.36 GB"),
+    ],
+)
+def test_sizes_are_spelled_as_on_the_terminal(work, loras, show, count, told):
+    html = re.sub(r'"bytes":\d+', f'"bytes":{count}', two(work).read_text("utf-8"))
+    page = work.folder / "sized.html"
+    page.write_text(html, "utf-8")
+    assert f", {told}" in show(page).find("article").first.inner_text() and size_text(count) == told
+
+
 @sweep("width, scheme", [800, 1200, 1920], ["light", "dark"])
 def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
-    frame = show(two(work), width, scheme)
+    frame = show(two(work), width)
+    frame.colour(scheme)
     assert frame.violations() == []
     assert frame.overflow() == 0
     frame.choose("Step in detail:", "1")
@@ -130,14 +149,34 @@ def test_quiet_accessible_and_wide_enough(work, loras, show, width, scheme):
     assert frame.violations() == []
 
 
-def test_the_theme_can_be_changed(work, loras, show):
-    frame = show(two(work), scheme="light")
-    before = frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor")
-    frame.press("Dark colours")
-    assert frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor") != before
-    assert frame.violations() == []
+DARK, LIGHT = "rgb(20, 23, 28)", "rgb(255, 255, 255)"
+
+
+def ground(page) -> str:
+    return page.locator("body").evaluate("node => getComputedStyle(node).backgroundColor")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_frame_it_is_dark_at_first_as_the_ui_around_it(work, loras, show, scheme):
+    frame = show(two(work), scheme=scheme)
+    assert ground(frame.inner) == DARK
     frame.press("Light colours")
-    assert frame.find("body").evaluate("node => getComputedStyle(node).backgroundColor") == before
+    assert ground(frame.inner) == LIGHT
+    assert frame.violations() == []
+    frame.press("Dark colours")
+    assert ground(frame.inner) == DARK
+
+
+def test_by_itself_it_has_the_systems_colours_until_others_are_chosen(work, loras, chromium):
+    page, tab = two(work), chromium.new_context().new_page()
+    for scheme, colour in (("light", LIGHT), ("dark", DARK)):
+        tab.emulate_media(color_scheme=scheme)
+        tab.goto(page.as_uri())
+        assert ground(tab) == colour
+    tab.get_by_role("button", name="Light colours").click()
+    tab.reload()
+    assert ground(tab) == LIGHT, "the choice is remembered"
+    tab.context.close()
 
 
 def test_maps_show_the_strengths_of_the_plan(work, loras, show):
@@ -613,9 +652,79 @@ def test_inspect_writes_a_page_whose_yaml_runs(work, loras, show):
     frame.type("1. me.safetensors", 0.25)
     work.write(frame.text(), "merge.yaml")
     work.zit("run", "merge.yaml", "--output-dir", work.out).ok()
+    frame.inner.get_by_role("radio", name="a whole job").check()
+    work.zit("run", work.write(frame.text(), "job.yaml")).ok()
     (made,) = work.out.glob("*.safetensors")
+    assert (work.folder / "output" / "files_merge" / "merged_files_merge_merged.safetensors").is_file()
     found = json.loads(work.zit("inspect", made, "--sources", *loras, "--json").ok())
     assert re.search(r"0\.25", json.dumps(found))
+
+
+# --- a job of its own -----------------------------------------------------------------------------------------------------------
+
+
+def after_training(work: Workspace, *steps: dict, **keys) -> Path:
+    """The page of a job whose training is done."""
+    for name in ("cat", "cat_000001000", "cat_000002000"):
+        work.lora(f"output/cat/{name}.safetensors")
+    section = work.section(*steps, **keys)
+    del section["output_dir"]
+    training = work.training(
+        model={"name_or_path": "/models/zit", "arch": "zimage:turbo", "assistant_lora_path": "x/y/z.safetensors"},
+        sample={"prompts": ["a cat", "a dog"], "seed": 7},
+        trigger_word="cat",
+    )
+    work.zit("run", work.config(training, section)).ok()
+    return work.folder / "output" / "cat" / "plugin.html"
+
+
+def test_a_whole_job_names_files_by_their_paths_and_runs_without_the_training(work, loras, show):
+    soft = {"name": "soft", "loras": [{"lora": "trained", "ratio": 0.9}, {"lora": "trained@1000", "ratio": 0.1}, STYLE]}
+    ema = {"name": "ema", "checkpoints": {"last": 2}}
+    both = {"name": "both", "loras": [{"lora": "soft", "ratio": 1}, {"lora": "ema", "ratio": 0.5}]}
+    frame = show(after_training(work, soft, ema, both, rank="exact"))
+    section = frame.text()
+    frame.inner.get_by_role("radio", name="a whole job").check()
+    assert frame.inner.get_by_label("A job that only merges").input_value() == frame.text() != section
+    frame.type("1. cat.safetensors", 0.25)
+    (work.folder / "elsewhere").mkdir()
+    job = work.write(frame.text(), "elsewhere/again.yaml")
+    assert not frame.find(".yaml .warn li").count()
+    config = yaml.safe_load(job.read_text())["config"]
+    (process,) = config["process"]
+    folder = work.folder / "output" / "cat"
+    assert config["name"] == "cat_merge" and process["training_folder"] == str(work.folder / "output")
+    assert process["model"] == {"name_or_path": "/models/zit", "arch": "zimage:turbo"} and process["trigger_word"] == "cat"
+    assert process["sample"] == {"seed": 7, "samples": [{"prompt": "a cat"}, {"prompt": "a dog"}]}
+    assert (process["datasets"], process["train"]) == ([], {"steps": 1}), "the UI's pages break without these"
+    assert [[lora["lora"] for lora in step["loras"]] for step in process["steps"]] == [
+        [str(folder / "cat.safetensors"), str(folder / "cat_000001000.safetensors"), str(work.folder / "style.safetensors")],
+        ["soft", str(folder / "merged_cat_ema.safetensors")],
+    ]
+    assert process["steps"][0]["loras"][0]["ratio"] == 0.25
+    work.zit("run", job).ok()
+    frame.inner.get_by_role("radio", name="the section").check()
+    assert frame.section() == yaml.safe_load(section)[0] | {"steps": frame.section()["steps"]}
+    old = yaml.safe_load((work.folder / "config.yaml").read_text())["config"]["process"]
+    work.zit("run", work.config(old[0], frame.section(), name="old.yaml")).ok()
+    for step in ("soft", "both"):
+        made = load_file(work.folder / "output" / "cat_merge" / f"merged_cat_merge_{step}.safetensors")
+        as_before = load_file(folder / f"merged_cat_{step}.safetensors")
+        assert made.keys() == as_before.keys() and all(made[key].equal(as_before[key]) for key in made)
+
+
+def test_a_whole_job_says_which_files_it_can_not_name(work, loras, show):
+    page = run(work, {"name": "soft", "loras": [FACE, STYLE], "preview": {"prompts": "prompts.txt"}})
+    hidden = page.read_text("utf-8").replace(str(work.folder / "style.safetensors"), "style.safetensors")
+    page.write_text(hidden, "utf-8")
+    frame = show(page)
+    assert not frame.find(".yaml .warn li").count()
+    frame.inner.get_by_role("radio", name="a whole job").check()
+    assert frame.find(".yaml .warn li").all_inner_texts() == [
+        f"this page does not know where {name} is: write its whole path" for name in ("prompts.txt", "style.safetensors")
+    ]
+    frame.inner.get_by_role("radio", name="the section").check()
+    assert frame.section()["steps"][0]["loras"][1]["lora"] == "style.safetensors"
 
 
 @pytest.mark.parametrize(("status", "kind"), [("right", "good"), ("off", "warn"), ("empty", "warn")])

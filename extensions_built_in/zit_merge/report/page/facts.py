@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ...algebra.methods import METHODS
 from ...analysis.advice import of_cosines
 from ...analysis.measure import Measurement, ModuleProducts
 from ...errors import ZitMergeError
+from ...files.hub import HUB_PREFIX
 from ...formats.metadata import trigger_words
 from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import PAIRS_UP_TO, Verdict
@@ -48,6 +50,7 @@ def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
     facts = {
         "name": text(plan.name, NAME),
         "file": text(done.path.name, TEXT) if plan.spec.keep else None,
+        "path": _path(done.path) if plan.spec.keep else None,
         "copy": text(f"{plan.targets[1].parent.name}/{done.path.name}", TEXT) if plan.spec.keep and plan.spec.copy_to else None,
         "made": done.made,
         "bytes": done.path.stat().st_size,
@@ -100,6 +103,7 @@ def files_facts(measured: Measurement) -> dict[str, Any]:
         "inputs": [
             {
                 "label": text(lora.path.name, NAME),
+                "path": _path(lora.path),
                 "ratio": 1,
                 "modules": len(lora),
                 "what": _what(lora.algorithms, lora.ranks, lora.dtype),
@@ -124,6 +128,7 @@ def _told(verdict: Verdict | None, key: str, count: int) -> list[float | None]:
 def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
     return {
         "label": text(i.label, NAME),
+        "path": None if i.step or i.spec.lora.startswith(HUB_PREFIX) else _path(i.path),
         "ratio": i.spec.ratio,
         "preset": i.spec.preset,
         "modules": len(i.known.ranks),
@@ -133,6 +138,12 @@ def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
         "triggers": texts(trigger_words(i.metadata), _TRIGGERS),
         "weights": weights(factor_table(Weights(**i.spec.tables))),
     }
+
+
+def _path(path: Path) -> str | None:
+    """Where a file is, for a job elsewhere; None for what is too long to be shown."""
+    whole = str(path.absolute())
+    return whole if len(whole) <= TEXT else None
 
 
 def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: torch.dtype) -> str:

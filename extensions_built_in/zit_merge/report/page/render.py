@@ -24,6 +24,7 @@ from ...files.inputs import open_regular
 from ...files.paths import without_users
 from .galleries import PICTURES, Gallery, fit
 from .values import NAME, anatomy, text
+from .whole_job import whole_job
 
 LIMIT = 5_000_000  # bytes of a page
 _SPARE = 10_000  # bytes for what says that something was left out
@@ -65,21 +66,25 @@ class Page:
     full_paths: bool = False
     _sections: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self, place: str, raw: Mapping[str, Any], *, first: bool = False) -> None:
+    def begin(self, place: str, raw: Mapping[str, Any], *, first: bool = False, alone: Mapping[str, Any] | None = None) -> None:
         """A section starts.
 
         Args:
             place: `process[1]`; empty for a recipe.
             raw: The section as the config has it, which the composer's YAML repeats.
             first: It is the job's first process, where the UI writes `device: cuda` and means `auto`.
+            alone: A job for the section alone, from `whole_job`.
         """
-        self._sections.append(
-            {"place": place, "raw": _repeatable(raw if self.full_paths else without_users(raw), first), "steps": []}
-        )
+        job = _plain(self._public(alone or whole_job()))
+        self._sections.append({"place": place, "raw": _repeatable(self._public(raw), first), "alone": job, "steps": []})
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """A step of the section, from `step_facts` or `files_facts`."""
-        self._sections[-1]["steps"].append({**facts, "galleries": []})
+        inputs = [{**i, "path": self._public(i.get("path"))} for i in facts["inputs"]]
+        self._sections[-1]["steps"].append({**facts, "path": self._public(facts.get("path")), "inputs": inputs, "galleries": []})
+
+    def _public(self, value: Any) -> Any:
+        return value if self.full_paths else without_users(value)
 
     def show(self, place: str, step: str, gallery: Gallery) -> None:
         """Pictures of a step; one that was not added has only its pictures.
@@ -173,14 +178,14 @@ def _no_weights(sections: Sequence[dict[str, Any]], excess: int) -> None:
     for step in _steps(sections):
         gone = ["details", *(["galleries"] if step["galleries"] else [])]
         step |= {"details": None, "composable": False, "notes": step["notes"][:3], "triggers": [], "galleries": []}
-        step["inputs"] = [{**i, "label": i["label"][:80], "weights": None, "triggers": []} for i in step["inputs"]]
+        step["inputs"] = [{**i, "label": i["label"][:80], "path": None, "weights": None, "triggers": []} for i in step["inputs"]]
         step["left_out"] = [*dict.fromkeys([*step["left_out"], *gone])]
 
 
 def _no_section(sections: Sequence[dict[str, Any]], excess: int) -> None:
     """Nothing to compose with."""
     for section in sections:
-        section["raw"] = None
+        section |= {"raw": None, "alone": None}
 
 
 def _fewer_steps(sections: list[dict[str, Any]], excess: int) -> None:

@@ -16,6 +16,7 @@ from ...wording import copyable
 from .facts import step_facts
 from .galleries import Gallery
 from .render import Page, is_ours
+from .whole_job import of_context
 
 PLUGIN = "plugin.html"  # of the job's folder: the tab "Plugin" of the job in AI-Toolkit's UI
 
@@ -45,7 +46,8 @@ class RunPage:
             index: Which process of the job it is.
         """
         has_home = "output_dir" in raw or context.training or context.home  # else only the command line named a folder
-        self._page.begin(context.loc, raw if has_home else {**raw, "output_dir": str(context.output_dir)}, first=index == 0)
+        section = raw if has_home else {**raw, "output_dir": str(context.output_dir)}
+        self._page.begin(context.loc, section, first=index == 0, alone=of_context(context))
 
     def add(self, done: Done, progress: Progress) -> None:
         """A step is done; its inputs must still be there.

@@ -10,7 +10,7 @@ from ...errors import counted
 from ...formats.spec import DTYPE_NAMES, LoraSpec
 from ...model import zimage
 from ...planning.types import Input, StepPlan
-from ...wording import WIDTH, aligned, beside, columns, copyable, padded, ranges, ranks_text, span, squeezed, wrapped
+from ...wording import WIDTH, aligned, beside, columns, copyable, padded, ranges, ranks_text, size_text, span, squeezed, wrapped
 from .table import grouped_table, strength_table
 
 NAME = 40  # letters of a name in a sentence
@@ -20,7 +20,7 @@ _ITS_RATIO = "everywhere its ratio"
 def plan_text(plan: StepPlan) -> str:
     """One step as the dry run shows it: what goes in, how strong, what comes out, what else there is to know."""
     lines = [*wrapped(f"step {step_name(plan)}: {_what_is_done(plan)}", 0), *_inputs(plan), *_strengths(plan), ""]
-    size = f"{plan.bytes / 1e6:,.1f} MB{' at most' if plan.is_open else ''}" if plan.bytes else "size not known yet"
+    size = f"{size_text(plan.bytes)}{' at most' if plan.is_open else ''}" if plan.bytes else "size not known yet"
     if plan.spec.keep:
         lines += [*beside("  writes ", [*written(plan), size]), f"    {copyable(plan.path)}"]
     else:

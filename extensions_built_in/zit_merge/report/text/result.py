@@ -9,7 +9,7 @@ from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import LOST, STRONGER, Reason, Verdict
 from ...merging.made import Done
 from ...planning.types import StepPlan
-from ...wording import aligned, beside, columns, copyable, listed, percent, span, squeezed, wrapped
+from ...wording import aligned, beside, columns, copyable, listed, percent, size_text, span, squeezed, wrapped
 from .plan import NAME, names_of, numbers_of, step_name, written
 from .table import COLUMN, short, value_table
 
@@ -25,7 +25,7 @@ def done_text(done: Done) -> str:
         return "\n".join(wrapped(f"{kept}, {verdict_text(plan, verdict)}" if verdict else kept, 0))
     assert verdict is not None, "every file that is made is checked"
     lines = [*wrapped(f"{step_name(plan)} is {verdict_text(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
-    size = f"{(done.path.stat().st_size if plan.spec.keep else plan.bytes) / 1e6:,.1f} MB"  # the latter file is gone soon
+    size = size_text(done.path.stat().st_size if plan.spec.keep else plan.bytes)  # the latter file is gone soon
     if plan.spec.keep:
         lines += [*beside("  wrote ", [*written(plan), size]), f"    {copyable(done.path)}"]
     else:

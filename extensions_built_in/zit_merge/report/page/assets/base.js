@@ -70,8 +70,9 @@ function percent(share) {
   return `${show(100 * share)} %`;
 }
 
-function megabytes(bytes) {
-  return `${show(bytes / 1e6, 4)} MB`;
+/** Bytes as the texts of the command line have them (wording.size_text). */
+function sizeText(bytes) {
+  return bytes >= 999.95e6 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
 function sum(values) {
@@ -88,7 +89,7 @@ function say(text) {
 /**
  * A text to select, with a button that copies it where the browser lets it; `write(text)` puts it there.
  *
- * tag: of its label. tell(sentence): says what came of copying. between: what stands between the label and the text.
+ * tag: of its label, `caption`. tell(sentence): says what came of copying. between: what stands between the label and the text.
  */
 function copyBox(label, { tag = "h3", tell = say }, ...between) {
   const id = freshId("text");
@@ -111,8 +112,9 @@ function copyBox(label, { tag = "h3", tell = say }, ...between) {
     printed.textContent = text;
     area.rows = Math.min(Math.max(text.split("\n").length, 6), 40);
   }
-  return Object.assign(el("div", { class: "copy-box" }, el(tag, {}, el("label", { for: id }, label)), between, area, printed,
-    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"))), { write });
+  const caption = el("label", { for: id }, label);
+  return Object.assign(el("div", { class: "copy-box" }, el(tag, {}, caption), between, area, printed,
+    el("p", { class: "tools" }, el("button", { type: "button", class: "main", onclick: copy }, "Copy"))), { write, caption });
 }
 
 /** The number that somebody typed: 0.35, 0,35, -1, 1e-3; null where it is none. */

@@ -148,7 +148,8 @@ function composerSection(step, s, desk, owner, showStep) {
   const many = inputs.length > MANY_INPUTS;
   return section("Compose the next merge",
     el("p", { class: "hint" }, "Start from this step's weights. Strength of a module = ratio × component × depth, or ratio × what is painted there. ",
-      "Numbers are typed, or moved with the up and down keys."),
+      "Numbers are typed, or moved with the up and down keys.",
+      owner.place ? " AI-Toolkit's own MERGE button, above the files in Checkpoints, applies each strength twice: use the section below." : null),
     el("h3", {}, "Ratios"),
     el("div", { class: many ? "ratios tall" : "ratios", ...(many ? { tabindex: 0, role: "region", "aria-label": "ratios" } : {}) }, ratios),
     el("div", { class: "tools" },
@@ -261,15 +262,22 @@ function applyPreset(w, preset) {
   Object.assign(w, copyWeights({ ...factors, overrides: new Map(factors.overrides), ratio: w.ratio }));
 }
 
-/** The section as text to copy, and what `check` would say of it. */
+/** The section, or a job of it alone, as text to copy, and what `check` would say of it. */
 function yamlBox(step, s, desk, owner) {
+  const labels = {
+    section: owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run",
+    job: "A job that only merges: save it as a .yaml file; in AI-Toolkit's UI New Job, Show Advanced, Import Config",
+  };
   const warnings = el("ul", { class: "notes warn", "aria-label": "what check would say" });
-  const where = owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run";
-  const box = copyBox(where, {}, warnings);
+  let form = "section";
+  const forms = choice("As", [["section", "the section"], ["job", "a whole job"]], form, (chosen) => { form = chosen; update(); });
+  const box = copyBox(labels[form], {}, forms, warnings);
   function update() {
-    const yaml = desk.yaml();
+    const { yaml, unknown } = form === "job" ? desk.job() : { yaml: desk.yaml(), unknown: [] };
+    box.caption.textContent = labels[form];
     box.write(yaml);
-    warnings.replaceChildren(...troubles(step, desk.all(s), yaml).map((text) => el("li", {}, el("bdi", {}, text))));
+    const told = [...troubles(step, desk.all(s), desk.yaml()), ...unknown.map((file) => `this page does not know where ${file} is: write its whole path`)];
+    warnings.replaceChildren(...told.map((text) => el("li", {}, el("bdi", {}, text))));
   }
   update();
   return Object.assign(el("div", { class: "yaml" }, box), { update });

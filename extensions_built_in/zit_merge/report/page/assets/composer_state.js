@@ -51,15 +51,52 @@ function makeDesk(owner) {
     redo: () => turn(future, past),
     canUndo: () => past.length > 0,
     canRedo: () => future.length > 0,
-    yaml() {
-      const steps = owner.raw.steps.map((step) => {
-        const s = owner.steps.findIndex((shown) => shown.name === step.name);
-        if (!step.loras || s < 0 || !owner.steps[s].composable) return step;
-        return { ...step, loras: step.loras.map((lora, i) => (now[s][i].touched ? { ...withoutStrengths(lora), ...keysOf(now[s][i].weights) } : lora)) };
-      });
-      return yamlSection({ ...owner.raw, steps });
+    yaml: () => yamlSection({ ...owner.raw, steps: composed() }),
+    /** The section as a job of its own, as YAML, and what its files could not be named by. */
+    job() {
+      const { steps, unknown } = standingAlone(composed(), owner);
+      const [host] = owner.alone.config.process;
+      const { train_fixes, ...section } = owner.raw; // of the training
+      if (!owner.place) delete section.output_dir; // of the command line: the UI shows what is in the job's own folder
+      const config = { ...owner.alone.config, process: [{ ...host, ...section, steps }] };
+      return { yaml: yamlBlock({ ...owner.alone, config }, 0).join("\n") + "\n", unknown };
     },
   };
+
+  /** The steps with the weights as they are now. */
+  function composed() {
+    return owner.raw.steps.map((step) => {
+      const s = owner.steps.findIndex((shown) => shown.name === step.name);
+      if (!step.loras || s < 0 || !owner.steps[s].composable) return step;
+      return { ...step, loras: step.loras.map((lora, i) => (now[s][i].touched ? { ...withoutStrengths(lora), ...keysOf(now[s][i].weights) } : lora)) };
+    });
+  }
+}
+
+/**
+ * Steps for a job without the training: files by their paths in the place of `trained` and of relative ones. A step that averages
+ * checkpoints stays where it is; its file, if it was kept, goes into the steps that use it.
+ */
+function standingAlone(steps, owner) {
+  const shown = new Map(owner.steps.map((step) => [step.name, step]));
+  const paths = new Map();
+  for (const step of steps) {
+    (step.loras ?? []).forEach((lora, i) => { const path = shown.get(step.name)?.inputs[i]?.path; if (path) paths.set(lora.lora, path); });
+    if (step.checkpoints) paths.set(step.name, shown.get(step.name)?.path);
+  }
+  const kept = steps.filter((step) => step.loras);
+  const names = new Set(kept.map((step) => step.name));
+  const unknown = new Set();
+  const isWhole = (path) => /^([/~\\]|[A-Za-z]:)/.test(path);
+  function path(source) {
+    if (names.has(source) || source.startsWith("hf:")) return source;
+    const known = paths.get(source) ?? source;
+    if (!isWhole(known)) unknown.add(known);
+    return known;
+  }
+  const named = [...kept.flatMap((step) => step.loras.map((lora) => lora.preset)), ...[owner.raw, ...kept].map((part) => part.preview?.prompts)];
+  for (const file of named) if (typeof file === "string" && file.includes(".") && !isWhole(file)) unknown.add(file);
+  return { steps: kept.map((step) => ({ ...step, loras: step.loras.map((lora) => ({ ...lora, lora: path(lora.lora) })) })), unknown: [...unknown] };
 }
 
 function withoutStrengths(lora) {

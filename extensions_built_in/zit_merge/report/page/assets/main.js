@@ -8,11 +8,31 @@ let shown = 0;
 function themeButton() {
   const root = document.documentElement;
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
-  const button = el("button", { type: "button", onclick: () => { root.dataset.theme = isDark() ? "light" : "dark"; name(); } });
+  const button = el("button", { type: "button", onclick: () => { root.dataset.theme = isDark() ? "light" : "dark"; remember(root.dataset.theme); name(); } });
   const name = () => { button.textContent = isDark() ? "Light colours" : "Dark colours"; };
   name();
   return button;
 }
+
+/** The colours that were chosen here before; dark in a frame, which can't ask the dark UI around it; else as the system has it. */
+function firstTheme() {
+  try {
+    return localStorage.getItem(THEME_KEY) ?? (isFramed() ? "dark" : null);
+  } catch { // a sandboxed frame has no storage
+    return isFramed() ? "dark" : null;
+  }
+}
+
+function remember(theme) {
+  try {
+    localStorage.setItem(THEME_KEY, theme);
+  } catch { /* until the page is loaded again */ }
+}
+
+const isFramed = () => window.parent !== window;
+const THEME_KEY = "zit_merge colours";
+const firstOne = firstTheme();
+if (["light", "dark"].includes(firstOne)) document.documentElement.dataset.theme = firstOne;
 
 function showDetail(number) {
   const { step, s, k, owner } = steps[number];

@@ -26,7 +26,7 @@ function verdictLine(step) {
 function outputLine(step) {
   if (step.bytes === undefined) return null;
   const what = [`${step.modules} modules`, `rank ${step.rank}`, step.dtype, `method ${step.method}`, ...Object.entries(step.params).map(([k, v]) => `${k} ${v}`),
-    step.format === "ai-toolkit" ? null : `format ${step.format}`, megabytes(step.bytes), step.made ? null : "made before by the same recipe"].filter(Boolean);
+    step.format === "ai-toolkit" ? null : `format ${step.format}`, sizeText(step.bytes), step.made ? null : "made before by the same recipe"].filter(Boolean);
   return el("dl", {},
     step.file === null ? null : [el("dt", {}, "written"), el("dd", {}, foreign(step.file, 200))],
     step.copy === null ? null : [el("dt", {}, "copy"), el("dd", {}, foreign(step.copy, 200))],
