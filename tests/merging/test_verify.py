@@ -464,8 +464,8 @@ def test_a_spoiled_step_leaves_the_steps_before_it(work, monkeypatch):
 
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_a_spoiled_merge_of_many_components(tmp_path, monkeypatch, spoil):
-    """Beyond 64 components the inputs' inner products are estimates; what is refused is the same."""
-    weighed = [(pairs(tmp_path / f"{n}.safetensors", drawn(40, n, side=48))[0], 0.8) for n in range(3)]
+    """Beyond 128 components the inputs' inner products are estimates; what is refused is the same."""
+    weighed = [(pairs(tmp_path / f"{n}.safetensors", drawn(48, n, side=1100))[0], 0.8) for n in range(3)]
     assert verdict(merge_into(tmp_path, weighed, "right", dtype="bf16"))["got"] == pytest.approx([0.8] * 3, rel=2e-3)
     monkeypatch.setattr(results, "to_dtype", spoiled_rounding(SPOILED[spoil]))
     refuse(tmp_path, weighed, None, dtype="bf16")

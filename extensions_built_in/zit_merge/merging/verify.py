@@ -11,7 +11,7 @@ truncation that was asked for, stops the run.
 A module that is written whole is compared by what it does to 16 random inputs (`algebra.probes`): an error of twice what rounding
 is allowed in all escapes in one module of a thousand at most, one of four times in one of ten million, one of ten times in 4e-14.
 The error itself is told to some 5 % for a module, below 1 % for a file. Strengths in the file are those in what was wanted and
-what the difference adds to them, so that they are told to some 1e-5. Inner products of the inputs are exact up to 64 components
+what the difference adds to them, so that they are told to some 1e-5. Inner products of the inputs are exact up to 128 components
 in all, beyond that their cosines are told to about 1 or 2 %; the strengths of inputs that can be told apart do not depend on it.
 
 A module that was truncated is compared by exact inner products, and by the largest component that was left out.
@@ -48,7 +48,7 @@ _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no di
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
 _LARGE = 1 << 24  # bytes of a module beside which no other one is merged
 _FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
-_FEW, _THIN = 64, 1024  # components, of all changes and of one: between them inner products are taken of shortened factors
+_FEW, _THIN = 128, 1024  # components, of all changes and of one: between them inner products are taken of shortened factors
 
 
 class Sums:
