@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from extensions_built_in.zit_merge import wording
 from extensions_built_in.zit_merge.errors import SettingError, ZitMergeError, joined, located, not_available_yet, of_step
 
 
@@ -79,3 +80,13 @@ def test_a_narrow_column_shows_the_step_and_the_sentence_first(error, usual, fir
     assert str(caught.value) == usual
     caught.value.sentence_first = True
     assert str(caught.value) == first
+
+
+def test_no_part_of_a_variable_is_told():
+    wording.hide("/data/s3cr3t.safetensors", "MY_LORA")
+    try:
+        error = ZitMergeError("/data/s3cr3t.safetensors: there is no such file")
+        error.sentence_first = True
+        assert str(error) == "${MY_LORA}: there is no such file"
+    finally:
+        wording.forget()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PureWindowsPath
 
-from .wording import message
+from .wording import masked, message
 
 
 class ZitMergeError(Exception):
@@ -28,6 +28,7 @@ class ZitMergeError(Exception):
         loc, text = self._told()
         if not self.sentence_first:
             return message(f"{loc}: {text}" if loc else text)
+        text = masked(text)  # before a part of a path is told
         path = re.match(_PATH, text)
         places = [loc, path[0] if path else ""]
         name = PureWindowsPath(path[0]).name + text[path.end() :] if path else text

@@ -401,7 +401,7 @@ def test_exact_of_a_whole_lokr_is_refused_before_anything_is_written(work, comma
     real_lokr(work.folder / "lokr.safetensors")
     step = {"name": "a", "loras": [{"lora": "lokr.safetensors", "ratio": 0.8}]}
     message = work.zit(command, work.job(step, shapes="strict")).refused()
-    assert message.startswith("process[0].steps[0]: merged_cat_a.safetensors would take 20.4 GB at rank 3840: ")
+    assert message.startswith("process[0].steps[0]: merged_cat_a.safetensors would take 20.41 GB at rank 3840: ")
     assert "rank: 64" in message and "save: {keep_lokr: true}" in message and "confirm_size: true" in message
     assert work.files() == []
     two = step | {"loras": [*step["loras"], {"lora": "lokr.safetensors", "ratio": 0.1}]}

@@ -69,5 +69,5 @@ def test_too_few_saves_are_found_before_the_training(place, run_python):
     done = run_python("run.py", write(place, "few", job("few", trains, section)))
     assert done.returncode != 0 and not list((place / "output" / "few").glob("*.safetensors"))
     message = done.stdout + done.stderr
-    assert "process[1].steps[0].checkpoints: 9 checkpoints are asked for, 5 will be there" in message
+    assert "wide: 9 checkpoints are asked for, 5 will be there" in message and "(process[1].steps[0].checkpoints)" in message
     assert "steps 6, save_every 1 and max_step_saves_to_keep 4 leave 2, 3, 4, 5, 6" in message

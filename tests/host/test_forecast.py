@@ -64,6 +64,6 @@ def test_a_job_without_room_for_its_outputs_stops_before_the_training(place, run
     done = run_python("-c", NO_ROOM, write(place, "room", job("room", training(place, "room"), section)))
     assert done.returncode != 0
     message = next(line for line in done.stdout.splitlines() if line.startswith("Error running job: "))
-    assert "process[1].output_dir: the outputs need" in message and "free some" in message
+    assert ": the outputs need" in message and "free some" in message and message.endswith("(process[1].output_dir)")
     assert "Running  2 processes" not in done.stdout
     assert not list((place / "output" / "room").glob("*.safetensors"))

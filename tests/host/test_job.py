@@ -163,11 +163,11 @@ def test_a_merge_only_job(place, style, run_python):
     [
         (
             {"steps": [{"name": "a", "loras": [{"lora": "trained", "ratio": 1, "blocks": {"to_w": 1}}]}]},
-            "process[1].steps[0].loras[0].blocks.to_w",
+            "(process[1].steps[0].loras[0].blocks.to_w)",
         ),
         ({"steps": [{"name": "a", "loras": [{"lora": "nowhere.safetensors", "ratio": 1}]}]}, "nowhere.safetensors is not there"),
         ({"steps": [{"name": "a", "loras": [{"lora": "trained@7", "ratio": 1}]}]}, "will not keep a checkpoint of step 7"),
-        ({"devise": "cpu"}, "process[1].devise: unknown key (did you mean device?)"),
+        ({"devise": "cpu"}, "Error running job: unknown key (did you mean device?)"),
     ],
 )
 def test_a_mistake_stops_the_job_before_the_training(place, run_python, change, says):
@@ -236,5 +236,5 @@ def test_the_sentence_of_the_toolkits_error_steers_no_log_and_tells_no_variable(
     said = [line for line in told if "is not a folder: create it" in line and "raise " not in line]  # not the source
     assert done.returncode != 0 and said, done.stdout[-3000:] + done.stderr[-3000:]
     for line in said:
-        assert rf"process[0].steps[0].copy_to: ${{MY_TOKEN}}/\x1b[2J{shown}\u202ex is not a folder" in line
+        assert rf"a: ${{MY_TOKEN}}/\x1b[2J{shown}\u202ex is not a folder" in line and "(process[0].steps[0].copy_to)" in line
         assert "s3cr3t" not in line and "\x1b" not in line and "UnicodeEncodeError" not in line

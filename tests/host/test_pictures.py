@@ -110,7 +110,8 @@ def test_the_gallery_gets_full_rows_in_names_that_the_viewer_splits(shown):
         assert len(parts) == 3 and int(parts[1]) == 3 and int(parts[2]) == n % 2
         assert (folder / "samples" / ".thumbs" / f"{path.name}.jpg").is_file()
     for path, picture in zip(ours, variant(folder, "soft_preview", "base"), strict=False):
-        assert (pixels(path) == picture).all(), "the base comes first"
+        assert (pixels(path)[:32] == picture[:32]).all(), "the base comes first"
+        assert not (pixels(path)[-20:] == picture[-20:]).all(), "labelled"
     assert not list(folder.rglob("*.part"))
 
 

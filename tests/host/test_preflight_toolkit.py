@@ -92,10 +92,10 @@ def test_our_table_of_archs_is_the_toolkits(run_python):
 @pytest.mark.parametrize(
     "train, says",
     [
-        ({"lr_scheduler": "step"}, "process[0].train.lr_scheduler: AI-Toolkit can't make step"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_params": {"max_iterations": 3}}, "process[0].train.lr_scheduler"),
+        ({"lr_scheduler": "step"}, "AI-Toolkit can't make step"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_params": {"max_iterations": 3}}, "(process[0].train.lr_scheduler)"),
         ({"lr_scheduler": "cosine_with_restarts"}, "never restarts"),
-        ({"optimizer": "sgd"}, "process[0].train.optimizer: AI-Toolkit knows no sgd"),
+        ({"optimizer": "sgd"}, "Error running job: AI-Toolkit knows no sgd"),
         ({"optimizer": "dadaptation"}, "dadaptation needs a package that is not installed"),
     ],
 )

@@ -491,7 +491,7 @@ def test_over_2_gb_needs_confirmation_before_the_training(work, monkeypatch):
     # 30 layers x (4 attention 3840 + 3840, 3 feed-forward 10240 + 3840, adaLN 15360 + 256) x 3840 x 2 bytes: no change of a
     # matrix of 3840 rows has a rank of 4096
     size = 30 * (4 * 7680 + 3 * 14080 + 15616) * 3840 * 2 / 1e9
-    assert f"{size:.1f} GB" in message
+    assert f"{size:.2f} GB" in message
     assert "no errors" in work.zit("check", big_job(work, confirm_size=True)).ok()
     assert "no errors" in work.zit("check", big_job(work, rank=64)).ok()
 
