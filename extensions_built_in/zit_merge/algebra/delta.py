@@ -167,7 +167,7 @@ def inner(x: Delta, y: Delta) -> float:
         y: (out, in).
     """
     if isinstance(x, Sum) or isinstance(y, Sum):
-        return sum(inner(p, q) for p in _parts(x) for q in _parts(y))
+        return sum(inner(p, q) for p in parts(x) for q in parts(y))
     if isinstance(x, Kron) and isinstance(y, Kron) and x.left.shape == y.left.shape:
         return inner(x.left, y.left) * inner(x.right, y.right)
     x, y = sorted((x, y), key=lambda d: (isinstance(d, Factors), -d.rank))  # y is the one that gets expanded
@@ -226,10 +226,16 @@ def _flat(x: Delta) -> Tensor | None:
     return delta if torch.equal(other, torch.eye(x.rank, dtype=other.dtype, device=other.device)) else None
 
 
+_TAME = 1e-20  # sums of squares between this and its inverse, and products of their roots, are well within float32
+
+
 def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
     if x.dtype == torch.float64:
         return x.T @ x
+    found = x.T @ x
+    if bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
+        return found.double()
     sizes = x.abs().amax(0)
     size = sizes.max()
     if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
@@ -251,10 +257,11 @@ def distance(x: Delta, y: Delta) -> float:
         x: (out, in).
         y: (out, in).
     """
-    parts = (*_parts(x.map(wide)), *_parts(y.map(wide).times(-1.0)))
-    thin = [p for p in parts if isinstance(p, Factors)]
-    return norm(stack(thin) if len(thin) == len(parts) else Sum(parts))
+    terms = (*parts(x.map(wide)), *parts(y.map(wide).times(-1.0)))
+    thin = [p for p in terms if isinstance(p, Factors)]
+    return norm(stack(thin) if len(thin) == len(terms) else Sum(terms))
 
 
-def _parts(x: Delta) -> tuple[Factors | Kron, ...]:
+def parts(x: Delta) -> tuple[Factors | Kron, ...]:
+    """What a change is the sum of: itself, but for a Sum."""
     return x.parts if isinstance(x, Sum) else (x,)

@@ -66,7 +66,7 @@ class Factors(NamedTuple):
         if strength == 1:
             return self
         scaled = Factors(single(self.up) * strength, self.down)
-        if strength == 0 or scaled.up.numel() == 0 or LOW < float(torch.linalg.vector_norm(scaled.up, torch.inf)) < 1 / LOW:
+        if strength == 0 or scaled.up.numel() == 0 or LOW < peak(scaled.up) < 1 / LOW:
             return scaled
         mantissa, exponent = math.frexp(strength)
         level = leveled(self.map(single), exponent)
@@ -90,6 +90,12 @@ def single(x: Tensor) -> Tensor:
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite. One sum tells in nearly every case; elements are looked at only if it overflows."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def peak(x: Tensor) -> float:
+    """The largest absolute value; NaN if one is. Many times as fast as torch's infinity norm."""
+    low, high = x.aminmax()
+    return float(torch.maximum(-low, high))
 
 
 LOW = 2.0**-100  # an element that float32 rounds to nothing, or coarsely, is small beside one of this size

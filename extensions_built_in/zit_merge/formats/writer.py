@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +37,8 @@ _TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3")
 ALWAYS = "layers.0.attention.to_k"
 LEAST = 2  # components beside an alpha key: stable-diffusion.cpp reads the rank as ne[ggml_n_dims - 1] of down, its width for 1
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+_AHEAD = 1 << 26  # bytes that wait in memory before the disk is told to begin
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -180,6 +184,9 @@ class LoraWriter:
         self._entries = entries
         self._header = len(_header(entries, {**self._mark, **reserve}))
         self._pending = iter(entries.items())
+        self._disk, self._waiting = ThreadPoolExecutor(max_workers=1), 0
+        self._synced: Future[None] = Future()
+        self._synced.set_result(None)
 
     def __enter__(self) -> LoraWriter:
         with os_errors(self.path):
@@ -200,6 +207,16 @@ class LoraWriter:
             raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")
         with os_errors(self.path):
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._start_disk(tensor.nbytes)
+
+    def _start_disk(self, count: int) -> None:
+        """Has the disk write what is there, in a thread, while more is merged; the system would begin at the end."""
+        self._waiting += count
+        if self._waiting < _AHEAD or not hasattr(os, "fdatasync") or not self._synced.done():
+            return
+        self._synced.result()
+        self._file.flush()
+        self._waiting, self._synced = 0, self._disk.submit(os.fdatasync, self._file.fileno())
 
     def finish(self, metadata: Mapping[str, str]) -> Path:
         """Fills the header in, syncs, and moves the file to its name.
@@ -216,6 +233,7 @@ class LoraWriter:
         if len(header) != self._header:
             raise AssertionError(f"the metadata took {len(header)} bytes, {self._header} were reserved")
         with os_errors(self.path):
+            self._synced.result()
             seal(self._file, len(header).to_bytes(8, "little") + header)
             if self._mark:
                 self._file.close()
@@ -224,6 +242,7 @@ class LoraWriter:
         return self.path
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
+        self._disk.shutdown()
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # a full disk fails again in the flush of close
             self._file.close()
         if kind is not None:

@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, gram
+from ..algebra.delta import Delta, Sum, gram
+from ..algebra.factors import Factors
 from ..algebra.linear import add
 from ..algebra.methods import METHODS
 from ..errors import SettingError
@@ -63,7 +64,8 @@ class Merged(NamedTuple):
         module: Its name.
         parts: Input -> its part; only the inputs that count there.
         coefficients: Input -> coefficient of its change in a linear method, factor left out; None for any other method.
-        delta: The method's answer, before truncation and rounding; None where no input changes the module.
+        delta: The method's answer, before truncation and rounding; None where no input changes the module, and once a linear
+            method's is rounded.
     """
 
     module: str
@@ -127,13 +129,19 @@ class Merger:
         if not parts:
             return Merged(module, parts, coefficients, None)
         if coefficients is not None:
-            return Merged(module, parts, coefficients, add([p.weighted(coefficients[n]) for n, p in parts.items()]))
+            return Merged(module, parts, coefficients, self._sum(module, [p.weighted(coefficients[n]) for n, p in parts.items()]))
         parameters = dict(self._parameters)
         if "seed" in parameters:  # other draws in every module
             parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
         with self._plan.computing(module):
             delta = self._method.function([p.weighted(p.ratio) for p in parts.values()], **parameters)
         return Merged(module, parts, None, delta)
+
+    def _sum(self, module: str, weighted: Sequence[Delta]) -> Delta:
+        """Factors that nothing is cut from stay side by side: they are rounded one by one, and stacked then."""
+        thin = tuple(d for d in weighted if isinstance(d, Factors))
+        is_whole = len(thin) == len(weighted) > 1 and module not in self._plan.cut and not self._plan.is_open
+        return Sum(thin) if is_whole else add(weighted)
 
     def _parts(self, module: str) -> dict[int, Part]:
         found = {}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..algebra import ranks
-from ..algebra.delta import Delta, norm
-from ..algebra.factors import Factors, is_finite, pad
+from ..algebra.delta import Delta, norm, parts
+from ..algebra.factors import Factors, is_finite, pad, stack
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule
@@ -66,7 +66,8 @@ class Result:
     def _made(self, module: str) -> Made:
         merged = self._merger.of(module)
         if not self.plan.kept_lokr:
-            return Made(merged, self._finished(merged.delta, module))
+            written = self._finished(merged.delta, module)
+            return Made(merged if merged.coefficients is None else merged._replace(delta=None), written)  # parts have it all
         change, strength = self.plan.kept_lokr.changes[module][0], self.plan.inputs[0].strengths[module]
         reader = self._readers[0]
         assert isinstance(reader, TensorReader), "a LoKr that is kept is read from its file"
@@ -83,8 +84,9 @@ class Result:
         rank, (out, into), dtype = self.plan.ranks[module], self.plan.shapes[module], self.plan.dtype
         if delta is None:
             return Factors(torch.zeros(out, rank, dtype=dtype), torch.zeros(rank, into, dtype=dtype))
-        factors = truncate(delta, rank) if delta.rank > rank else delta.expand()
-        return pad(to_dtype(factors, dtype).map(lambda t: self._checked(t.cpu(), module)), rank)
+        changes = [truncate(delta, rank)] if delta.rank > rank else [p.expand() for p in parts(delta)]
+        rounded = stack([to_dtype(factors, dtype) for factors in changes])
+        return pad(rounded.map(lambda t: self._checked(t.cpu(), module)), rank)
 
     def _checked(self, tensor: Tensor, module: str) -> Tensor:
         if not is_finite(tensor):

@@ -1,0 +1,62 @@
+"""Random inputs and shortened factors beside dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extensions_built_in.zit_merge.algebra.delta import gram
+from extensions_built_in.zit_merge.algebra.factors import Factors
+from extensions_built_in.zit_merge.algebra.least_squares import cosines, groups
+from extensions_built_in.zit_merge.algebra.probes import COUNT, image, probes, shortened
+
+CPU = torch.device("cpu")
+
+
+def drawn(out: int, into: int, rank: int, seed: int) -> Factors:
+    random = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(out, rank, generator=random), torch.randn(rank, into, generator=random))
+
+
+def test_the_same_numbers_every_time():
+    again = probes.__wrapped__(300, torch.float64, CPU)
+    assert torch.equal(probes(300, torch.float64, CPU), again) and torch.equal(again.float(), probes(300, torch.float32, CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 128, 200])
+def test_an_image_is_the_product(dtype, rank):
+    x, block = drawn(40, 300, rank, 0).map(lambda t: t.to(dtype)), probes(300, torch.float64, CPU)
+    torch.testing.assert_close(image(x, block), x.up.double() @ x.down.double() @ block)
+
+
+@pytest.mark.parametrize(("rank", "spread"), [(1, 0.35), (32, 0.07)])
+def test_how_well_a_norm_is_told(rank, spread):
+    """As the docstring has it: sqrt(2 / (16 s)), and never under a fourth of it."""
+    block = probes(500, torch.float64, CPU)
+    told = []
+    for seed in range(200):
+        x = drawn(60, 500, rank, seed).map(torch.Tensor.double)
+        told.append(float(image(x, block).square().sum() / COUNT / (x.up @ x.down).square().sum()))
+    told = torch.tensor(told)
+    assert float(told.mean()) == pytest.approx(1, abs=4 * spread / 200**0.5 + 0.05)
+    assert float(told.std()) < 1.3 * spread + 0.05 and float(told.min()) > 1 / 16
+
+
+def test_cosines_of_shortened_factors():
+    xs = [drawn(3840, 2600, 16, seed) for seed in range(4)]
+    exact, short = cosines(gram(xs)), cosines(gram([shortened(x) for x in xs], torch.float32))
+    assert float((exact - short).abs().max()) < 0.06
+    assert all(shortened(x).shape == (521, 521) for x in xs)
+
+
+@pytest.mark.parametrize(("apart", "alike"), [(0.3, False), (1e-3, True)])
+def test_inputs_that_are_alike_stay_so(apart, alike):
+    x, noise = drawn(3840, 2600, 16, 0), drawn(3840, 2600, 16, 1)
+    near = Factors(x.up + apart * noise.up, x.down)
+    assert bool(groups(gram([shortened(x), shortened(near)]))) == alike
+
+
+def test_short_sides_stay_as_they_are():
+    x = drawn(1042, 256, 4, 0)
+    assert shortened(x).up is x.up and torch.equal(shortened(x).down, x.down)
