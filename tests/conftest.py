@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import chromium as browsers
 import pytest
 import torch
 from hypothesis import settings
@@ -17,6 +19,16 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("part", max_examples=30)
     settings.register_profile("whole", max_examples=100)
     settings.load_profile("part" if "not thorough" in config.option.markexpr else "whole")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[object]:
+    """A headless browser; without one, or without playwright, the tests are skipped."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -r requirements-dev.txt")
+    if browsers.path() is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with browsers.launched() as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 from web_ui import set_up
 from web_ui.material import Material
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NOT_SET_UP = f"AI-Toolkit's web UI is not built in {set_up.HOME}: python tests/web_ui/set_up.py AI_TOOLKIT_CLONE"
 
 
@@ -19,19 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("web_ui"):
                 item.add_marker(pytest.mark.skip(reason=NOT_SET_UP))
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[object]:
-    """A headless browser."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -r requirements-dev.txt")
-    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if path is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,11 @@ import shutil
 from io import BytesIO
 from pathlib import Path
 
+import chromium
 import yaml
 from PIL import Image
-from playwright.sync_api import sync_playwright
 from web_ui import set_up
 from web_ui.browser import User
-from web_ui.conftest import CHROMIUM
 from web_ui.material import Material
 from web_ui.server import REPO, WebUi
 
@@ -118,13 +117,10 @@ def main() -> None:
         material = Material(given.folder)
         ui = WebUi(set_up.HOME, given.folder)
         try:
-            with sync_playwright() as playwright:
-                path = next(filter(None, map(shutil.which, CHROMIUM)))
-                browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            with chromium.launched() as browser:
                 album = Album(User(browser, ui), given.output)
                 editor(album, given.folder)
                 job(album, material)
-                browser.close()
         finally:
             ui.stop()
     finally:

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from frame import Frame, new_tab
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[object]:
-    """A headless browser; without one, or without playwright, the tests are skipped."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -r requirements-dev.txt")
-    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +18,7 @@ def _tabs() -> list[object]:
 @pytest.fixture
 def show(chromium, _tabs) -> Iterator[object]:
     """Opens a page file in a sandboxed frame; at the end nothing may have been logged or asked for."""
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
     frames: list[Frame] = []
 
     def open_(path: Path, width: int = 1200, scheme: str = "light") -> Frame:
