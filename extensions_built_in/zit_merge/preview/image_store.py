@@ -140,7 +140,7 @@ class ImageStore:
         filling = -len(new) % self.row
         tiles = [self._legend(new[0], [told[d] for d in new] if n == 0 else []) for n in range(filling)]
         added = [self._sample(self._name(first, n), tile) for n, tile in enumerate(tiles, len(new))]
-        return [self._sample(known[d], self.load(d), label_of[d], self._text(d)) for d in (*gaps, *new)] + added
+        return [self._copy(d, known[d], label_of[d]) for d in (*gaps, *new)] + added
 
     def _name(self, first: int, number: int) -> str:
         """Of picture `number` of a batch: milliseconds, training step, position in the row."""
@@ -151,9 +151,10 @@ class ImageStore:
         lines = [f"{k}. {label}" for k, label in enumerate(told, 1)]
         return legend(f"zit_merge: {self.job}" if lines else "", lines, self.load(like).size)
 
-    def _text(self, digest: str) -> str:
-        """What a picture was made from, as its file has it."""
-        return self._opened(digest, self._content(digest)).text[_KEY]
+    def _copy(self, digest: str, name: str, label: str) -> Path:
+        """A picture as a sample of this name, with what it was made from."""
+        opened = self._opened(digest, self._content(digest))
+        return self._sample(name, opened.convert("RGB"), label, opened.text[_KEY])
 
     def _content(self, digest: str) -> bytes:
         try:

@@ -686,6 +686,7 @@ def test_a_whole_job_names_files_by_their_paths_and_runs_without_the_training(wo
     section = frame.text()
     frame.inner.get_by_role("radio", name="a whole job").check()
     assert frame.inner.get_by_label("A job that only merges").input_value() == frame.text() != section
+    assert "MERGE button, above the files in Checkpoints, applies each strength twice" in frame.find("body").inner_text()
     frame.type("1. cat.safetensors", 0.25)
     (work.folder / "elsewhere").mkdir()
     job = work.write(frame.text(), "elsewhere/again.yaml")
