@@ -8,7 +8,7 @@ from oracles.dense import product, relative
 from sweep import examples
 
 from extensions_built_in.zit_merge.algebra.factors import Factors
-from extensions_built_in.zit_merge.algebra.rounding import to_dtype
+from extensions_built_in.zit_merge.algebra.rounding import scaled, to_dtype
 
 # Two factors, each rounded by half a unit in the last place at most.
 TOLERANCE = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -143,3 +143,15 @@ def test_a_delta_too_large_for_float16_says_so_by_infinity():
     # the caller refuses to write it; a clamp would be silent
     found = to_dtype(draw(up=1e6, down=1e6), torch.float16)
     assert torch.isinf(found.up).any()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -0.8, 1e-12, 3e30, 1e-40, 0.0])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scaling_and_rounding_in_one_go(strength, stored, dtype):
+    """Bit for bit as one after the other, faint, large and zero components too."""
+    x = draw(up=1.0, down=1.0).map(lambda t: t.to(stored))
+    for up in (x.up, x.up * 2.0**-110, x.up * 2.0**90, x.up * torch.tensor([1.0, 0.0, 2.0**-120, 1e20]), x.up * 0):
+        one = to_dtype(scaled(Factors(up.to(stored), x.down), strength, dtype), dtype)
+        two = to_dtype(Factors(up.to(stored), x.down).times(strength), dtype)
+        assert torch.equal(one.up, two.up) and torch.equal(one.down, two.down)

@@ -16,6 +16,7 @@ from ..algebra.delta import Delta, Sum, gram
 from ..algebra.factors import Factors
 from ..algebra.linear import add
 from ..algebra.methods import METHODS
+from ..algebra.rounding import scaled
 from ..errors import SettingError
 from ..model.zimage import MODULES
 from ..planning.types import StepPlan
@@ -49,9 +50,13 @@ class Part(NamedTuple):
         """The change at strength 1."""
         return self.stored.times(self.scale)
 
+    def strength(self, coefficient: float) -> float:
+        """coefficient * factor * alpha / rank; the ratio is the coefficient of a plain sum."""
+        return coefficient * self.factor * self.scale
+
     def weighted(self, coefficient: float) -> Delta:
-        """coefficient * factor * change; the ratio is the coefficient of a plain sum."""
-        return self.stored.times(coefficient * self.factor * self.scale)
+        """coefficient * factor * change."""
+        return self.stored.times(self.strength(coefficient))
 
 
 Parts = Mapping[int, Part]  # number of the input -> its part in one module
@@ -129,7 +134,7 @@ class Merger:
         if not parts:
             return Merged(module, parts, coefficients, None)
         if coefficients is not None:
-            return Merged(module, parts, coefficients, self._sum(module, [p.weighted(coefficients[n]) for n, p in parts.items()]))
+            return Merged(module, parts, coefficients, self._sum(module, parts, coefficients))
         parameters = dict(self._parameters)
         if "seed" in parameters:  # other draws in every module
             parameters["seed"] = zlib.crc32(f"{parameters['seed']} {module}".encode())
@@ -137,11 +142,14 @@ class Merger:
             delta = self._method.function([p.weighted(p.ratio) for p in parts.values()], **parameters)
         return Merged(module, parts, None, delta)
 
-    def _sum(self, module: str, weighted: Sequence[Delta]) -> Delta:
+    def _sum(self, module: str, parts: Parts, coefficients: Mapping[int, float]) -> Delta:
         """Factors that nothing is cut from stay side by side: they are rounded one by one, and stacked then."""
-        thin = tuple(d for d in weighted if isinstance(d, Factors))
-        is_whole = len(thin) == len(weighted) > 1 and module not in self._plan.cut and not self._plan.is_open
-        return Sum(thin) if is_whole else add(weighted)
+        is_whole = module not in self._plan.cut and not self._plan.is_open
+        thin = [(p.stored, p.strength(coefficients[n])) for n, p in parts.items() if isinstance(p.stored, Factors)]
+        if is_whole and len(thin) == len(parts):
+            whole = tuple(scaled(stored, strength, self._plan.dtype) for stored, strength in thin)
+            return Sum(whole) if len(whole) > 1 else whole[0]
+        return add([p.weighted(coefficients[n]) for n, p in parts.items()])
 
     def _parts(self, module: str) -> dict[int, Part]:
         found = {}
