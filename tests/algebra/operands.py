@@ -2,7 +2,7 @@
 
 import torch
 
-from extensions_built_in.zit_merge.algebra.delta import Kron, Sum
+from extensions_built_in.zit_merge.algebra.delta import Framed, Kron, Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors
 
 
@@ -23,6 +23,8 @@ def dense(x):
         return sum(map(dense, x.parts))
     if isinstance(x, Kron):
         return torch.kron(dense(x.left), dense(x.right))
+    if isinstance(x, Framed):
+        return x.up.double() @ x.left.double() @ x.core.double() @ x.right.double() @ x.down.double()
     return x.up.double() @ x.down.double()
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from oracles.dense import best_error, product
 from sweep import examples
 
+from extensions_built_in.zit_merge.algebra import truncate as module
+from extensions_built_in.zit_merge.algebra.delta import Framed
 from extensions_built_in.zit_merge.algebra.factors import Factors, pad, stack
 from extensions_built_in.zit_merge.algebra.truncate import singular_values, truncate
 
@@ -157,3 +159,73 @@ def test_singular_values_are_those_of_the_dense_matrix(name):
 
 def test_singular_values_of_zero():
     assert singular_values(Factors(torch.zeros(4, 2), torch.zeros(2, 3))).tolist() == [0.0]
+
+
+# --- sums in float32, where a bound allows them ---------------------------------------------------------------------------------
+
+
+def exact_excess(x, kept, rank):
+    """Error of `kept` over the smallest one, less 1, through QR in float64; with what the smallest one is a share of."""
+
+    def spectrum(up, down):
+        return torch.linalg.svdvals(torch.linalg.qr(up.double())[1] @ torch.linalg.qr(down.double().T)[1].T)
+
+    sigma = spectrum(*x)
+    error = spectrum(torch.cat([x.up.float(), -kept.up], 1), torch.cat([x.down.float(), kept.down])).norm()
+    return float(error / sigma[rank:].norm()) - 1, float(sigma[rank:].norm() / sigma.norm())
+
+
+def alike(out, into, rank, seed, decay, common):
+    """Trained factors: sizes fall as a power, the columns of `up` lean towards a common one."""
+    random = torch.Generator().manual_seed(seed)
+    up = torch.randn(out, rank, generator=random) + common * torch.randn(out, 1, generator=random)
+    return Factors((up * torch.arange(1, rank + 1.0) ** -decay).bfloat16(), torch.randn(rank, into, generator=random).bfloat16())
+
+
+@pytest.mark.parametrize("common", [0, 1, 10, 100])
+@pytest.mark.parametrize("decay", [0, 0.5, 1, 2, 3])
+@pytest.mark.parametrize(("shape", "count"), [((1500, 1100), 2), ((600, 64), 3), ((700, 800), 8)])
+def test_sums_in_float32_are_taken_where_they_are_close_enough(shape, count, decay, common):
+    x = stack([alike(*shape, 16, seed, decay, common).times(0.5) for seed in range(count)])
+    found, tail = exact_excess(x, truncate(x, 16, torch.float32), 16)
+    assert found < 1e-6 or found * tail < 1e-8  # rounding to float32 alone is 1e-7 of the delta
+
+
+def test_float32_is_not_taken_where_it_is_too_coarse():
+    """Five components that all but cancel: what is left has no digit in float32."""
+    x = alike(900, 700, 24, 0, 0.5, 1).map(torch.Tensor.float)
+    x = stack([x, Factors(-x.up, x.down + 1e-5 * torch.randn(x.down.shape, generator=torch.Generator().manual_seed(1)))])
+    sums = []
+
+    def counted(x, rank):
+        found = core(x, rank)
+        sums.append((x.up.dtype, found is not None))
+        return found
+
+    core = module._cholesky_core
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_cholesky_core", counted)
+        kept = truncate(x, 8, torch.float32)
+    assert sums[0] == (torch.float32, False)
+    assert exact_excess(x, kept, 8)[0] < 1e-3
+
+
+def test_a_change_between_frames():
+    """Its core tells all there is; `expand` is the same change."""
+    random = torch.Generator().manual_seed(0)
+    frames = [torch.linalg.qr(torch.randn(n, 12, generator=random, dtype=torch.float64)).Q for n in (50, 40)]
+    core = torch.randn(12, 12, generator=random, dtype=torch.float64)
+    mix = [torch.randn(12, 12, generator=random, dtype=torch.float64) for _ in range(2)]
+    x = Framed(frames[0] @ mix[0], mix[0].inverse(), core, mix[1].inverse(), mix[1] @ frames[1].T)
+    for rank in (1, 2, 7, 12):
+        for delta in (x, x.T, x.times(-0.5)):
+            assert (
+                -EXCESS
+                < (
+                    float((product(*truncate(delta, rank)) - product(*delta.expand())).norm())
+                    - best_error(product(*delta.expand()), rank)
+                )
+                / float(core.norm())
+                < EXCESS
+            )
+    torch.testing.assert_close(singular_values(x), torch.linalg.svdvals(core))

@@ -2,6 +2,7 @@
 
     Factors   up @ down                        LoRA, and LoHa and dense differences written as one
     Kron      left kron right                  LoKr: rank a * b from two small matrices, never multiplied out
+    Framed    (up left) core (right down)      what a rule makes of several: a small matrix between orthonormal frames
     Sum       delta_1 + delta_2 + ...          what a linear method makes of several where one is a Kron
 
 Each has `shape` (out, in), `rank` (an upper bound of its rank), `T`, `@` with a thin matrix, `times(strength)`, `map(function)`
@@ -91,6 +92,65 @@ class Kron(NamedTuple):
         return Factors(full.up[first:last], full.down)
 
 
+class Framed(NamedTuple):
+    """delta = frame_1 @ core @ frame_2 with frame_1 = up @ left (out, p) and frame_2 = right @ down (q, in).
+
+    The columns of frame_1 and the rows of frame_2 are orthonormal, so that norms and singular values are those of the core. They
+    stay combinations of the long factors: few of them are ever multiplied out.
+
+    Attributes:
+        up: (out, R).
+        left: (R, p).
+        core: (p, q).
+        right: (q, S).
+        down: (S, in).
+    """
+
+    up: Tensor
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        """At most that of the core."""
+        return min(self.core.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.core.device
+
+    @property
+    def T(self) -> Framed:  # noqa: N802
+        """The transposed delta."""
+        return Framed(self.down.T, self.right.T, self.core.T, self.left.T, self.up.T)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """delta @ x: (in, n) -> (out, n)."""
+        return self.up @ (self.left @ (self.core @ (self.right @ (self.down @ x))))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Framed:
+        """The same function applied to all tensors."""
+        return Framed(*map(change, self))
+
+    def times(self, strength: float) -> Framed:
+        """strength * delta."""
+        return self if strength == 1 else self._replace(core=self.core * strength)
+
+    def expand(self) -> Factors:
+        """Factors of rank min(p, q)."""
+        up, left, core, right, down = self
+        p, q = core.shape
+        return Factors(up @ left, core @ right @ down) if p <= q else Factors(up @ (left @ core), right @ down)
+
+
 class Sum(NamedTuple):
     """delta = sum of the parts' deltas.
 
@@ -98,7 +158,7 @@ class Sum(NamedTuple):
         parts: Two or more changes of the same weight.
     """
 
-    parts: tuple[Factors | Kron, ...]
+    parts: tuple[Single, ...]
 
     @property
     def rank(self) -> int:
@@ -138,7 +198,8 @@ class Sum(NamedTuple):
         return stack([p.expand() for p in self.parts])
 
 
-Delta = Factors | Kron | Sum
+Single = Factors | Kron | Framed
+Delta = Single | Sum
 
 
 def applied(delta: Delta, x: Tensor) -> Tensor:
@@ -160,7 +221,7 @@ def inner(x: Delta, y: Delta) -> float:
     """Frobenius inner product of two deltas of one shape.
 
     For Factors, <x, y> = tr(up_x' up_y . down_y down_x'), r x r products only; for two Krons of the same layout the product of
-    the inner products of their factors; a Kron with Factors through `@`.
+    the inner products of their factors; anything else with Factors through `@`.
 
     Args:
         x: (out, in).
@@ -170,9 +231,11 @@ def inner(x: Delta, y: Delta) -> float:
         return sum(inner(p, q) for p in parts(x) for q in parts(y))
     if isinstance(x, Kron) and isinstance(y, Kron) and x.left.shape == y.left.shape:
         return inner(x.left, y.left) * inner(x.right, y.right)
+    if isinstance(x, Framed) and x is y:
+        return float(wide(x.core).square().sum())
     x, y = sorted((x, y), key=lambda d: (isinstance(d, Factors), -d.rank))  # y is the one that gets expanded
     x, y = x.map(wide), y.map(wide).expand()
-    if isinstance(x, Kron):
+    if not isinstance(x, Factors):
         return float((y.up * (x @ y.down.T)).sum())
     return float(((x.up.T @ y.up) * (x.down @ y.down.T)).sum())
 
@@ -262,6 +325,6 @@ def distance(x: Delta, y: Delta) -> float:
     return norm(stack(thin) if len(thin) == len(terms) else Sum(terms))
 
 
-def parts(x: Delta) -> tuple[Factors | Kron, ...]:
+def parts(x: Delta) -> tuple[Single, ...]:
     """What a change is the sum of: itself, but for a Sum."""
     return x.parts if isinstance(x, Sum) else (x,)

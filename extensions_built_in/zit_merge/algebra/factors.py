@@ -197,6 +197,18 @@ def balance(x: Factors) -> Factors:
     return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
 
 
+_COLUMNS = 128  # of a Gram matrix at a time
+
+
+def gramian(x: Tensor) -> Tensor:
+    """x'x in float64, summed in the dtype of x: (n, R) -> (R, R). What lies below the diagonal is not computed twice."""
+    found = x.new_zeros(x.shape[1], x.shape[1])
+    for i in range(0, x.shape[1], _COLUMNS):
+        found[i : i + _COLUMNS, i:] = x[:, i : i + _COLUMNS].T @ x[:, i:]
+    found = found.double().triu()
+    return found + found.triu(1).T
+
+
 def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     """For a Gram matrix G = F'F (R, R): (U, S) with F U orthonormal and F = (F U) S; U is (R, p), S is (p, R).
 

@@ -113,7 +113,7 @@ def _in_core(deltas: Sequence[Delta], rule: Callable[[Tensor], Tensor]) -> Delta
 def _trim(core: Tensor, density: float) -> Tensor:
     """The `density` largest entries by size, at least one; the others zero."""
     count = max(1, int(density * core.numel()))
-    kept = core.abs().flatten().topk(count).indices
+    kept = core.abs().flatten().topk(count, sorted=False).indices
     return torch.zeros_like(core).view(-1).scatter(0, kept, core.flatten()[kept]).view_as(core)
 
 

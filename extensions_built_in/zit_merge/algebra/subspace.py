@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .core import FAINT, core_space
-from .delta import Delta
-from .factors import Factors, wide
+from .delta import Delta, Framed, norm
+from .factors import Factors, gramian, stack, wide
 from .linear import add
 from .parameters import Within
 from .truncate import svd
@@ -30,9 +30,10 @@ def tsv(deltas: Sequence[Delta]) -> Delta:
     parts = [triplets(d) for d in deltas]
     if not any(len(s) for _, s, _ in parts):
         return add(deltas)
-    left = polar(torch.cat([u for u, _, _ in parts], 1))
-    right = polar(torch.cat([v.T for _, _, v in parts], 1))
-    return Factors(left * torch.cat([s for _, s, _ in parts]), right.T)
+    (up, left, turn), (down, right, back) = (
+        _polar(torch.cat(b, 1)) for b in ([u for u, _, _ in parts], [v.T for *_, v in parts])
+    )
+    return Framed(up, left, (turn * torch.cat([s for _, s, _ in parts])) @ back.T, right.T, down.T)
 
 
 def project(
@@ -92,14 +93,15 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
     if len(deltas) == 1:
         return deltas[0]
     space = core_space(deltas)
-    bases = [b for core in space.cores if len((b := _bases(core))[0].T)]  # a zero change holds no direction and is not counted
-    if len(bases) < 2:
+    own = [t for t in map(triplets, space.parts) if len(t[1])]  # a zero change holds no direction and is not counted
+    if len(own) < 2:
         return add(deltas)
-    left, right = (_common(side, tau) for side in zip(*bases, strict=True))
-    shared = left @ space.cores @ right
-    sizes = shared.flatten(1).norm(dim=1)
+    left, right = _common([u for u, _, _ in own], tau), _common([v.T for _, _, v in own], tau)
+    shared = [Factors(left @ (left.T @ p.up), (p.down @ right) @ right.T) for p in space.parts]
+    sizes = torch.tensor([norm(s) for s in shared], dtype=torch.float64)
     weights = sizes / sizes.sum() if float(sizes.sum()) > 0 else sizes
-    return space.back((space.cores - shared).sum(0) + (weights[:, None, None] * shared).sum(0))
+    up, down = stack([*space.parts, *(s.times(w - 1) for s, w in zip(shared, weights.tolist(), strict=True))])
+    return space.back(up @ down)
 
 
 def counts(bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,17 +118,9 @@ def counts(bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _common(bases: Sequence[Tensor], tau: float) -> Tensor:
-    """The projector on what is common to them."""
+    """(n, c): orthonormal columns that span what is common to them."""
     values, vectors = counts(bases)
-    common = vectors[:, values > 1 + tau * (len(bases) - 1) + 1e-9]  # 1 with its rounding is one LoRA's own direction
-    return common @ common.T
-
-
-def _bases(core: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, r), (q, r): orthonormal columns that span the columns and the rows of a core, without those of rounding."""
-    u, sigma, v = torch.linalg.svd(core, full_matrices=False)
-    alive = int(((sigma > FAINT * sigma[0]) & (sigma > 0)).sum())
-    return u[:, :alive], v[:alive].T
+    return vectors[:, values > 1 + tau * (len(bases) - 1) + 1e-9]  # 1 with its rounding is one LoRA's own direction
 
 
 def triplets(x: Delta, components: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,11 +140,16 @@ def polar(x: Tensor) -> Tensor:
 
     Directions that the columns do not span stay empty.
     """
-    if x.shape[1] == 0:
-        return x
-    if x.shape[1] > x.shape[0]:
-        return polar(x.T).T
-    values, vectors = torch.linalg.eigh(x.T @ x)
-    alive = values > values[-1] * torch.finfo(values.dtype).eps * len(values)
-    vectors = vectors[:, alive]
-    return x @ (vectors / values[alive].sqrt()) @ vectors.T
+    long, unroot, turn = _polar(x)
+    return long @ (unroot @ turn)
+
+
+def _polar(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """polar(x) = (long @ unroot) @ turn, where long @ unroot (n, p) is orthonormal and turn is (p, R)."""
+    is_wide = x.shape[1] > x.shape[0]
+    values, vectors = torch.linalg.eigh(x @ x.T if is_wide else gramian(x))
+    alive = values > (values[-1:] * torch.finfo(values.dtype).eps * len(values))
+    vectors, root = vectors[:, alive], values[alive].sqrt()
+    if is_wide:  # (x x')^(-1/2) x
+        return torch.eye(len(x), dtype=x.dtype, device=x.device), vectors, (vectors.T @ x) / root[:, None]
+    return x, vectors / root, vectors.T

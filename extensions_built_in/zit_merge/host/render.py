@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, Kron, applied
+from ..algebra.delta import Delta, Framed, Kron, applied
 from ..algebra.factors import Factors
 from ..errors import ZitMergeError
 from ..preview.settings import MULTIPLE, SMALLEST, ImageSpec, RenderSettings
@@ -120,6 +120,8 @@ def _ups(delta: Delta) -> Iterator[Tensor]:
         yield delta.up
     elif isinstance(delta, Kron):
         yield delta.left.up
+    elif isinstance(delta, Framed):
+        yield delta.core
     else:
         yield from (up for part in delta.parts for up in _ups(part))
 

@@ -84,7 +84,8 @@ class Result:
         rank, (out, into), dtype = self.plan.ranks[module], self.plan.shapes[module], self.plan.dtype
         if delta is None:
             return Factors(torch.zeros(out, rank, dtype=dtype), torch.zeros(rank, into, dtype=dtype))
-        changes = [truncate(delta, rank)] if delta.rank > rank else [p.expand() for p in parts(delta)]
+        sums = torch.float64 if dtype == torch.float32 else torch.float32  # beside the rounding of 16 bits
+        changes = [truncate(delta, rank, sums)] if delta.rank > rank else [p.expand() for p in parts(delta)]
         rounded = stack([to_dtype(factors, dtype) for factors in changes])
         return pad(rounded.map(lambda t: self._checked(t.cpu(), module)), rank)
 
