@@ -8,16 +8,19 @@ t = 2, 6e-8 for t = 4, 4e-14 for t = 10. Inner products of long lists of compone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, Framed, gram, inner
 from .factors import Factors
 
 COUNT = 16  # columns of a block
 _BLOCK = 128  # components that are cast at once
+_FEW, _THIN = 128, 1024  # components, of all changes and of one: between them inner products are taken of shortened factors
 _SHORT = 521  # a prime: rows that are heads, or repeat with another power of two, meet in no one sum
 
 
@@ -48,7 +51,129 @@ def image(x: Delta, block: Tensor) -> Tensor:
     return found
 
 
-def shortened(x: Factors) -> Factors:
+class Probed(NamedTuple):
+    """Several changes of one weight by what they do to the probes.
+
+    Attributes:
+        vectors: The N changes: in the dtype of the sums where they have few components, else as stored.
+        inner: (N, N) inner products in float64 on the CPU; of their lengths exact, beside them of shortened factors where they
+            have many components.
+        images: (N, out * 16) in the dtype of the sums.
+        is_exact: Whether all of `inner` is.
+    """
+
+    vectors: Sequence[Delta]
+    inner: Tensor
+    images: Tensor
+    is_exact: bool
+
+    @classmethod
+    def of(cls, vectors: Sequence[Delta], sums: torch.dtype) -> Probed:
+        """Reads each change once.
+
+        Args:
+            vectors: One or more.
+            sums: float32 or float64.
+        """
+        (out, into), device = vectors[0].shape, vectors[0].device
+        block = probes(into, sums, device)
+        images = block.new_empty(len(vectors), out * COUNT)
+        is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
+        is_exact = not is_thin or sum(v.rank for v in vectors) <= _FEW
+        read, short, energies = list[Delta](), list[Delta](), list[Tensor]()
+        for row, vector in zip(images, vectors, strict=True):
+            x = vector.map(lambda t: t.to(sums)) if is_thin else vector
+            x = x.expand() if is_thin and is_exact else x
+            row.copy_(image(x, block).flatten())
+            read.append(x if is_exact else vector)
+            if not is_exact and isinstance(x, Factors | Framed):
+                short.append(shortened(x))
+                energies.append(_product(x, x) if isinstance(x, Factors) else x.core.square().sum().double().cpu())
+        if is_exact:
+            return cls(read, gram(read, sums if all(isinstance(v, Factors) for v in read) else torch.float64), images, True)
+        return cls(read, _of_length(gram(short, sums), torch.stack(energies)), images, False)
+
+    def difference(self, want: Tensor, written: Delta) -> Difference:
+        """What was written less what was wanted.
+
+        Args:
+            want: (N,) what each change was wanted with.
+            written: (out, in).
+        """
+        wanted = want.to(self.images) @ self.images
+        got = image(written, self._block).flatten()
+        missing = got - wanted
+        crossed, sizes = self.images @ missing, torch.stack([t @ t for t in (missing, got, wanted)])
+        crossed, sizes = crossed.double().cpu() / COUNT, sizes.double().cpu() / COUNT
+        return Difference(self, want, written, missing.view(-1, COUNT), crossed, *sizes.tolist())
+
+    def products(self, written: Delta) -> tuple[Tensor, float]:
+        """Inner products with another change, exactly: ((N,), its own with itself).
+
+        Args:
+            written: (out, in).
+        """
+        if not isinstance(written, Factors) or not all(isinstance(v, Factors | Framed) for v in self.vectors):
+            return torch.tensor([inner(v, written) for v in self.vectors], dtype=torch.float64), inner(written, written)
+        other = written.map(lambda t: t.to(self.images.dtype))
+        found = torch.stack([_product(v, other) for v in (*self.vectors, other)])
+        return found[:-1], float(found[-1])
+
+    @property
+    def _block(self) -> Tensor:
+        return probes(self.vectors[0].shape[1], self.images.dtype, self.images.device)
+
+
+class Difference(NamedTuple):
+    """What was written less what was wanted.
+
+    Attributes:
+        probed: The changes of which something was wanted.
+        want: (N,) what each was wanted with.
+        other: What was written, (out, in).
+        image: (out, 16) of the difference.
+        crossed: (N,) estimates of its inner products with the changes.
+        energy: Of its squared norm.
+        written: Of that of what was written.
+        wanted: Of that of what was wanted.
+    """
+
+    probed: Probed
+    want: Tensor
+    other: Delta
+    image: Tensor
+    crossed: Tensor
+    energy: float
+    written: float
+    wanted: float
+
+    def largest(self) -> float:
+        """Its largest singular value, from below: by block power iteration from its image."""
+        if not self.energy > 0:
+            return 0.0
+        terms = [(v, float(w)) for v, w in zip(self.probed.vectors, self.want, strict=True) if w] + [(self.other, -1.0)]
+        x = self.image
+        for is_back in (True, False):
+            basis = torch.linalg.qr(x).Q
+            x = torch.stack([weight * image(v.T if is_back else v, basis) for v, weight in terms]).sum(0)
+        return float(torch.linalg.eigvalsh((x.T @ x).double())[-1].clamp(min=0)) ** 0.5
+
+
+def _product(x: Delta, y: Factors) -> Tensor:
+    """Their inner product with sums in the dtype of y, in float64 on the CPU."""
+    x = x.map(lambda t: t.to(y.up.dtype))
+    found = (x.up.T @ y.up) * (x.down @ y.down.T) if isinstance(x, Factors) else (x @ y.down.T) * y.up
+    return found.double().sum().cpu()
+
+
+def _of_length(found: Tensor, energies: Tensor) -> Tensor:
+    """Estimated inner products, set to lengths that are known."""
+    told = found.diagonal()
+    ratios = torch.where(told > 0, energies / told, torch.ones_like(told)).sqrt()
+    return found * torch.outer(ratios, ratios)
+
+
+def shortened(x: Factors | Framed) -> Factors:
     """Factors (521, r), (r, 521) whose inner products are on average those of the long ones: sums of rows with random signs.
 
     Among eight random changes of rank 32 and Z-Image's shapes, cosines were 0.003 off (root mean square) for equal singular
@@ -58,7 +183,7 @@ def shortened(x: Factors) -> Factors:
     Args:
         x: (out, in), each side as it is where it is not over twice as long.
     """
-    return Factors(_shortened(x.up), _shortened(x.down.T).T)
+    return x._replace(up=_shortened(x.up), down=_shortened(x.down.T).T).expand()
 
 
 def _shortened(x: Tensor) -> Tensor:

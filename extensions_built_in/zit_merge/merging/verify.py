@@ -28,10 +28,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, gram, norm
+from ..algebra.delta import Delta, norm
 from ..algebra.factors import Factors, wide
 from ..algebra.least_squares import groups, least_squares
-from ..algebra.probes import COUNT, image, probes, shortened
+from ..algebra.probes import Difference, Probed
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats.spec import DTYPE_NAMES
@@ -40,8 +40,6 @@ from ..planning.types import StepPlan
 from .merger import Made, Parts
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
-# Differences of sums in float32 tell |written - wanted| from about 4e-4 of the sizes on (measured): little beside bfloat16.
-_SUMS = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float64}
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
 _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 could lose a change that they make large
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
@@ -49,7 +47,6 @@ _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no di
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
 _LARGE = 1 << 24  # bytes of a module beside which no other one is merged
 _FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
-_FEW, _THIN = 128, 1024  # components, of all changes and of one: between them inner products are taken of shortened factors
 
 
 class Sums:
@@ -150,45 +147,52 @@ class Verifier:
         self, module: str, parts: Parts, vectors: Sequence[Delta], want: Tensor, scales: Tensor, written: Delta
     ) -> tuple[Tensor, float, float]:
         """(inner products of the vectors and of what was written, energy of what was wanted, of what is missing), by probes."""
-        short = _shortened(vectors)
-        found, energy = self._products(module, parts, short, want, scales, torch.float32)
-        if short is not vectors:
-            found = _of_true_length(found, vectors)
-            energy = float((found.diagonal() * scales**2).sum())
-        wanted = max(float(want @ found @ want), 0.0)
-        is_easy = self._dtype != torch.float32 and _is_plain(scales) and wanted >= _CANCELS * energy
-        sums = torch.float32 if is_easy else torch.float64
-        crossed, (missed, got, asked) = _probed(vectors, want, written, sums)
-        noise = _NOISE[sums] * energy**0.5
-        if sums == torch.float32 and not missed**0.5 <= _SLACK * (torch.finfo(self._dtype).eps / 2 * got**0.5 + noise):
-            crossed, (missed, got, asked) = _probed(vectors, want, written, torch.float64)
-            noise = _NOISE[torch.float64] * energy**0.5
-        self._check_size(module, got)
-        self._judge(module, missed**0.5, asked**0.5, noise, got**0.5, written)
-        column = found @ want + crossed
-        got = wanted + 2 * float(crossed @ want) + missed
+        for sums in self._precisions(module, scales):
+            probed = Probed.of(vectors, sums)
+            energy, wanted = _energies(probed.inner, want, scales)
+            missing = probed.difference(want, written)
+            noise = _NOISE[sums] * energy**0.5
+            is_right = missing.energy**0.5 <= _SLACK * (torch.finfo(self._dtype).eps / 2 * missing.written**0.5 + noise)
+            if is_right and wanted >= _CANCELS * energy and _is_tame(probed.inner):
+                break
+        self._check_finite(module, parts, probed.inner, energy)
+        self._check_size(module, missing.written)
+        self._judge(module, missing.energy**0.5, missing.wanted**0.5, noise, missing.written**0.5, written)
+        got = wanted + 2 * float(missing.crossed @ want) + missing.energy
         got = got if got > _NOTHING * energy else 0.0
-        corner = torch.tensor([[got]], dtype=torch.float64)
-        return torch.cat([torch.cat([found, column[:, None]], 1), torch.cat([column[None], corner], 1)]), wanted, missed
+        return _bordered(probed.inner, probed.inner @ want + missing.crossed, got), wanted, missing.energy
 
     def _compare_cut(
         self, module: str, parts: Parts, vectors: Sequence[Delta], want: Tensor, scales: Tensor, written: Delta
     ) -> tuple[Tensor, float, float]:
-        """The same by inner products alone, which tell what a truncation leaves out to many digits."""
-        one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        sums = _SUMS[self._dtype]
-        found, energy = self._products(
-            module, parts, [*vectors, written], torch.cat([want, none]), torch.cat([scales, one]), sums
-        )
-        wanted, crossed, got = float(want @ found[:-1, :-1] @ want), float(want @ found[:-1, -1]), float(found[-1, -1])
-        wanted, missed = max(wanted, 0.0), max(wanted - 2 * crossed + got, 0.0)
+        """The same of what was truncated: what it left out is orthogonal to what it kept, and has no component as large."""
+        for sums in self._precisions(module, scales):
+            probed = Probed.of(vectors, sums)
+            energy, wanted = _energies(probed.inner, want, scales)
+            missing = probed.difference(want, written)
+            column, got = probed.products(written)
+            crossed = float(want @ column)
+            if probed.is_exact:
+                missed = max(wanted - 2 * crossed + got, 0.0)
+            else:
+                missed, wanted = missing.energy, max(2 * crossed - got + missing.energy, 0.0)
+            # <written, wanted - written> is rounding alone
+            beyond = abs(crossed - got) / got**0.5 if got > 0 else missed**0.5
+            noise = _FLOOR[sums] * energy**0.5
+            is_right = beyond <= _SLACK * (torch.finfo(self._dtype).eps / 2 * got**0.5 + noise)
+            if is_right and wanted >= _CANCELS * energy and _is_tame(probed.inner):
+                break
+        self._check_finite(module, parts, probed.inner, energy)
         self._check_size(module, got)
-        # what truncation leaves out is orthogonal to what it keeps: <written, wanted - written> is rounding alone
-        beyond = abs(crossed - got) / got**0.5 if got > 0 else missed**0.5
-        rounding = self._judge(module, beyond, wanted**0.5, _FLOOR[sums] * energy**0.5, 0.0, written)
-        kept = [v.times(float(w)) for v, w in zip(vectors, want, strict=True) if w]
-        _check_cut(f"{self._file}: {module}", kept, written, rounding)
-        return found, wanted, missed
+        rounding = self._judge(module, beyond, wanted**0.5, noise, 0.0, written)
+        _check_cut(f"{self._file}: {module}", missing, written, rounding)
+        return _bordered(probed.inner, column, got), wanted, missed
+
+    def _precisions(self, module: str, scales: Tensor) -> tuple[torch.dtype, ...]:
+        """Dtypes to take long sums in, until one tells enough."""
+        coarse = (torch.bfloat16,) if module in self._cut else (torch.bfloat16, torch.float16)
+        is_easy = self._dtype in coarse and _is_plain(scales)
+        return (torch.float32, torch.float64) if is_easy else (torch.float64,)
 
     def verdict(self) -> Verdict:
         """Of the whole file."""
@@ -196,26 +200,16 @@ class Verifier:
         found = self._sums.verdict(bool(self._cut))
         return judged(found, energy=rule.energy, most=rule.max, averaged=bool(self._spec.checkpoints))
 
-    def _products(
-        self, module: str, parts: Parts, vectors: Sequence[Delta], want: Tensor, scales: Tensor, sums: torch.dtype
-    ) -> tuple[Tensor, float]:
-        """(inner products of some changes, the energy of all of them at their scales)."""
-        if not _is_plain(scales) or not all(isinstance(v, Factors) for v in vectors):
-            sums = torch.float64
-        found = gram(vectors, sums)
-        energy = float((found.diagonal() * scales**2).sum())
-        is_told = float(want @ found @ want) >= _CANCELS * energy  # False where float32 overflows, too
-        if sums == torch.float32 and not is_told:
-            found = gram(vectors)
-            energy = float((found.diagonal() * scales**2).sum())
-        if not torch.isfinite(found).all() or not math.isfinite(energy):
-            is_finite = found.diagonal().isfinite().tolist()
-            names = [self._inputs[n].label for n, is_one in zip(parts, is_finite, strict=False) if not is_one]
-            raise ZitMergeError(
-                f"{names[0] if names else self._file}: {module}: the norm of its change is too large for a number: "
-                + ("the LoRA is broken, leave it out" if names else "use smaller strengths")
-            )
-        return found, energy
+    def _check_finite(self, module: str, parts: Parts, found: Tensor, energy: float) -> None:
+        """Raises if an inner product is too large for a number."""
+        if torch.isfinite(found).all() and math.isfinite(energy):
+            return
+        is_finite = found.diagonal().isfinite().tolist()
+        names = [self._inputs[n].label for n, is_one in zip(parts, is_finite, strict=False) if not is_one]
+        raise ZitMergeError(
+            f"{names[0] if names else self._file}: {module}: the norm of its change is too large for a number: "
+            + ("the LoRA is broken, leave it out" if names else "use smaller strengths")
+        )
 
     def _check_size(self, module: str, got: float) -> None:
         """Raises if the factors hold what programs that multiply them out do not."""
@@ -245,43 +239,26 @@ def _is_plain(scales: Tensor) -> bool:
     return bool(((scales.abs() <= _PLAIN) & (scales.abs() >= 1 / _PLAIN)).all())
 
 
-def _shortened(vectors: Sequence[Delta]) -> Sequence[Delta]:
-    """Changes of which inner products are taken: as they are, or shortened where they have many components."""
-    thin = [v for v in vectors if isinstance(v, Factors) and v.rank <= _THIN]
-    is_short = len(thin) < len(vectors) or sum(v.rank for v in thin) <= _FEW
-    return vectors if is_short else [shortened(v) for v in thin]
+def _energies(found: Tensor, want: Tensor, scales: Tensor) -> tuple[float, float]:
+    """Of all changes at their scales, and of what was wanted."""
+    return float((found.diagonal() * scales**2).sum()), max(float(want @ found @ want), 0.0)
 
 
-def _of_true_length(found: Tensor, vectors: Sequence[Delta]) -> Tensor:
-    """Estimated inner products with the lengths of the changes as they are: one at a time has few components to multiply."""
-    energies = torch.cat([gram([v], torch.float32).reshape(1) for v in vectors]).to(found)
-    told = found.diagonal()
-    ratios = torch.where(told > 0, energies / told, torch.ones_like(told)).sqrt()
-    return found * torch.outer(ratios, ratios)
+def _is_tame(found: Tensor) -> bool:
+    """Whether sums of squares are well within float32."""
+    sizes = found.diagonal()
+    return bool(((sizes > _FAR) & (sizes < 1 / _FAR)).all())
 
 
-def _probed(vectors: Sequence[Delta], want: Tensor, written: Delta, sums: torch.dtype) -> tuple[Tensor, list[float]]:
-    """Inner products of the vectors with the difference, and squared norms of that, of what was written and of what was wanted.
-
-    In float32 where that is safe, as `sums` asks for.
-    """
-    block = probes(written.shape[1], sums, written.device)
-    rows = block.new_empty(len(vectors) + 3, written.shape[0] * COUNT)  # those of the vectors, wanted, written, the difference
-    for row, vector in zip(rows, vectors, strict=False):
-        row.copy_(image(vector, block).flatten())
-    torch.mv(rows[: len(vectors)].T, want.to(rows), out=rows[-3])
-    rows[-2] = image(written, block).flatten()
-    torch.sub(rows[-2], rows[-3], out=rows[-1])
-    products = (rows @ rows.T).double().cpu()
-    crossed, sizes = products[-1], products.diagonal()
-    if sums == torch.float32 and not ((sizes[:-1] > _FAR) & (sizes[:-1] < 1 / _FAR)).all():
-        return _probed(vectors, want, written, torch.float64)
-    return crossed[: len(vectors)] / COUNT, (sizes[[-1, -2, -3]] / COUNT).tolist()
+def _bordered(found: Tensor, column: Tensor, corner: float) -> Tensor:
+    """A Gram matrix with one more row and column."""
+    row = torch.cat([column, column.new_tensor([corner])])
+    return torch.cat([torch.cat([found, column[:, None]], 1), row[None]])
 
 
-def _check_cut(name: str, parts: Sequence[Delta], written: Delta, rounding: float) -> None:
+def _check_cut(name: str, difference: Difference, written: Delta, rounding: float) -> None:
     """Raises if a truncation left out something larger than the smallest component that it kept."""
-    left_out = _largest([p.map(wide) for p in (*parts, written.times(-1.0))])
+    left_out = difference.largest()
     kept = float(_sizes(written).min())
     if left_out > 1.001 * kept + rounding:
         raise ZitMergeError(
@@ -308,13 +285,3 @@ def _sizes(written: Delta) -> Tensor:
     up, down = written.expand()
     ups, downs = (torch.linalg.vector_norm(wide(t), dim=d) for t, d in ((up, 0), (down, 1)))
     return ups * downs
-
-
-def _largest(parts: Sequence[Delta]) -> float:
-    """The largest singular value of a sum of deltas, from below: a few passes of block power iteration."""
-    into, device = parts[0].shape[1], parts[0].device
-    x = torch.randn(into, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
-    for _ in range(3):
-        image = sum(p @ torch.linalg.qr(x).Q for p in parts)
-        x = sum(p.T @ image for p in parts)
-    return float(torch.linalg.matrix_norm(image, 2))
