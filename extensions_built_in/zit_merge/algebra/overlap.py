@@ -30,6 +30,7 @@ from .subspace import counts, triplets
 
 THIN = 512  # rank up to which every direction of a change is looked at
 LEADING = 128  # of a change of higher rank
+_HELD = 1e-6  # of a projector: less is what sums in float32 leave of none
 _FLUCTUATION = 3.0  # times n^(-2/3), as the largest eigenvalue of n dimensions scatters: no draw tested went that far
 
 
@@ -65,7 +66,7 @@ class Side(NamedTuple):
     @property
     def of(self) -> int:
         """How many directions there are."""
-        return int((self.values > 1e-9).sum())
+        return int((self.values > _HELD).sum())
 
 
 class Overlap(NamedTuple):
@@ -97,15 +98,17 @@ def directions(x: Delta, most: int | None = None) -> Triplets:
     return Triplets(*triplets(x, None if is_thin(x) else most or LEADING))
 
 
-def overlap(parts: Sequence[Triplets], tau: float = 0.5) -> Overlap:
+def overlap(parts: Sequence[Triplets], tau: float = 0.5, shape: tuple[int, int] | None = None) -> Overlap:
     """Which directions are common.
 
     Args:
         parts: Of N deltas of one weight.
+        shape: (out, in) of the weight where the parts are `core.condensed`.
         tau: Share of the other deltas that must hold a direction before it counts as common, as in `subspace.shared_once`.
     """
-    columns, lefts = _side([p.left for p in parts], tau)
-    rows, rights = _side([p.right.T for p in parts], tau)
+    out, into = shape or (len(parts[0].left), parts[0].right.shape[1])
+    columns, lefts = _side([p.left for p in parts], tau, out)
+    rows, rights = _side([p.right.T for p in parts], tau, into)
     energy = []
     for p, left, right in zip(parts, lefts, rights, strict=True):
         weighted = p.sigma[:, None] * left, p.sigma[:, None] * right
@@ -114,13 +117,20 @@ def overlap(parts: Sequence[Triplets], tau: float = 0.5) -> Overlap:
     return Overlap(columns, rows, torch.tensor(energy, dtype=torch.float64))
 
 
-def _side(bases: Sequence[Tensor], tau: float) -> tuple[Side, list[Tensor]]:
+def _side(bases: Sequence[Tensor], tau: float, size: int) -> tuple[Side, list[Tensor]]:
     """The side, and where the common directions lie in each basis: (r_i, common)."""
-    values, coordinates = held(bases)
-    ranks, size = [b.shape[1] for b in bases if b.shape[1]], bases[0].shape[0]  # a zero change holds no direction
+    values = torch.linalg.eigvalsh(_projectors(bases)).flip(0).clamp(min=0)
+    ranks = [b.shape[1] for b in bases if b.shape[1]]  # a zero change holds no direction
     edge, bar = chance(ranks, size)
     common = int((values > max(bar, 1 + tau * (len(ranks) - 1))).sum())
-    return Side(values, edge, bar, common), [c[:, :common] for c in coordinates]
+    coordinates = [c[:, :common] for c in held(bases)[1]] if common else [b.new_zeros(b.shape[1], 0) for b in bases]
+    return Side(values, edge, bar, common), coordinates
+
+
+def _projectors(bases: Sequence[Tensor]) -> Tensor:
+    """A symmetric matrix with the eigenvalues of the sum of the projectors on what the bases span, zeros aside."""
+    together = torch.cat(list(bases), 1)
+    return together @ together.T if together.shape[1] >= together.shape[0] else together.T @ together
 
 
 def held(bases: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

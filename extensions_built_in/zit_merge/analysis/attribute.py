@@ -22,7 +22,7 @@ from ..formats.reader import LoraFile
 from ..progress import SILENT, Progress
 from .attribution import AddedFactors, Attribution, BeforeCut, verdict
 from .fit import Fit
-from .measure import ModuleProducts, Readers, outline, same_model
+from .measure import ModuleProducts, Readers, condense, outline, same_model
 
 ROUNDING = 0.01  # |rest| / |file| that bfloat16 explains; two to three times what it leaves (measured)
 INSIDE = 0.99  # share of a file's energy in the spaces of its sources from which on nothing else need be in it
@@ -43,7 +43,8 @@ def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = 
     with Readers([lora, *sources]) as readers:
         for module in progress.track(modules, "sources"):
             deltas = readers.deltas(module)
-            found.add(module, deltas, readers.products(module, deltas))
+            small = condense(deltas)
+            found.add(module, deltas, small, readers.products(module, small))
     plain, kind, energy = found.plain, found.kind(), sum(found.energies.values())
     fit = found.cut if found.cut and kind.startswith("truncated") else plain
     unknown = [m for m in found.energies if m not in plain.strengths]
@@ -99,12 +100,13 @@ class _Evidence:
         self._within: float | None = 0.0  # its energy in the directions of the sources
         self._is_cut = False  # it is of a lower rank than its sources together
 
-    def add(self, module: str, deltas: Mapping[int, Delta], products: ModuleProducts) -> None:
+    def add(self, module: str, deltas: Mapping[int, Delta], small: Mapping[int, Delta], products: ModuleProducts) -> None:
         """Adds a module.
 
         Args:
             module: Its name.
             deltas: The changes; the file's has the number 0, that of source i the number i + 1.
+            small: The same, condensed.
             products: Of them.
         """
         energies = dict(zip(deltas, products.energies.tolist(), strict=True))
@@ -119,7 +121,8 @@ class _Evidence:
         file, *others = deltas.values()
         explained = self.plain.add(module, here, products.gram.roll((-1, -1), (0, 1)), file.shape[0] * file.shape[1])
         is_explained = explained >= (1 - self.rounding**2) * energies[0]
-        self._add_directions(module, here, file, others, explained if is_explained else None)
+        condensed, *rest = small.values()
+        self._add_directions(module, here, condensed, rest, explained if is_explained else None)
         self._add_factors(module, here, [*others, file])
 
     def _add_directions(

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.core import FAINT
+from ..algebra.core import FAINT, condensed
 from ..algebra.delta import Delta, Kron, gram
+from ..algebra.factors import Factors
 from ..algebra.least_squares import cosines
 from ..algebra.overlap import LEADING, Overlap, Triplets, directions, is_thin, overlap
 from ..algebra.truncate import singular_values
@@ -211,10 +212,11 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
     modules, common, broken = dict[str, ModuleProducts](), dict[str, Overlap](), dict[str, str]()
     leading: list[str] = []
     values: list[dict[str, Spectrum]] = [{} for _ in loras[:spectra]]
+    shapes = {module: shape for lora in loras for module, shape in lora.shapes.items()}
     with Readers(loras) as readers:
         for module in progress.track(same_model(loras), "compare" if len(loras) > 1 else loras[0].path.name):
             try:
-                deltas = readers.deltas(module)
+                deltas = condense(readers.deltas(module))
                 found = modules[module] = readers.products(module, deltas)
             except ZitMergeError as e:  # the rest of the file can be shown, but not compared with others
                 if len(loras) > 1:
@@ -223,11 +225,18 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
                 continue
             parts = _decomposed(deltas, spectra) if (found.energies > 0).sum() > 1 else {}
             if parts:
-                common[module] = overlap([_compared(deltas[i], part) for i, part in parts.items()], TAU)
+                common[module] = overlap([_compared(deltas[i], part) for i, part in parts.items()], TAU, shapes[module])
                 leading += [] if all(map(is_thin, deltas.values())) else [module]
             for i in deltas.keys() & range(spectra):
                 values[i][module] = _spectrum(deltas[i], parts.get(i))
     return Measurement(tuple(loras), modules, common, leading, values, broken)
+
+
+def condense(deltas: Mapping[int, Delta]) -> Mapping[int, Delta]:
+    """Several thin changes in a space as small as they are; others, and what is too large for a number, as they are."""
+    thin = [d for d in deltas.values() if isinstance(d, Factors) and is_thin(d)]
+    small = condensed(thin) if len(thin) == len(deltas) > 1 else None
+    return dict(zip(deltas, small, strict=True)) if small else deltas
 
 
 def _decomposed(deltas: Mapping[int, Delta], spectra: int) -> dict[int, Triplets]:
