@@ -51,11 +51,11 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
 
 @contextlib.contextmanager
 def _threads(plan: StepPlan) -> Iterator[None]:
-    """One torch thread where nothing is truncated: copying and scaling waits for memory, and threads that wait for each other
-    beside the hashes only cost time."""
+    """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
+    One where nothing is decomposed: copying and scaling waits for memory."""
     before = torch.get_num_threads()
-    if not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear:
-        torch.set_num_threads(1)
+    is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
+    torch.set_num_threads(1 if is_exact else max(1, before // 2))
     try:
         yield
     finally:
