@@ -41,7 +41,7 @@ DENSITY = 0.2  # of ties
 QUANTILE = 0.99  # where kohya's script clamps
 SUMS = {"exact": "sum, exact", "cut": "sum, cut to the rank"}
 PREFIX = "diffusion_model."
-REPEATS, ENOUGH = 5, 1.0  # of a part that takes less than so many seconds
+REPEATS, ENOUGH = 5, 3.0  # runs of one module, until so many seconds are spent
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def theirs(job: Job) -> dict[str, Any]:
 
 
 def typical(job: Job, files: Sequence[Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """What some modules cost: the run of median seconds where it is short enough to be repeated, the largest peak.
+    """What some modules cost; of what is multiplied up and short, the run of median seconds and the largest peak.
 
     Args:
         job: Of a peer.
@@ -294,7 +294,8 @@ def typical(job: Job, files: Sequence[Any], shapes: dict[str, tuple[int, int]]) 
         shapes: Out and in of the modules, by name.
     """
     found: list[dict[str, Any]] = []
-    while len(found) < REPEATS and sum(f["seconds"] for f in found) < ENOUGH:
+    repeats = 1 if PEERS[job.line].whole else REPEATS
+    while len(found) < repeats and sum(f["seconds"] for f in found) < ENOUGH:
         ready = {shape: PEERS[job.line].prepare(shape, len(files), job.rank) for shape in set(shapes.values())}
         found.append(timed(partial(merge_part, job, files, {name: ready[shape] for name, shape in shapes.items()})))
     median = sorted(found, key=lambda f: f["seconds"])[len(found) // 2]

@@ -58,6 +58,7 @@ def draw(results: Sequence[dict[str, Any]], rank: int, pair: int, path: Path) ->
         "dotted: the output's bytes copied and synced;  *: extrapolated from a few modules, memory in part computed",
         fontsize=9,
     )
+    figure.align_ylabels()
     figure.tight_layout(rect=(0, 0.02, 1, 1), w_pad=11)
     figure.subplots_adjust(right=0.87)
     for axes, beside in labels:
@@ -101,7 +102,7 @@ def panel(axes: Any, cases: Sequence[dict[str, Any]], along: str, quantity: str,
         if quantity == "seconds" and line in COPIED and copies:
             axes.plot(*zip(*copies, strict=True), linestyle=":", linewidth=1.3, color=colour)
         star = "*" if found[-1].get("modules", 0) < found[-1].get("of", 0) else ""
-        labels.append(Label(SHORT.get(line, line.replace("-", " ")) + star, colour, xs[-1], ys[-1]))
+        labels.append(Label(SHORT.get(line, line.replace("peft-", "PEFT ")) + star, colour, xs[-1], ys[-1]))
     ticks = sorted({r[along] for r in cases})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
