@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from merge import measure  # noqa: E402
+from shared import measure  # noqa: E402
 
 from extensions_built_in.zit_merge import load_lora, merge  # noqa: E402
 from extensions_built_in.zit_merge.model.zimage import MODULES  # noqa: E402

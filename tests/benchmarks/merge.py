@@ -10,66 +10,18 @@ anonymous memory of the process above what it had before the merge (Linux only: 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from shared import make_lora, measure, synced_copy
+
 from extensions_built_in.zit_merge import load_lora, merge
-from extensions_built_in.zit_merge.model.zimage import MODULES
-
-
-def make_lora(path: Path, rank: int, seed: int) -> None:
-    """A random LoRA as AI-Toolkit writes it."""
-    random = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module in (m for m in MODULES.values() if m.section == "layers"):
-        out, into = module.shape()
-        tensors[f"diffusion_model.{module.name}.lora_A.weight"] = (torch.randn(rank, into, generator=random) * 0.02).bfloat16()
-        tensors[f"diffusion_model.{module.name}.lora_B.weight"] = (torch.randn(out, rank, generator=random) * 0.02).bfloat16()
-    save_file(tensors, path)
-
-
-def synced_copy(source: Path, target: Path) -> None:
-    """The plain way to get these bytes onto the disk."""
-    with source.open("rb") as read, target.open("wb") as written:
-        while chunk := read.read(1 << 22):
-            written.write(chunk)
-        written.flush()
-        os.fsync(written.fileno())
-
-
-def anonymous() -> int:
-    """Anonymous memory of this process in bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
-def measure(work) -> tuple[float, int]:
-    """(seconds, peak anonymous bytes above the start)."""
-    start_memory, peak, done = anonymous(), [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous() - start_memory)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    return seconds, peak[0]
 
 
 def excess(paths: list[Path], out: Path, rank: int) -> tuple[float, str]:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import merge as house  # noqa: E402
+import shared  # noqa: E402
 from oracles import methods as oracle  # noqa: E402
 
 from extensions_built_in.zit_merge.algebra import krylov, truncate  # noqa: E402
@@ -112,7 +112,7 @@ def wait(device: str) -> None:
 def measure(work: Callable[[], object], device: str) -> tuple[float, int]:
     """(seconds, peak bytes above the start)."""
     if not device.startswith("cuda"):
-        return house.measure(work)
+        return shared.measure(work)
     wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     before, start = torch.cuda.memory_allocated(device), time.perf_counter()

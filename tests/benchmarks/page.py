@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from merge import make_lora
+from shared import make_lora
 
 from extensions_built_in.zit_merge import merge
 from extensions_built_in.zit_merge.merging.runner import run_plans
