@@ -7,6 +7,7 @@ import pytest
 import torch
 from algebra.operands import draw
 
+from extensions_built_in.zit_merge.algebra.declared import declared
 from extensions_built_in.zit_merge.algebra.methods import METHODS
 from extensions_built_in.zit_merge.algebra.parameters import PER, Parameter, Within, paragraphs, parameters_of
 
@@ -61,6 +62,27 @@ def test_what_each_method_takes():
         "karcher": "module",
     }
     assert PER.default == "module"  # of another method's `per`, the shared one is not changed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_read_from_the_text_is_what_the_function_has(method):
+    entry = METHODS[method]
+    assert parameters_of(declared(entry.module)[entry.name]) == parameters_of(entry.function)
+    assert entry.doc == entry.function.__doc__
+
+
+@pytest.mark.parametrize("density", [0.01, 0.4, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.15, 0.2, 0.8, 1.0])
+def test_della_refuses_what_its_check_refuses(density, epsilon):
+    def said(function, *args):
+        try:
+            function(*args)
+        except ValueError as e:
+            return str(e)
+        return ""
+
+    given = {"density": density, "epsilon": epsilon}
+    assert said(METHODS["della"].check, given) == said(lambda: apply("della", **given))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,9 @@
 """Every trainer's file against the float64 delta of its format's own definition, and every file that must be refused."""
 
 import hashlib
+import math
 import re
+import struct
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from sweep import sweep
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
+from extensions_built_in.zit_merge.formats.header import Header
+from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 
 # kind -> what the sentence calls it
 ALGORITHMS = {"dora": "DoRA", "oft": "OFT", "ia3": "IA3", "glora": "GLoRA"}
@@ -395,6 +399,18 @@ def test_a_file_that_lies_about_its_header(good):
     data = path.read_bytes()
     path.write_bytes((2**60).to_bytes(8, "little") + data[8:])
     assert "not a whole" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+@pytest.mark.parametrize("value", [0.0, -0.0, 16.0, 0.1, -3.5, 1e-7, 1e-40, 70000.0, math.inf, -math.inf, math.nan])
+def test_an_alpha_is_read_as_torch_reads_it(tmp_path, dtype, value):
+    if dtype == torch.int64 and not math.isfinite(value):
+        value = 9.0
+    stored = torch.tensor(value, dtype=dtype)
+    save_file({"layers.0.attention.to_q.alpha": stored}, tmp_path / "a.safetensors")
+    with SafetensorsFile(tmp_path / "a.safetensors") as file:
+        found = Header(file).alpha("layers.0.attention.to_q.alpha")
+    assert struct.pack("d", found) == struct.pack("d", float(stored))  # signs of zeros too
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.pt"])

@@ -378,7 +378,7 @@ def test_samples_in_full_rows_variant_by_variant(work, loras):
 
 
 def test_other_specs_than_the_samples_fill_rows_with_a_legend(work, loras, monkeypatch):
-    from extensions_built_in.zit_merge.preview import image_store as module
+    from extensions_built_in.zit_merge.preview import sheet as module
 
     lines: list[str] = []
     monkeypatch.setattr(module, "legend", lambda title, rows, size: lines.extend([title, *rows]) or plain("black", size))

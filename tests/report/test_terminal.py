@@ -109,7 +109,7 @@ def inputs(draw: st.DrawFn) -> Input:
     factors = draw(st.lists(NUMBERS, min_size=1, max_size=3))
     table = dict.fromkeys(MODULES, 1.0) | {m: factors[i // 9 % len(factors)] for i, m in enumerate(draw(PRESENT))}
     rank, kinds = draw(st.sampled_from([1, 32, 3840])), draw(st.sampled_from([["LoRA"], ["LoKr"], ["LoRA", "full difference"]]))
-    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    dtype = draw(st.sampled_from(["bf16", "fp16", "fp32"]))
     known = LoraSpec(dict.fromkeys(modules, rank) if draw(st.integers(0, 9)) else {}, {}, dtype, kinds)
     spec = Lora(lora="x", ratio=ratio, preset=draw(st.sampled_from([None, None, "late_20_29"])))
     if spec.preset:
@@ -141,7 +141,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         shapes={m: MODULES[m].shape() for m in written},
         ranks=ranks,
         stacked={m: r + draw(st.sampled_from([0, 0, 3])) for m, r in list(ranks.items())[:3]},
-        dtype=torch.bfloat16,
+        dtype_name="bf16",
         path=Path("/deep folder" * draw(st.sampled_from([1, 20]))) / draw(st.sampled_from(HOSTILE)).replace("/", "_"),
         bytes=draw(st.sampled_from([0, 1234, 123_456_789_012])),
         warnings=tuple(draw(st.lists(LABELS.map(lambda name: f"{name}: is odd"), max_size=3))),

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 NARROWEST = 0.001
 UNIFORM = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
@@ -26,6 +24,8 @@ def gamma_of(sigma_rel: float) -> float:
     """
     if not NARROWEST <= sigma_rel <= UNIFORM + 1e-4:
         raise ValueError(f"sigma_rel must be from {NARROWEST} to {UNIFORM:.4f}, the width of the plain mean, not {sigma_rel:g}")
+    import torch
+
     t = sigma_rel**-2
     # the largest root of gamma^3 + 7 gamma^2 + (16 - t) gamma + 12 - t, as eigenvalues of its companion matrix
     companion = torch.tensor([[-7.0, t - 16, t - 12], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)

@@ -12,7 +12,7 @@ proportions of the ratios count, and the result is as strong as one LoRA.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import acos, cos, fsum, sin
+from math import acos, cos, sin
 from typing import Annotated
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from .delta import Delta, Sum
 from .factors import Factors, stack
 from .parameters import Within
+from .ratios import cancels
 
 _PARALLEL = 1e-6  # sin of an angle below which two directions are one: float64 Grams tell angles to about 1e-8
 _OPPOSITE = "the LoRAs point in opposite directions, which have no mean: use method: average, or leave one out"
@@ -182,11 +183,6 @@ def _angle(gram: Tensor) -> float:
     """Between two deltas; 0 where one is zero."""
     length = float(gram[0, 0]) ** 0.5 * float(gram[1, 1]) ** 0.5
     return acos(min(1.0, max(-1.0, float(gram[0, 1]) / length))) if length else 0.0
-
-
-def cancels(weights: Sequence[float]) -> bool:
-    """Whether weights sum to 0 but for rounding, so that no mean can divide by their sum."""
-    return abs(fsum(weights)) <= 1e-12 * fsum(map(abs, weights))
 
 
 def _total(weights: Tensor) -> float:

@@ -64,6 +64,18 @@ class Parameter:
 PER = Parameter("per", "module", str, choices=("module", "layer", "file"), text="Over what lengths and angles are taken.")
 
 
+def check_della(*, density: float, epsilon: float, **others: object) -> None:
+    """Raises ValueError where the probabilities of `sparse.della` leave 0 to 1.
+
+    Args:
+        density: Their mean.
+        epsilon: Distance between the largest and the smallest.
+        **others: What does not matter here.
+    """
+    if density - epsilon / 2 <= 0 or density + epsilon / 2 > 1:
+        raise ValueError(f"density {density:g} with epsilon {epsilon:g} keeps entries with probabilities outside of 0 to 1")
+
+
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     """The parameters of a method, from its signature: the keyword-only arguments, with the meanings from the docstring."""
     hints, texts = get_type_hints(function, include_extras=True), _meanings(function.__doc__ or "")

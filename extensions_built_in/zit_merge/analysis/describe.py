@@ -13,7 +13,6 @@ from ..formats.header import DTYPES
 from ..formats.metadata import bases, read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import SafetensorsFile
-from ..formats.spec import DTYPE_NAMES
 from ..formats.trainers import Trainer, recognise
 from ..formats.writer import why_padded
 from .measure import Measurement
@@ -127,6 +126,5 @@ def _stored_dtypes(lora: LoraFile) -> dict[str, int]:
     """Dtype as stored -> how many tensors have it, the commonest first, alphas left out."""
     keys = {key for changes in lora.changes.values() for change in changes for key in change.keys.values()}
     with SafetensorsFile(lora.path, lora.stamp) as file:
-        dtypes = [DTYPES[file.entries[key].dtype] for key in sorted(keys)]
-    names = (DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes)
+        names = [DTYPES[file.entries[key].dtype] for key in sorted(keys)]
     return dict(Counter(names).most_common())

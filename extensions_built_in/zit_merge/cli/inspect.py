@@ -41,16 +41,17 @@ def inspect(args: argparse.Namespace) -> None:
 
 def _check_drawn(args: argparse.Namespace) -> None:
     """Whether there can be a picture or a page, before anything else is done."""
-    from ..report.page.files import check_target
-    from ..report.plots.write import target
-
     for drawn in ("plot", "html"):
         for flag in ("methods", "presets", "sources"):
             if getattr(args, drawn) and getattr(args, flag):
                 raise ZitMergeError(f"inspect --{drawn}: shows what is in LoRA files, not --{flag}: leave one of the two out")
     if args.plot:
+        from ..report.plots.write import target
+
         args.plot = target(args.plot, args.files)
     if args.html:
+        from ..report.page.files import check_target
+
         check_target(args.html)
 
 

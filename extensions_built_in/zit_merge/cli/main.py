@@ -89,7 +89,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from .run import check
+    from .check import check
 
     check(args)
 

@@ -68,7 +68,7 @@ def _render(args: argparse.Namespace, pictures: PreviewPlan, planned: Planned, p
     load = silence()(ToolkitRenderer) if args.quiet else ToolkitRenderer
     try:
         with JobProgress(Status(), Bar(args.quiet)) as progress:
-            planned = replace(planned, device=device_of(planned.section.device))
+            planned = replace(planned, placed=device_of(planned.section.device))
             show = partial(say, args)
             render_section(pictures, planned, page, show, progress, progress.loading(load), workers)
     except ZitMergeError as e:

@@ -1,13 +1,11 @@
-"""`run` and `check`."""
+"""`run`."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from textwrap import wrap
 
 from ..config.job import load_job
-from ..host.toolkit import found
 from ..merging.made import Done
 from ..planning.job import plan_job
 from ..report.page.run import RunPage, run_page
@@ -31,19 +29,3 @@ def run(args: argparse.Namespace) -> None:
         if planned.section.wants_pictures:
             say(args, "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder")
     tell_what_is_not_right(args, what_is_not_right(done))
-
-
-def check(args: argparse.Namespace) -> None:
-    """Checks everything of a config that can be known before training."""
-    for planned in plan_job(
-        load_job(args.config), output_dir=args.output_dir, lora_folders=args.loras, before_training=True, toolkit=found()
-    ):
-        for plan in planned.plans:
-            say(args, plan_text(plan) + "\n")
-        if planned.section.wants_pictures:
-            from ..preview.grids import preview_plan
-
-            say(args, preview_plan(planned.section, planned.context, planned.plans).text() + "\n")
-        for text in planned.advice:
-            say(args, "\n".join(wrap(f"advice: {text}", 80, subsequent_indent="  ", break_long_words=False)))
-    say(args, "no errors")

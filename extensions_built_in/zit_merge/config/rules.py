@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..algebra.ema import gamma_of
-from ..algebra.factors import Factors
-from ..algebra.linear import cancels
 from ..algebra.methods import METHODS
+from ..algebra.ratios import cancels
 from ..errors import SettingError, located, nearest
 from .schema import TRAINED, Checkpoints, Settings, Step
 
@@ -29,11 +26,10 @@ def check_method(settings: Settings) -> None:
                 )
             if trouble := method.parameters[key].trouble(value):
                 raise SettingError(trouble, key)
-        if not method.is_linear:
-            try:  # what two parameters mean together shows on the smallest merge there is
-                method.function([Factors(torch.ones(1, 1), torch.ones(1, 1))] * 2, **settings.params)
-            except ValueError as e:
-                raise SettingError(str(e)) from None
+        try:
+            method.check(settings.params)
+        except ValueError as e:
+            raise SettingError(str(e)) from None
 
 
 def check_step(step: Step) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FULL = "full difference"
 
@@ -21,7 +23,7 @@ class Change:
         scale: alpha / rank; 1 where alpha has no meaning.
         rank: No change of this form has a higher one.
         shape: (out, in) of the change.
-        dtype: Of the tensors; one that holds them all where they differ.
+        dtype_name: Of the tensors; one that holds them all where they differ. One of `spec.DTYPES`.
         alpha: As stored, or None.
         third: Which third of the rows this module owns in a fused qkv, else None.
         native: Whether it stands under the original checkpoint's name where diffusers has another.
@@ -33,10 +35,17 @@ class Change:
     scale: float
     rank: int
     shape: tuple[int, int]
-    dtype: torch.dtype
+    dtype_name: str
     alpha: float | None = None
     third: int | None = None
     native: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same as torch has it."""
+        from .dtypes import TORCH_DTYPES
+
+        return TORCH_DTYPES[self.dtype_name]
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-
-import torch
 
 from ..errors import ZitMergeError
 from ..model.zimage import infer_sizes
@@ -14,22 +13,24 @@ from .changes import FULL, Change, Group
 from .names import Part, parse_key, scaled_keys
 from .safetensors_file import SafetensorsFile
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,  # with a scale only
+# Name in a header -> name as a config has it, or torch.
+DTYPES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "fp32",
+    "F16": "fp16",
+    "BF16": "bf16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",  # with a scale only
 }
+_PACKED = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}  # as `struct` has them; BF16 is the upper half of F32
 Scale = Callable[[Group, str, int], tuple[float, "float | None"]]  # group, module, rank -> alpha / rank, alpha as stored
 
 
-def common_dtype(dtypes: Iterator[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that files have and that holds all of them; float32 for bfloat16 with float16, float8 and float64."""
-    distinct = {d if d in (torch.bfloat16, torch.float16) else torch.float32 for d in dtypes}
-    return distinct.pop() if len(distinct) == 1 else torch.float32
+def common_dtype(dtypes: Iterator[str]) -> str:
+    """The narrowest dtype that files have and that holds all of them; fp32 for bf16 with fp16, float8 and float64."""
+    distinct = {d if d in ("bf16", "fp16") else "fp32" for d in dtypes}
+    return distinct.pop() if len(distinct) == 1 else "fp32"
 
 
 class Header:
@@ -66,8 +67,8 @@ class Header:
         """Of a tensor."""
         return self._file.shape(key)
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Of a tensor; integers without a scale are refused."""
+    def dtype(self, key: str) -> str:
+        """Of a tensor, one of the names in DTYPES; integers without a scale are refused."""
         name = self._file.entries[key].dtype
         if name not in DTYPES or (name == "I8" and key not in self.scales):
             raise self.broken(f"{key} is stored as {name}, a LoRA's tensors are floating point")
@@ -88,7 +89,12 @@ class Header:
         """An alpha as stored, finite or not."""
         if prod(shape := self.shape(key)) != 1:
             raise self.broken(f"{key} has shape {list(shape)}, alpha is one number")
-        return float(self._file.tensor(key))
+        name, _, start, end = self._file.entries[key]
+        if name not in _PACKED:
+            return float(self._file.tensor(key))
+        stored = bytearray(end - start)
+        self._file._read_into(memoryview(stored), self._file._data + start)
+        return float(struct.unpack(_PACKED[name], bytearray(2) + stored if name == "BF16" else stored)[0])
 
     def groups(self) -> list[Group]:
         """The changes of the file, each with its keys.
@@ -159,7 +165,7 @@ class Header:
                     scale=factor,
                     rank=rank if group.algorithm == "LoRA" else min(rank, rows, into),
                     shape=(rows, into),
-                    dtype=common_dtype(map(self.dtype, group.keys.values())),
+                    dtype_name=common_dtype(map(self.dtype, group.keys.values())),
                     alpha=alpha,
                     third=third if len(group.modules) > 1 else None,
                     native=group.native,

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..algebra.delta import Delta, Kron
-from ..algebra.factors import Factors, pad, single, whole
 from .changes import Change
 from .reader import LoraFile, TensorReader
 from .writer import FORMS, LEAST, Layout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..algebra.delta import Delta, Kron
+    from ..algebra.factors import Factors
 
 _FORM = FORMS["ai-toolkit"]
 _UPS, _DOWNS = ("up", "w1_a", "w2_a"), ("down", "w1_b", "w2_b")
@@ -42,14 +45,14 @@ def alpha_keys(modules: Iterable[str]) -> dict[str, str]:
     return {f"{_FORM.prefix}{module}.alpha": module for module in modules}
 
 
-def layout(lora: LoraFile, dtype: torch.dtype) -> Layout:
+def layout(lora: LoraFile, dtype: str) -> Layout:
     """The tensors of the output, alphas first.
 
     Args:
         lora: The LoKr.
-        dtype: Of the output.
+        dtype: Of the output, as a config has it.
     """
-    alphas: Layout = dict.fromkeys(alpha_keys(lora.changes), (torch.float32, ()))
+    alphas: Layout = dict.fromkeys(alpha_keys(lora.changes), ("fp32", ()))
     entries: Layout = {}
     for module, (change, *_) in lora.changes.items():
         entries |= {f"{_FORM.prefix}{module}{_suffix(part)}": (dtype, shape) for part, shape in _shapes(change).items()}
@@ -94,6 +97,10 @@ def scaled(change: Change, reader: TensorReader, strength: float, dtype: torch.d
     Returns:
         Part -> tensor, in the order of the layout, without alpha.
     """
+    import torch
+
+    from ..algebra.delta import Kron
+
     delta = reader.change(change).times(strength * change.scale)
     parts = (
         _lokr_parts(_level(delta) if dtype == torch.float16 else delta)
@@ -116,6 +123,9 @@ def named(module: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 def delta(parts: Mapping[str, Tensor]) -> Delta:
     """The change that the parts make, whose scale is 1."""
+    from ..algebra.delta import Kron
+    from ..algebra.factors import Factors, whole
+
     if "up" in parts:
         return Factors(parts["up"], parts["down"])
     return Kron(
@@ -130,10 +140,14 @@ def alpha(change: Change) -> float:
 
 
 def _at_least(factors: Factors) -> Factors:
+    from ..algebra.factors import pad
+
     return pad(factors, max(LEAST, factors.rank))
 
 
 def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
+    from ..algebra.factors import single
+
     parts: dict[str, Tensor] = {}
     for name, factor in zip(("w1", "w2"), delta, strict=True):
         wide, split = factor.map(single), _at_least(factor)
@@ -143,6 +157,9 @@ def _lokr_parts(delta: Kron) -> dict[str, Tensor]:
 
 def _level(delta: Kron) -> Kron:
     """The same delta with its two factors of about one size, by a power of two, where float16 would lose the smaller one."""
+    from ..algebra.delta import Kron
+    from ..algebra.factors import single
+
     left, right = (f.map(single) for f in delta)
     sizes = [float((f.up @ f.down).abs().mean()) for f in (left, right)]
     if min(sizes) == 0 or all(1e-3 < size < 1e3 for size in sizes):

@@ -1,7 +1,7 @@
 """A LoRA file as a table of low-rank changes: module -> change.
 
-The header is read when the file is opened; tensors are read one module at a time. A scale, alpha / rank, belongs to each change;
-it is kept beside the tensors so that those which need no scaling pass through untouched.
+The header is read when the file is opened, without torch; tensors are read one module at a time. A scale, alpha / rank, belongs
+to each change; it is kept beside the tensors so that those which need no scaling pass through untouched.
 """
 
 from __future__ import annotations
@@ -11,14 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..algebra import linear
-from ..algebra.delta import Delta, Kron, distance, norm
-from ..algebra.factors import Factors, hadamard, is_finite, whole
 from ..errors import SettingError, ZitMergeError, counted
 from ..model.zimage import MODULES, REAL_SIZES
 from .changes import FULL, Change
@@ -29,6 +23,13 @@ from .reading import Reading
 from .safetensors_file import SafetensorsFile, Stamp
 from .scales import Scales
 from .verdict import Verdict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..algebra.delta import Delta, Kron
+    from ..algebra.factors import Factors
 
 _ORDER = {name: i for i, name in enumerate(MODULES)}
 
@@ -83,7 +84,9 @@ class LoraFile:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor."""
-        return common_dtype(c.dtype for changes in self.changes.values() for c in changes)
+        from .dtypes import TORCH_DTYPES
+
+        return TORCH_DTYPES[dtype_name(self)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -122,6 +125,11 @@ class LoraFile:
         return tensor_hash(self.path, self.stamp)
 
 
+def dtype_name(lora: LoraFile) -> str:
+    """`LoraFile.dtype` as a config has it."""
+    return common_dtype(c.dtype_name for changes in lora.changes.values() for c in changes)
+
+
 def tensor_hash(path: Path, stamp: Stamp | None = None) -> str:
     """`LoraFile.sha256` of a file that need not be a LoRA.
 
@@ -155,13 +163,18 @@ class TensorReader:
         Raises:
             ZitMergeError: A tensor is not finite.
         """
+        from ..algebra.linear import add
+
         changes = self._lora.changes[module]
         if len(changes) == 1:
             return changes[0].scale, self.change(changes[0])
-        return 1.0, linear.add([self.change(c).times(c.scale) for c in changes])
+        return 1.0, add([self.change(c).times(c.scale) for c in changes])
 
     def change(self, change: Change) -> Factors | Kron:
         """One change as stored, without its scale."""
+        from ..algebra.delta import Kron
+        from ..algebra.factors import Factors, hadamard, whole
+
         get, keys, (out, _) = self.tensor, change.keys, change.shape
         rows = None if change.third is None else (change.third * out, (change.third + 1) * out)
         if change.algorithm == "LoRA":
@@ -182,6 +195,8 @@ class TensorReader:
             key: Its key.
             rows: (first, last + 1); None is all.
         """
+        from ..algebra.factors import is_finite
+
         tensor = self._file.tensor(key, rows)
         if tensor.dtype.itemsize == 1:
             tensor = tensor.float()
@@ -322,6 +337,10 @@ def _a_key(change: Change) -> str:
 
 def _equal(tensors: TensorReader, a: Change, b: Change) -> bool:
     """Whether two changes are one, to the rounding of their dtype."""
+    import torch
+
+    from ..algebra.delta import distance, norm
+
     if a.shape != b.shape:
         return False
     x, y = (tensors.change(c).times(c.scale) for c in (a, b))

@@ -15,13 +15,13 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from ..errors import ZitMergeError
 from ..files.inputs import open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HEADER_LIMIT = 100_000_000  # bytes, as in the library
 _CHUNK = 1 << 22
@@ -137,6 +137,8 @@ class SafetensorsFile:
         Raises:
             ZitMergeError: torch has no such dtype, or the file was changed or can't be read.
         """
+        import torch
+
         name, shape, start, end = self.entries[key]
         dtype = getattr(torch, _STORED[name][1] or "-", None)
         if dtype is None:

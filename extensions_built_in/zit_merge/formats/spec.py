@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
-
-# The dtypes that files are written in, by their names in a config.
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+# The dtypes that files are written in: name in a config -> name in torch.
+DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -19,13 +16,13 @@ class LoraSpec:
     Attributes:
         ranks: Module -> rank.
         shapes: Module -> (out, in); empty while only the rank is known.
-        dtype: Of the factors.
+        dtype_name: Of the factors, as a config has it.
         algorithms: LoRA, LoKr, LoHa, full difference: what changes its modules.
     """
 
     ranks: Mapping[str, int]
     shapes: Mapping[str, tuple[int, int]]
-    dtype: torch.dtype
+    dtype_name: str
     algorithms: Collection[str] = ("LoRA",)
 
     @property

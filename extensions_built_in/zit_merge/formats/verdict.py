@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .metadata import CHECK_KEY, dumps, read_check
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIGHT, OFF, EMPTY = "right", "off", "empty"
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16

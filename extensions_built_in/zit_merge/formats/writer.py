@@ -20,27 +20,29 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import torch
-from torch import Tensor
-
-from ..algebra.factors import Factors
 from ..errors import counted
 from ..files.atomic import PART_KEY, open_exclusively, os_errors, part_path, publish_file, seal
 from ..model import zimage
 from ..model.zimage import MODULES
 from .names import native_name
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..algebra.factors import Factors
+
 _TOGETHER: tuple[tuple[str, ...], ...] = (("to_q", "to_k", "to_v"), ("w1", "w3"))
 ALWAYS = "layers.0.attention.to_k"
 LEAST = 2  # components beside an alpha key: stable-diffusion.cpp reads the rank as ne[ggml_n_dims - 1] of down, its width for 1
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_STORED = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2)}  # dtype -> (name in a header, bytes of a number)
 
 _AHEAD = 1 << 26  # bytes that wait in memory before the disk is told to begin
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # key -> (dtype as a config has it, shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def why_padded(modules: Collection[str]) -> str:
     return f"{counted(len(modules), 'module')} of zeros {'is' if len(modules) == 1 else 'are'} added: {', and '.join(reasons)}"
 
 
-def layout(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype, form: Form) -> Layout:
+def layout(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: str, form: Form) -> Layout:
     """key -> (dtype, shape) in the order of the file: alphas first, so that every tensor stays aligned to its size.
 
     Args:
@@ -125,7 +127,7 @@ def layout(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtyp
         form: One of FORMS.
     """
     units = form.units(shapes)
-    entries: Layout = {f"{stem}.alpha": (torch.float32, ()) for stem in units} if form.alpha else {}
+    entries: Layout = {f"{stem}.alpha": ("fp32", ()) for stem in units} if form.alpha else {}
     for stem, modules in units.items():
         rank = sum(ranks[m] for m in modules)
         entries[stem + form.down] = (dtype, (rank, shapes[modules[0]][1]))
@@ -137,6 +139,10 @@ def fuse(parts: Sequence[Factors]) -> Factors:
     """The changes of the modules of one unit as one: down stacked (sum r, in), up block-diagonal (sum out, sum r)."""
     if len(parts) == 1:
         return parts[0]
+    import torch
+
+    from ..algebra.factors import Factors
+
     up: Tensor = torch.block_diag(*(p.up for p in parts))
     return Factors(up, torch.cat([p.down for p in parts]))
 
@@ -148,7 +154,7 @@ def file_size(entries: Layout, metadata: Mapping[str, str]) -> int:
         entries: Its tensors.
         metadata: Of its header.
     """
-    data = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in entries.values())
+    data = sum(_STORED[dtype][1] * prod(shape) for dtype, shape in entries.values())
     return 8 + len(_header(entries, metadata)) + data
 
 
@@ -157,8 +163,9 @@ def _header(entries: Layout, metadata: Mapping[str, str], size: int = 0) -> byte
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, (dtype, shape) in entries.items():
-        end = offset + dtype.itemsize * torch.Size(shape).numel()
-        table[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        name, size_of_one = _STORED[dtype]
+        end = offset + size_of_one * prod(shape)
+        table[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text.ljust(max(size, -(-len(text) // 8) * 8))
@@ -202,8 +209,12 @@ class LoraWriter:
             key: Of the tensor.
             tensor: As the layout has it: dtype and shape.
         """
+        import torch
+
+        from .dtypes import DTYPE_NAMES
+
         expected, (dtype, shape) = next(self._pending)
-        if (key, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
+        if (key, DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
             raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")
         with os_errors(self.path):
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -115,7 +115,7 @@ class ZitMergeProcess(BaseExtensionProcess):
         for process in self.job.process[: self.process_id]:
             release(process)
         context, section = self._planned.context, self._planned.section
-        self._planned = replace(self._planned, plans=plan_section(section, context), device=toolkit.device_of(section.device))
+        self._planned = replace(self._planned, plans=plan_section(section, context), placed=toolkit.device_of(section.device))
         self.page = page = run_page(context, [p.page for p in self._ours(self.process_id) if p.page])
         page.begin(context, self._raw, self.process_id)
         with JobProgress(self._status, Bar(), self._planned.plans) as progress:

@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import ZitMergeError
 
 if TYPE_CHECKING:  # what is needed is imported where it is: a missing package must not stop other jobs of the toolkit
+    import torch
+
     from ..planning.preflight import Toolkit
 
 SINCE = "0.7.6 (2025-11-28)"
@@ -123,6 +123,8 @@ def device_of(name: str) -> torch.device:
 
 def flush() -> None:
     """Empties the caches of the GPU."""
+    import torch
+
     if found := _find("toolkit.basic", "flush"):
         found()
     elif torch.cuda.is_available():
@@ -153,6 +155,8 @@ def config_root() -> Path:
 @silence()
 def optimizer_trouble(name: str) -> str:
     """Why the toolkit can't make an optimizer here; empty if it can (toolkit/optimizer.py)."""
+    import torch
+
     from ..planning.preflight import known_trouble
 
     get_optimizer = _find("toolkit.optimizer", "get_optimizer")
@@ -191,17 +195,17 @@ def process_types() -> set[str] | None:
 
 
 @silence()
-def make_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
+def make_scheduler(name: str, **parameters: Any) -> Any:
     """What the toolkit makes of a learning-rate scheduler's name and parameters (toolkit/scheduler.py).
 
     Args:
         name: As `lr_scheduler` has it.
-        optimizer: What it steps.
         **parameters: Of the scheduler, as `lr_scheduler_params` has them.
 
     Raises:
         Exception: It can't make one.
     """
-    from ..planning.preflight import known_scheduler
+    from ..planning.preflight import known_scheduler, one_number
 
-    return (_find("toolkit.scheduler", "get_lr_scheduler") or known_scheduler)(name, optimizer, **parameters)
+    get_lr_scheduler = _find("toolkit.scheduler", "get_lr_scheduler")
+    return get_lr_scheduler(name, one_number(), **parameters) if get_lr_scheduler else known_scheduler(name, **parameters)

@@ -15,8 +15,8 @@ from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats import lokr
+from ..formats.dtypes import DTYPE_NAMES
 from ..formats.reader import TensorReader
-from ..formats.spec import DTYPE_NAMES
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
 from .merger import Made, Merged, Merger, Reader

@@ -34,7 +34,7 @@ from ..algebra.least_squares import groups, least_squares
 from ..algebra.probes import Difference, Probed
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
-from ..formats.spec import DTYPE_NAMES
+from ..formats.dtypes import DTYPE_NAMES
 from ..formats.verdict import PAIRS_UP_TO, Measured, Verdict, judged
 from ..planning.types import StepPlan
 from .merger import Made, Parts

@@ -13,15 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.schema import Lora, Section, Step
 from ..errors import SettingError, located, nearest, of_step
 from ..files import hub
 from ..files.paths import unquoted
 from ..formats.header import common_dtype
 from ..formats.metadata import Adapter, base_of, dumps, read_adapter
-from ..formats.reader import LoraFile, load_lora, unmatched_error
+from ..formats.reader import LoraFile, dtype_name, load_lora, unmatched_error
 from ..formats.spec import DTYPES, LoraSpec
 from ..model.strengths import Weights, compact, factors, strengths
 from .context import RunContext
@@ -110,7 +108,7 @@ class _Builder:
             job=self.context.job,
             spec=step,
             inputs=inputs,
-            dtype=DTYPES.get(step.save.dtype) or common_dtype(i.known.dtype for i in inputs),
+            dtype_name=step.save.dtype if step.save.dtype in DTYPES else common_dtype(i.known.dtype_name for i in inputs),
             path=self.context.output(step),
             loc=loc,
             prefix=self.context.prefix,
@@ -160,7 +158,7 @@ class _Builder:
             return self._absent(spec, step, table)
         base = self._base(spec)
         lora = self._read(spec, path, step.allow_unmatched)
-        known = LoraSpec(lora.ranks, lora.shapes, lora.dtype, tuple(lora.algorithms))
+        known = LoraSpec(lora.ranks, lora.shapes, dtype_name(lora), tuple(lora.algorithms))
         if spec.lora.startswith(hub.HUB_PREFIX):
             file = hub.parse(spec.lora)
             pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
@@ -199,7 +197,7 @@ class _Builder:
         """What a training will save, or what the hub has and nobody has fetched."""
         if spec.lora.startswith(hub.HUB_PREFIX):
             name = hub.parse(spec.lora).name
-            return Input(spec, name, LoraSpec({}, {}, torch.bfloat16), table, Path(name))
+            return Input(spec, name, LoraSpec({}, {}, "bf16"), table, Path(name))
         training = self.context.training
         assert training, "only a training's LoRA has no path before it is there"
         path = training.file(trained_step(spec.lora))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..config.job import Job
 from ..config.schema import Section
@@ -19,6 +19,9 @@ from .preflight import NO_TOOLKIT, Toolkit, check_types, preflight
 from .training import Training, training_before
 from .types import StepPlan
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -29,7 +32,7 @@ class Planned:
         section: Validated.
         context: Where it runs.
         plans: Of its steps, in order.
-        device: What its `device` is here.
+        placed: The device that was chosen for it; None is what its `device` is here.
         advice: On the training before it, a sentence each.
     """
 
@@ -37,8 +40,13 @@ class Planned:
     section: Section
     context: RunContext
     plans: Sequence[StepPlan]
-    device: torch.device
+    placed: torch.device | None = None
     advice: Sequence[str] = ()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the algebra runs."""
+        return self.placed or pick_device(self.section.device)
 
 
 def plan_job(
@@ -75,10 +83,11 @@ def plan_job(
         sections = [(i, s) for i, s in sections if only in {step.name for step in s.steps}] or sections[:1]
     for i, section in sections:
         context = make_context(job, i, section, output_dir=output_dir, lora_folders=lora_folders, may_download=may_download)
-        device = pick_device(section.device)
+        if section.device not in ("auto", "cpu"):
+            pick_device(section.device)  # raises where torch does not see it
         plans = plan_section(section, context, before_training=before_training and context.training is not None, only=only)
         advice = preflight(job, context, section, toolkit) if before_training else ()
-        yield Planned(i, section, context, plans, device, advice)
+        yield Planned(i, section, context, plans, advice=advice)
 
 
 def make_context(

@@ -14,9 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..config.job import Job
 from ..config.schema import PROCESS_TYPE, Section
@@ -25,8 +23,11 @@ from ..formats.safetensors_file import SafetensorsFile
 from .context import RunContext
 from .training import ARCHS, LEFT_ALONE, Training, table, training_before
 
+if TYPE_CHECKING:
+    import torch
+
 RESTARTS = "cosine_with_restarts"
-Scheduler = Callable[..., Any]  # (name, optimizer, **parameters), as toolkit.scheduler.get_lr_scheduler
+Scheduler = Callable[..., Any]  # (name, **parameters): what toolkit.scheduler.get_lr_scheduler does with `one_number()`
 
 # name -> (torch's class, what total_iters is called there); toolkit/scheduler.py
 _SCHEDULERS: Mapping[str, tuple[str, str]] = {
@@ -55,12 +56,18 @@ PROCESS_TYPES = (
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: Any) -> Any:
+def one_number() -> torch.optim.Optimizer:
+    """An optimizer for a scheduler to be tried with."""
+    import torch
+
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+
+
+def known_scheduler(name: str, **parameters: Any) -> Any:
     """What AI-Toolkit's get_lr_scheduler does with these parameters, without the toolkit.
 
     Args:
         name: As `lr_scheduler` has it.
-        optimizer: What it steps.
         **parameters: Of the scheduler, as `lr_scheduler_params` has them.
 
     Raises:
@@ -77,7 +84,11 @@ def known_scheduler(name: str, optimizer: torch.optim.Optimizer, **parameters: A
     kind, length = _SCHEDULERS[name]
     if "total_iters" in parameters:
         parameters[length] = parameters.pop("total_iters")
-    return getattr(torch.optim.lr_scheduler, kind)(optimizer, **parameters)
+    if parameters.keys() == {length} and isinstance(steps := parameters[length], int) and steps > 0:
+        return None  # nothing that torch could refuse
+    import torch
+
+    return getattr(torch.optim.lr_scheduler, kind)(one_number(), **parameters)
 
 
 def known_trouble(optimizer: str) -> str:
@@ -247,9 +258,8 @@ def _check_scheduler(training: Training, train: Mapping[str, Any], fixes: Mappin
                     f"{loc}_params.{key}",
                 )
         given["total_iters"] = training.steps  # as BaseSDTrainProcess does
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
     try:
-        scheduler(name, optimizer, **given)
+        scheduler(name, **given)
     except Exception as e:
         shown = ", ".join(f"{k}: {v}" for k, v in table(train, "lr_scheduler_params").items()) or "none"
         reason = " ".join(str(e).split())

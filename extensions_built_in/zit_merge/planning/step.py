@@ -53,9 +53,9 @@ def _output(step: StepBasis, extent: Extent) -> _Output:
     draft = draft_metadata(step, extent.ranks, recipe)
     layout = writer.Layout()
     if step.kept_lokr:
-        layout = lokr.layout(step.kept_lokr, step.dtype)
+        layout = lokr.layout(step.kept_lokr, step.dtype_name)
     elif extent.shapes and not step.spec.save.keep_lokr:
-        layout = writer.layout(extent.shapes, extent.ranks, step.dtype, step.form)
+        layout = writer.layout(extent.shapes, extent.ranks, step.dtype_name, step.form)
     return _Output(recipe, draft, layout, writer.file_size(layout, draft) if layout else 0)
 
 

@@ -12,8 +12,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, joined, not_available_yet
 from ..files.paths import system_path
@@ -23,10 +21,10 @@ from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
 
 # toolkit/train_tools.py get_torch_dtype; SaveConfig's default is float16 (toolkit/config_modules.py)
-_DTYPES: Mapping[str, torch.dtype] = {
-    **dict.fromkeys(("float", "fp32", "single", "float32"), torch.float32),
-    **dict.fromkeys(("fp16", "half", "float16"), torch.float16),
-    **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
+_DTYPES: Mapping[str, str] = {
+    **dict.fromkeys(("float", "fp32", "single", "float32"), "fp32"),
+    **dict.fromkeys(("fp16", "half", "float16"), "fp16"),
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16"),
 }
 
 
@@ -172,7 +170,7 @@ class Training:
             )
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
         algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
-        dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), torch.float16)
+        dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), "fp16")
         return LoraSpec(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
 
     def _rank(self, module: Module, kind: str, network: Mapping[str, Any], whole: bool) -> int:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Lora, RankRule, Step
 from ..errors import ZitMergeError
@@ -21,6 +19,9 @@ from ..formats.safetensors_file import Stamp
 from ..formats.spec import LoraSpec
 from ..formats.writer import FORMS, Form, Layout
 from ..model.strengths import compact
+
+if TYPE_CHECKING:
+    import torch
 
 
 def with_hashes(recipe: Mapping[str, Any], hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class StepBasis:
         job: The job's name.
         spec: The step as the config has it.
         inputs: In the order of the config.
-        dtype: Of the factors written.
+        dtype_name: Of the factors written, as a config has it.
         path: The output.
         loc: Of the step in the config.
         prefix: What the names of outputs begin with.
@@ -107,10 +108,17 @@ class StepBasis:
     job: str
     spec: Step
     inputs: tuple[Input, ...]
-    dtype: torch.dtype
+    dtype_name: str
     path: Path
     loc: str
     prefix: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors written, as torch has it."""
+        from ..formats.dtypes import TORCH_DTYPES
+
+        return TORCH_DTYPES[self.dtype_name]
 
     @property
     def name(self) -> str:
@@ -144,6 +152,8 @@ class StepBasis:
         Args:
             module: What is computed.
         """
+        import torch
+
         try:
             yield
         except torch.linalg.LinAlgError as e:
@@ -286,10 +296,10 @@ class StepPlan(StepBasis):
         if self.spec.save.keep_lokr:
             known = self.inputs[0].known
             ranks = self.ranks if self.kept_lokr else known.ranks
-            return LoraSpec(ranks, known.shapes, self.dtype, known.algorithms)
+            return LoraSpec(ranks, known.shapes, self.dtype_name, known.algorithms)
         units = self.form.units(self.ranks).values()
         ranks = {m: sum(self.ranks[n] for n in unit) for unit in units for m in unit}  # fused ones are block-diagonal
-        return LoraSpec(ranks, self.shapes, self.dtype)
+        return LoraSpec(ranks, self.shapes, self.dtype_name)
 
 
 def steps_to_make(plans: Sequence[StepPlan], there: Collection[Path]) -> set[str]:

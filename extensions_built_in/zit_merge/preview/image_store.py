@@ -15,9 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageOps, PngImagePlugin
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ZitMergeError
 from ..files.atomic import os_errors, write_whole
@@ -26,7 +24,9 @@ from ..files.inputs import PICTURE_LIMIT, read_limited
 from ..files.paths import without_users
 from ..planning.context import PREFIXES, RunContext
 from .samples import LARGEST
-from .sheet import labelled, legend
+
+if TYPE_CHECKING:
+    from PIL import Image, PngImagePlugin
 
 _KEY = "zit_merge"  # of a PNG file's text
 _END = b"IEND\xae\x42\x60\x82"  # of every PNG file
@@ -74,6 +74,8 @@ class ImageStore:
         Raises:
             ZitMergeError: It can't be read any more.
         """
+        from PIL import Image
+
         found = self._opened(digest, self._content(digest)).convert("RGB")
         if edge:
             found.thumbnail((edge, edge), Image.Resampling.LANCZOS)
@@ -148,6 +150,8 @@ class ImageStore:
 
     def _legend(self, like: str, told: Sequence[str]) -> Image.Image:
         """A tile of the last row, in the size of a picture: what the new ones are, or nothing."""
+        from .sheet import legend
+
         lines = [f"{k}. {label}" for k, label in enumerate(told, 1)]
         return legend(f"zit_merge: {self.job}" if lines else "", lines, self.load(like).size)
 
@@ -168,6 +172,8 @@ class ImageStore:
         Raises:
             ZitMergeError: It is broken.
         """
+        from PIL import PngImagePlugin
+
         try:
             picture = PngImagePlugin.PngImageFile(BytesIO(content))
             if max(picture.size) > LARGEST:  # before its pixels are unpacked
@@ -193,6 +199,10 @@ class ImageStore:
 
     def _sample(self, name: str, picture: Image.Image, label: str = "", text: str = "") -> Path:
         """Writes one sample, its thumbnail first as in the toolkit, so that the gallery always finds one."""
+        from PIL import Image, ImageOps
+
+        from .sheet import labelled
+
         assert self.samples, "only a job's folder has samples"
         thumb, small = BytesIO(), ImageOps.fit(picture, (_THUMB, _THUMB), Image.Resampling.LANCZOS)
         whole = labelled(picture, label) if label else picture
@@ -227,6 +237,8 @@ def image_store(context: RunContext, row: int) -> ImageStore:
 
 def _png(picture: Image.Image, text: str) -> bytes:
     """As PNG, with what it was made from."""
+    from PIL import PngImagePlugin
+
     content, info = BytesIO(), PngImagePlugin.PngInfo()
     if text:
         info.add_text(_KEY, text)

@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d
+from typing import TYPE_CHECKING
 
 from ..algebra.parameters import paragraphs
 from ..errors import SettingError, ZitMergeError, nearest
 
-Metric = Callable[[Tensor, Tensor], float]
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+Metric = Callable[["Tensor", "Tensor"], float]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, of R'G'B'
 _WINDOW, _SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III.C
@@ -168,6 +167,8 @@ def distance(name: str, function: Metric, picture: Tensor, reference: Tensor) ->
     Raises:
         ZitMergeError: It fails, or does not return a finite number from 0.
     """
+    import torch
+
     try:
         with torch.no_grad():
             found = float(function(picture, reference))
@@ -184,6 +185,9 @@ def distance(name: str, function: Metric, picture: Tensor, reference: Tensor) ->
 
 def tensor_of(image: Image.Image) -> Tensor:
     """(3, h, w) float32 in [0, 1] of a picture, without transparency."""
+    import numpy as np
+    import torch
+
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1).contiguous() / 255
 
 
@@ -196,6 +200,8 @@ def lab(picture: Tensor) -> Tensor:
     Returns:
         (3, h, w): L* from 0 to 100, a* and b*.
     """
+    import torch
+
     linear = torch.where(picture <= 0.04045, picture / 12.92, ((picture + 0.055) / 1.055) ** 2.4)
     to_xyz = torch.tensor(_TO_XYZ, dtype=picture.dtype)
     ratios = torch.einsum("xc,chw->xhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # of the white point
@@ -219,6 +225,8 @@ def _luma(picture: Tensor) -> Tensor:
 
 def _views(luma: Tensor) -> Iterator[Tensor]:
     """The picture with a shorter side of about _SIDE or as small as it is, then half as large each down to _COARSEST."""
+    from torch.nn.functional import avg_pool2d
+
     luma = avg_pool2d(luma, max(1, round(min(luma.shape[2:]) / _SIDE))).double()  # variances are differences of squares
     yield luma
     while min(luma.shape[2:]) >= 2 * _COARSEST:
@@ -237,6 +245,9 @@ def _ssim(p: Tensor, r: Tensor) -> float:
 
 def _blurred(luma: Tensor) -> Tensor:
     """(1, 1, h - 10, w - 10): the Gaussian window's mean at every place where it lies in the picture."""
+    import torch
+    from torch.nn.functional import conv2d
+
     steps = torch.arange(_WINDOW, dtype=luma.dtype) - _WINDOW // 2
     kernel = torch.exp(-(steps**2) / (2 * _SIGMA**2))
     kernel = kernel / kernel.sum()
@@ -250,6 +261,8 @@ def _high_pass(luma: Tensor) -> Tensor:
 
 def _wasserstein(x: Tensor, y: Tensor) -> float:
     """Of two sets of equally many values: the mean distance of the k-th smallest of one from the k-th smallest of the other."""
+    import numpy as np
+
     one, other = (np.sort(values.numpy(), axis=None) for values in (x, y))  # many times as fast as torch's
     return float(np.abs(one - other).mean(dtype=np.float64))
 

@@ -7,14 +7,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..algebra.delta import Delta
 from ..formats.safetensors_file import Stamp
 from ..planning.types import Input, StepPlan, with_hashes
 from .groups import ModuleGroup
 
-ReadDeltas = Callable[[Input | StepPlan], Iterable[tuple[str, Delta]]]  # (module, delta) of an input at strength 1, or of a step
+if TYPE_CHECKING:
+    from ..algebra.delta import Delta
+
+ReadDeltas = Callable[[Input | StepPlan], Iterable[tuple[str, "Delta"]]]  # (module, delta) of an input at strength 1 or a step
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from ...analysis.measure import Measurement, ModuleProducts
 from ...errors import ZitMergeError
 from ...files.hub import HUB_PREFIX
 from ...formats.metadata import trigger_words
-from ...formats.spec import DTYPE_NAMES
+from ...formats.reader import dtype_name
 from ...formats.verdict import PAIRS_UP_TO, Verdict
 from ...merging.made import Done
 from ...model.strengths import Weights, factor_table
@@ -56,7 +56,7 @@ def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
         "bytes": done.path.stat().st_size,
         "modules": len(plan.shapes),
         "rank": "a LoKr as before" if plan.spec.save.keep_lokr else span(plan.ranks.values()),
-        "dtype": DTYPE_NAMES[plan.dtype],
+        "dtype": plan.dtype_name,
         "format": plan.spec.save.format,
         "method": plan.spec.method,
         "linear": METHODS[plan.spec.method].is_linear,
@@ -106,7 +106,7 @@ def files_facts(measured: Measurement) -> dict[str, Any]:
                 "path": _path(lora.path),
                 "ratio": 1,
                 "modules": len(lora),
-                "what": _what(lora.algorithms, lora.ranks, lora.dtype),
+                "what": _what(lora.algorithms, lora.ranks, dtype_name(lora)),
                 "triggers": texts(trigger_words(lora.metadata), _TRIGGERS),
                 "weights": weights(factor_table(Weights())),
                 "questions": texts(lora.questions, _NOTES),
@@ -132,7 +132,7 @@ def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
         "ratio": i.spec.ratio,
         "preset": i.spec.preset,
         "modules": len(i.known.ranks),
-        "what": _what(i.known.algorithms, i.known.ranks, i.known.dtype),
+        "what": _what(i.known.algorithms, i.known.ranks, i.known.dtype_name),
         "asked": number(asked),
         "got": number(got),
         "triggers": texts(trigger_words(i.metadata), _TRIGGERS),
@@ -146,8 +146,8 @@ def _path(path: Path) -> str | None:
     return whole if len(whole) <= TEXT else None
 
 
-def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: torch.dtype) -> str:
-    return f"{' and '.join(algorithms)} of rank {ranks_text(ranks, algorithms)}, {DTYPE_NAMES.get(dtype, str(dtype))}"
+def _what(algorithms: Iterable[str], ranks: Mapping[str, int], dtype: str) -> str:
+    return f"{' and '.join(algorithms)} of rank {ranks_text(ranks, algorithms)}, {dtype}"
 
 
 def _details(

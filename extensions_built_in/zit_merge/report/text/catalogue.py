@@ -17,7 +17,7 @@ def methods_text() -> str:
     """The merge methods, from their docstrings and signatures: what they do, where they come from, their parameters."""
     lines: list[str] = []
     for name, method in METHODS.items():
-        parts = paragraphs(method.function.__doc__ or "")
+        parts = paragraphs(method.doc)
         lines += [*([""] if lines else []), *textwrap.wrap(f"{name}: {parts['']}", 78, subsequent_indent="    ")]
         for title in ("Formula", "Source", "Use"):
             lines += _hanging(f"{title.lower():<9}{' '.join(parts[title].split())}", 13)
@@ -33,7 +33,7 @@ def methods_facts() -> dict[str, Any]:
     """The same for JSON: name -> {what, formula, source, use, takes, parameters: name -> {default, allowed, text}}."""
     facts = {}
     for name, method in METHODS.items():
-        parts = paragraphs(method.function.__doc__ or "")
+        parts = paragraphs(method.doc)
         texts = {title.lower(): " ".join(parts[title].split()) for title in ("Formula", "Source", "Use")}
         parameters = {
             p.name: {"default": p.default, "allowed": list(p.choices) or str(p.within or ""), "text": p.text}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...config.presets import is_file, origin_of
 from ...errors import counted
-from ...formats.spec import DTYPE_NAMES, LoraSpec
+from ...formats.spec import LoraSpec
 from ...model import zimage
 from ...planning.types import Input, StepPlan
 from ...wording import WIDTH, aligned, beside, columns, copyable, padded, ranges, ranks_text, size_text, span, squeezed, wrapped
@@ -81,7 +81,7 @@ def _known_of(i: Input) -> list[str]:
     """`240 modules`, `rank 32`, `bf16`."""
     if not i.known.ranks:
         return ["still on the hub"]
-    facts = [counted(len(i.known.ranks), "module"), _ranks(i.known), DTYPE_NAMES[i.known.dtype]]
+    facts = [counted(len(i.known.ranks), "module"), _ranks(i.known), i.known.dtype_name]
     return facts if i.lora or i.step else [*facts, "still to be trained"]
 
 
@@ -160,4 +160,4 @@ def written(plan: StepPlan) -> list[str]:
     rank = "a LoKr as before" if plan.spec.save.keep_lokr else f"rank {span(plan.ranks.values())}"
     rank += " at most" if plan.is_open else ""
     form = [f"format {plan.spec.save.format}"] if plan.spec.save.format != "ai-toolkit" else []
-    return [modules, rank, DTYPE_NAMES[plan.dtype], *form]
+    return [modules, rank, plan.dtype_name, *form]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...algebra.methods import METHODS
-from ...formats.spec import DTYPE_NAMES
 from ...formats.verdict import LOST, STRONGER, Reason, Verdict
 from ...merging.made import Done
 from ...planning.types import StepPlan
@@ -50,7 +49,7 @@ def verdict_text(plan: StepPlan, verdict: Verdict) -> str:
 
 
 def _reason_text(plan: StepPlan, status: str, reason: Reason) -> str:
-    dtype, kind, error = DTYPE_NAMES[plan.dtype], reason["kind"], reason.get("error", 0.0)
+    dtype, kind, error = plan.dtype_name, reason["kind"], reason.get("error", 0.0)
     if kind == "cancelling":
         return f"{status} by {percent(error)}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32"
     if kind in ("lost", "stronger"):

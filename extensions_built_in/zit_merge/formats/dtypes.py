@@ -1,0 +1,12 @@
+"""The dtypes that files are written in, as torch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .spec import DTYPES
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in DTYPES.items()}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
