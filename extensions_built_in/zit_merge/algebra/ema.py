@@ -24,12 +24,12 @@ def gamma_of(sigma_rel: float) -> float:
     """
     if not NARROWEST <= sigma_rel <= UNIFORM + 1e-4:
         raise ValueError(f"sigma_rel must be from {NARROWEST} to {UNIFORM:.4f}, the width of the plain mean, not {sigma_rel:g}")
-    import torch
-
     t = sigma_rel**-2
-    # the largest root of gamma^3 + 7 gamma^2 + (16 - t) gamma + 12 - t, as eigenvalues of its companion matrix
-    companion = torch.tensor([[-7.0, t - 16, t - 12], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
-    return max(0.0, float(torch.linalg.eigvals(companion).real.max()))
+    before, gamma = float("inf"), t**0.5  # above the largest root of (g + 2)^2 (g + 3) - t (g + 1), convex from there on
+    while gamma < before:  # Newton's steps fall until rounding stops them
+        value, slope = (gamma + 2) ** 2 * (gamma + 3) - t * (gamma + 1), (gamma + 2) * (3 * gamma + 8) - t
+        before, gamma = gamma, gamma - value / slope
+    return max(0.0, before)
 
 
 def profile(steps: Sequence[int], gamma: float) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import core_space
 from .delta import Delta
-from .parameters import Within
+from .parameters import Within, check_della
 
 Density = Annotated[float, Within(0, 1, above=True)]
 Seed = Annotated[int, Within(0, 2**32 - 1)]
@@ -90,8 +90,7 @@ def della(
     Raises:
         ValueError: The probabilities leave 0 to 1.
     """
-    if density - epsilon / 2 <= 0 or density + epsilon / 2 > 1:
-        raise ValueError(f"density {density:g} with epsilon {epsilon:g} keeps entries with probabilities outside of 0 to 1")
+    check_della(density=density, epsilon=epsilon)
 
     def merged(cores: Tensor) -> Tensor:
         size = cores.shape[-1]

@@ -89,12 +89,11 @@ class Header:
         """An alpha as stored, finite or not."""
         if prod(shape := self.shape(key)) != 1:
             raise self.broken(f"{key} has shape {list(shape)}, alpha is one number")
-        name, _, start, end = self._file.entries[key]
+        name = self._file.entries[key].dtype
         if name not in _PACKED:
             return float(self._file.tensor(key))
-        stored = bytearray(end - start)
-        self._file._read_into(memoryview(stored), self._file._data + start)
-        return float(struct.unpack(_PACKED[name], bytearray(2) + stored if name == "BF16" else stored)[0])
+        stored = self._file.content(key)
+        return float(struct.unpack(_PACKED[name], bytes(2) + stored if name == "BF16" else stored)[0])
 
     def groups(self) -> list[Group]:
         """The changes of the file, each with its keys.

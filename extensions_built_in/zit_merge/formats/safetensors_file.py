@@ -150,6 +150,17 @@ class SafetensorsFile:
         self._read_into(content.numpy().data, self._data + start)
         return content.view(dtype).view(shape)
 
+    def content(self, key: str) -> bytes:
+        """The bytes of a tensor.
+
+        Raises:
+            ZitMergeError: The file was changed or can't be read.
+        """
+        *_, start, end = self.entries[key]
+        found = bytearray(end - start)
+        self._read_into(memoryview(found), self._data + start)
+        return bytes(found)
+
     def sha256(self) -> str:
         """Hex SHA-256 of the tensor data, header left out."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
