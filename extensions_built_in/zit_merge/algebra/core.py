@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Framed
-from .factors import Factors, gramian, roots, stack, wide
+from .factors import Factors, gramian, roots, wide
 
 _FEW = 128  # components up to which all sums are in float64
-_SURE = 1e-3  # eps times the condition of the components: what an angle may be off by
+_ROWS = 1024  # of all changes together that are cast at once
+_SURE = {torch.float32: 1e-3, torch.float64: 1e-9}  # eps times the condition of the components: what an angle may be off by
 FAINT = 1e-6  # of the largest singular value: what is fainter is the rounding of float32 factors, nothing that was trained
 
 
@@ -49,12 +50,12 @@ class Core(NamedTuple):
     @property
     def left(self) -> Tensor:
         """(out, p), orthonormal columns."""
-        return self.frames[0].up @ self.frames[0].down
+        return wide(self.frames[0].up) @ self.frames[0].down
 
     @property
     def right(self) -> Tensor:
         """(q, in), orthonormal rows."""
-        return self.frames[1].up @ self.frames[1].down
+        return self.frames[1].up @ wide(self.frames[1].down)
 
     @property
     def cores(self) -> Tensor:
@@ -74,77 +75,96 @@ def core_space(deltas: Sequence[Delta]) -> Core:
         deltas: Changes of one weight, (out, in) each. Factors stay thin; a LoKr or a difference of full rank makes the cores as
             large as the weight.
     """
-    parts = [d.map(wide).expand() for d in deltas]
+    parts = [d.expand() for d in deltas]
     ranks = [p.rank for p in parts]
-    up, down = stack(parts)
-    ups, downs = gramian(up), gramian(down.T)
-    # components of one size on either side, and deltas of norm 1: nothing drowns in the Gram matrices
-    sizes = [torch.where(g.diagonal() > 0, g.diagonal(), 0.0).sqrt() for g in (ups, downs)]
+    left, right = _side([p.up for p in parts], ranks), _side([p.down.T for p in parts], ranks)
+    # components of one size on either side, and deltas of norm 1, so that nothing drowns
+    sizes = [side.gram.diagonal().clamp(min=0).sqrt() for side in (left, right)]
     level = torch.where(sizes[0] * sizes[1] > 0, (sizes[1] / sizes[0]).sqrt(), 0.0)
-    energies = [float((ups[a:b, a:b] * downs[a:b, a:b]).sum()) for a, b in _spans(ranks)]
+    energies = [float((left.gram[a:b, a:b] * right.gram[a:b, a:b]).sum()) for a, b in _spans(ranks)]
     norms = torch.tensor(energies, dtype=torch.float64).clamp(min=0).sqrt()
-    lengths = norms.repeat_interleave(torch.tensor(ranks)).to(up.device)
+    lengths = norms.repeat_interleave(torch.tensor(ranks)).to(level.device)
     unit = torch.where(lengths > 0, lengths.rsqrt(), 0.0)
-    left = _side(up, ups, level * unit)
-    right = _side(down.T, downs, torch.where(level > 0, 1 / level, 0.0) * unit)
-    turn_left, turn_right = _principal(left.roots, right.roots, ranks), _principal(right.roots, left.roots, ranks)
-    pairs = zip((turn_left.T @ left.roots).split(ranks, 1), (turn_right.T @ right.roots).split(ranks, 1), strict=True)
+    ups, downs = left.roots * (level * unit), right.roots * (torch.where(level > 0, 1 / level, 0.0) * unit)
+    turn_left, turn_right = _principal(ups, downs, ranks), _principal(downs, ups, ranks)
+    pairs = zip((turn_left.T @ ups).split(ranks, 1), (turn_right.T @ downs).split(ranks, 1), strict=True)
     cores = [Factors(x * n, y.T) for (x, y), n in zip(pairs, norms.tolist(), strict=True)]
     return Core((Factors(left.long, left.unroot @ turn_left), Factors((right.unroot @ turn_right).T, right.long.T)), cores)
 
 
-def condensed(deltas: Sequence[Factors]) -> list[Factors] | None:
-    """The same changes as small ones, (p, r_i), (r_i, q) with p and q at most sum r_i: norms, angles and singular values stay.
+class Condensed(NamedTuple):
+    """Changes of one weight as small ones.
 
-    Those of one change by itself to float64; of several together to float32, where they have over 128 components.
+    Attributes:
+        deltas: (p, r_i), (r_i, q) with p and q at most sum r_i, in float64: norms, angles and singular values are those of the
+            long ones.
+        inner: (N, N) inner products, on the CPU.
+    """
+
+    deltas: list[Factors]
+    inner: Tensor
+
+
+def condensed(deltas: Sequence[Factors]) -> Condensed | None:
+    """Changes of one weight in a space as small as they are, without its principal axes.
+
+    One change by itself is exact to float64; several are to each other to float32, where they have over 128 components.
 
     Args:
-        deltas: Changes of one weight.
+        deltas: One or more.
 
     Returns:
         None where an inner product is no finite number.
     """
     ranks = [d.rank for d in deltas]
-    ups, downs = (_coordinates(sides, ranks) for sides in ([d.up for d in deltas], [d.down.T for d in deltas]))
-    if ups is None or downs is None:
+    ups, downs = _side([d.up for d in deltas], ranks), _side([d.down.T for d in deltas], ranks)
+    components = ups.gram * downs.gram
+    if not torch.isfinite(components).all():
         return None
-    pairs = zip(ups.split(ranks, 1), downs.split(ranks, 1), strict=True)
-    return [Factors(up, down.T) for up, down in pairs]
-
-
-def _coordinates(sides: Sequence[Tensor], ranks: Sequence[int]) -> Tensor | None:
-    """All columns in an orthonormal basis of what they span: N of (n, r_i) -> (p, R) in float64."""
-    if sum(ranks) >= len(sides[0]):
-        return torch.cat([wide(x) for x in sides], 1)
-    for sums in (torch.float32, torch.float64) if sum(ranks) > _FEW else (torch.float64,):
-        gram = gramian(torch.cat([x.to(sums) for x in sides], 1))
-        for (a, b), x in zip(_spans(ranks), sides, strict=True):
-            gram[a:b, a:b] = gramian(wide(x)) if sums == torch.float32 else gram[a:b, a:b]
-        sizes = gram.diagonal().clamp(min=0).sqrt()
-        if bool((sizes > 0).all()):
-            root, failed = torch.linalg.cholesky_ex(gram / torch.outer(sizes, sizes))
-            if not failed:
-                inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
-                if float(inverse.square().sum()) * torch.finfo(sums).eps < _SURE:
-                    return root.T * sizes
-    return roots(gram)[1] if torch.isfinite(gram).all() else None
+    inner = [[float(components[a:b, c:d].sum()) for c, d in _spans(ranks)] for a, b in _spans(ranks)]
+    pairs = zip(ups.roots.split(ranks, 1), downs.roots.split(ranks, 1), strict=True)
+    return Condensed([Factors(x, y.T) for x, y in pairs], torch.tensor(inner, dtype=torch.float64))
 
 
 class _Side(NamedTuple):
-    """One side of all components, leveled: (long @ unroot) @ roots (n, R), where long @ unroot (n, p) is orthonormal."""
+    """The columns of several deltas beside each other, (n, R) = (long @ unroot) @ roots, where long @ unroot is orthonormal.
+
+    Attributes:
+        long: (n, R).
+        unroot: (R, p) in float64.
+        roots: (p, R) in float64.
+        gram: (R, R) inner products of the columns, in float64.
+    """
 
     long: Tensor
     unroot: Tensor
     roots: Tensor
+    gram: Tensor
 
 
-def _side(x: Tensor, gram: Tensor, scale: Tensor) -> _Side:
-    """Where the columns are as many as the rows, the basis is the identity."""
-    if x.shape[1] >= x.shape[0]:
-        eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-        return _Side(eye, eye, x * scale)
-    unroot, found = roots(gram * torch.outer(scale, scale))
-    return _Side(x, scale[:, None] * unroot, found)
+def _side(sides: Sequence[Tensor], ranks: Sequence[int]) -> _Side:
+    """From N of (n, r_i). Where the columns are as many as the rows, the basis is the identity."""
+    dtypes = {torch.float64 if x.dtype == torch.float64 else torch.float32 for x in sides}
+    long = torch.cat([x.to(max(dtypes, key=lambda d: d.itemsize)) for x in sides], 1)
+    if long.shape[1] >= long.shape[0]:
+        long, eye = wide(long), torch.eye(long.shape[0], dtype=torch.float64, device=long.device)
+        return _Side(eye, eye, long, gramian(long))
+    for sums in (torch.float32, torch.float64) if long.shape[1] > _FEW else (torch.float64,):
+        gram = gramian(rows.to(sums) for rows in long.split(_ROWS))
+        for (a, b), x in zip(_spans(ranks), sides, strict=True):
+            gram[a:b, a:b] = gramian(map(wide, x.split(_ROWS))) if sums == torch.float32 else gram[a:b, a:b]
+        sizes = gram.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
+        unit = gram * torch.outer(inverse, inverse)
+        root, failed = torch.linalg.cholesky_ex(unit)
+        if not failed:
+            solved = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+            if float(solved.square().sum()) * torch.finfo(sums).eps < _SURE[sums]:
+                return _Side(long, inverse[:, None] * solved.T, root.T * sizes, gram)
+    if not torch.isfinite(unit).all():
+        return _Side(long, unit, unit, gram)
+    unroot, found = roots(unit)
+    return _Side(long, inverse[:, None] * unroot, found * sizes, gram)
 
 
 def _spans(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -145,8 +145,8 @@ class Framed(NamedTuple):
         return self if strength == 1 else self._replace(core=self.core * strength)
 
     def expand(self) -> Factors:
-        """Factors of rank min(p, q)."""
-        up, left, core, right, down = self
+        """Factors of rank min(p, q), in float64 where the tensors are not of one dtype."""
+        up, left, core, right, down = self.map(wide) if len({t.dtype for t in self}) > 1 else self
         p, q = core.shape
         return Factors(up @ left, core @ right @ down) if p <= q else Factors(up @ (left @ core), right @ down)
 

@@ -12,7 +12,7 @@ invertible Q. No function here may let a delta depend on it, which rules out add
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -200,11 +200,17 @@ def balance(x: Factors) -> Factors:
 _COLUMNS = 128  # of a Gram matrix at a time
 
 
-def gramian(x: Tensor) -> Tensor:
-    """x'x in float64, summed in the dtype of x: (n, R) -> (R, R). What lies below the diagonal is not computed twice."""
-    found = x.new_zeros(x.shape[1], x.shape[1])
-    for i in range(0, x.shape[1], _COLUMNS):
-        found[i : i + _COLUMNS, i:] = x[:, i : i + _COLUMNS].T @ x[:, i:]
+def gramian(x: Tensor | Iterable[Tensor]) -> Tensor:
+    """x'x in float64, summed in the dtype of x: (n, R) -> (R, R). What lies below the diagonal is not computed twice.
+
+    Args:
+        x: (n, R), or some rows of it at a time.
+    """
+    found = torch.empty(0)
+    for rows in [x] if isinstance(x, Tensor) else x:
+        found = found if len(found) else rows.new_zeros(rows.shape[1], rows.shape[1])
+        for i in range(0, rows.shape[1], _COLUMNS):
+            found[i : i + _COLUMNS, i:].addmm_(rows[:, i : i + _COLUMNS].T, rows[:, i:])
     found = found.double().triu()
     return found + found.triu(1).T
 

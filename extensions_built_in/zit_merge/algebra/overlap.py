@@ -30,7 +30,8 @@ from .subspace import counts, triplets
 
 THIN = 512  # rank up to which every direction of a change is looked at
 LEADING = 128  # of a change of higher rank
-_HELD = 1e-6  # of a projector: less is what sums in float32 leave of none
+_HELD = 1e-4  # of a projector: less is what sums in float32 leave of none
+_MANY = 128  # directions, beyond which they are counted in float32
 _FLUCTUATION = 3.0  # times n^(-2/3), as the largest eigenvalue of n dimensions scatters: no draw tested went that far
 
 
@@ -119,7 +120,7 @@ def overlap(parts: Sequence[Triplets], tau: float = 0.5, shape: tuple[int, int] 
 
 def _side(bases: Sequence[Tensor], tau: float, size: int) -> tuple[Side, list[Tensor]]:
     """The side, and where the common directions lie in each basis: (r_i, common)."""
-    values = torch.linalg.eigvalsh(_projectors(bases)).flip(0).clamp(min=0)
+    values = torch.linalg.eigvalsh(_projectors(bases)).double().flip(0).clamp(min=0)
     ranks = [b.shape[1] for b in bases if b.shape[1]]  # a zero change holds no direction
     edge, bar = chance(ranks, size)
     common = int((values > max(bar, 1 + tau * (len(ranks) - 1))).sum())
@@ -130,6 +131,7 @@ def _side(bases: Sequence[Tensor], tau: float, size: int) -> tuple[Side, list[Te
 def _projectors(bases: Sequence[Tensor]) -> Tensor:
     """A symmetric matrix with the eigenvalues of the sum of the projectors on what the bases span, zeros aside."""
     together = torch.cat(list(bases), 1)
+    together = together.float() if min(together.shape) > _MANY else together
     return together @ together.T if together.shape[1] >= together.shape[0] else together.T @ together
 
 

@@ -22,7 +22,7 @@ from ..formats.reader import LoraFile
 from ..progress import SILENT, Progress
 from .attribution import AddedFactors, Attribution, BeforeCut, verdict
 from .fit import Fit
-from .measure import ModuleProducts, Readers, condense, outline, same_model
+from .measure import ModuleProducts, Readers, outline, same_model
 
 ROUNDING = 0.01  # |rest| / |file| that bfloat16 explains; two to three times what it leaves (measured)
 INSIDE = 0.99  # share of a file's energy in the spaces of its sources from which on nothing else need be in it
@@ -43,8 +43,7 @@ def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = 
     with Readers([lora, *sources]) as readers:
         for module in progress.track(modules, "sources"):
             deltas = readers.deltas(module)
-            small = condense(deltas)
-            found.add(module, deltas, small, readers.products(module, small))
+            found.add(module, deltas, *readers.condensed(module, deltas))
     plain, kind, energy = found.plain, found.kind(), sum(found.energies.values())
     fit = found.cut if found.cut and kind.startswith("truncated") else plain
     unknown = [m for m in found.energies if m not in plain.strengths]

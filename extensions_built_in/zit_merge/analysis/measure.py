@@ -52,8 +52,8 @@ class Readers(ExitStack):
                 found[i] = delta.times(scale)
         return found
 
-    def products(self, module: str, deltas: Mapping[int, Delta]) -> ModuleProducts:
-        """Their inner products, in float64.
+    def condensed(self, module: str, deltas: Mapping[int, Delta]) -> tuple[Mapping[int, Delta], ModuleProducts]:
+        """Thin changes in a space as small as they are, others as they are; and their inner products, in float64.
 
         Args:
             module: Its name.
@@ -62,14 +62,17 @@ class Readers(ExitStack):
         Raises:
             ZitMergeError: One is too large for a number.
         """
-        found = gram(list(deltas.values()))
+        thin = [d for d in deltas.values() if isinstance(d, Factors) and is_thin(d)]
+        small = condensed(thin) if len(thin) == len(deltas) > 1 else None
+        found = small.inner if small else gram(list(deltas.values()))
         for i, energy in zip(deltas, found.diagonal().tolist(), strict=True):
             if not math.isfinite(energy):
                 raise ZitMergeError(
                     f"{self._loras[i].path}: {module}: the norm of its change is too large for a number, the LoRA is broken: "
                     "use an earlier checkpoint of it"
                 )
-        return ModuleProducts(tuple(deltas), found.diagonal().clamp(min=0), found)
+        products = ModuleProducts(tuple(deltas), found.diagonal().clamp(min=0), found)
+        return dict(zip(deltas, small.deltas, strict=True)) if small else deltas, products
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
     with Readers(loras) as readers:
         for module in progress.track(same_model(loras), "compare" if len(loras) > 1 else loras[0].path.name):
             try:
-                deltas = condense(readers.deltas(module))
-                found = modules[module] = readers.products(module, deltas)
+                deltas, found = readers.condensed(module, readers.deltas(module))
+                modules[module] = found
             except ZitMergeError as e:  # the rest of the file can be shown, but not compared with others
                 if len(loras) > 1:
                     raise
@@ -230,13 +233,6 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
             for i in deltas.keys() & range(spectra):
                 values[i][module] = _spectrum(deltas[i], parts.get(i))
     return Measurement(tuple(loras), modules, common, leading, values, broken)
-
-
-def condense(deltas: Mapping[int, Delta]) -> Mapping[int, Delta]:
-    """Several thin changes in a space as small as they are; others, and what is too large for a number, as they are."""
-    thin = [d for d in deltas.values() if isinstance(d, Factors) and is_thin(d)]
-    small = condensed(thin) if len(thin) == len(deltas) > 1 else None
-    return dict(zip(deltas, small, strict=True)) if small else deltas
 
 
 def _decomposed(deltas: Mapping[int, Delta], spectra: int) -> dict[int, Triplets]:
