@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Framed, gram, inner
-from .factors import Factors
+from .factors import Factors, stack
 
 COUNT = 16  # columns of a block
 _BLOCK = 128  # components that are cast at once
@@ -80,7 +80,7 @@ class Probed(NamedTuple):
         images = block.new_empty(len(vectors), out * COUNT)
         is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
         is_exact = not is_thin or sum(v.rank for v in vectors) <= _FEW
-        read, short, energies = list[Delta](), list[Delta](), list[Tensor]()
+        read, short, energies = list[Delta](), list[Factors](), list[Tensor]()
         for row, vector in zip(images, vectors, strict=True):
             x = vector.map(lambda t: t.to(sums)) if is_thin else vector
             x = x.expand() if is_thin and is_exact else x
@@ -91,7 +91,7 @@ class Probed(NamedTuple):
                 energies.append(_product(x, x) if isinstance(x, Factors) else x.core.square().sum().double().cpu())
         if is_exact:
             return cls(read, gram(read, sums if all(isinstance(v, Factors) for v in read) else torch.float64), images, True)
-        return cls(read, _of_length(gram(short, sums), torch.stack(energies)), images, False)
+        return cls(read, _of_length(_products(short), torch.stack(energies)), images, False)
 
     def difference(self, want: Tensor, written: Delta) -> Difference:
         """What was written less what was wanted.
@@ -164,6 +164,18 @@ def _product(x: Delta, y: Factors) -> Tensor:
     x = x.map(lambda t: t.to(y.up.dtype))
     found = (x.up.T @ y.up) * (x.down @ y.down.T) if isinstance(x, Factors) else (x @ y.down.T) * y.up
     return found.double().sum().cpu()
+
+
+def _products(xs: Sequence[Factors]) -> Tensor:
+    """All their inner products with sums in their dtype, in float64 on the CPU: half of the pairs, a row at a time."""
+    whole, ranks = stack(xs), torch.tensor([x.rank for x in xs])
+    owners, first = torch.arange(len(xs)).repeat_interleave(ranks), 0
+    found = torch.zeros(len(xs), len(xs), dtype=torch.float64)
+    for i, x in enumerate(xs):
+        components = (x.up.T @ whole.up[:, first:]) * (x.down @ whole.down[first:].T)
+        found[i].index_add_(0, owners[first:], components.double().sum(0).cpu())
+        first += x.rank
+    return found + found.triu(1).T
 
 
 def _of_length(found: Tensor, energies: Tensor) -> Tensor:
