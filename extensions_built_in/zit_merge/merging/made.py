@@ -22,12 +22,14 @@ class Done(NamedTuple):
         path: Its file.
         made: Whether it was made now; else it was there already, from the same recipe.
         verdict: What the check of the file found, now or when it was made; None for a file that does not say.
+        remarks: What happened meanwhile that a person should hear of.
     """
 
     plan: StepPlan
     path: Path
     made: bool
     verdict: Verdict | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class Hashes:

@@ -33,10 +33,12 @@ class Result:
 
     Attributes:
         plan: With the ranks that follow from the numbers, if they do.
+        remarks: What happened meanwhile that a person should hear of.
     """
 
     def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress = SILENT):
         self._readers, self._merger = readers, Merger(plan, readers, device, progress)
+        self.remarks: list[str] = []
         merged = self._merger.each(progress, f"ranks of {plan.name}")
         self.plan = ranked(plan, merged) if plan.is_open else plan
 
@@ -55,13 +57,23 @@ class Result:
                 made = []
 
     def made(self, module: str) -> Made:
-        """One module.
+        """One module; on the CPU, as all later ones, once the GPU has no memory left for one.
 
         Raises:
             ZitMergeError: It is too large for the dtype.
         """
         with self.plan.computing(module):
-            return self._made(module)
+            try:
+                return self._made(module)
+            except torch.cuda.OutOfMemoryError:
+                self._leave_gpu(module)
+                return self._made(module)
+
+    def _leave_gpu(self, module: str) -> None:
+        device, self._merger.device = self._merger.device, torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.remarks.append(f"{device} ran out of memory at {module}: that and what came after it was merged on the CPU")
 
     def _made(self, module: str) -> Made:
         merged = self._merger.of(module)

@@ -124,11 +124,17 @@ class Verifier:
             future.result()
 
     def check(self, made: Made) -> None:
-        """Checks one module.
+        """Checks one module; on the CPU where the GPU has no memory left for that.
 
         Raises:
             ZitMergeError: What was written is not what was wanted.
         """
+        try:
+            self._check(made)
+        except torch.cuda.OutOfMemoryError:
+            self._check(made.on(torch.device("cpu")))
+
+    def _check(self, made: Made) -> None:
         (module, parts, coefficients, merged), written = made.merged, made.written
         if not parts:
             return

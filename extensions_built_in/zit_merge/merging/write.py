@@ -36,7 +36,7 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
     Raises:
         ZitMergeError: With no part of the file left behind.
     """
-    with _threads(plan), contextlib.ExitStack() as files:
+    with _torch_settings(plan), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
@@ -46,20 +46,22 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
             files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
             metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
-            return Done(plan, out.finish(metadata), True, verdict)
+            return Done(plan, out.finish(metadata), True, verdict, tuple(result.remarks))
 
 
 @contextlib.contextmanager
-def _threads(plan: StepPlan) -> Iterator[None]:
+def _torch_settings(plan: StepPlan) -> Iterator[None]:
     """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
-    One where nothing is decomposed: copying and scaling waits for memory."""
-    before = torch.get_num_threads()
+    One where nothing is decomposed: copying and scaling waits for memory. And float32 is float32, not TF32 or bfloat16."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
-    torch.set_num_threads(1 if is_exact else max(1, before // 2))
+    torch.set_num_threads(1 if is_exact else max(1, threads // 2))
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:

@@ -35,6 +35,8 @@ def done_text(done: Done) -> str:
         lines += _energy_kept(verdict)
     if plan.spec.rank_rule:
         lines += [f"  {line}".rstrip() for line in _rank_tables(plan, verdict)]
+    for remark in done.remarks:
+        lines += wrapped(f"  note: {remark}", 4)
     return "\n".join(lines) + "\n"  # the report of the next step is apart
 
 

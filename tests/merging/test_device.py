@@ -1,0 +1,117 @@
+"""What depends on the device and on torch's settings. No GPU is needed: one that has no memory is stood in for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from workspace import FEW, Workspace
+
+from extensions_built_in.zit_merge import merge
+from extensions_built_in.zit_merge.algebra import probes, truncate
+from extensions_built_in.zit_merge.api import Weighed
+from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
+from extensions_built_in.zit_merge.merging import verify
+from extensions_built_in.zit_merge.merging.merger import Merger, Parts
+from extensions_built_in.zit_merge.merging.runner import run_plans
+from extensions_built_in.zit_merge.report.text.result import done_text
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WAYS = {"exact": {}, "cut": {"rank": 2}, "in the core space": {"rank": 2, "method": "ties"}}
+
+
+@pytest.fixture
+def two(work: Workspace) -> list[Weighed]:
+    work.shapes = FEW
+    return [(work.lora("a.safetensors"), 0.7), (work.lora("b.safetensors", seed=1), 0.4)]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Equal tensors, bit for bit."""
+    x, y = load_file(one), load_file(other)
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gpu_without_memory_hands_over_to_the_cpu_and_says_so(work, two, monkeypatch, way):
+    """Merge and check alike; the file is the one that the CPU makes."""
+    settled, seen = merge(two, shapes="free", **WAYS[way]), list[str]()
+    right = settled.save(work.folder / "right.safetensors")
+    parts_of, checked, check = Merger._parts, list[torch.device](), verify.Verifier._check
+
+    def parts(self: Merger, module: str) -> Parts:
+        seen.append(self.device.type)
+        if self.device == CUDA and len(seen) > 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        device, self.device = self.device, CPU
+        try:
+            return parts_of(self, module)
+        finally:
+            self.device = device
+
+    def once(self: verify.Verifier, made: object) -> None:
+        checked.append(CPU)
+        if len(checked) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        check(self, made)
+
+    monkeypatch.setattr(Merger, "_parts", parts)
+    monkeypatch.setattr(verify.Verifier, "_check", once)
+    (done,) = run_plans([settled.plan(work.folder / "out.safetensors")], CUDA)
+    assert same(done.path, right) and done.verdict.status == "right"
+    modules = list(done.plan.shapes)
+    assert seen == ["cuda"] * 6 + ["cpu"] * (len(modules) - 5) and len(checked) == len(modules) + 1
+    (remark,) = done.remarks
+    assert remark == f"cuda ran out of memory at {modules[5]}: that and what came after it was merged on the CPU"
+    assert f"note: cuda ran out of memory at {modules[5]}" in " ".join(done_text(done).split())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_is_float32_whatever_the_program_around_us_has_set(work, two, way):
+    """TF32 on a GPU, bfloat16 on CPUs that have it: neither touches a merge, and the setting is what it was afterwards."""
+    right = merge(two, shapes="free", **WAYS[way]).save(work.folder / "right.safetensors")
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again = merge(two, shapes="free", **WAYS[way]).save(work.folder / "again.safetensors")
+        assert torch.get_float32_matmul_precision() == "medium" and torch.get_num_threads() == threads
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert same(right, again)
+
+
+@pytest.mark.parametrize("method", ["sum", "average", "slerp", "ties", "tsv"])
+def test_a_cut_merge_reads_every_tensor_once_and_decomposes_every_module_once(work, two, monkeypatch, method):
+    reads, decomposed = list[tuple[Path, str]](), list[str]()
+    read = SafetensorsFile.tensor
+
+    def counted(self: SafetensorsFile, key: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        reads.append((self.path, key))
+        return read(self, key, rows)
+
+    def counting(name: str) -> None:
+        function = getattr(truncate, name)
+        monkeypatch.setattr(truncate, name, lambda *args: decomposed.append(name) or function(*args))
+
+    monkeypatch.setattr(SafetensorsFile, "tensor", counted)
+    for name in ("_cholesky_core", "_core_svd", "_small_svd", "leading"):
+        counting(name)
+    plan = merge(two, shapes="free", rank=3, method=method).plan(work.folder / "out.safetensors")
+    (done,) = run_plans([plan], CPU)
+    changed = [m for m in plan.shapes if any(i.counts(m) for i in plan.inputs)]
+    factors = [key for key in reads if not key[1].endswith("alpha")]
+    passes = 2 if method == "slerp" else 1  # its angles need one of their own
+    assert factors and len(factors) == passes * len(set(factors))
+    each = {"ties": ["_small_svd"], "tsv": ["_cholesky_core"] * 2 + ["_small_svd"]}.get(method, ["_cholesky_core"])
+    assert sorted(decomposed) == sorted(each * len(changed)) and done.verdict.cut
+
+
+def test_a_check_casts_and_multiplies_each_input_once(work, two, monkeypatch):
+    """One image of each input, one of what was written."""
+    images, image = list[object](), probes.image
+    monkeypatch.setattr(probes, "image", lambda x, block: images.append(x) or image(x, block))
+    path = merge(two, shapes="free").save(work.folder / "out.safetensors")
+    changed = [m for m in FEW if any(m in key for key in load_file(two[0][0]))]
+    assert path.exists() and len(images) == 3 * len(changed)
