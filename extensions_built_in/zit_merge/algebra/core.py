@@ -13,7 +13,10 @@ order of the LoRAs, and are unique up to sign unless singular values are equal. 
 Why not entry by entry in the model's own axes: there a trimmed or masked low-rank delta is no longer of low rank, and the
 truncation that follows throws most of the rest away (see the README for the measured share).
 
-`condensed` gives such a space without its axes, for questions that need none.
+Everything follows from the Gram matrices of all components, (R, R): through their Cholesky factors, or their eigenvectors where
+components depend on each other. Beyond 128 components those of different deltas are multiplied in float32, if a bound on the
+condition allows it; each delta by itself always is in float64. `condensed` gives such a space without its axes, for questions
+that need none.
 
 Core space merging: Panariello et al. 2025, arXiv 2509.17786, whose reference axes come from the stacked factors instead.
 """

@@ -11,8 +11,8 @@
     inside         the energy of a change within the column and row spaces of others: adding factors in place of products makes
                    cross terms, which stay in there, another LoRA or a further training does not
 
-Everything is taken in float64 from thin factors. Of a change of high rank (LoKr, LoHa, full difference) the directions are its
-leading ones.
+Everything is taken in float64 from thin factors, or from the small ones of `core.condensed`; over 128 directions are counted in
+float32. Of a change of high rank (LoKr, LoHa, full difference) the directions are its leading ones.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RIGHT, OFF, EMPTY = "right", "off", "empty"
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 LOST, STRONGER = 0.5, 1.5  # got / asked
+_CAPPED = 1.05  # missing energy over what was allowed: the former may be an estimate
 PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 _MOST = 1e99  # of got / asked, where next to nothing was asked
 
@@ -150,7 +151,8 @@ def judged(found: Verdict, *, energy: float | None = None, most: int | None = No
         return of_inputs("lost", lost)
     if stronger:
         return of_inputs("stronger", stronger)
-    if found.cut and energy and most and found.kept < energy:  # without `most` only rounding can be what is missing
+    is_less = 1 - found.kept > _CAPPED * (1 - (energy or 0.0))
+    if found.cut and energy and most and is_less:  # without `most` only rounding can be what is missing
         return status(RIGHT, "capped", kept=found.kept, asked=energy, max=most)
     return status(RIGHT, "cut", kept=found.kept) if found.cut else status(RIGHT, "rounding", error=found.error)
 

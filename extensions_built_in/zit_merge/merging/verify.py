@@ -8,14 +8,19 @@ For a linear method, what was wanted is the sum of coefficient * factor * change
 method it is the method's answer, before truncation and rounding. A module whose error is more than rounding, or more than the
 truncation that was asked for, stops the run.
 
-A module that is written whole is compared by what it does to 16 random inputs (`algebra.probes`): an error of twice what rounding
-is allowed in all escapes in one module of a thousand at most, one of four times in one of ten million, one of ten times in 4e-14.
-The error itself is an estimate: of rounding random factors of rank 32 and Z-Image's shapes to bfloat16, 3 % off (root mean
-square) for equal singular values, 11 % where they fall as 1/k, and 1 and 2 % over 16 modules. Strengths in the file are those in
-what was wanted and what the difference adds to them. Energies of the inputs are exact; their cosines are exact up to 128
-components in all, beyond that they were 0.003 and 0.007 off (root mean square), 0.04 at most, among eight of the same factors.
+Both are compared by what they do to 16 random inputs (`algebra.probes`). In a module that is written whole, an error of twice
+what rounding is allowed in all escapes in one module of a thousand at most, one of four times in one of ten million, one of ten
+times in 4e-14. The error itself is an estimate: of rounding random factors of rank 32 and Z-Image's shapes to bfloat16, 3 % off
+(root mean square) for equal singular values, 11 % where they fall as 1/k, and 1 and 2 % over 16 modules.
 
-A module that was truncated is compared by exact inner products, and by the largest component that was left out.
+Of a truncated module three things are asked, each of which a wrong sum or a worse truncation breaks: what was written is
+orthogonal to what is missing (by exact inner products with each input), nothing larger is missing than what was kept (by power
+iteration from the image of the difference), and the energy that is missing, from which `kept` follows: exact up to 128
+components in all, estimated as above beyond that.
+
+Strengths in the file are those in what was wanted and what the difference adds to them; of a truncated module they are exact.
+Energies of the inputs are exact; their cosines are exact up to 128 components in all, beyond that they were 0.003 and 0.007 off
+(root mean square), 0.04 at most, among eight of the same factors.
 """
 
 from __future__ import annotations
