@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from extensions_built_in.zit_merge.algebra import probes, truncate
 from extensions_built_in.zit_merge.api import Weighed
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 from extensions_built_in.zit_merge.merging import verify
-from extensions_built_in.zit_merge.merging.merger import Merger, Parts
+from extensions_built_in.zit_merge.merging.merger import Made, Merger, Parts
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.report.text.result import done_text
 
@@ -34,38 +35,61 @@ def same(one: Path, other: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
+FULL = {
+    "torch": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+@pytest.mark.parametrize("where", ["merge", "check", "ranks"])
+@pytest.mark.parametrize("full", FULL)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_gpu_without_memory_hands_over_to_the_cpu_and_says_so(work, two, monkeypatch, way):
-    """Merge and check alike; the file is the one that the CPU makes."""
-    settled, seen = merge(two, shapes="free", **WAYS[way]), list[str]()
+def test_a_gpu_without_memory_hands_over_to_the_cpu_and_says_so(work, two, monkeypatch, way, full, where):
+    """Wherever it happens; the file is the one that the CPU makes."""
+    how = WAYS[way] | ({"rank": {"energy": 0.9}} if where == "ranks" else {})
+    settled, seen = merge(two, shapes="free", **how), list[str]()
     right = settled.save(work.folder / "right.safetensors")
-    parts_of, checked, check = Merger._parts, list[torch.device](), verify.Verifier._check
+    parts_of, check = Merger._parts, verify.Verifier.check
 
     def parts(self: Merger, module: str) -> Parts:
-        seen.append(self.device.type)
-        if self.device == CUDA and len(seen) > 5:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        device, self.device = self.device, CPU
+        device, self._device = self._device, CPU
+        seen.append(device.type)
+        if device == CUDA and (where == "ranks" or (where == "merge" and len(seen) > 5)):
+            raise FULL[full]()
         try:
             return parts_of(self, module)
         finally:
-            self.device = device
+            self._device = device
 
-    def once(self: verify.Verifier, made: object) -> None:
-        checked.append(CPU)
-        if len(checked) == 3:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    def checked(self: verify.Verifier, made: Made) -> None:
+        if where == "check" and seen[-1] == "cuda":
+            raise FULL[full]()
         check(self, made)
 
     monkeypatch.setattr(Merger, "_parts", parts)
-    monkeypatch.setattr(verify.Verifier, "_check", once)
+    monkeypatch.setattr(verify.Verifier, "check", checked)
     (done,) = run_plans([settled.plan(work.folder / "out.safetensors")], CUDA)
     assert same(done.path, right) and done.verdict.status == "right"
-    modules = list(done.plan.shapes)
-    assert seen == ["cuda"] * 6 + ["cpu"] * (len(modules) - 5) and len(checked) == len(modules) + 1
-    (remark,) = done.remarks
-    assert remark == f"cuda ran out of memory at {modules[5]}: that and what came after it was merged on the CPU"
-    assert f"note: cuda ran out of memory at {modules[5]}" in " ".join(done_text(done).split())
+    assert {"cuda", "cpu"} == set(seen) and seen == sorted(seen, reverse=True)
+    assert done.remarks == ("cuda ran out of memory, it was merged on the CPU",)
+    assert "note: cuda ran out of memory, it was merged on the CPU" in " ".join(done_text(done).split())
+
+
+def test_any_other_error_of_a_gpu_is_raised(work, two, monkeypatch):
+    def broken(self: Merger, module: str) -> Parts:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    plan = merge(two, shapes="free").plan(work.folder / "out.safetensors")
+    monkeypatch.setattr(Merger, "_parts", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(run_plans([plan], CUDA))
+    assert not list(work.folder.glob("out*"))
+
+
+@pytest.mark.parametrize("placed", [torch.device("mps"), torch.device("cpu"), CUDA])
+def test_mps_has_no_float64(work, two, placed):
+    planned = replace(merge(two, shapes="free").planned(work.folder / "out.safetensors"), placed=placed)
+    assert planned.device == (CPU if placed.type == "mps" else placed)
 
 
 @pytest.mark.parametrize("way", WAYS)

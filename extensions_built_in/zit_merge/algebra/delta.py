@@ -3,11 +3,11 @@
     Factors   up @ down                        LoRA, and LoHa and dense differences written as one
     Kron      left kron right                  LoKr: rank a * b from two small matrices, never multiplied out
     Framed    (up left) core (right down)      what a rule makes of several: a small matrix between orthonormal frames
-    Sum       delta_1 + delta_2 + ...          what a linear method makes of several where one is a Kron
+    Sum       delta_1 + delta_2 + ...          what lies side by side: a LoKr and a LoRA, factors not yet stacked
 
 Each has `shape` (out, in), `rank` (an upper bound of its rank), `T`, `@` with a thin matrix, `times(strength)`, `map(function)`
 on its tensors, and `expand()`, the same delta as Factors of that rank. Sums over a long side (Gram matrices) are taken in
-float64: their error is squared away when a norm is drawn from them.
+float64 here: their error is squared away when a norm is drawn from them.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Kron(NamedTuple):
 class Framed(NamedTuple):
     """delta = frame_1 @ core @ frame_2 with frame_1 = up @ left (out, p) and frame_2 = right @ down (q, in).
 
-    The columns of frame_1 and the rows of frame_2 are orthonormal, so that norms and singular values are those of the core. They
-    stay combinations of the long factors: few of them are ever multiplied out.
+    The columns of frame_1 and the rows of frame_2 are orthonormal (see `core` for how closely), so that norms and singular values
+    are those of the core. They stay combinations of the long factors: few of them are ever multiplied out.
 
     Attributes:
         up: (out, R).

@@ -195,15 +195,15 @@ def shortened(x: Factors | Framed) -> Factors:
     Args:
         x: (out, in), each side as it is where it is not over twice as long.
     """
-    return x._replace(up=_shortened(x.up), down=_shortened(x.down.T).T).expand()
+    return x._replace(up=_shortened(x.up, 0), down=_shortened(x.down.T, 1).T).expand()
 
 
-def _shortened(x: Tensor) -> Tensor:
-    """A count sketch (Charikar, Chen and Farach-Colton 2002) of the rows, in float32 or wider."""
+def _shortened(x: Tensor, side: int) -> Tensor:
+    """A count sketch (Charikar, Chen and Farach-Colton 2002) of the rows, in float32 or wider; each side has its own signs."""
     rows, columns = x.shape
     if rows <= 2 * _SHORT:
         return x
-    signs = _signs(rows, x.device)
+    signs = _signs(rows, side, x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     folds = -(-rows // _SHORT)
     if x.is_contiguous():
@@ -216,7 +216,7 @@ def _shortened(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _signs(rows: int, device: torch.device) -> Tensor:
+def _signs(rows: int, side: int, device: torch.device) -> Tensor:
     """(rows, 1), each 1 or -1."""
-    drawn = torch.randint(0, 2, (rows, 1), generator=torch.Generator().manual_seed(rows))
+    drawn = torch.randint(0, 2, (rows, 1), generator=torch.Generator().manual_seed(2 * rows + side))
     return (drawn * 2 - 1).float().to(device)

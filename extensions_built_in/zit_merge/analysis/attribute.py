@@ -17,6 +17,7 @@ from ..algebra.delta import Delta, Kron
 from ..algebra.factors import Factors, wide
 from ..algebra.least_squares import cosines, groups
 from ..algebra.overlap import directions, factor_products, inside, is_thin, projected
+from ..algebra.precision import full_precision
 from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
 from ..progress import SILENT, Progress
@@ -28,6 +29,7 @@ ROUNDING = 0.01  # |rest| / |file| that bfloat16 explains; two to three times wh
 INSIDE = 0.99  # share of a file's energy in the spaces of its sources from which on nothing else need be in it
 
 
+@full_precision()
 def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = SILENT) -> Attribution:
     """Looks for sources in a file, in one pass over their modules.
 

@@ -20,6 +20,7 @@ from ..algebra.delta import Delta, Kron, gram
 from ..algebra.factors import Factors
 from ..algebra.least_squares import cosines
 from ..algebra.overlap import LEADING, Overlap, Triplets, directions, is_thin, overlap
+from ..algebra.precision import full_precision
 from ..algebra.truncate import singular_values
 from ..errors import ZitMergeError
 from ..formats.reader import LoraFile, TensorReader
@@ -201,6 +202,7 @@ def same_model(loras: Sequence[LoraFile]) -> list[str]:
     return [module for module in MODULES if module in shapes]
 
 
+@full_precision()
 def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SILENT) -> Measurement:
     """Measures files in one pass over their modules.
 

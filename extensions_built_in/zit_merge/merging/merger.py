@@ -92,12 +92,6 @@ class Made(NamedTuple):
     written: Delta
     tensors: Mapping[str, Tensor] = {}
 
-    def on(self, device: torch.device) -> Made:
-        """The same with all that is compared on a device."""
-        parts = {n: p._replace(stored=p.stored.map(lambda t: t.to(device))) for n, p in self.merged.parts.items()}
-        delta = self.merged.delta and self.merged.delta.map(lambda t: t.to(device))
-        return self._replace(merged=self.merged._replace(parts=parts, delta=delta))
-
 
 class Merger:
     """What the method makes of the inputs.
@@ -109,13 +103,10 @@ class Merger:
         readers: Of its inputs, opened.
         device: Where the algebra runs.
         progress: Shows that pass.
-
-    Attributes:
-        device: Where the algebra runs; may be changed between modules.
     """
 
     def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress = SILENT):
-        self._plan, self._readers, self.device = plan, readers, device
+        self._plan, self._readers, self._device = plan, readers, device
         self._method = METHODS[plan.spec.method]
         self._parameters = {name: p.default for name, p in self._method.parameters.items()} | plan.spec.params
         self._per = self._parameters.pop("per", "file")
@@ -165,7 +156,7 @@ class Merger:
         for n, (i, reader) in enumerate(zip(self._plan.inputs, self._readers, strict=True)):
             if i.counts(module):
                 scale, stored = reader.delta(module)
-                found[n] = Part(i.spec.ratio, i.factors[module], scale, stored.map(lambda t: t.to(self.device)))
+                found[n] = Part(i.spec.ratio, i.factors[module], scale, stored.map(lambda t: t.to(self._device)))
         return found
 
     def _coefficients(self, module: str) -> dict[int, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..algebra import ranks
 from ..algebra.delta import Delta, norm, parts
 from ..algebra.factors import Factors, is_finite, pad, stack
+from ..algebra.precision import full_precision
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule
@@ -33,12 +34,10 @@ class Result:
 
     Attributes:
         plan: With the ranks that follow from the numbers, if they do.
-        remarks: What happened meanwhile that a person should hear of.
     """
 
     def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress = SILENT):
         self._readers, self._merger = readers, Merger(plan, readers, device, progress)
-        self.remarks: list[str] = []
         merged = self._merger.each(progress, f"ranks of {plan.name}")
         self.plan = ranked(plan, merged) if plan.is_open else plan
 
@@ -57,23 +56,13 @@ class Result:
                 made = []
 
     def made(self, module: str) -> Made:
-        """One module; on the CPU, as all later ones, once the GPU has no memory left for one.
+        """One module.
 
         Raises:
             ZitMergeError: It is too large for the dtype.
         """
-        with self.plan.computing(module):
-            try:
-                return self._made(module)
-            except torch.cuda.OutOfMemoryError:
-                self._leave_gpu(module)
-                return self._made(module)
-
-    def _leave_gpu(self, module: str) -> None:
-        device, self._merger.device = self._merger.device, torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.remarks.append(f"{device} ran out of memory at {module}: that and what came after it was merged on the CPU")
+        with full_precision(), self.plan.computing(module):
+            return self._made(module)
 
     def _made(self, module: str) -> Made:
         merged = self._merger.of(module)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..algebra.methods import METHODS
+from ..algebra.precision import full_precision
 from ..formats import lokr
 from ..formats.reader import LoraFile, TensorReader
 from ..formats.writer import LoraWriter, fuse
@@ -24,7 +25,7 @@ from .verify import Verifier
 
 
 def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
-    """Makes a step's file.
+    """Makes a step's file; on the CPU from the start again where a GPU runs out of memory.
 
     Args:
         plan: Final.
@@ -36,7 +37,20 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
     Raises:
         ZitMergeError: With no part of the file left behind.
     """
-    with _torch_settings(plan), contextlib.ExitStack() as files:
+    try:
+        return _write_step(plan, steps, hashes, device, progress)
+    except RuntimeError as e:
+        is_full = isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)  # cuBLAS and cuSOLVER say the latter
+        if device.type == "cpu" or not is_full:
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    done = _write_step(plan, steps, hashes, torch.device("cpu"), progress)
+    return done._replace(remarks=(f"{device} ran out of memory, it was merged on the CPU",))
+
+
+def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
+    with _threads(plan), full_precision(), contextlib.ExitStack() as files:
         readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
@@ -46,22 +60,20 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
             files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
             metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
-            return Done(plan, out.finish(metadata), True, verdict, tuple(result.remarks))
+            return Done(plan, out.finish(metadata), True, verdict)
 
 
 @contextlib.contextmanager
-def _torch_settings(plan: StepPlan) -> Iterator[None]:
+def _threads(plan: StepPlan) -> Iterator[None]:
     """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
-    One where nothing is decomposed: copying and scaling waits for memory. And float32 is float32, not TF32 or bfloat16."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    One where nothing is decomposed: copying and scaling waits for memory."""
+    before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
-    torch.set_num_threads(1 if is_exact else max(1, threads // 2))
-    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1 if is_exact else max(1, before // 2))
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(before)
 
 
 def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:

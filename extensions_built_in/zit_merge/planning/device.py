@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `device:`. `auto` is the first CUDA GPU, else the CPU; on MPS the algebra runs on the CPU (no float64).
+    """The device of `device:`. `auto` is the first CUDA GPU, else the CPU.
 
     Raises:
         SettingError: torch does not see the device that was named.

@@ -46,7 +46,12 @@ class Planned:
     @cached_property
     def device(self) -> torch.device:
         """Where the algebra runs."""
-        return self.placed or pick_device(self.section.device)
+        found = self.placed or pick_device(self.section.device)
+        if found.type != "mps":
+            return found
+        import torch
+
+        return torch.device("cpu")  # MPS has no float64
 
 
 def plan_job(
