@@ -471,6 +471,33 @@ def test_a_spoiled_merge_of_many_components(tmp_path, monkeypatch, spoil):
     refuse(tmp_path, weighed, None, dtype="bf16")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_numbers_of_a_cut_merge_of_many_components(tmp_path, dtype):
+    """Strengths are exact but for the cosines of the inputs, the energy that is missing is told by probes."""
+    made = [pairs(tmp_path / f"{n}.safetensors", drawn(48, n, up=1.0 + n, side=1100)) for n in range(3)]
+    ratios = (0.8, 0.5, -0.3)
+    out = merge_into(tmp_path, [(path, r) for (path, _), r in zip(made, ratios, strict=True)], dtype=dtype, rank=90)
+    wanted = weighted_sum([(deltas, r) for (_, deltas), r in zip(made, ratios, strict=True)])
+    found, want = verdict(out), dense_check(out, wanted, [deltas for _, deltas in made])
+    assert 1 - found["kept"] == pytest.approx(1 - want["kept"], rel=0.05)
+    assert found["error"] == pytest.approx(want["error"], rel=0.03)
+    assert found["asked"] == pytest.approx(ratios, rel=1e-3)
+    assert found["got"] == pytest.approx(want["got"], rel=0.02, abs=0.01)
+
+
+def test_the_numbers_of_another_method_of_many_components(tmp_path):
+    """What the method made is compared with the inputs through shortened factors, what was written with all of them."""
+    made = [pairs(tmp_path / f"{n}.safetensors", drawn(48, n, up=1.0 + n, side=1100)) for n in range(3)]
+    weighed = [(path, 0.8) for path, _ in made]
+    found = verdict(out := merge_into(tmp_path, weighed, "cut", dtype="bf16", rank=60, method="ties"))
+    want = dense_check(
+        out, read_deltas(merge_into(tmp_path, weighed, "whole", dtype="fp32", method="ties")), [d for _, d in made]
+    )
+    assert 1 - found["kept"] == pytest.approx(1 - want["kept"], rel=0.05)
+    assert found["got"] == pytest.approx(want["got"], rel=0.05, abs=0.01)
+    assert found["asked"] == pytest.approx(want["asked"], rel=0.05, abs=0.01)
+
+
 def test_an_exact_merge_reads_every_tensor_once_and_decomposes_nothing(tmp_path, monkeypatch):
     weighed = [(path, 0.8) for path, _ in two(tmp_path)]
     reads, read = list[tuple[Path, str]](), SafetensorsFile.tensor
