@@ -24,7 +24,7 @@ from workspace import SMALL, Workspace
 
 from extensions_built_in.zit_merge import load_lora
 from extensions_built_in.zit_merge.files import atomic
-from extensions_built_in.zit_merge.formats import writer
+from extensions_built_in.zit_merge.formats import safetensors_writer
 from extensions_built_in.zit_merge.report.progress import Bar
 from extensions_built_in.zit_merge.wording import size_text
 
@@ -583,7 +583,7 @@ def test_a_disk_that_fills_up_while_writing(work, loras, monkeypatch):
     work.zit("run", work.job(STEP)).ok()
     old = (work.out / OUT).read_bytes()
     opened = atomic.open_exclusively
-    monkeypatch.setattr(writer, "open_exclusively", lambda path: FullDisk(opened(path)))
+    monkeypatch.setattr(safetensors_writer, "open_exclusively", lambda path: FullDisk(opened(path)))
     message = work.zit("run", work.job({"name": "a", "loras": [STYLE]})).refused()
     assert f"{work.out / OUT}: no space left on the disk" in message
     assert work.files() == [OUT] and (work.out / OUT).read_bytes() == old

@@ -29,9 +29,8 @@ from extensions_built_in.zit_merge.config.presets import find_preset
 from extensions_built_in.zit_merge.config.schema import Checkpoints, Lora, Save, Step
 from extensions_built_in.zit_merge.demo import run_demo
 from extensions_built_in.zit_merge.formats.reader import load_lora
-from extensions_built_in.zit_merge.formats.spec import LoraSpec
+from extensions_built_in.zit_merge.formats.spec import Layout, LoraSpec
 from extensions_built_in.zit_merge.formats.verdict import Measured, Verdict, judged
-from extensions_built_in.zit_merge.formats.writer import Layout
 from extensions_built_in.zit_merge.merging.made import Done
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config.recipe import only_recipe
+from ..formats.forms import why_padded
 from ..formats.header import DTYPES
 from ..formats.metadata import bases, read_check, read_recipe, trigger_words
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import SafetensorsFile
 from ..formats.trainers import Trainer, recognise
-from ..formats.writer import why_padded
 from .measure import Measurement
 from .oddities import missing, odd, padding
 

@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..formats.changes import Change
+from ..formats.forms import complete
 from ..formats.metadata import RECIPE_KEY
 from ..formats.reader import LoraFile
 from ..formats.scales import ADAPTER_KEY
 from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, usual_modules
-from ..formats.writer import complete
 from ..model import zimage
 from ..model.strengths import row_name
 from ..model.zimage import MODULES, SECTIONS, section_components

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr
 
 from ..errors import nearest
+from ..formats.forms import FORMS
 from ..formats.reading import ALPHA_FORMS, TWINS, VECTORS, is_alpha
 from ..formats.spec import DTYPES
-from ..formats.writer import FORMS
 from ..model.strengths import TABLES, Weights, union
 
 PROCESS_TYPE = "zit_merge"

@@ -3,7 +3,7 @@
 As AI-Toolkit and LyCORIS write it: `diffusion_model.<module>.lokr_w1` (or `lokr_w1_a`, `lokr_w1_b`), `.lokr_w2` (likewise), and
 `.alpha` = r where a factor is a product; beside two whole factors, where it has no meaning, it is 1, since lycoris-lora can't do
 without. The strength goes into the smaller factor, w1. Pairs of a mixed file stay pairs. A product has two components at least,
-as in `writer`.
+as in `forms`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from .changes import Change
+from .forms import FORMS, LEAST
 from .reader import LoraFile, TensorReader
-from .writer import FORMS, LEAST, Layout
+from .spec import Layout
 
 if TYPE_CHECKING:
     import torch

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 # The dtypes that files are written in: name in a config -> name in torch.
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # key of a tensor -> (dtype as a config has it, shape)
+
 
 @dataclass(frozen=True)
 class LoraSpec:

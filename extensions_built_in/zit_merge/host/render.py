@@ -217,7 +217,7 @@ def _loading(settings: RenderSettings) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-# In messages of torch, on Windows too, of GPU libraries, of oneDNN (it names no reason), and of a system without memory for a file.
+# In messages of torch, on Windows too, of GPU libraries, of oneDNN (without a reason), of a system that can't hold a file.
 _OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory"),
     *("could not create a primitive", "could not create a memory object"),

@@ -15,8 +15,9 @@ import torch
 from ..algebra.methods import METHODS
 from ..algebra.precision import full_precision
 from ..formats import lokr
+from ..formats.forms import fuse
 from ..formats.reader import LoraFile, TensorReader
-from ..formats.writer import LoraWriter, fuse
+from ..formats.safetensors_writer import SafetensorsWriter
 from ..planning.types import StepPlan
 from ..progress import Progress
 from .made import Done, Hashes
@@ -54,7 +55,7 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
         readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
-        with LoraWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
+        with SafetensorsWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
                 write(result, out, verifier, progress)
             files.close()  # raises if an input was changed; and Windows replaces no open file
@@ -76,7 +77,7 @@ def _threads(plan: StepPlan) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
+def _write_lora(result: Result, out: SafetensorsWriter, verifier: Verifier, progress: Progress) -> None:
     form, ranks = result.plan.form, result.plan.ranks
     if form.alpha:
         for stem, modules in form.units(ranks).items():
@@ -89,7 +90,7 @@ def _write_lora(result: Result, out: LoraWriter, verifier: Verifier, progress: P
         out.write(stem + form.up, whole.up)
 
 
-def _write_lokr(result: Result, out: LoraWriter, verifier: Verifier, progress: Progress) -> None:
+def _write_lokr(result: Result, out: SafetensorsWriter, verifier: Verifier, progress: Progress) -> None:
     """Writes a LoKr that stays one."""
     changes = result.plan.kept_lokr.changes if result.plan.kept_lokr else {}
     for key, module in lokr.alpha_keys(changes).items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import SettingError
 from ..formats import lokr
-from ..formats.writer import ALWAYS, complete
+from ..formats.forms import ALWAYS, complete
 from ..model.zimage import MODULES, REAL_SIZES, infer_sizes
 from .types import Input, StepBasis
 

@@ -9,7 +9,9 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from ..errors import SettingError, located
-from ..formats import lokr, writer
+from ..formats import forms, lokr
+from ..formats.safetensors_writer import file_size
+from ..formats.spec import Layout
 from .metadata import draft_metadata
 from .ranks import Extent, extent_of, ranks_of
 from .recipe import recipe_of
@@ -44,19 +46,19 @@ class _Output(NamedTuple):
 
     recipe: Mapping[str, Any]
     draft: Mapping[str, str]
-    layout: writer.Layout
+    layout: Layout
     bytes: int
 
 
 def _output(step: StepBasis, extent: Extent) -> _Output:
     recipe = recipe_of(step)
     draft = draft_metadata(step, extent.ranks, recipe)
-    layout = writer.Layout()
+    layout = Layout()
     if step.kept_lokr:
         layout = lokr.layout(step.kept_lokr, step.dtype_name)
     elif extent.shapes and not step.spec.save.keep_lokr:
-        layout = writer.layout(extent.shapes, extent.ranks, step.dtype_name, step.form)
-    return _Output(recipe, draft, layout, writer.file_size(layout, draft) if layout else 0)
+        layout = forms.layout(extent.shapes, extent.ranks, step.dtype_name, step.form)
+    return _Output(recipe, draft, layout, file_size(layout, draft) if layout else 0)
 
 
 def _fitted(step: StepBasis, extent: Extent, whole: _Output, limit: int, is_open: bool) -> tuple[Extent, _Output, bool]:

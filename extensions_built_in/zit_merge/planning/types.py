@@ -13,11 +13,11 @@ from ..config.schema import Lora, RankRule, Step
 from ..errors import ZitMergeError
 from ..files.atomic import part_path
 from ..files.paths import user_path
+from ..formats.forms import FORMS, Form
 from ..formats.metadata import BASE_KEY, CHECK_KEY, OF_RANKS, RECIPE_KEY, Base, adapter_ranks, dumps
 from ..formats.reader import LoraFile
 from ..formats.safetensors_file import Stamp
-from ..formats.spec import LoraSpec
-from ..formats.writer import FORMS, Form, Layout
+from ..formats.spec import Layout, LoraSpec
 from ..model.strengths import compact
 
 if TYPE_CHECKING:

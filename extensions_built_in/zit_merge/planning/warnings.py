@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
 from ..errors import counted
+from ..formats.forms import ALWAYS, why_padded
 from ..formats.metadata import base_text, bases, bases_differ
 from ..formats.names import parse_key
-from ..formats.writer import ALWAYS, why_padded
 from ..model.zimage import GROUPS, MODULES, canonical_component
 from .types import USUAL_PREFIX, Input, StepBasis
 
