@@ -22,7 +22,7 @@ from .planning.job import Planned
 from .planning.types import StepPlan
 from .progress import Progress
 
-Weighed = tuple[LoraFile | str | Path, "float | Mapping[str, Any]"]
+Weighed = tuple["LoraFile | str | Path | Mapping[str, str]", "float | Mapping[str, Any]"]
 T = TypeVar("T")
 OUTPUT = "the output"  # its location in messages
 
@@ -59,11 +59,61 @@ class Merge:
             path = user_path(path)
             if path.suffix != ".safetensors":
                 raise SettingError(f"{path} is not a .safetensors file: give it that ending")
+        context = RunContext(job="merge", loc="", output_dir=path.parent, file=path, may_download=may_download)
+        return self._planned(context, {"name": step_name(path)})
+
+    def planned_model(self, path: str | Path, bake: Mapping[str, Any], *, may_download: bool = False) -> Planned:
+        """What writes a whole model with the merge in it, and no LoRA, as a section with one step.
+
+        Args:
+            path: A folder for `format: diffusers`, a `.safetensors` file for `format: comfyui`.
+            bake: The keys of `bake:` in a step.
+            may_download: Fetch what is not in the local cache of the hub.
+
+        Raises:
+            ZitMergeError: The model can't be written; the message says why.
+        """
+        with located(OUTPUT):
+            path = user_path(path)
+        context = RunContext(job="bake", loc="", output_dir=path.parent, baked=path, may_download=may_download)
+        return self._planned(context, {"name": step_name(path), "keep": False, "bake": dict(bake)})
+
+    def _planned(self, context: RunContext, keys: Mapping[str, Any]) -> Planned:
         with _one_step():
-            section = parse_section({**self.section, "steps": [{**self.section["steps"][0], "name": step_name(path)}]})
-            context = RunContext(job="merge", loc="", output_dir=path.parent, file=path, may_download=may_download)
+            section = parse_section({**self.section, "steps": [{**self.section["steps"][0], **keys}]})
             plans = [replace(plan, loc="") for plan in plan_section(section, context)]
             return Planned(0, section, context, plans, pick_device(section.device))
+
+    def bake(
+        self,
+        base: str | Path,
+        path: str | Path,
+        *,
+        format: str = "diffusers",  # noqa: A002 - as in the config
+        dtype: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> Path:
+        """Writes the whole model with the merge in it.
+
+        Args:
+            base: The model: a diffusers folder, ComfyUI's file, or user/repo of the hub.
+            path: A folder for diffusers, a `.safetensors` file for comfyui.
+            format: `diffusers` or `comfyui`.
+            dtype: `bf16`, `fp16` or `fp32`; None leaves every tensor its own.
+            rounding: `nearest`, or `stochastic`, exact in the mean.
+            seed: Of its draws.
+
+        Returns:
+            The path.
+
+        Raises:
+            ZitMergeError: Nothing was written; the message says why.
+        """
+        asked = {"base": str(base), "format": format, "dtype": dtype, "rounding": rounding, "seed": seed}
+        planned = self.planned_model(path, asked, may_download=True)
+        (done,) = run_plans(planned.plans, planned.device)
+        return done.path
 
     def save(self, path: str | Path, tick: Callable[[StepPlan, int], None] = lambda plan, done: None) -> Path:
         """Writes the merged LoRA; a file that another merge of this name wrote is replaced, any other is refused.
@@ -128,7 +178,8 @@ def merge(
 
     Args:
         loras: (LoRA, ratio) or (LoRA, {"ratio": ..., "preset": ..., "blocks": ..., "layers": ..., "effects": ...,
-            "overrides": ...}); the LoRA is what `load_lora` gave, a path, or hf:user/repo/file.safetensors.
+            "overrides": ...}); the LoRA is what `load_lora` gave, a path, hf:user/repo/file.safetensors, or
+            {"extract": MODEL, "base": MODEL}, the difference of two models.
         rank: `exact` (ranks add up, nothing is lost), a number (the closest approximation of that rank), `same` (the largest
             rank among LoRAs), `{"energy": 0.99, "max": 64}` (the smallest rank that keeps this share of the squared norm) or
             `{"size_mb": 150}` (the largest rank that the file has room for).
@@ -157,8 +208,10 @@ def merge(
     return Merge({"type": "zit_merge", "device": device, "steps": [step]})
 
 
-def _source(lora: LoraFile | str | Path) -> dict[str, Any]:
+def _source(lora: LoraFile | str | Path | Mapping[str, str]) -> dict[str, Any]:
     """A LoRA as a config names it, with the answers that it was opened with."""
+    if isinstance(lora, Mapping):
+        return {"lora": dict(lora)}
     if str(lora).startswith(HUB_PREFIX):
         return {"lora": str(lora)}
     if not isinstance(lora, LoraFile):

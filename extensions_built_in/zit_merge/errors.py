@@ -110,6 +110,14 @@ def not_available_yet(what: str, instead: str = "") -> SettingError:
     return SettingError(text + (f"; {instead}" if instead else ""))
 
 
+def other_tensors(what: object, sha256: str) -> SettingError:
+    """The error for a file or model that is not the one that a recipe names by its hash."""
+    return SettingError(
+        f"{what} does not hold the tensors of the recipe (sha256 {sha256[:12]}...): find the one that it was made from and name "
+        "its folder with --loras"
+    )
+
+
 def counted(number: int, what: str) -> str:
     """`1 module`, `2 modules`.
 

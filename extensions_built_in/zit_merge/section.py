@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .formats.verdict import RIGHT
+from .formats.verdict import RIGHT, Verdict
 from .merging.made import Done
 from .merging.runner import run_plans
 from .planning.job import Planned
@@ -31,28 +31,38 @@ def run_section(planned: Planned, page: RunPage | None, say: Say, progress: Prog
     Raises:
         ZitMergeError: With no part of the failing step's file left behind.
     """
+    is_shown = False
     for done in run_plans(planned.plans, planned.device, progress):
         say(done_text(done))
-        if page:
+        if page and done.is_lora:
             page.add(done, progress)
+            is_shown = True
         yield done
-    if page:
+    if page and is_shown:
         say(page.write())
 
 
 def what_is_not_right(done: Sequence[Done]) -> dict[str, str]:
     """Step -> why its result is off or empty, for those that are."""
-    return {one.plan.name: verdict_text(one.plan, one.verdict) for one in done if one.verdict and one.verdict.status != RIGHT}
+    plans = {name: one.plan for one in done for name in _verdicts([one])}
+    return {name: verdict_text(plans[name], v) for name, v in _verdicts(done).items() if v.status != RIGHT}
+
+
+def _verdicts(done: Sequence[Done]) -> dict[str, Verdict]:
+    """Name -> verdict, of LoRAs and of whole models."""
+    found = {one.plan.name: one.verdict for one in done if one.is_lora and one.verdict}
+    return found | {f"{one.plan.name} (baked)": one.baked.verdict for one in done if one.baked}
 
 
 def summary(done: Sequence[Done]) -> str:
     """`2 merged`, `1 merged, 1 up to date, with_style is off: see the Plugin tab`: the end of a job in a few words."""
-    made = sum(one.made for one in done)
-    counts = {"merged": made, "up to date": len(done) - made}
+    loras = [one.made for one in done if one.is_lora]
+    models = [one.baked.made for one in done if one.baked]
+    counts = {"merged": sum(loras), "baked": sum(models), "up to date": len(loras + models) - sum(loras + models)}
     merged = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     groups: dict[str, list[str]] = {}
-    for one in done:
-        if one.verdict and one.verdict.status != RIGHT:
-            groups.setdefault(one.verdict.status, []).append(one.plan.name)
+    for name, verdict in _verdicts(done).items():
+        if verdict.status != RIGHT:
+            groups.setdefault(verdict.status, []).append(name)
     told = [f"{listed(names)} {'is' if len(names) == 1 else 'are'} {status}" for status, names in groups.items()]
     return f"{merged}, {', '.join(told)}: see the Plugin tab" if told else merged

@@ -21,7 +21,7 @@ from extensions_built_in.zit_merge.config.presets import find_preset
 from extensions_built_in.zit_merge.config.schema import Lora
 from extensions_built_in.zit_merge.model.strengths import TABLES, Weights, factors
 from extensions_built_in.zit_merge.model.zimage import MODULES
-from extensions_built_in.zit_merge.planning.build import lora_factors
+from extensions_built_in.zit_merge.planning.factors import lora_factors
 from extensions_built_in.zit_merge.preview import metrics
 from extensions_built_in.zit_merge.preview.ablation import Ablation, measure, number
 from extensions_built_in.zit_merge.preview.ablation_text import ablation_text

@@ -252,7 +252,7 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     Returns:
         (N, N) in float64 on the CPU.
     """
-    flat = [_flat(d) for d in deltas]
+    flat = [as_dense(d) for d in deltas]
     stacked = [n for n, d in enumerate(deltas) if isinstance(d, Factors) and flat[n] is None]
     if sum(deltas[n].rank for n in stacked) > _STACKED:
         stacked = []
@@ -281,7 +281,7 @@ def _stacked_gram(deltas: Sequence[Factors], dtype: torch.dtype) -> Tensor:
     return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
 
 
-def _flat(x: Delta) -> Tensor | None:
+def as_dense(x: Delta) -> Tensor | None:
     """The dense delta of a full difference, which stands beside an identity."""
     if not isinstance(x, Factors) or x.rank != min(x.shape):
         return None

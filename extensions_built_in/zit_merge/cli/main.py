@@ -88,6 +88,18 @@ def _merge(args: argparse.Namespace) -> None:
     merge(args)
 
 
+def _bake(args: argparse.Namespace) -> None:
+    from .merge import bake
+
+    bake(args)
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from .merge import extract
+
+    extract(args)
+
+
 def _check(args: argparse.Namespace) -> None:
     from .check import check
 
@@ -131,6 +143,8 @@ COMMANDS = {
     "run": _run,
     "preview": _preview,
     "merge": _merge,
+    "bake": _bake,
+    "extract": _extract,
     "check": _check,
     "inspect": _inspect,
     "recipe": _recipe,

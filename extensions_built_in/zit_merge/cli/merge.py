@@ -1,4 +1,4 @@
-"""`merge`: the one-liner."""
+"""`merge`, `bake` and `extract`: the one-liners."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from ..api import OUTPUT
 from ..api import merge as describe
 from ..errors import SettingError, counted
+from ..planning.job import Planned
 from ..report.progress import Bar
 from ..report.text.plan import plan_text
 from ..section import run_section, what_is_not_right
@@ -19,19 +20,47 @@ from .console import say, tell_what_is_not_right
 from .parser import WEIGHT_FLAGS
 
 _SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
+_OF_BAKE = ("base", "format", "dtype", "rounding", "seed")
 
 
 def merge(args: argparse.Namespace) -> None:
     """Merges files with the weights of the flags."""
-    settings = {key: getattr(args, key) for key in _SETTINGS}
-    settings |= {"rank": _rank(args.rank), "params": _pairs(args.params, "--params"), "uniform": args.uniform == "true"}
     with _as_flags(len(args.files)):
+        settings = _settings(args, _SETTINGS) | {"params": _pairs(args.params, "--params"), "uniform": args.uniform == "true"}
         described = describe(list(zip(args.files, _weights(args), strict=True)), **settings)
-        planned = described.planned(args.out, may_download=not args.dry_run)
-        say(args, "\n\n".join(map(plan_text, planned.plans)) + "\n")
-        if not args.dry_run:
-            done = list(run_section(planned, None, partial(say, args), Bar(args.quiet)))
-            tell_what_is_not_right(args, what_is_not_right(done))
+        _run(args, described.planned(args.out, may_download=not args.dry_run))
+
+
+def bake(args: argparse.Namespace) -> None:
+    """Writes a model with the merge of files in it."""
+    with _as_flags(len(args.files)):
+        settings = _settings(args, ("device", "method", "shapes", "allow_unmatched")) | {
+            "params": _pairs(args.params, "--params")
+        }
+        described = describe(list(zip(args.files, _weights(args), strict=True)), **settings)
+        asked = {key: getattr(args, key) for key in _OF_BAKE}
+        asked["format"] = args.format or ("comfyui" if args.out.suffix == ".safetensors" else "diffusers")
+        _run(args, described.planned_model(args.out, asked, may_download=not args.dry_run))
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Makes a LoRA of the difference of two models."""
+    with _as_flags(1):
+        keys = ("dtype", "format", "device", "shapes", "confirm_size")
+        settings = _settings(args, keys) | {"uniform": args.uniform == "true"}
+        described = describe([({"extract": args.model, "base": args.base}, 1.0)], **settings)
+        _run(args, described.planned(args.out, may_download=not args.dry_run))
+
+
+def _settings(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    return {"rank": _rank(args.rank)} | {key: getattr(args, key) for key in keys}
+
+
+def _run(args: argparse.Namespace, planned: Planned) -> None:
+    say(args, "\n\n".join(map(plan_text, planned.plans)) + "\n")
+    if not args.dry_run:
+        done = list(run_section(planned, None, partial(say, args), Bar(args.quiet)))
+        tell_what_is_not_right(args, what_is_not_right(done))
 
 
 @contextmanager
@@ -48,13 +77,16 @@ def _flag(loc: str, count: int) -> str:
     of_lora = re.fullmatch(r"loras\[(\d+)\]\.?(.*)", loc)
     if not of_lora:
         first, _, rest = loc.partition(".")
-        if first not in ("rank", "params", "save", *_SETTINGS):
+        first = rest if first == "bake" and rest else first
+        if first not in ("rank", "params", "save", *_SETTINGS, *_OF_BAKE):
             return "--out" if loc == OUTPUT else loc
         flag, rest = (rest, "") if first == "save" else (first, rest)
         return " ".join(filter(None, [f"--{flag.replace('_', '-')}", rest]))
     number, (table, _, entry) = int(of_lora[1]) + 1, of_lora[2].partition(".")
     if table.startswith("drop"):  # one list for all files
         return "--drop"
+    if table == "lora" and entry in ("extract", "base"):
+        return "--base" if entry == "base" else "FINETUNED"
     if table in ("", "lora") or (table == "blocks" and not entry):
         return f"file {number}"
     flag = entry if table == "blocks" else table

@@ -57,6 +57,8 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
 
     _merge_arguments(add("merge", "merge LoRA files: every weight takes one number for all files, or one for each"))
+    _bake_arguments(add("bake", "write a whole model with a merge of LoRAs in it"))
+    _extract_arguments(add("extract", "make a LoRA of what a fine-tuned model changed"))
 
     check = add("check", "check a config: everything that can be known before training")
     check.add_argument("config", type=Path)
@@ -97,6 +99,41 @@ def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    _weight_arguments(merge)
+    merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
+    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
+    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    _add_run(merge)
+
+
+def _bake_arguments(bake: argparse.ArgumentParser) -> None:
+    _weight_arguments(bake)
+    bake.add_argument("--base", required=True, metavar="PATH", help="the model: a diffusers folder, ComfyUI's file, or user/repo")
+    bake.add_argument("--format", help="diffusers, a folder, or comfyui, a file (default: what OUT is)")
+    bake.add_argument("--dtype", help="bf16, fp16 or fp32 (default: that of the base)")
+    bake.add_argument("--rounding", default="nearest", help="nearest (default) or stochastic, exact in the mean")
+    bake.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    _add_run(bake)
+
+
+def _extract_arguments(extract: argparse.ArgumentParser) -> None:
+    extract.add_argument("model", metavar="FINETUNED", help="a diffusers folder, ComfyUI's file, or user/repo")
+    extract.add_argument("--base", required=True, metavar="BASE", help="the model that it was trained from")
+    extract.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    extract.add_argument("--rank", default="64", help="a number (default: 64), energy=0.99,max=128 or size_mb=300")
+    extract.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
+    extract.add_argument("--dtype", default="bf16", help="bf16 (default), fp16 or fp32")
+    extract.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    extract.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    extract.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    extract.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    _add_run(extract)
+
+
+def _weight_arguments(merge: argparse.ArgumentParser) -> None:
+    """What goes in and how strong, with which method and rank."""
     merge.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
     merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
     merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
@@ -110,16 +147,14 @@ def _merge_arguments(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
     merge.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
     merge.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
-    merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
-    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
-    merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
-    merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
     merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
     merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
-    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
-    merge.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
-    _add_strict(merge)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    _add_strict(command)
 
 
 def _add_strict(command: argparse.ArgumentParser) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import SettingError, joined, located, not_available_yet
+from ..errors import SettingError, located
 from ..files.extent import ExtentError, check_extent
 from .messages import setting_error
 from .plain import plain_keys
 from .presets import find_preset
 from .rules import check_method, check_names, check_step
-from .schema import PROCESS_TYPE, Ablate, Checkpoints, Lora, Preview, Save, Section, Settings, Step
+from .schema import PROCESS_TYPE, Ablate, Bake, Checkpoints, Extract, Lora, Preview, Save, Section, Settings, Step
 
 _OWNERS: Mapping[str, type[BaseModel]] = {
     "steps": Step,
@@ -23,8 +23,9 @@ _OWNERS: Mapping[str, type[BaseModel]] = {
     "checkpoints": Checkpoints,
     "preview": Preview,
     "ablate": Ablate,
+    "bake": Bake,
+    "lora": Extract,
 }
-_LATER = ("bake",)  # settings of the interface that later versions bring: named, not mistaken for typing errors
 
 
 def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) -> Section:
@@ -45,7 +46,6 @@ def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) ->
     except ExtentError as e:
         raise SettingError(str(e)) from None
     settings: dict[str, Any] = plain_keys(raw)
-    _refuse_later(settings)
     if first and settings.get("device") == "cuda":
         settings["device"] = "auto"
     section = _validate(settings, raw)  # as it is, so that a message names where a setting was written
@@ -90,14 +90,3 @@ def _inherit(shared: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, An
     if "checkpoints" in step:
         merged.setdefault("rank", "same")
     return merged
-
-
-def _refuse_later(raw: Mapping[str, Any]) -> None:
-    places = {"": raw}
-    if isinstance(steps := raw.get("steps"), list):
-        places |= {f"steps[{i}]": step for i, step in enumerate(steps) if isinstance(step, Mapping)}
-    for loc, settings in places.items():
-        for key in _LATER:
-            if settings.get(key) is not None:
-                with located(joined(loc, key)):
-                    raise not_available_yet("")

@@ -14,11 +14,14 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "": ("type", "made_by", "job", "steps"),
     "steps": (
         *("name", "file", "keep", "method", "params", "rank", "save", "shapes", "allow_unmatched", "confirm_size", "loras"),
+        *("base", "bake"),
     ),
     "loras": (
         *("lora", "sha256", "ratio", "blocks", "layers", "effects", "overrides", "alpha", "qkv", "drop"),
-        *("adapter", "trained_on", "strengths", "unmatched"),
+        *("adapter", "trained_on", "strengths", "unmatched", "base_sha256"),
     ),
+    "lora": ("extract", "base"),
+    "bake": ("base", "format", "dtype", "rounding", "seed", "sha256", "file"),
     "trained_on": ("model", "arch", "adapter"),
     "rank": ("energy", "max", "size_mb"),
     "save": tuple(Save.model_fields),

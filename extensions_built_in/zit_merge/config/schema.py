@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from ..errors import nearest
 from ..formats.forms import FORMS
 from ..formats.reading import ALPHA_FORMS, TWINS, VECTORS, is_alpha
-from ..formats.spec import DTYPES
+from ..formats.spec import CHECKPOINT_FORMATS, DTYPES
 from ..model.strengths import TABLES, Weights, union
 
 PROCESS_TYPE = "zit_merge"
@@ -105,6 +105,7 @@ Shown = Annotated[str, _choice(SHOWN, "thing to compare")]
 DIVISIONS = ("layers", "components", "cells")
 MODES = ("leave_out", "only")
 METRICS = ("pixels", "structure", "colour", "detail")
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 StepName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
@@ -160,10 +161,17 @@ class Base(_Model):
     adapter: str | None = None
 
 
+class Extract(_Model):
+    """The difference of two models in the place of a LoRA: a folder or file each, or `trainer`."""
+
+    extract: Text
+    base: Text
+
+
 class Lora(_Model):
     """One LoRA of a step, with its strength keys. `sha256` and what follows it stand in recipes."""
 
-    lora: str
+    lora: str | Extract
     ratio: float
     preset: str | None = None
     blocks: Table = {}
@@ -173,7 +181,8 @@ class Lora(_Model):
     alpha: Alpha | None = None
     qkv: Qkv | None = None
     drop: list[Vector] = []
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Hash | None = None
+    base_sha256: Hash | None = None
     strengths: dict[str, list[float]] | None = None
     unmatched: list[str] | None = None
     adapter: dict[str, Any] | None = None
@@ -181,6 +190,11 @@ class Lora(_Model):
 
     # The preset as it was when the section was read: its file may be gone when a training is done.
     _preset: Preset | None = PrivateAttr(None)
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in one word: of a difference the model that was tuned."""
+        return self.lora if isinstance(self.lora, str) else self.lora.extract
 
     @property
     def own(self) -> dict[str, Any]:
@@ -246,6 +260,26 @@ class Ablate(_Model):
     confirm: bool = False
 
 
+class Bake(_Model):
+    """A whole model with the merge in it. `sha256` and `file` stand in recipes.
+
+    Attributes:
+        base: `trainer`, the model of the training before us, or a folder or file; None takes the step's `base`.
+        format: A diffusers folder, or ComfyUI's one file.
+        dtype: Of the whole model; None leaves every tensor its own.
+        rounding: To the nearest number, or to one of the two neighbours, exact in the mean.
+        seed: Of the draws.
+    """
+
+    base: Text | None = None
+    format: Annotated[str, _choice(CHECKPOINT_FORMATS, "format")] = "diffusers"
+    dtype: Annotated[str, _choice(DTYPES, "dtype")] | None = None
+    rounding: Annotated[str, _choice(("nearest", "stochastic"), "rounding")] = "nearest"
+    seed: Seed = 0
+    sha256: Hash | None = None
+    file: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
+
+
 class Settings(_Model):
     """What may stand on the section or on a step; the step wins."""
 
@@ -256,6 +290,7 @@ class Settings(_Model):
     shapes: Literal["strict", "free"] = "strict"
     allow_unmatched: bool = False
     confirm_size: bool = False
+    base: Text | None = None
     preview: Annotated[Preview | None, BeforeValidator(_asked)] = None
 
     @property
@@ -290,6 +325,7 @@ class Step(Settings):
     copy_to: str | None = None
     sweep: Annotated[dict[str, Axis], Field(min_length=1, max_length=2)] | None = None
     ablate: Ablate | None = None
+    bake: Annotated[Bake | None, BeforeValidator(_asked)] = None
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ def _remove_ours(part: Path, *, sure: bool = False) -> None:
             _check_ours(file, part)
             if os.name == "nt":  # Windows removes no open file
                 file.close()
+            shutil.rmtree(_work_folder(part), ignore_errors=True)
             part.unlink()
 
 
@@ -119,6 +121,60 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder beside its place and moves it there when it is whole; an older one of this name is replaced.
+
+    A part of the folder's name holds the lock meanwhile: by it, what a killed run left is recognised and removed.
+
+    Args:
+        path: The folder.
+
+    Yields:
+        Where its files are written.
+
+    Raises:
+        ZitMergeError: It can't be written, another process is writing it now, or something else is in its place.
+    """
+    part = part_path(path)
+    work, old = _work_folder(part), path.with_name(f"{path.name}.old.part")
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if work.exists() and not part.exists():
+            raise _in_the_way(work)
+        if old.is_dir() and not path.exists():  # a run was killed between the two renames
+            old.rename(path)
+        lock = open_exclusively(part)
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            yield work
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            work.rename(path)
+            _sync_folder(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            lock.close()
+            _remove_ours(part)
+
+
+def _work_folder(part: Path) -> Path:
+    """Where the files of a folder lie until all of them are whole, beside its part."""
+    return part.with_name(f"{part.name}s")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network disks sync no folders; the file itself is safe
+        os.fsync(opened)
+    os.close(opened)
+
+
 def seal(part: BinaryIO, head: bytes) -> None:
     """Puts the first bytes of a part in the place of its mark, once the rest is on the disk.
 
@@ -149,11 +205,7 @@ def publish_file(file: BinaryIO, part: Path, path: Path) -> None:
     os.replace(part, path)
     _stick(file, False)
     file.close()
-    if os.name != "nt":
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some network disks sync no folders; the file itself is safe
-            os.fsync(folder)
-        os.close(folder)
+    _sync_folder(path.parent)
 
 
 def open_exclusively(path: Path) -> BinaryIO:

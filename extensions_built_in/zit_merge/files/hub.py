@@ -121,6 +121,37 @@ def download(file: HubFile) -> Path:
     return path
 
 
+def model_folder(name: str, *, may_download: bool) -> Path | None:
+    """A repository's transformer in the local cache, fetched if it has to be and may be.
+
+    Args:
+        name: user/repo[@revision] of a diffusers model.
+        may_download: Whether the hub may be asked.
+
+    Returns:
+        The folder of the snapshot; None where it is not in the cache.
+
+    Raises:
+        SettingError: The name has another form; the hub does not have it or does not hand it out, or can't be reached.
+    """
+    repo, _, revision = name.partition("@")
+    if not _is_repo(repo) or repo.count("/") != 1 or not _is_revision(revision or None):
+        raise SettingError(f"{name[:120]!r} names no model on the Hugging Face hub: write user/repo, or give a path")
+    file, hub = HubFile(repo, "transformer", revision or None), _huggingface_hub()
+    try:
+        found = Path(hub.snapshot_download(repo, revision=file.revision, allow_patterns=["transformer/*"], local_files_only=True))
+        if (found / "transformer").is_dir():
+            return found
+    except (OSError, ValueError, hub.errors.LocalEntryNotFoundError):
+        pass
+    if not may_download:
+        return None
+    try:
+        return Path(hub.snapshot_download(repo, revision=file.revision, allow_patterns=["transformer/*"]))
+    except Exception as e:  # HTTP clients and the Rust of Xet raise what no list holds
+        raise SettingError(_reason(e, file, hub)) from e
+
+
 def commit_of(path: Path) -> str:
     """The commit of a file in the cache, from its path .../snapshots/<commit>/...
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import counted
 from ..model import zimage
+from ..model.tensors import native_name
 from ..model.zimage import MODULES
-from .names import native_name
 from .spec import Layout
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from itertools import islice
 
 from ..errors import nearest
 from ..model import zimage
+from ..model.tensors import native_name
 from ..model.zimage import MODULES
 
 # No module's name begins with one of these, so that taking them off is never ambiguous. Common sequences, and who writes them:
@@ -132,7 +133,7 @@ class Part:
 
 def parse_key(key: str) -> Part:
     """What this key of a LoRA file is; `unknown` if no rule explains it."""
-    prefix, name = _split(key)
+    prefix, name = split_wrappers(key)
     if _TEXT_ENCODER.match(name):
         return Part("skip", note="text encoder")
     if "_aux." in key:
@@ -164,10 +165,10 @@ def scaled_keys(key: str) -> tuple[str, str]:
 
 def is_of_another_model(key: str) -> bool:
     """Whether a key has the name of a module that other models have and Z-Image has not."""
-    return bool(_OF_OTHERS.match(_split(key)[1]))
+    return bool(_OF_OTHERS.match(split_wrappers(key)[1]))
 
 
-def _split(key: str) -> tuple[str, str]:
+def split_wrappers(key: str) -> tuple[str, str]:
     """(wrappers, the rest)."""
     key = _INNER_WRAPPER.sub("", key)
     prefix = _PREFIX.match(key)
@@ -207,20 +208,9 @@ def _modules_of(name: str) -> tuple[str, ...]:
     return next((found[0] for end in reversed(ends) if (found := _SPELLINGS.get(_flat(name[:end])))), ())
 
 
-def native_name(module: str) -> str:
-    """The original checkpoint's name of a module, which ComfyUI uses too: q, k and v share one."""
-    found = MODULES[module]
-    if found.section == "other":
-        return {"final_layer.adaLN_modulation": "final_layer.adaLN_modulation.1", "cap_embedder": "cap_embedder.1"}.get(
-            found.component, found.component
-        )
-    name = module.replace(".attention.to_out.0", ".attention.out")
-    return re.sub(r"\.attention\.to_[qkv]$", ".attention.qkv", name)
-
-
 def nearest_key(key: str) -> str:
     """' (did you mean ...?)' with the known key that looks most like this one."""
-    prefix, name = _split(key)
+    prefix, name = split_wrappers(key)
     suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
     return nearest(prefix + name, (prefix + m + (suffix or ".lora_A.weight") for m in MODULES))
 

@@ -1,13 +1,17 @@
-"""The user's answers to what a file leaves open."""
+"""How files are read: the user's answers to what one leaves open, and what a reader gives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ZitMergeError
 from .metadata import Adapter
+
+if TYPE_CHECKING:
+    from ..algebra.delta import Delta
 
 ALPHA_FORMS = "key, metadata, none (alpha is the rank) or a number other than 0"
 TWINS = ("split", "fused", "sum")
@@ -47,3 +51,10 @@ def is_alpha(value: object) -> bool:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return math.isfinite(value) and value != 0
     return value in ("key", "metadata", "none")
+
+
+class Reader(Protocol):
+    """Reads a LoRA module by module."""
+
+    def delta(self, module: str) -> tuple[float, Delta]:
+        """(alpha / rank, change as stored)."""

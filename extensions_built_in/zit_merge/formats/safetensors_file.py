@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -220,6 +220,16 @@ class SafetensorsFile:
         self._file.seek(0)
         head = self._file.read(2)
         return (len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5) or zipfile.is_zipfile(self._file)
+
+
+def size_of(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor.
+
+    Args:
+        dtype: As headers name it.
+        shape: Of the tensor.
+    """
+    return math.prod(shape) * _STORED[dtype][0] // 8
 
 
 def _stamp(facts: os.stat_result) -> Stamp:

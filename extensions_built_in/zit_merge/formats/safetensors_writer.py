@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..files.atomic import PART_KEY, open_exclusively, os_errors, part_path, publish_file, seal
+from .safetensors_file import size_of
 from .spec import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STORED = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2)}  # dtype -> (name in a header, bytes of a number)
+_STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # dtype -> its name in a header
 _AHEAD = 1 << 26  # bytes that wait in memory before the disk is told to begin
 
 
@@ -28,7 +28,7 @@ def file_size(entries: Layout, metadata: Mapping[str, str]) -> int:
         entries: Its tensors.
         metadata: Of its header.
     """
-    data = sum(_STORED[dtype][1] * prod(shape) for dtype, shape in entries.values())
+    data = sum(size_of(_STORED.get(dtype, dtype), shape) for dtype, shape in entries.values())
     return 8 + len(_header(entries, metadata)) + data
 
 
@@ -37,8 +37,8 @@ def _header(entries: Layout, metadata: Mapping[str, str], size: int = 0) -> byte
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, (dtype, shape) in entries.items():
-        name, size_of_one = _STORED[dtype]
-        end = offset + size_of_one * prod(shape)
+        name = _STORED.get(dtype, dtype)
+        end = offset + size_of(name, shape)
         table[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -83,16 +83,33 @@ class SafetensorsWriter:
             key: Of the tensor.
             tensor: As the layout has it: dtype and shape.
         """
-        import torch
-
         from .dtypes import DTYPE_NAMES
 
         expected, (dtype, shape) = next(self._pending)
         if (key, DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
             raise AssertionError(f"{key} {tensor.dtype} {tuple(tensor.shape)} where the layout has {expected} {dtype} {shape}")
+        self._append(tensor)
+
+    def write_rows(self, key: str, rows: Iterable[Tensor]) -> None:
+        """Appends the next tensor of the layout, some rows at a time.
+
+        Args:
+            key: Of the tensor.
+            rows: All of them, in the dtype of the layout.
+        """
+        expected, (dtype, shape) = next(self._pending)
+        count = sum(map(self._append, rows))
+        if key != expected or count != size_of(_STORED.get(dtype, dtype), shape):
+            raise AssertionError(f"{key} of {count} bytes where the layout has {expected} {dtype} {shape}")
+
+    def _append(self, tensor: Tensor) -> int:
+        """Writes a tensor, and says how many bytes it has."""
+        import torch
+
         with os_errors(self.path):
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._start_disk(tensor.nbytes)
+        return tensor.nbytes
 
     def _start_disk(self, count: int) -> None:
         """Has the disk write what is there, in a thread, while more is merged; the system would begin at the end."""

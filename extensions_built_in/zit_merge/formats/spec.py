@@ -8,6 +8,7 @@ from dataclasses import dataclass
 # The dtypes that files are written in: name in a config -> name in torch.
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+CHECKPOINT_FORMATS = ("diffusers", "comfyui")  # of whole models
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # key of a tensor -> (dtype as a config has it, shape)
 
 

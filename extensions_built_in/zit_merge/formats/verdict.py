@@ -12,6 +12,8 @@ The thresholds are here, and nowhere else. Each reason is {kind, ...numbers}:
     cancelling       error                    off: the inputs nearly cancel, rounding is a large part of what is left
     lost             inputs, shares, cut      off: got / asked is under LOST for these inputs, by truncation or by rounding
     stronger         inputs, shares, cut      off: got / asked is over STRONGER for these inputs
+    survives         share                    right: what is left of the change in a whole model, <got, asked> / <asked, asked>
+    rounded_away     share                    off: that is less than SURVIVES, or as much too large
     cancelled                                 empty: the inputs cancel each other
     nothing_asked                             empty: every strength is 0, or every input is
 """
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 RIGHT, OFF, EMPTY = "right", "off", "empty"
 LARGE = 0.05  # an error of rounding that a person should hear of: usually 0.002 in bf16
 LOST, STRONGER = 0.5, 1.5  # got / asked
+SURVIVES = 0.9  # of the change that a model was to get: an end of the strength that a person would see
 _CAPPED = 1.05  # missing energy over what was allowed: the former may be an estimate
 PAIRS_UP_TO = 64  # inputs whose inner products are kept for each module: their number grows with the square
 _MOST = 1e99  # of got / asked, where next to nothing was asked
@@ -155,6 +158,20 @@ def judged(found: Verdict, *, energy: float | None = None, most: int | None = No
     if found.cut and energy and most and is_less:  # without `most` only rounding can be what is missing
         return status(RIGHT, "capped", kept=found.kept, asked=energy, max=most)
     return status(RIGHT, "cut", kept=found.kept) if found.cut else status(RIGHT, "rounding", error=found.error)
+
+
+def judged_bake(found: Verdict, share: float | None) -> Verdict:
+    """The verdict on a whole model with the status that follows from its numbers.
+
+    Args:
+        found: The numbers.
+        share: Of the change that it holds, <got, asked> / <asked, asked>; None where none was asked for.
+    """
+    if share is None:
+        return replace(found, status=EMPTY, reasons=({"kind": "nothing_asked"},))
+    is_right = SURVIVES <= share <= 2 - SURVIVES
+    reason = {"kind": "survives" if is_right else "rounded_away", "share": share}
+    return replace(found, status=RIGHT if is_right else OFF, reasons=(reason,))
 
 
 def placeholder(inputs: int) -> dict[str, str]:

@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ZitMergeError
+from ..formats.checkpoint import Checkpoint, Seen
 from ..formats.reader import LoraFile, load_lora, tensor_hash
-from ..formats.safetensors_file import Stamp
 from ..formats.verdict import Verdict
 from ..planning.types import StepPlan, steps_to_make
+
+
+class Baked(NamedTuple):
+    """A whole model that is written.
+
+    Attributes:
+        path: A folder or a file.
+        made: Whether it was made now; else it was there already, from the same recipe.
+        verdict: What was measured while it was written, now or then.
+    """
+
+    path: Path
+    made: bool
+    verdict: Verdict
 
 
 class Done(NamedTuple):
@@ -22,6 +36,7 @@ class Done(NamedTuple):
         path: Its file.
         made: Whether it was made now; else it was there already, from the same recipe.
         verdict: What the check of the file found, now or when it was made; None for a file that does not say.
+        baked: The whole model that the step writes too, or alone: then `path` is that.
         remarks: What happened meanwhile that a person should hear of.
     """
 
@@ -29,7 +44,17 @@ class Done(NamedTuple):
     path: Path
     made: bool
     verdict: Verdict | None = None
+    baked: Baked | None = None
     remarks: tuple[str, ...] = ()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA was written, not the whole model alone."""
+        return self.baked is None or self.path != self.baked.path
+
+
+def _hash(path: Path, known: Seen) -> str:
+    return known.sha256() if isinstance(known, Checkpoint) else tensor_hash(path, known)
 
 
 class Hashes:
@@ -39,9 +64,9 @@ class Hashes:
         files: The files, with the stamps that they had when they were planned, where they were.
     """
 
-    def __init__(self, files: Mapping[Path, Stamp | None]):
+    def __init__(self, files: Mapping[Path, Seen]):
         self._pool = ThreadPoolExecutor(max_workers=2)
-        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(tensor_hash, p, stamp) for p, stamp in files.items()}
+        self._futures: dict[Path, Future[str]] = {p: self._pool.submit(_hash, p, known) for p, known in files.items()}
 
     def __enter__(self) -> Hashes:
         return self

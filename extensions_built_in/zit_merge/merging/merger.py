@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,10 @@ from ..algebra.linear import add
 from ..algebra.methods import METHODS
 from ..algebra.rounding import scaled
 from ..errors import SettingError
+from ..formats.reading import Reader
 from ..model.zimage import MODULES
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
-
-
-class Reader(Protocol):
-    """Reads a LoRA module by module."""
-
-    def delta(self, module: str) -> tuple[float, Delta]:
-        """(alpha / rank, change as stored)."""
 
 
 class Part(NamedTuple):

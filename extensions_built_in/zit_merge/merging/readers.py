@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..formats.reader import TensorReader, load_lora
+from ..formats.reading import Reader
 from ..planning.types import Input, StepPlan
 from ..progress import SILENT, Progress
 from .made import Hashes, made_file
-from .merger import Reader
+from .opened import open_input
 from .results import Result
 
 
@@ -39,7 +40,7 @@ class StepReaders:
         """Reads an input of a step: its file, or what an earlier step makes."""
         if i.step:
             return self.of_step(i.step)
-        return self._files.enter_context(TensorReader(i.lora or load_lora(i.path)))
+        return open_input(i, self._files)
 
     def of_step(self, plan: StepPlan) -> Reader:
         """Reads a step's result: from its file where that is there from the same recipe, else computed."""

@@ -11,12 +11,13 @@ from ..algebra.delta import Delta, distance, norm
 from ..algebra.factors import wide
 from ..formats.reader import TensorReader, load_lora
 from ..planning.types import StepPlan
+from .opened import open_input
 
 
 def wanted(plan: StepPlan) -> Iterator[tuple[str, Delta | None]]:
     """(module, sum of strength * alpha / rank * change in float64) for every module written; None where no input changes it."""
     with ExitStack() as files:
-        readers = [files.enter_context(TensorReader(i.lora or load_lora(i.path))) for i in plan.inputs]
+        readers = [open_input(i, files) for i in plan.inputs]
         for module in plan.shapes:
             parts = []
             for i, reader in zip(plan.inputs, readers, strict=True):

@@ -18,9 +18,10 @@ from ..errors import ZitMergeError
 from ..formats import lokr
 from ..formats.dtypes import DTYPE_NAMES
 from ..formats.reader import TensorReader
+from ..formats.reading import Reader
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
-from .merger import Made, Merged, Merger, Reader
+from .merger import Made, Merged, Merger
 
 
 class Result:
@@ -75,6 +76,14 @@ class Result:
         tensors = lokr.scaled(change, reader, strength, self.plan.dtype)
         tensors = {name: self._checked(tensor, module) for name, tensor in tensors.items()}
         return Made(merged, lokr.delta(tensors), tensors)
+
+    def answer(self, module: str) -> Merged:
+        """One module as the method makes it, at the step's rank, before its factors are rounded."""
+        with self.plan.computing(module):
+            merged = self._merger.of(module)
+            if merged.delta is None or module not in self.plan.cut:
+                return merged
+            return merged._replace(delta=truncate(merged.delta, self.plan.ranks[module], torch.float32))
 
     def delta(self, module: str) -> tuple[float, Delta]:
         """1.0 and the change as the file would hold it; see `Reader`."""

@@ -12,6 +12,7 @@ from ..files.atomic import copy_file, hold_part, remove_part, remove_parts
 from ..formats.reader import load_lora
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
+from .bake import bake, baked_before
 from .made import Done, Hashes, take_inventory
 from .write import write_step
 
@@ -40,7 +41,7 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
         steps = dict(inventory.there)
         for plan in plans:
             plan = plan.over(done)
-            lora = inventory.there.get(plan.path)
+            lora, step = inventory.there.get(plan.path), None
             if plan.name in inventory.steps:
                 with of_step(plan.name):
                     step = write_step(plan, steps, hashes, device, progress)
@@ -49,11 +50,16 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
                     cleanup.enter_context(hold_part(step.path))
             elif lora:
                 step = Done(plan.as_found(lora), plan.path, False, lora.verdict)
-            else:
-                continue  # nothing that is left to do uses it
-            done[plan.name] = step.plan
-            if step.made or any(copy not in inventory.there for copy in plan.targets):
+            if step:
+                done[plan.name] = plan = step.plan
+                if step.made or any(copy not in inventory.there for copy in plan.targets):
+                    with of_step(plan.name):
+                        for copy in plan.targets[1:]:
+                            copy_file(step.path, copy.parent)
+            if plan.bake:
                 with of_step(plan.name):
-                    for copy in plan.targets[1:]:
-                        copy_file(step.path, copy.parent)
-            yield step
+                    baked = baked_before(plan, hashes) or bake(plan, steps, hashes, device, progress)
+                alone = Done(plan, baked.path, baked.made, baked.verdict)
+                step = (step if step and plan.spec.keep else alone)._replace(baked=baked)
+            if step:  # else nothing that is left to do uses it
+                yield step

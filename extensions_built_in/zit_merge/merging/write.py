@@ -16,11 +16,12 @@ from ..algebra.methods import METHODS
 from ..algebra.precision import full_precision
 from ..formats import lokr
 from ..formats.forms import fuse
-from ..formats.reader import LoraFile, TensorReader
+from ..formats.reader import LoraFile
 from ..formats.safetensors_writer import SafetensorsWriter
 from ..planning.types import StepPlan
 from ..progress import Progress
 from .made import Done, Hashes
+from .opened import open_input
 from .results import Result
 from .verify import Verifier
 
@@ -52,7 +53,7 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
 
 def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
     with _threads(plan), full_precision(), contextlib.ExitStack() as files:
-        readers = [files.enter_context(TensorReader(i.lora or steps[i.path])) for i in plan.inputs]
+        readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
         with SafetensorsWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import Lora, Section, Step
+from ..config.schema import Extract, Lora, Section, Step
 from ..errors import SettingError, located, nearest, of_step
 from ..files import hub
 from ..files.paths import unquoted
@@ -21,12 +21,13 @@ from ..formats.header import common_dtype
 from ..formats.metadata import Adapter, base_of, dumps, read_adapter
 from ..formats.reader import LoraFile, dtype_name, load_lora, unmatched_error
 from ..formats.spec import DTYPES, LoraSpec
-from ..model.strengths import Weights, compact, factors, strengths
 from .context import RunContext
+from .factors import lora_factors
+from .models import bake_target, difference_input
 from .outputs import check_output, check_room
 from .sources import checkpoint_loras, is_trained, resolve, trained_step
 from .step import step_plan
-from .types import Input, StepBasis, StepPlan
+from .types import BakeTarget, Input, StepBasis, StepPlan
 
 
 def plan_section(
@@ -68,7 +69,7 @@ def _needed(section: Section, context: RunContext, only: str | None) -> set[str]
     wanted = {only}
     for step in reversed(section.steps):
         if step.name in wanted:
-            wanted |= {lora.lora for lora in step.loras} & set(names)
+            wanted |= {lora.source for lora in step.loras} & set(names)
     return wanted
 
 
@@ -112,12 +113,17 @@ class _Builder:
             path=self.context.output(step),
             loc=loc,
             prefix=self.context.prefix,
+            bake=self._target(step, loc),
         )
         plan = step_plan(basis)
         with located(loc):
             self.there.update(check_output(plan, self.context))
         self.plans[step.name] = plan
         self.written.update((target.resolve(), step.name) for target in plan.targets)
+
+    def _target(self, step: Step, loc: str) -> BakeTarget | None:
+        with located(loc):
+            return bake_target(step, self.context)
 
     def _inputs(self, step: Step, loc: str) -> tuple[Step, tuple[Input, ...]]:
         """The step with the LoRAs that it reads, and its inputs."""
@@ -135,23 +141,26 @@ class _Builder:
         return step, tuple(inputs)
 
     def _input(self, spec: Lora, step: Step) -> Input:
-        bare = unquoted(spec.lora)
+        if isinstance(spec.lora, Extract):
+            with located("lora"):
+                return difference_input(spec, spec.lora, self.context, step.shapes)
+        bare = unquoted(spec.source)
         if (
-            bare != spec.lora
+            bare != spec.source
             and not spec.sha256
-            and not any(os.path.lexists(folder / spec.lora) for folder in self.context.folders)
+            and not any(os.path.lexists(folder / spec.source) for folder in self.context.folders)
         ):
             try:
                 return self._input(spec.model_copy(update={"lora": bare}), step)
             except SettingError as e:
-                e.message = f"{spec.lora!r} was read without the quotes or blanks around it: {e.message}"
+                e.message = f"{spec.source!r} was read without the quotes or blanks around it: {e.message}"
                 raise
         table = lora_factors(spec)
-        if not spec.sha256 and (earlier := self.plans.get(spec.lora)):
+        if not spec.sha256 and (earlier := self.plans.get(spec.source)):
             for key in ("alpha", "qkv", "drop"):
                 if getattr(spec, key):
-                    raise SettingError(f"the file of the step {spec.lora} leaves nothing open: drop {key}", key)
-            return Input(spec, spec.lora, earlier.result, table, earlier.output_path, step=earlier)
+                    raise SettingError(f"the file of the step {spec.source} leaves nothing open: drop {key}", key)
+            return Input(spec, spec.source, earlier.result, table, earlier.output_path, step=earlier)
         with located("lora"):
             path = self._path(spec)
         if path is None:
@@ -159,11 +168,11 @@ class _Builder:
         base = self._base(spec)
         lora = self._read(spec, path, step.allow_unmatched)
         known = LoraSpec(lora.ranks, lora.shapes, dtype_name(lora), tuple(lora.algorithms))
-        if spec.lora.startswith(hub.HUB_PREFIX):
-            file = hub.parse(spec.lora)
-            pinned = spec.lora if spec.sha256 else file.pinned(hub.commit_of(path))
+        if spec.source.startswith(hub.HUB_PREFIX):
+            file = hub.parse(spec.source)
+            pinned = spec.source if spec.sha256 else file.pinned(hub.commit_of(path))
             return Input(spec, file.name, known, table, path, lora, source=pinned, base=base)
-        return Input(spec, Path(spec.lora).name if spec.sha256 else path.name, known, table, path, lora, base=base)
+        return Input(spec, Path(spec.source).name if spec.sha256 else path.name, known, table, path, lora, base=base)
 
     def _base(self, spec: Lora) -> dict[str, str]:
         """What it was trained on, as the training in the job or a recipe says."""
@@ -172,14 +181,14 @@ class _Builder:
         return self.context.training.base if self.context.training and is_trained(spec) else {}
 
     def _path(self, spec: Lora) -> Path | None:
-        if not spec.sha256 and spec.lora in self.names:
-            raise SettingError(f"{spec.lora} is this step or a later one: a step can use only the steps before it")
-        key = spec.lora, spec.sha256
+        if not spec.sha256 and spec.source in self.names:
+            raise SettingError(f"{spec.source} is this step or a later one: a step can use only the steps before it")
+        key = spec.source, spec.sha256
         if key not in self.paths:
             self.paths[key] = resolve(spec, self.context, list(self.names), self.before_training)
         path = self.paths[key]
         if path and (earlier := self.written.get(path.resolve())):
-            raise SettingError(f"{spec.lora} is what the step {earlier} writes: use lora: {earlier}")
+            raise SettingError(f"{spec.source} is what the step {earlier} writes: use lora: {earlier}")
         return path
 
     def _read(self, spec: Lora, path: Path, allow_unmatched: bool) -> LoraFile:
@@ -195,35 +204,13 @@ class _Builder:
 
     def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:
         """What a training will save, or what the hub has and nobody has fetched."""
-        if spec.lora.startswith(hub.HUB_PREFIX):
-            name = hub.parse(spec.lora).name
+        if spec.source.startswith(hub.HUB_PREFIX):
+            name = hub.parse(spec.source).name
             return Input(spec, name, LoraSpec({}, {}, "bf16"), table, Path(name))
         training = self.context.training
         assert training, "only a training's LoRA has no path before it is there"
-        path = training.file(trained_step(spec.lora))
+        path = training.file(trained_step(spec.source))
         return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path, base=training.base)
-
-
-def lora_factors(spec: Lora) -> dict[str, float]:
-    """Module -> factor of a LoRA's weights.
-
-    Raises:
-        SettingError: Keys that select nothing or overlap, a strength that is no number, a recipe's table that does not fit.
-    """
-    try:
-        found = factors(Weights(**spec.tables))
-    except SettingError as e:
-        if spec.preset and "overlap" in e.message:  # one of the two may be a key that the user never typed
-            raise SettingError(f"{e.message} (the preset {spec.preset} has entries of its own there)", e.loc) from None
-        raise
-    table = strengths(spec.ratio, found)
-    if spec.strengths is not None and spec.strengths != compact(table):
-        raise SettingError(
-            "the table does not follow from ratio, blocks, layers, effects and overrides: drop it if you changed them; else "
-            "another version of zit_merge made this recipe",
-            "strengths",
-        )
-    return found
 
 
 def _recorded(spec: Lora) -> Adapter | None:

@@ -29,6 +29,7 @@ class RunContext:
         lora_folders: `--loras`: where inputs are looked for by name and hash.
         prefix: What output names begin with.
         file: The one output, where it was named (`merge -o`).
+        baked: The one model that is written, where it was named (`bake -o`).
         may_download: Whether sources on the Hugging Face hub may be fetched; else only the local cache is looked at.
         home: Whose folder is the job's own, where AI-Toolkit's UI looks; None where the command line names another one.
     """
@@ -41,6 +42,7 @@ class RunContext:
     lora_folders: Sequence[Path] = ()
     prefix: str = USUAL_PREFIX
     file: Path | None = None
+    baked: Path | None = None
     may_download: bool = False
     home: Training | None = None
 

@@ -173,12 +173,12 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
         for i, step in enumerate(section.steps):
             own = index, context.at(f"steps[{i}]")
             for j, lora in enumerate(step.loras):
-                paths = [] if lora.lora in names or lora.sha256 else [folder / lora.lora for folder in context.folders]
+                paths = [] if lora.source in names or lora.sha256 else [folder / lora.source for folder in context.folders]
                 for path in paths:
                     writer, other = owners.get(_alike(path), own)
                     if writer != index:
                         raise SettingError(
-                            f"{other} writes {lora.lora}, which is not there before the job runs: put both steps into one "
+                            f"{other} writes {lora.source}, which is not there before the job runs: put both steps into one "
                             "section and use the step's name",
                             f"{own[1]}.loras[{j}].lora",
                         )

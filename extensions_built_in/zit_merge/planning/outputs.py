@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from ..errors import SettingError, ZitMergeError, located
 from ..files.atomic import check_part, part_path
 from ..files.paths import check_writable, system_path
 from ..formats import lokr
+from ..formats.checkpoint import open_checkpoint
+from ..formats.checkpoint_writer import config_of
 from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
 from ..wording import public_name, size_text
 from .context import RunContext
-from .types import StepPlan, steps_to_make
+from .types import BakeTarget, StepPlan, steps_to_make
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
 NAME_LIMIT = 255  # bytes of a file name, on every common file system
@@ -40,7 +42,11 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
     if len(os.fsencode(f"{plan.path.name}.part")) > NAME_LIMIT:
         raise SettingError(f"{plan.path.name[:60]}... is too long for a file name: shorten the step's or the job's name", "name")
     system_path(plan.path)
-    if plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
+    if plan.bake:
+        with located("bake"):
+            _check_bake(plan, plan.bake, context)
+    is_written = plan.spec.keep or not plan.bake
+    if is_written and plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         cap = "rank: {energy: 0.99, max: 64}" if plan.is_open else "rank: 64"
         raise SettingError(
             f"{plan.path.name} would take {size_text(plan.bytes)} at rank {plan.rank}: set {cap}, "
@@ -77,6 +83,41 @@ def _check_copy(plan: StepPlan, context: RunContext) -> None:
     if not folder.is_dir():
         raise SettingError(f"{folder} is not a folder: create it or correct the path")
     check_writable(folder)
+
+
+def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> None:
+    """Raises unless the whole model of a step can be written, and be told from its base."""
+    path, base = bake.path, bake.base
+    if len(os.fsencode(f"{path.name}.parts")) > NAME_LIMIT:
+        raise SettingError(f"{path.name[:60]}... is too long for a file name: shorten the step's or the job's name")
+    if context.claims(path):
+        raise SettingError(f"AI-Toolkit would take {path.name} for a checkpoint of {plan.job}: set another output_dir")
+    if (bake.spec.format == "comfyui") != (path.suffix == ".safetensors"):
+        form = {"comfyui": "one .safetensors file", "diffusers": "a folder, whose name has no such ending"}[bake.spec.format]
+        raise SettingError(f"{path.name}: format: {bake.spec.format} is {form}: give another name or format")
+    if base:
+        own = [base.path, *(file for file, _ in base.files)]
+        if path.exists() and any(p.exists() and p.samefile(path) for p in (*own, *own[1].parents)):
+            raise SettingError(f"{path} is the base, or holds it: give the step another name")
+        if bake.spec.format == "diffusers":
+            config_of(base)
+        for module in [m for m in plan.shapes if any(i.counts(m) for i in plan.inputs)]:
+            if (shape := base.shapes.get(module)) != plan.shapes[module]:
+                told = "not there" if shape is None else f"{shape[0]} x {shape[1]}"
+                wanted = " x ".join(map(str, plan.shapes[module]))
+                raise SettingError(f"{module} is {told} in {bake.label}, {wanted} in the LoRAs: give their own model", "base")
+    check_part(path)
+    if os.path.lexists(path) and made_by(_metadata_of(path, plan)) != (public_name(plan.job), public_name(plan.name)):
+        raise SettingError(
+            f"{path} exists and was not written by this step of this job: move it away, or give the step another name"
+        )
+
+
+def _metadata_of(path: Path, plan: StepPlan) -> Mapping[str, str]:
+    try:
+        return open_checkpoint(path, shapes=plan.spec.shapes).metadata
+    except ZitMergeError:
+        return {}
 
 
 def _check_ours(target: Path, plan: StepPlan) -> bool:
@@ -150,13 +191,17 @@ def check_room(plans: Sequence[StepPlan], context: RunContext, there: Collection
     disks: dict[int, _Disk] = {}
     to_make = steps_to_make(plans, there)
     for plan in plans:
-        for i, path in enumerate(plan.targets or [plan.output_path]):
+        for i, path in enumerate(plan.targets or ([] if plan.bake else [plan.output_path])):
             loc = "copy_to" if i else "output_dir"
             with located(loc):
                 parent = check_writable(path.parent)
             disk = disks.setdefault(parent.stat().st_dev, _Disk(loc, parent))
             if plan.name in to_make or (i and path not in there):
                 disk.write(path, plan.bytes)
+        if plan.bake:
+            parent = check_writable(plan.bake.path.parent)
+            disk = disks.setdefault(parent.stat().st_dev, _Disk("output_dir", parent))
+            disk.write(plan.bake.path, plan.bake.size)
     for disk in disks.values():
         free = shutil.disk_usage(disk.folder).free
         if disk.peak > free:

@@ -12,7 +12,7 @@ from .. import __version__
 from ..algebra.methods import METHODS
 from ..config.schema import PROCESS_TYPE, Save, Step
 from ..wording import public_name
-from .types import Input, StepBasis
+from .types import Input, StepBasis, StepPlan
 
 
 def recipe_of(step: StepBasis) -> dict[str, Any]:
@@ -28,6 +28,20 @@ def recipe_of(step: StepBasis) -> dict[str, Any]:
         "job": public_name(step.job),
         "steps": list(steps.values()),
     }
+
+
+def bake_recipe(plan: StepPlan) -> dict[str, Any]:
+    """The recipe of the whole model that a step writes, with paths in place of hashes: the step writes no LoRA then.
+
+    Args:
+        plan: A step that bakes.
+    """
+    bake = plan.bake
+    assert bake and bake.base, "a model that is written has a base that is there"
+    *earlier, own = plan.recipe["steps"]
+    asked = bake.spec.model_dump(include={"format", "dtype", "rounding", "seed"}, exclude_none=True)
+    entry = {"base": public_name(bake.label), "sha256": bake.base.path, **asked, "file": public_name(bake.path.name)}
+    return {**plan.recipe, "steps": [*earlier, _feeding(own) | {"bake": entry}]}
 
 
 def _feeding(entry: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +81,9 @@ def _input(i: Input) -> dict[str, Any]:
     entry: dict[str, Any] = {"lora": public_name(i.source or i.label)}
     if i.lora:
         entry["sha256"] = i.lora.path
+    if i.pair:
+        entry["lora"] = {"extract": public_name(i.label), "base": public_name(i.source)}
+        entry |= {"sha256": i.pair.tuned.path, "base_sha256": i.pair.base.path}
     entry["ratio"] = i.spec.ratio
     entry |= {key: value for key, value in i.spec.tables.items() if value}  # a preset's entries are written out
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..algebra.ema import gamma_of, profile
 from ..config.schema import TRAINED, Checkpoints, Lora
-from ..errors import SettingError, ZitMergeError, nearest
+from ..errors import SettingError, ZitMergeError, nearest, other_tensors
 from ..files import hub
 from ..files.paths import NO_PICKLES, PICKLES, system_path, user_path
 from ..formats.reader import tensor_hash
@@ -63,7 +63,7 @@ def trained_step(source: str) -> int | None:
 
 def is_trained(spec: Lora) -> bool:
     """Whether it is what the training before the section saves."""
-    return bool(re.fullmatch(rf"{TRAINED}(@\d+)?", spec.lora)) and not spec.sha256
+    return bool(re.fullmatch(rf"{TRAINED}(@\d+)?", spec.source)) and not spec.sha256
 
 
 def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_training: bool) -> Path | None:
@@ -81,7 +81,7 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
     Raises:
         SettingError: There is no such file.
     """
-    source = spec.lora
+    source = spec.source
     if is_trained(spec):
         return _resolve_trained(source, context, before_training)
     if source.startswith(hub.HUB_PREFIX):
@@ -128,16 +128,13 @@ def _resolve_trained(source: str, context: RunContext, before_training: bool) ->
 
 def _resolve_hub(spec: Lora, context: RunContext) -> Path | None:
     """A file of the hub; one that a recipe names by its hash may also be in a folder of --loras."""
-    file = hub.parse(spec.lora)
+    file = hub.parse(spec.source)
     if spec.sha256 and context.lora_folders:
         with contextlib.suppress(ZitMergeError):
             return _resolve_hash(spec.sha256, file.name, [folder / file.name for folder in context.lora_folders], context)
     path = hub.download(file) if context.may_download else hub.cached(file)
     if path and spec.sha256 and tensor_hash(path) != spec.sha256:
-        raise SettingError(
-            f"{spec.lora} does not hold the tensors of the recipe (sha256 {spec.sha256[:12]}...): find the file that it was made "
-            "from and name its folder with --loras"
-        )
+        raise other_tensors(spec.source, spec.sha256)
     return path
 
 

@@ -9,14 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import Lora, RankRule, Step
+from ..config.schema import Bake, Lora, RankRule, Step
 from ..errors import ZitMergeError
 from ..files.atomic import part_path
 from ..files.paths import user_path
+from ..formats.checkpoint import Checkpoint, Seen
+from ..formats.checkpoint_writer import checkpoint_layout
+from ..formats.difference import Difference
 from ..formats.forms import FORMS, Form
 from ..formats.metadata import BASE_KEY, CHECK_KEY, OF_RANKS, RECIPE_KEY, Base, adapter_ranks, dumps
 from ..formats.reader import LoraFile
-from ..formats.safetensors_file import Stamp
+from ..formats.safetensors_file import size_of
 from ..formats.spec import Layout, LoraSpec
 from ..model.strengths import compact
 
@@ -36,7 +39,7 @@ def with_hashes(recipe: Mapping[str, Any], hashes: Mapping[Path, str]) -> dict[s
         return {key: hashes[value] if isinstance(value, Path) else value for key, value in lora.items()}
 
     steps = [{**step, "loras": [hashed(lora) for lora in step["loras"]]} for step in recipe["steps"]]
-    return {**recipe, "steps": steps}
+    return {**recipe, "steps": [s | ({"bake": hashed(s["bake"])} if "bake" in s else {}) for s in steps]}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Input:
         factors: Module -> factor of its weights, for all of Z-Image; the ratio is no part of it.
         path: Where the file is or will be.
         lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
+        pair: The two models whose difference it is.
         step: It is the output of this earlier step.
         source: What a recipe calls it, where that is not its label.
         base: What it was trained on, where the job or a recipe says it.
@@ -61,6 +65,7 @@ class Input:
     factors: Mapping[str, float]
     path: Path
     lora: LoraFile | None = None
+    pair: Difference | None = None
     step: StepPlan | None = None
     source: str = ""
     base: Base = field(default_factory=dict)
@@ -88,6 +93,30 @@ class Input:
         return {**own, BASE_KEY: dumps([self.base])} if self.base else own
 
 
+@dataclass(frozen=True)
+class BakeTarget:
+    """The whole model that a step writes.
+
+    Attributes:
+        spec: As the config has it.
+        base: What the merge is added to; None while it is on the hub.
+        label: What a recipe calls the base.
+        path: A folder for diffusers, else a file.
+    """
+
+    spec: Bake
+    base: Checkpoint | None
+    label: str
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """Its bytes, headers left out; 0 while its base is not known."""
+        if self.base is None:
+            return 0
+        return sum(size_of(t.dtype, t.shape) for t in checkpoint_layout(self.base, self.spec.format, self.spec.dtype))
+
+
 USUAL_PREFIX = "merged_"  # of outputs' names
 
 
@@ -103,6 +132,7 @@ class StepBasis:
         path: The output.
         loc: Of the step in the config.
         prefix: What the names of outputs begin with.
+        bake: The whole model that it writes, if it does.
     """
 
     job: str
@@ -112,6 +142,7 @@ class StepBasis:
     path: Path
     loc: str
     prefix: str
+    bake: BakeTarget | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,11 +199,12 @@ class StepBasis:
         return FORMS[self.spec.save.format]
 
     @cached_property
-    def hashed(self) -> Mapping[Path, Stamp | None]:
+    def hashed(self) -> Mapping[Path, Seen]:
         """The files whose SHA-256 the recipe needs, as they were read: this step's own, and those of the steps that it uses."""
-        found = {i.lora.path: i.lora.stamp for i in self.inputs if i.lora}
+        found: dict[Path, Seen] = {i.lora.path: i.lora.stamp for i in self.inputs if i.lora}
         for i in self.inputs:
             found |= i.step.hashed if i.step else {}
+            found |= {c.path: c for c in (i.pair.tuned, i.pair.base)} if i.pair else {}
         return found
 
     @cached_property

@@ -20,11 +20,11 @@ def section_yaml(section: Section, step: Step, *, shared: bool = False) -> str:
         shared: For others to see, without the names of users in paths.
     """
     steps = [{key: value for key, value in _plain(step).items() if key != "keep"}]
-    used = [lora.lora for lora in step.loras]
+    used = [lora.source for lora in step.loras]
     for earlier in reversed(section.steps):
         if earlier.name in used and earlier.name != step.name:
             steps.insert(0, _plain(earlier))
-            used += [lora.lora for lora in earlier.loras]
+            used += [lora.source for lora in earlier.loras]
     settings = {key: value for key in _HOST_KEYS if (value := getattr(section, key)) not in (None, "auto")}
     made = {"type": "zit_merge", **settings, "steps": steps}
     return to_yaml(without_users(made) if shared else made)

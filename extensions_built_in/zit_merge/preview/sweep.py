@@ -11,7 +11,7 @@ from ..config.rules import check_step
 from ..config.schema import Lora, Step
 from ..errors import SettingError, counted, joined, located, nearest
 from ..model.strengths import TABLES, canonical_key
-from ..planning.build import lora_factors
+from ..planning.factors import lora_factors
 from ..planning.types import Input, StepPlan
 from .plan import SweepCell
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..formats.safetensors_file import Stamp
+from ..formats.checkpoint import Seen
 from ..planning.types import Input, StepPlan, with_hashes
 from .groups import ModuleGroup
 
@@ -29,7 +29,7 @@ class AdapterVariant:
 
     label: str
 
-    def files(self) -> Mapping[Path, Stamp | None]:
+    def files(self) -> Mapping[Path, Seen]:
         """The files whose hashes its record needs, as they were when they were planned."""
         return {}
 
@@ -60,14 +60,18 @@ class InputVariant(AdapterVariant):
 
     input: Input
 
-    def files(self) -> Mapping[Path, Stamp | None]:
+    def files(self) -> Mapping[Path, Seen]:
         i = self.input
+        if i.pair:
+            return {model.path: model for model in (i.pair.tuned, i.pair.base)}
         return i.step.hashed if i.step else {i.path: i.lora.stamp if i.lora else None}
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         i = self.input
         if i.step:
             return _numbers(i.step, hashes)
+        if i.pair:
+            return {"extract": hashes[i.pair.tuned.path], "base": hashes[i.pair.base.path]}
         answers = {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
         adapter = {"adapter": i.lora.adapter.record()} if i.lora and i.lora.adapter else {}
         return {"lora": hashes[i.path], **answers, **adapter}
@@ -86,7 +90,7 @@ class StepVariant(AdapterVariant):
 
     plan: StepPlan
 
-    def files(self) -> Mapping[Path, Stamp | None]:
+    def files(self) -> Mapping[Path, Seen]:
         return self.plan.hashed
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class MaskedVariant(AdapterVariant):
     group: ModuleGroup
     only: bool
 
-    def files(self) -> Mapping[Path, Stamp | None]:
+    def files(self) -> Mapping[Path, Seen]:
         return self.whole.files()
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _told(verdict: Verdict | None, key: str, count: int) -> list[float | None]:
 def _input(i: Input, asked: float | None, got: float | None) -> dict[str, Any]:
     return {
         "label": text(i.label, NAME),
-        "path": None if i.step or i.spec.lora.startswith(HUB_PREFIX) else _path(i.path),
+        "path": None if i.step or i.spec.source.startswith(HUB_PREFIX) else _path(i.path),
         "ratio": i.spec.ratio,
         "preset": i.spec.preset,
         "modules": len(i.known.ranks),

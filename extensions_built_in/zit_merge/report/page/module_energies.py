@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 
 import torch
 
@@ -11,6 +12,7 @@ from ...analysis.measure import ModuleProducts, Readers
 from ...formats.reader import load_lora
 from ...formats.verdict import PAIRS_UP_TO
 from ...merging.made import Done
+from ...merging.opened import open_input
 from ...model.zimage import MODULES
 from ...planning.types import StepPlan
 from ...progress import SILENT, Progress
@@ -40,8 +42,17 @@ def of_inputs(done: Done, progress: Progress = SILENT) -> dict[str, ModuleProduc
 
 
 def _read(plan: StepPlan, modules: Collection[str], progress: Progress) -> dict[str, ModuleProducts]:
-    with Readers([i.lora or load_lora(i.path) for i in plan.inputs]) as readers:
-        return {module: _products(readers.deltas(module)) for module in progress.track(modules, LABEL)}
+    with ExitStack() as files:
+        readers = [open_input(i, files) for i in plan.inputs]
+        found = {}
+        for module in progress.track(modules, LABEL):
+            deltas = {}
+            for n, (i, reader) in enumerate(zip(plan.inputs, readers, strict=True)):
+                if module in i.known.ranks:
+                    scale, stored = reader.delta(module)
+                    deltas[n] = stored.times(scale)
+            found[module] = _products(deltas)
+        return found
 
 
 def _products(deltas: Mapping[int, Delta]) -> ModuleProducts:

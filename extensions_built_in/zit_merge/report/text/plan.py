@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ...config.presets import is_file, origin_of
 from ...errors import counted
+from ...formats.header import DTYPES as CONFIG_NAMES
 from ...formats.spec import LoraSpec
 from ...model import zimage
-from ...planning.types import Input, StepPlan
+from ...planning.types import BakeTarget, Input, StepPlan
 from ...wording import WIDTH, aligned, beside, columns, copyable, padded, ranges, ranks_text, size_text, span, squeezed, wrapped
 from .table import grouped_table, strength_table
 
@@ -23,14 +24,26 @@ def plan_text(plan: StepPlan) -> str:
     size = f"{size_text(plan.bytes)}{' at most' if plan.is_open else ''}" if plan.bytes else "size not known yet"
     if plan.spec.keep:
         lines += [*beside("  writes ", [*written(plan), size]), f"    {copyable(plan.path)}"]
-    else:
+    elif not plan.bake:
         lines += beside("  makes ", [*written(plan), size, "for later steps only (keep: false)"])
+    if plan.bake:
+        lines += [*beside("  writes ", model_facts(plan.bake)), f"    {copyable(plan.bake.path)}"]
     if plan.spec.copy_to:
         lines += ["  and a copy in", f"    {copyable(plan.targets[1].parent)}"]
     lines += [""] * bool(plan.warnings)
     for warning in plan.warnings:
         lines += wrapped(f"note: {warning}")
     return "\n".join(lines)
+
+
+def model_facts(bake: BakeTarget) -> list[str]:
+    """`the whole model`, `Z-Image-Turbo with the merge in it`, `format comfyui`, `bf16`, `12.3 GB`."""
+    facts = ["the whole model", f"{squeezed(bake.label, NAME)} with the merge in it", f"format {bake.spec.format}"]
+    if bake.base is None:
+        return [*facts, "size not known yet"]
+    dtype = bake.spec.dtype or CONFIG_NAMES.get(bake.base.dtype_name, bake.base.dtype_name)
+    rounding = ["rounded stochastically"] if bake.spec.rounding == "stochastic" else []
+    return [*facts, dtype, *rounding, size_text(bake.size)]
 
 
 def step_name(plan: StepPlan) -> str:
@@ -82,7 +95,7 @@ def _known_of(i: Input) -> list[str]:
     if not i.known.ranks:
         return ["still on the hub"]
     facts = [counted(len(i.known.ranks), "module"), _ranks(i.known), i.known.dtype_name]
-    return facts if i.lora or i.step else [*facts, "still to be trained"]
+    return facts if i.lora or i.step or i.pair else [*facts, "still to be trained"]
 
 
 def _strengths(plan: StepPlan) -> Iterator[str]:

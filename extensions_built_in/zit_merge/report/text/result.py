@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...algebra.methods import METHODS
+from ...formats.header import DTYPES as CONFIG_NAMES
 from ...formats.verdict import LOST, STRONGER, Reason, Verdict
-from ...merging.made import Done
+from ...merging.made import Baked, Done
 from ...planning.types import StepPlan
 from ...wording import aligned, beside, columns, copyable, listed, percent, size_text, span, squeezed, wrapped
-from .plan import NAME, names_of, numbers_of, step_name, written
+from .plan import NAME, model_facts, names_of, numbers_of, step_name, written
 from .table import COLUMN, short, value_table
 
 _SHOWN = 10  # LoRAs in the table of what went in
@@ -18,6 +19,23 @@ _NAMED = 3  # LoRAs in a sentence
 
 def done_text(done: Done) -> str:
     """A step that was made: whether it is right, what went in, what came out; or that its file was there already."""
+    models = [_model_text(done.plan, done.baked)] if done.baked else []
+    return "\n".join([*([_lora_text(done)] if done.is_lora else []), *models])
+
+
+def _model_text(plan: StepPlan, baked: Baked) -> str:
+    """A whole model that was written: how much of the change it holds, what went in."""
+    assert plan.bake, "the step bakes"
+    verdict = baked.verdict
+    if not baked.made:
+        kept = f"kept {squeezed(baked.path.name, NAME - 2)} (made before by the same recipe)"
+        return "\n".join(wrapped(f"{kept}, {verdict_text(plan, verdict)}", 0))
+    lines = [*wrapped(f"{step_name(plan)}, baked, is {verdict_text(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
+    lines += [*beside("  wrote ", model_facts(plan.bake)), f"    {copyable(baked.path)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _lora_text(done: Done) -> str:
     plan, verdict = done.plan, done.verdict
     if not done.made:
         kept = f"kept {squeezed(done.path.name, NAME - 2)} (made before by the same recipe)"
@@ -52,6 +70,10 @@ def verdict_text(plan: StepPlan, verdict: Verdict) -> str:
 
 def _reason_text(plan: StepPlan, status: str, reason: Reason) -> str:
     dtype, kind, error = plan.dtype_name, reason["kind"], reason.get("error", 0.0)
+    if kind in ("survives", "rounded_away"):
+        share = f"{percent(reason['share'])} of the change survives rounding to {_model_dtype(plan)}"
+        cure = "set rounding: stochastic or dtype: fp32, or keep the LoRA apart"
+        return f"{status}: {share}" + (f"; {cure}" if kind == "rounded_away" else "")
     if kind == "cancelling":
         return f"{status} by {percent(error)}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32"
     if kind in ("lost", "stronger"):
@@ -66,6 +88,12 @@ def _reason_text(plan: StepPlan, status: str, reason: Reason) -> str:
         "rounding": f"as asked, rounding to {dtype} changed {percent(error)}",
     }
     return f"{status}: {sentences.get(kind, kind)}"
+
+
+def _model_dtype(plan: StepPlan) -> str:
+    assert plan.bake, "the step bakes"
+    base = plan.bake.base
+    return plan.bake.spec.dtype or (CONFIG_NAMES.get(base.dtype_name, base.dtype_name) if base else "its dtype")
 
 
 def _of_inputs(plan: StepPlan, reason: Reason, dtype: str) -> str:

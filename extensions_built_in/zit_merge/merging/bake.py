@@ -1,0 +1,298 @@
+"""A whole model with the merge in it, tensor by tensor: base + change in float32, rounded once, and measured after that.
+
+Memory stays at one module's change and a few rows of its weight, whatever the size of the model. A tensor that nothing changes is
+copied byte for byte, unless another dtype was asked for. With g = written - base and d the change that was wanted, of each
+module and of the file:
+
+    survives   <g, d> / <d, d>    the strength that is left of the change
+    error      |g - d| / |d|      rounding, which is no part of the change
+    got        the least-squares strengths of the inputs in g
+
+Sums of squares are taken in float32 over a million numbers at most, and added up in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, gram
+from ..algebra.dense import dense_rows, rounded
+from ..algebra.factors import Factors, is_finite
+from ..algebra.precision import full_precision
+from ..errors import ZitMergeError, other_tensors
+from ..formats.checkpoint import Checkpoint, CheckpointReader, Digest, Place, open_checkpoint
+from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout
+from ..formats.dtypes import STORED_DTYPES
+from ..formats.metadata import CHECK_KEY, read_recipe
+from ..formats.reader import LoraFile
+from ..formats.verdict import Verdict, judged_bake, placeholder
+from ..model.tensors import TENSORS
+from ..planning.metadata import bake_metadata
+from ..planning.recipe import bake_recipe
+from ..planning.types import BakeTarget, StepPlan
+from ..progress import Progress
+from .made import Baked, Hashes
+from .merger import Merged
+from .opened import open_input
+from .results import Result
+from .verify import Sums
+
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # bytes of a weight in float32 that are changed at a time
+_THIN = 0.5  # of the shorter side: components up to which a change is never multiplied out to be measured
+_PENDING = 8  # chunks that wait to be hashed
+
+
+def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Baked:
+    """Writes the whole model of a step.
+
+    Args:
+        plan: Final; it bakes.
+        steps: Path -> file of the steps that are done; those that it uses are among them.
+        hashes: Of `plan.hashed`.
+        device: Where the algebra runs.
+        progress: Shows how far it is, and may stop it.
+
+    Raises:
+        ZitMergeError: With no part of the model left behind.
+    """
+    target, base = _target(plan)
+    recipe = bake_recipe(plan)
+    reserve = bake_metadata(plan, recipe) | placeholder(len(plan.inputs))
+    tensors = checkpoint_layout(base, target.spec.format, target.spec.dtype)
+    with full_precision(), contextlib.ExitStack() as files:
+        readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
+        result = Result(_in_float32(plan), readers, device, progress)
+        with CheckpointWriter(target.path, base, tensors, target.spec.format, reserve) as out:
+            with _Hasher() as hasher:
+                baker = _Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device)
+                for tensor in progress.track(tensors, f"baking {plan.name}", "tensor"):
+                    out.write(tensor, baker.rows(tensor))
+            files.close()  # raises if an input was changed
+            if target.spec.sha256 and target.spec.sha256 != hasher.hexdigest():
+                raise other_tensors(base.path, target.spec.sha256)
+            verdict = baker.verdict()
+            found = {**hashes.of(plan.hashed), base.path: hasher.hexdigest()}
+            out.finish(bake_metadata(plan, recipe, found) | verdict.metadata())
+    return Baked(target.path, True, verdict)
+
+
+def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
+    """The whole model of a step, if it is there from the same recipe and base.
+
+    Args:
+        plan: Final; it bakes.
+        hashes: Of `plan.hashed`.
+    """
+    target, base = _target(plan)
+    if not target.path.exists():
+        return None
+    try:
+        metadata = open_checkpoint(target.path, shapes=plan.spec.shapes).metadata
+    except ZitMergeError:
+        return None
+    verdict = Verdict.read(metadata)
+    said = read_recipe(metadata) or {}
+    told = said["steps"][-1].get("bake", {}).get("sha256") if said.get("steps") else None
+    found = {**hashes.of(plan.hashed), base.path: told or ""}
+    wanted = bake_metadata(plan, bake_recipe(plan), found)
+    if verdict is None or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted or base.sha256() != told:
+        return None
+    return Baked(target.path, False, verdict)
+
+
+def _target(plan: StepPlan) -> tuple[BakeTarget, Checkpoint]:
+    assert plan.bake, "the step bakes"
+    if plan.bake.base is None:
+        raise ZitMergeError(f"{plan.bake.label}: the base is still on the hub: run the job again when it is there")
+    return plan.bake, plan.bake.base
+
+
+def _in_float32(plan: StepPlan) -> StepPlan:
+    """The plan of the same change before its factors are rounded."""
+    save = plan.spec.save.model_copy(update={"dtype": "fp32", "keep_lokr": False})
+    return plan.revised(dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save}))
+
+
+class _Hasher:
+    """The hash of the base, taken in a thread while its tensors are changed and written."""
+
+    def __init__(self) -> None:
+        self._digest, self._pool, self._pending = Digest(), ThreadPoolExecutor(max_workers=1), deque[Future[None]]()
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def begin(self, name: str, place: Place) -> None:
+        """See `Digest`."""
+        self._pending.append(self._pool.submit(self._digest.begin, name, place))
+
+    def update(self, rows: Tensor) -> None:
+        """See `Digest`; waits where many are pending."""
+        self._pending.append(self._pool.submit(self._digest.update, rows))
+        while len(self._pending) > _PENDING:
+            self._pending.popleft().result()
+
+    def hexdigest(self) -> str:
+        """Of the whole base, once the context has ended."""
+        return self._digest.hexdigest()
+
+
+class _Baker:
+    """The tensors of the model, rows by rows, and the sums over what changed.
+
+    Args:
+        target: What is written.
+        result: What the step makes, in float32.
+        base: Opened.
+        hasher: Of the base.
+        device: Where the algebra runs.
+    """
+
+    def __init__(self, target: BakeTarget, result: Result, base: CheckpointReader, hasher: _Hasher, device: torch.device):
+        self._target, self._result, self._base, self._hasher, self._device = target, result, base, hasher, device
+        self._sums, self._crossed, self._wanted = Sums(len(result.plan.inputs)), 0.0, 0.0
+
+    def rows(self, tensor: Written) -> Iterator[Tensor]:
+        """All rows of a tensor of the model.
+
+        Raises:
+            ZitMergeError: It is too large for its dtype, or the base is broken.
+        """
+        dtype = STORED_DTYPES.get(tensor.dtype)
+        for name, place in tensor.parts:
+            self._hasher.begin(name, place)
+            change = self._change(name)
+            generator = self._generator(name)
+            first = 0
+            for rows in self._base.chunks(place, _CHUNK.get(self._device.type, _CHUNK["cpu"])):
+                self._hasher.update(rows)
+                last = first + (len(rows) if rows.dim() else 0)
+                if change:
+                    yield self._checked(change.added(rows.to(self._device), first, last, dtype or rows.dtype, generator), name)
+                elif dtype in (None, rows.dtype):
+                    yield rows
+                else:
+                    yield self._checked(rounded(rows.to(self._device).float(), dtype, generator), name)
+                first = last
+            if change:
+                self._add(change)
+
+    def verdict(self) -> Verdict:
+        """Of the whole model."""
+        share = self._crossed / self._wanted if self._wanted else None
+        return judged_bake(self._sums.verdict(False), share)
+
+    def _generator(self, name: str) -> torch.Generator | None:
+        """Other draws in every tensor."""
+        if self._target.spec.rounding == "nearest":
+            return None
+        return torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._target.spec.seed} {name}".encode()))
+
+    def _change(self, name: str) -> _Change | None:
+        module = TENSORS[name].module if name in TENSORS else None
+        if module is None or module not in self._result.plan.shapes:
+            return None
+        merged = self._result.answer(module)
+        return _Change(merged, module in self._result.plan.cut) if merged.delta is not None else None
+
+    def _add(self, change: _Change) -> None:
+        crossed, energies = change.sums()
+        self._crossed += crossed
+        self._wanted += energies[0]
+        self._sums.add(change.module, change.parts, change.products(energies[2]), change.want, energies)
+
+    def _checked(self, rows: Tensor, name: str) -> Tensor:
+        if not is_finite(rows if rows.dtype.itemsize > 1 else rows.float()):
+            dtype = self._target.spec.dtype
+            cure = "set dtype: bf16 or fp32" if dtype == "fp16" else "the base or a LoRA holds NaN or infinity: get it again"
+            raise ZitMergeError(f"{self._target.path.name}: {name} is too large for a number: {cure}")
+        return rows.cpu()
+
+
+class _Change:
+    """The change of one module, added to its weight rows by rows.
+
+    Args:
+        merged: As the method makes it, at the step's rank.
+        is_cut: Whether that is less than the inputs have.
+
+    Attributes:
+        module: Its name.
+        parts: Input -> its part.
+        want: (n + k,) what the n inputs and, unless the change is their plain combination, the change itself count in it.
+    """
+
+    def __init__(self, merged: Merged, is_cut: bool):
+        assert merged.delta is not None, "a module that nothing changes is copied"
+        self.module, self.parts = merged.module, merged.parts
+        self._delta = _float32(merged.delta)
+        self._vectors = [_float32(p.bare) for p in merged.parts.values()]
+        if merged.coefficients is None or is_cut:
+            self._vectors.append(self._delta)
+            self.want = torch.tensor([0.0] * len(merged.parts) + [1.0], dtype=torch.float64)
+        else:
+            weights = [merged.coefficients[n] * p.factor for n, p in merged.parts.items()]
+            self.want = torch.tensor(weights, dtype=torch.float64)
+        self._thin = [v for v in self._vectors if isinstance(v, Factors) and _is_thin(v)]
+        into = self._delta.shape[1]
+        self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
+        self._crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
+        self._written = 0.0
+
+    def added(self, rows: Tensor, first: int, last: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+        """Rows first .. last - 1 of the weight with the change in them, rounded to `dtype`."""
+        weight = rows.float()
+        if isinstance(self._delta, Factors) and _is_thin(self._delta):
+            changed = torch.addmm(weight, self._delta.up[first:last], self._delta.down)
+        else:
+            changed = weight + dense_rows(self._delta, first, last)
+        found = rounded(changed, dtype, generator)
+        self._measure(found.float().sub_(weight), first, last)
+        return found
+
+    def _measure(self, got: Tensor, first: int, last: int) -> None:
+        self._written += float(torch.linalg.vector_norm(got)) ** 2
+        images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
+        for n, vector in enumerate(self._vectors):
+            if isinstance(vector, Factors) and _is_thin(vector):
+                found = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
+            else:
+                found = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
+            self._crossed[n] += found.cpu()
+
+    def sums(self) -> tuple[float, tuple[float, float, float]]:
+        """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
+        self._gram = gram(self._vectors)
+        crossed, wanted = float(self.want @ self._crossed), max(float(self.want @ self._gram @ self.want), 0.0)
+        return crossed, (wanted, max(wanted - 2 * crossed + self._written, 0.0), self._written)
+
+    def products(self, written: float) -> Tensor:
+        """(n + k + 1, n + k + 1) inner products of the vectors and of what was written."""
+        size = len(self._vectors)
+        found = torch.full((size + 1, size + 1), written, dtype=torch.float64)
+        found[:size, :size] = self._gram
+        found[size, :size] = found[:size, size] = self._crossed
+        return found
+
+
+def _float32(delta: Delta) -> Delta:
+    return delta.expand().map(lambda t: t.float()) if _all_factors(delta) else delta.map(lambda t: t.float())
+
+
+def _all_factors(delta: Delta) -> bool:
+    return all(isinstance(p, Factors) for p in getattr(delta, "parts", (delta,)))
+
+
+def _is_thin(delta: Delta) -> bool:
+    return isinstance(delta, Factors) and delta.rank <= _THIN * min(delta.shape)
