@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config.recipe import only_recipe
 from ..errors import ZitMergeError
+from ..formats.checkpoint import is_checkpoint, open_checkpoint
 from ..formats.metadata import read_recipe
 from ..formats.reader import load_lora
 from ..report.progress import Bar
@@ -33,7 +34,12 @@ def inspect(args: argparse.Namespace) -> None:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
     if args.sources and len(args.files) > 1:
         raise ZitMergeError(f"inspect --sources: looks into one file, {len(args.files)} were named before it")
-    if args.sources:
+    models = [path for path in args.files if is_checkpoint(path)]
+    if args.base or (models and len(args.files) == 1):
+        _look_at_model(args)
+    elif models:
+        raise ZitMergeError(f"inspect: {models[0]} is a whole model: name it alone, or with --base and --sources")
+    elif args.sources:
         _look_at_sources(args)
     else:
         _look_at_files(args)
@@ -53,6 +59,26 @@ def _check_drawn(args: argparse.Namespace) -> None:
         from ..report.page.files import check_target
 
         check_target(args.html)
+
+
+def _look_at_model(args: argparse.Namespace) -> None:
+    """A whole model, alone or beside its base, with the LoRAs in it."""
+    from ..analysis.model import describe_model, sources_in_model
+    from ..report.text.model import model_text, sources_text
+
+    for drawn in ("plot", "html"):
+        if getattr(args, drawn):
+            raise ZitMergeError(f"inspect --{drawn}: shows LoRA files, {args.files[0]} is looked at as a whole model: drop it")
+    if args.sources and not args.base:
+        raise ZitMergeError(f"inspect: {args.files[0]} is a whole model: name the model it came from too, --base PATH")
+    if len(args.files) > 1:
+        raise ZitMergeError(f"inspect --base: looks into one model, {len(args.files)} were named")
+    model = open_checkpoint(args.files[0], shapes="free")
+    if not args.base:
+        _print_found(args, describe_model(model), model_text)
+        return
+    sources = [load_lora(path) for path in args.sources or ()]
+    _print_found(args, sources_in_model(model, open_checkpoint(args.base, shapes="free"), sources, Bar(args.quiet)), sources_text)
 
 
 def _look_at_sources(args: argparse.Namespace) -> None:
@@ -97,7 +123,8 @@ def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str
 
 def recipe(args: argparse.Namespace) -> None:
     """Prints the section that made a file: whoever wrote the file, nothing but a recipe."""
-    found = read_recipe(load_lora(args.file).metadata)
+    source = open_checkpoint(args.file, shapes="free") if is_checkpoint(args.file) else load_lora(args.file)
+    found = read_recipe(source.metadata)
     if found is None:
         raise ZitMergeError(f"{args.file}: has no recipe, zit_merge did not make it")
     kept, others = only_recipe(found)

@@ -88,6 +88,7 @@ def _add_folders(sub: argparse.ArgumentParser) -> None:
 def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
     inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
+    inspect.add_argument("--base", type=Path, metavar="MODEL", help="FILE is a whole model: compare it with the one it came from")
     inspect.add_argument("--json", action="store_true")
     inspect.add_argument(
         "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"

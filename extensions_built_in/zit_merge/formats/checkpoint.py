@@ -231,9 +231,18 @@ def open_checkpoint(path: Path, *, shapes: str = "strict") -> Checkpoint:
     return checkpoint
 
 
-def checkpoint_files(path: Path) -> list[Path]:
-    """The files of the weights of a checkpoint, as `open_checkpoint` finds them."""
-    return _files(path)[0]
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is to be read as a whole model: a folder, or a file with weights of Z-Image under their own names."""
+    if path.is_dir():
+        return True
+    try:
+        with SafetensorsFile(path) as file:
+            return sum(bool(_found(key)) for key in file.entries) > _MANY
+    except ZitMergeError:
+        return False
+
+
+_MANY = 20  # weights of the model itself, as no LoRA has them beside its factors
 
 
 def _files(path: Path) -> tuple[list[Path], Mapping[str, Any] | None]:

@@ -96,6 +96,10 @@ class DifferenceReader:
             return 1.0, Factors(torch.zeros(out, 1), torch.zeros(1, into))
         return 1.0, whole(found)
 
+    def tuned_weight(self, module: str) -> Tensor:
+        """(out, in) of what was trained, as stored."""
+        return self._tuned.weight(module)
+
     def vectors(self) -> Mapping[str, float]:
         """Tensor that is no weight of a linear layer -> squared norm of its difference, where there is one."""
         found = {}

@@ -49,8 +49,8 @@ def _head(found: Description) -> dict[str, str]:
     return {
         "file": middle(found.file),
         "made by": f"{trainer.name}{version}, {_BY[trainer.by]}" if trainer else "not recognised",
-        "merged from": _merged_from(found.recipe or {}),
-        "check": _check(found.check) if found.check else "",
+        "merged from": merged_from(found.recipe or {}),
+        "check": check_text(found.check) if found.check else "",
         "format": _styles(found.format),
         "algorithm": ", ".join(f"{name} in {n} modules" if several else name for name, n in algorithms.items()),
         "modules": f"{found.modules} of {len(MODULES)} ({sections})",
@@ -90,7 +90,7 @@ def _styles(styles: Sequence[str]) -> str:
     return ", ".join(f"{prefix}* {' '.join(own)}" for prefix, own in endings.items())
 
 
-def _merged_from(recipe: Mapping[str, Any]) -> str:
+def merged_from(recipe: Mapping[str, Any]) -> str:
     """`0.9 of me.safetensors and 0.6 of style.safetensors`, as far as a recipe has the form of ours."""
     steps = recipe.get("steps")
     last = steps[-1] if isinstance(steps, list) and steps else None
@@ -100,7 +100,7 @@ def _merged_from(recipe: Mapping[str, Any]) -> str:
     return listed(named if len(named) <= _NAMED else [*named[: _NAMED - 1], f"{len(named) - _NAMED + 1} more"])
 
 
-def _check(check: Mapping[str, Any]) -> str:
+def check_text(check: Mapping[str, Any]) -> str:
     """What the check found when the file was written."""
     asked, got = (shorten(", ".join("-" if v is None else f"{v:g}" for v in check[key]), _WORDS) for key in ("asked", "got"))
     is_cut = check.get("cut", check["error"] > LARGE)
