@@ -14,6 +14,7 @@ Sums of squares are taken in float32 over a million numbers at most, and added u
 from __future__ import annotations
 
 import contextlib
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,7 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
         result = Result(_in_float32(plan), readers, device, progress)
         with CheckpointWriter(target.path, base, tensors, target.spec.format, reserve) as out:
             with _Hasher() as hasher:
-                baker = _Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device)
+                baker = files.enter_context(_Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device))
                 for tensor in progress.track(tensors, f"baking {plan.name}", "tensor"):
                     out.write(tensor, baker.rows(tensor))
             files.close()  # raises if an input was changed
@@ -162,6 +163,16 @@ class _Baker:
     def __init__(self, target: BakeTarget, result: Result, base: CheckpointReader, hasher: _Hasher, device: torch.device):
         self._target, self._result, self._base, self._hasher, self._device = target, result, base, hasher, device
         self._sums, self._crossed, self._wanted = Sums(len(result.plan.inputs)), 0.0, 0.0
+        self._threads = torch.get_num_threads()
+        self._workers = self._threads if device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> _Baker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
     def rows(self, tensor: Written) -> Iterator[Tensor]:
         """All rows of a tensor of the model.
@@ -172,32 +183,36 @@ class _Baker:
         dtype = STORED_DTYPES.get(tensor.dtype)
         for name, place in tensor.parts:
             self._hasher.begin(name, place)
-            change = self._change(name)
-            generator = self._generator(name)
-            first = 0
+            change, first, pending = self._change(name), 0, deque[Future[Tensor]]()
             for rows in self._base.chunks(place, _CHUNK.get(self._device.type, _CHUNK["cpu"])):
                 self._hasher.update(rows)
                 last = first + (len(rows) if rows.dim() else 0)
-                if change:
-                    yield self._checked(change.added(rows.to(self._device), first, last, dtype or rows.dtype, generator), name)
-                elif dtype in (None, rows.dtype):
-                    yield rows
-                else:
-                    yield self._checked(rounded(rows.to(self._device).float(), dtype, generator), name)
+                pending.append(self._pool.submit(self._changed, change, rows, first, last, dtype or rows.dtype, name))
+                while len(pending) > self._workers:
+                    yield pending.popleft().result()
                 first = last
+            yield from (one.result() for one in pending)
             if change:
                 self._add(change)
+
+    def _changed(self, change: _Change | None, rows: Tensor, first: int, last: int, dtype: torch.dtype, name: str) -> Tensor:
+        """Some rows of the output, on the CPU."""
+        if change is None and dtype == rows.dtype:
+            return rows
+        rows, generator = rows.to(self._device), self._generator(f"{name} {first}")
+        found = change.added(rows, first, last, dtype, generator) if change else rounded(rows.float(), dtype, generator)
+        return self._checked(found, name)
 
     def verdict(self) -> Verdict:
         """Of the whole model."""
         share = self._crossed / self._wanted if self._wanted else None
         return judged_bake(self._sums.verdict(False), share)
 
-    def _generator(self, name: str) -> torch.Generator | None:
-        """Other draws in every tensor."""
+    def _generator(self, place: str) -> torch.Generator | None:
+        """Other draws in every place."""
         if self._target.spec.rounding == "nearest":
             return None
-        return torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._target.spec.seed} {name}".encode()))
+        return torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._target.spec.seed} {place}".encode()))
 
     def _change(self, name: str) -> _Change | None:
         module = TENSORS[name].module if name in TENSORS else None
@@ -247,43 +262,62 @@ class _Change:
         self._thin = [v for v in self._vectors if isinstance(v, Factors) and _is_thin(v)]
         into = self._delta.shape[1]
         self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
-        self._crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
-        self._written = 0.0
+        self._crossed: dict[int, Tensor] = {}  # first row -> (n + k,) inner products of the vectors with what was written
+        self._written: dict[int, float] = {}  # first row -> squared norm of what was written
 
     def added(self, rows: Tensor, first: int, last: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
         """Rows first .. last - 1 of the weight with the change in them, rounded to `dtype`."""
-        weight = rows.float()
+        weight, changed = _scratch(rows)
+        weight.copy_(rows)
         if isinstance(self._delta, Factors) and _is_thin(self._delta):
-            changed = torch.addmm(weight, self._delta.up[first:last], self._delta.down)
+            torch.addmm(weight, self._delta.up[first:last], self._delta.down, out=changed)
         else:
-            changed = weight + dense_rows(self._delta, first, last)
+            torch.add(weight, dense_rows(self._delta, first, last), out=changed)
         found = rounded(changed, dtype, generator)
-        self._measure(found.float().sub_(weight), first, last)
+        found = found.clone() if found is changed else found
+        self._measure(changed.copy_(found).sub_(weight), first, last)
         return found
 
     def _measure(self, got: Tensor, first: int, last: int) -> None:
-        self._written += float(torch.linalg.vector_norm(got)) ** 2
         images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
+        crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
         for n, vector in enumerate(self._vectors):
             if isinstance(vector, Factors) and _is_thin(vector):
-                found = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
+                crossed[n] = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
             else:
-                found = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
-            self._crossed[n] += found.cpu()
+                crossed[n] = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
+        self._crossed[first], self._written[first] = crossed, float(torch.linalg.vector_norm(got)) ** 2
 
     def sums(self) -> tuple[float, tuple[float, float, float]]:
         """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
         self._gram = gram(self._vectors)
-        crossed, wanted = float(self.want @ self._crossed), max(float(self.want @ self._gram @ self.want), 0.0)
-        return crossed, (wanted, max(wanted - 2 * crossed + self._written, 0.0), self._written)
+        written = sum(self._written[first] for first in sorted(self._written))
+        crossed = float(self.want @ self._products())
+        wanted = max(float(self.want @ self._gram @ self.want), 0.0)
+        return crossed, (wanted, max(wanted - 2 * crossed + written, 0.0), written)
+
+    def _products(self) -> Tensor:
+        return torch.stack([self._crossed[first] for first in sorted(self._crossed)]).sum(0)
 
     def products(self, written: float) -> Tensor:
         """(n + k + 1, n + k + 1) inner products of the vectors and of what was written."""
         size = len(self._vectors)
         found = torch.full((size + 1, size + 1), written, dtype=torch.float64)
         found[:size, :size] = self._gram
-        found[size, :size] = found[:size, size] = self._crossed
+        found[size, :size] = found[:size, size] = self._products()
         return found
+
+
+_local = threading.local()
+
+
+def _scratch(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 tensors of this shape, the same memory every time: fresh pages cost as much as the arithmetic."""
+    kept: dict[torch.device, Tensor] = _local.__dict__.setdefault("kept", {})
+    if rows.device not in kept or kept[rows.device].numel() < 2 * rows.numel():
+        kept[rows.device] = torch.empty(2 * rows.numel(), device=rows.device)
+    first, second = kept[rows.device][: 2 * rows.numel()].view(2, *rows.shape)
+    return first, second
 
 
 def _float32(delta: Delta) -> Delta:
