@@ -353,11 +353,40 @@ def test_step_names_are_unique_without_regard_to_case(names):
     assert message.startswith("process[1].steps[1].name: ") and "also the name of steps[0]" in message
 
 
+def test_bake_belongs_to_a_step():
+    assert refusal(section(bake={"base": "model"})).startswith("process[1].bake: belongs to a step")
+
+
 @pytest.mark.parametrize(
-    ("raw", "place"), [(section(bake={"anything": 1}), ""), (section(step={"bake": {"anything": 1}}), "steps[0].")]
+    "asked", [{"base": "trainer", "format": "comfyui", "dtype": "fp16", "rounding": "stochastic", "seed": 3}, True]
 )
-def test_reserved_keys_are_not_available_yet(raw, place):
-    assert refusal(raw).startswith(f"process[1].{place}bake: is not available yet")
+def test_a_step_may_bake(asked):
+    bake = settled(section(step={"bake": asked, "base": "model"})).steps[0].bake
+    assert bake and bake.model_dump(exclude_defaults=True) == (asked if isinstance(asked, dict) else {})
+
+
+@pytest.mark.parametrize(
+    ("bake", "said"),
+    [
+        ({"anything": 1}, "bake.anything: unknown key; known here: base, format, dtype, rounding, seed"),
+        ({"format": "gguf"}, "bake.format: no such format: 'gguf'; there are diffusers, comfyui"),
+        ({"dtype": "fp8"}, "bake.dtype: no such dtype: 'fp8'"),
+        ({"rounding": "up"}, "bake.rounding: no such rounding: 'up'; there are nearest, stochastic"),
+        ({"seed": -1}, "bake.seed: must be at least 0, not -1"),
+        ({"base": ""}, "bake.base: has a form that is not allowed"),
+        (1, "bake: must be true, false or a mapping, such as {base: trainer}, not 1"),
+    ],
+)
+def test_what_bake_refuses(bake, said):
+    assert refusal(section(step={"bake": bake})).startswith(f"process[1].steps[0].{said}")
+
+
+def test_a_lora_may_be_the_difference_of_two_models():
+    lora = settled(section({"lora": {"extract": "tuned", "base": "model"}})).steps[0].loras[0]
+    assert (lora.source, lora.lora.base) == ("tuned", "model")
+    assert refusal(section({"lora": {"extract": "tuned"}})) == "process[1].steps[0].loras[0].lora.base: is missing"
+    assert "lora.bse: unknown key (did you mean base?)" in refusal(section({"lora": {"extract": "a", "bse": "b"}}))
+    assert refusal(section({"lora": 3})).startswith("process[1].steps[0].loras[0].lora: must be")
 
 
 def test_what_a_training_leaves_open_may_be_answered():

@@ -18,7 +18,8 @@ _FORMS = {
     "prompts": "any text but an empty one is",
     "metrics": "any text but an empty one is",
     "device": "auto, cpu, cuda, cuda:N and mps are",
-    "sha256": "64 hexadecimal digits are",
+    **dict.fromkeys(("sha256", "base_sha256"), "64 hexadecimal digits are"),
+    **dict.fromkeys(("base", "extract"), "any text but an empty one is"),
     "file": "a file name that ends in .safetensors is",
 }
 _HOST_KEYS = (
@@ -32,9 +33,11 @@ _HOST_KEYS = (
     "logging",
     "training_folder",
 )
-_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter", "trained_on")
+_RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter", "trained_on", "base_sha256")
 # What keys take that may have one form or another.
 _EITHER = {
+    "lora": "a file, a step or trained, or {extract: MODEL, base: MODEL}",
+    "bake": "true, false or a mapping, such as {base: trainer}",
     "layers": "ranges, such as {0-9: 0.5}, or 30 numbers",
     "preview": "true, false or a mapping, such as {size: 768}",
     "sweep": "a mapping of one key or two, such as {ratio: [0.5, 1.0]}",
@@ -120,5 +123,5 @@ def _unknown(loc: Sequence[int | str], owners: Mapping[str, type[BaseModel]], to
 
 def _path(loc: Sequence[int | str]) -> list[int | str]:
     """A location without the names that pydantic gives to alternatives of a union: `int`, `list[float]`, `constrained-str`."""
-    alternative = r"float|int|str|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
+    alternative = r"float|int|str|Extract|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
     return [part for part in loc if not (isinstance(part, str) and re.fullmatch(alternative, part))]
