@@ -347,6 +347,11 @@ def test_trained_is_reserved(name):
     assert message.startswith("process[1].steps[0].name: ") and "what the training saved" in message
 
 
+def test_training_adapter_is_reserved():
+    message = refusal(section(step={"name": "training_adapter"}))
+    assert message.startswith("process[1].steps[0].name: ") and "the adapter of the training" in message
+
+
 @pytest.mark.parametrize("names", [("soft", "soft"), ("soft", "SOFT")])
 def test_step_names_are_unique_without_regard_to_case(names):
     message = refusal(section(steps=[STEP | {"name": n} for n in names]))

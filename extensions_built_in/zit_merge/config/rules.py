@@ -8,7 +8,7 @@ from ..algebra.ema import gamma_of
 from ..algebra.methods import METHODS
 from ..algebra.ratios import cancels
 from ..errors import SettingError, located, nearest
-from .schema import TRAINED, Checkpoints, Settings, Step
+from .schema import TRAINED, TRAINING_ADAPTER, Checkpoints, Settings, Step
 
 
 def check_method(settings: Settings) -> None:
@@ -86,8 +86,9 @@ def check_names(steps: Sequence[Step]) -> None:
         with located(f"steps[{i}].name"):
             if step.name.lower().endswith(".safetensors"):
                 raise SettingError(f"{step.name} looks like a file, sources could not be told apart: drop the ending")
-            if step.name.lower() == TRAINED:
-                raise SettingError(f"{step.name} is the name of what the training saved: choose another one")
+            if step.name.lower() in (TRAINED, TRAINING_ADAPTER):
+                of = "what the training saved" if step.name.lower() == TRAINED else "the adapter of the training"
+                raise SettingError(f"{step.name} is the name of {of}: choose another one")
             if step.name.lower() in seen:
                 raise SettingError(f"{step.name} is also the name of {seen[step.name.lower()]}: two steps can't write one file")
         seen[step.name.lower()] = f"steps[{i}]"

@@ -20,6 +20,7 @@ from ..model.strengths import TABLES, Weights, union
 
 PROCESS_TYPE = "zit_merge"
 TRAINED = "trained"
+TRAINING_ADAPTER = "training_adapter"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..formats.reader import LoraFile
 from ..formats.safetensors_writer import SafetensorsWriter
 from ..planning.types import StepPlan
 from ..progress import Progress
+from .extraction import beyond_loras, extraction_remarks
 from .made import Done, Hashes
 from .opened import open_input
 from .results import Result
@@ -48,7 +49,7 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
     if device.type == "cuda":
         torch.cuda.empty_cache()
     done = _write_step(plan, steps, hashes, torch.device("cpu"), progress)
-    return done._replace(remarks=(f"{device} ran out of memory, it was merged on the CPU",))
+    return done._replace(remarks=(f"{device} ran out of memory, it was merged on the CPU", *done.remarks))
 
 
 def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
@@ -59,10 +60,12 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
         with SafetensorsWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
                 write(result, out, verifier, progress)
+            beyond = beyond_loras(readers)
             files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
             metadata = plan.metadata(hashes.of(plan.hashed)) | verdict.metadata()
-            return Done(plan, out.finish(metadata), True, verdict)
+            path = out.finish(metadata)
+    return Done(plan, path, True, verdict, remarks=extraction_remarks(plan, verdict, beyond, path))
 
 
 @contextlib.contextmanager

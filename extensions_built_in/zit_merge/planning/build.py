@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import Extract, Lora, Section, Step
+from ..config.schema import TRAINING_ADAPTER, Extract, Lora, Section, Step
 from ..errors import SettingError, located, nearest, of_step
 from ..files import hub
 from ..files.paths import unquoted
@@ -25,7 +25,7 @@ from .context import RunContext
 from .factors import lora_factors
 from .models import bake_target, difference_input
 from .outputs import check_output, check_room
-from .sources import checkpoint_loras, is_trained, resolve, trained_step
+from .sources import adapter_of_training, checkpoint_loras, is_trained, resolve, trained_step
 from .step import step_plan
 from .types import BakeTarget, Input, StepBasis, StepPlan
 
@@ -141,6 +141,9 @@ class _Builder:
         return step, tuple(inputs)
 
     def _input(self, spec: Lora, step: Step) -> Input:
+        if spec.source == TRAINING_ADAPTER and not spec.sha256:
+            with located("lora"):
+                spec = spec.model_copy(update={"lora": adapter_of_training(self.context)})
         if isinstance(spec.lora, Extract):
             with located("lora"):
                 return difference_input(spec, spec.lora, self.context, step.shapes)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..algebra.ema import gamma_of, profile
-from ..config.schema import TRAINED, Checkpoints, Lora
+from ..config.schema import TRAINED, TRAINING_ADAPTER, Checkpoints, Lora
 from ..errors import SettingError, ZitMergeError, nearest, other_tensors
 from ..files import hub
 from ..files.paths import NO_PICKLES, PICKLES, system_path, user_path
 from ..formats.reader import tensor_hash
 from .context import RunContext
-from .training import Training
+from .training import Training, table
 
 SIGMA_REL = 0.1  # of a checkpoints step that says nothing: the paper's wider example, about the last third of the training
 
@@ -90,7 +90,8 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
         raise SettingError(f"{source} {NO_PICKLES}")
     if not source.lower().endswith(".safetensors"):
         raise SettingError(
-            f"{source} is neither {TRAINED}, nor an earlier step{nearest(source, (TRAINED, *steps))}, nor a .safetensors file, "
+            f"{source} is neither {TRAINED}, nor {TRAINING_ADAPTER}, nor an earlier step"
+            f"{nearest(source, (TRAINED, TRAINING_ADAPTER, *steps))}, nor a .safetensors file, "
             "nor hf:user/repo/file.safetensors"
         )
     wanted = system_path(source)
@@ -104,6 +105,25 @@ def resolve(spec: Lora, context: RunContext, steps: Sequence[str], before_traini
     user_path(source)  # it may tell why
     looked = ", ".join(str(p.parent) for p in candidates)
     raise SettingError(f"{source} is not there (looked in {looked}): give the path of the file")
+
+
+def adapter_of_training(context: RunContext) -> str:
+    """The LoRA that the training is done over: a path, or a file on the hub with hf: before it, as AI-Toolkit reads it.
+
+    Raises:
+        SettingError: There is no training, or it has none.
+    """
+    if context.training is None:
+        raise SettingError(
+            f"{TRAINING_ADAPTER} needs a training process before this section in the job: give the path of the file"
+        )
+    name = table(context.training.config, "model").get("assistant_lora_path")
+    if not isinstance(name, str) or not name.strip():
+        raise SettingError(
+            f"{TRAINING_ADAPTER}: {context.training.loc}.model.assistant_lora_path names no adapter, the training is done "
+            "without one: drop this LoRA"
+        )
+    return name if os.path.exists(name) or name.count("/") < 2 else hub.HUB_PREFIX + name.removeprefix(hub.HUB_PREFIX)
 
 
 def _there(training: Training) -> str:

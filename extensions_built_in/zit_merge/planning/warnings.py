@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
 from ..errors import counted
+from ..formats.checkpoint_writer import left_out
 from ..formats.forms import ALWAYS, why_padded
 from ..formats.metadata import base_text, bases, bases_differ
 from ..formats.names import parse_key
@@ -28,6 +29,7 @@ def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str,
             f"the file is called {step.prefix}..., since AI-Toolkit would take merged_... for a checkpoint of {step.job}"
         )
     found += _of_bases(step)
+    found += _of_bake(step)
     found += _of_method(step)
     if all(i.known.ranks for i in step.inputs):  # else a file on the hub may hold more
         found += _of_rank(step, max([1, *stacked.values()]), max(ranks.values(), default=0), is_open)
@@ -45,6 +47,29 @@ def _of_bases(step: StepBasis) -> list[str]:
         return []
     each = "; ".join(f"{label}: {' and '.join(map(base_text, found))}" for label, found in named.items() if found)
     return [f"LoRAs of different bases, which may do less on another than on their own: {each}"]
+
+
+def _of_bake(step: StepBasis) -> list[str]:
+    """Of the whole model that is written."""
+    bake = step.bake
+    if bake is None:
+        return []
+    if bake.base is None:
+        return [f"{bake.label} is not in the local cache: it is fetched from the hub when the merge runs, and checked then"]
+    found, lost = [], left_out(bake.base, bake.spec.format)
+    if lost:
+        found.append(
+            f"{counted(len(lost), 'tensor')} of {bake.label} that format {bake.spec.format} has no place for "
+            f"{'is' if len(lost) == 1 else 'are'} left out: {lost[0]} ..."
+        )
+    if bake.spec.format == "comfyui":
+        folder = "checkpoints" if bake.base.native and bake.base.extras else "diffusion_models"
+        found.append(f"ComfyUI looks for it in models/{folder}")
+    else:
+        found.append(
+            "AI-Toolkit trains on it with name_or_path: this folder and extras_name_or_path: the model that it came from"
+        )
+    return found
 
 
 def _of_method(step: StepBasis) -> list[str]:
