@@ -107,7 +107,7 @@ def describe(measured: Measurement) -> Description:
         odd=[*odd(lora, trainer, norms, stored, padded)],
         skipped=list(lora.skipped),
         unmatched=list(lora.unmatched),
-        questions=list(lora.questions),
+        questions=[*lora.questions, *filter(None, [lora.base_question])],
         remarks=[*lora.remarks, *([why_padded(padded)] if padded else [])],
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
