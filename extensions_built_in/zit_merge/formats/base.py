@@ -34,6 +34,6 @@ def no_base(key: str, algorithm: str, modules: int = 1) -> str:
     """
     more = f" in {modules} modules" if modules > 1 else ""
     return (
-        f"{key} is {told(algorithm)}{more}; its change depends on the base model's weights: set base: to the model that it was trained "
-        "on, or train without it, or extract a plain LoRA from the trained model"
+        f"{key} is {told(algorithm)}{more}; its change depends on the base model's weights: set base: to the model that it was "
+        "trained on, or train without it, or extract a plain LoRA from the trained model"
     )

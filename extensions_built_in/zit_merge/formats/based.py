@@ -78,14 +78,14 @@ def delta(change: Change, weight: Tensor, read: Callable[..., Tensor], inner: Fa
         turns = based.cayley(-rotations("boft_R") / 2)
         return based.butterfly_inputs(weight, turns, read(keys["boft_s"], rows) if "boft_s" in keys else None)
     assert change.rotation, "a file that leaves it open is not read"
-    packed, rule = wide(read(keys["packed"])), change.rotation
+    packed, rule = wide(read(keys["scaled" if "scaled" in keys else "packed"])), change.rotation
     size = triangle(packed.shape[1])
     if weight.shape[1] % size:
         raise ValueError(f"blocks of {size} do not divide {weight.shape[1]} columns")
     skewed = based.skew(packed, size)
     if rule.bound is not None:
         skewed = based.within_ball(skewed, rule.bound)
-    if "is_scaled" in keys:
+    if "scaled" in keys:
         skewed = skewed / packed.shape[1] ** 0.5
     turn = based.cayley(-skewed) if rule.terms is None else based.neumann(skewed, rule.terms, rule.is_old)
     return based.rotated_inputs(weight, turn)

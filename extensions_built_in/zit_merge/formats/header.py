@@ -96,7 +96,7 @@ class Header:
     def _weights_of_ia3(self) -> dict[str, Part]:
         """LyCORIS' IA3 has `.weight` for a name: what stands beside an `.on_input` is no weight of the model."""
         pairs = ((key, key.removesuffix("on_input") + "weight") for key in self.keys("on_input"))
-        return {weight: replace(self.parts[key], part="weight") for key, weight in pairs if weight in self.parts}
+        return {weight: replace(self.parts[key], part="scaling") for key, weight in pairs if weight in self.parts}
 
     def alpha(self, key: str) -> float:
         """An alpha, or another number that stands alone, as stored, finite or not."""
@@ -149,6 +149,8 @@ class Header:
                 yield DORA, own | magnitude, algorithm
             elif algorithm == IA3:
                 yield IA3, self._ia3(own), ""
+            elif {"packed", "is_scaled"} <= set(own):
+                yield OFT, {("scaled" if part == "packed" else part): key for part, key in own.items() if part != "is_scaled"}, ""
             else:
                 is_boft = algorithm == OFT and "blocks" in own and len(self.shape(own["blocks"])) == 4
                 yield BOFT if is_boft else algorithm, own, ""
@@ -158,11 +160,11 @@ class Header:
         if "on_input" not in keys:
             return keys
         flag = keys["on_input"]
-        if "weight" not in keys:
+        if "scaling" not in keys:
             raise self.error(f"{flag} is of an IA3 and stands alone, the scale of its module is missing: get a whole file")
         if (value := self.alpha(flag)) not in (0, 1):
             raise self.broken(f"{flag} is {value:g}, an IA3 is on the input (1) or not (0)")
-        return {"on_input" if value else "on_output": keys["weight"]}
+        return {"on_input" if value else "on_output": keys["scaling"]}
 
     def _find_sizes(self, groups: Sequence[Group]) -> dict[str, int]:
         """The sizes of the model, in the names of REAL_SIZES, for changes that show one side of their weight only."""
@@ -259,7 +261,7 @@ class Header:
                     native=group.native,
                     inner=group.inner,
                     modules=group.modules,
-                    rotation=rotation if "packed" in group.keys else None,
+                    rotation=rotation if {"packed", "scaled"} & set(group.keys) else None,
                 ),
             )
 

@@ -214,8 +214,8 @@ class TensorReader:
             found = based.delta(change, weight, self.tensor, inner)
         except ValueError as e:
             raise ZitMergeError(
-                f"{path}: {key} is {told(change.algorithm)}, but {e}: set base: to the model that it was trained on, or use an earlier "
-                "checkpoint of it"
+                f"{path}: {key} is {told(change.algorithm)}, but {e}: set base: to the model that it was trained on, or use an "
+                "earlier checkpoint of it"
             ) from None
         if isinstance(found, Factors):
             return found.map(torch.Tensor.float)
@@ -244,8 +244,8 @@ class TensorReader:
             if tuple(weight.shape) != change.shape:
                 one, other = (" x ".join(map(str, shape)) for shape in (change.shape, weight.shape))
                 raise ZitMergeError(
-                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of a {one} weight, {module} of the base model is {other}: "
-                    "set base: to the model that the LoRA was trained on"
+                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of a {one} weight, {module} of the base model is "
+                    f"{other}: set base: to the model that the LoRA was trained on"
                 )
             if not is_finite(weight):
                 raise ZitMergeError(

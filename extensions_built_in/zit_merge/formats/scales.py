@@ -167,7 +167,7 @@ class Scales:
 def _onetrainer(metadata: Mapping[str, str], groups: Sequence[Group]) -> Rotation | None:
     """How OneTrainer rotates: five terms, bounded where its config says so. Without the config the bound is left out: what is
     stored was within it before the last step of the training."""
-    if not any(key.startswith("ot_") for key in metadata) and not any("is_scaled" in g.keys for g in groups):
+    if not any(key.startswith("ot_") for key in metadata) and not any("scaled" in g.keys for g in groups):
         return None
     try:
         config = read_json(metadata.get("ot_config", "{}"))

@@ -5,8 +5,8 @@ The parts of a change by its algorithm (`PARTS`), what they are and who writes t
     DoRA              magnitude (out,), of PEFT and AI-Toolkit; dora_scale (out, 1) or (1, in), of LyCORIS and OneTrainer; and the
                       parts of a LoRA, LoHa or LoKr
     OFT               blocks (n, b, b) and rescale (out, 1), of LyCORIS and kohya, on the outputs; packed (n, b (b - 1) / 2), of
-                      PEFT and OneTrainer, on the inputs: in / b blocks, or one that all share; is_scaled stands beside those of
-                      OneTrainer that are divided by the root of their length
+                      PEFT and OneTrainer, on the inputs: in / b blocks, or one that all share; scaled, where OneTrainer's
+                      `scaled_oft` stands beside it: divided by the root of its length
     BOFT              blocks (m, n, b, b) and rescale (out, 1), of LyCORIS, on the outputs; boft_R (m, n, b, b) and
                       boft_s (out, 1), of PEFT, on the inputs
     IA3               ia3_l (out, 1) or (1, in), of PEFT, begins at 1; on_input or on_output (size,), of LyCORIS, begins at 0
@@ -28,7 +28,7 @@ from .forms import BOFT, DORA, GLORA, IA3, OFT, SET
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     DORA: ("magnitude", "dora_scale"),
-    OFT: ("blocks", "rescale", "packed", "is_scaled"),
+    OFT: ("blocks", "rescale", "packed", "scaled"),
     BOFT: ("blocks", "rescale", "boft_R", "boft_s"),
     IA3: ("ia3_l", "on_input", "on_output"),
     GLORA: ("a1", "a2", "b1", "b2"),
@@ -100,12 +100,12 @@ def check_magnitude(header: Shapes, keys: Mapping[str, str], out: int, into: int
 def _oft(header: Shapes, keys: Mapping[str, str]) -> Sides:
     if "blocks" in keys:
         return _of_blocks(header, keys, 3)
-    if "packed" not in keys:
+    key = keys.get("packed") or keys.get("scaled")
+    if not key:
         raise _alone(header, keys)
-    key = keys["packed"]
     shape = header.shape(key)
     size = triangle(shape[1]) if len(shape) == 2 and 0 not in shape else 0
-    if not size or len(keys) > 1 + ("is_scaled" in keys):
+    if not size or len(keys) > 1:
         raise header.broken(f"{key} has shape {list(shape)}, the triangles of an OFT's blocks are (n, b (b - 1) / 2)")
     return Sides(None, None if shape[0] == 1 else shape[0] * size, None)
 
