@@ -12,7 +12,7 @@ from ..errors import ZitMergeError, counted
 from ..files.extent import read_json
 from ..files.text import TextFile
 from .changes import Group
-from .forms import BASED, Rotation
+from .forms import Rotation
 from .metadata import VERSION_KEY, Adapter, read_adapter
 from .reading import Reading
 
@@ -62,7 +62,7 @@ class Scales:
         """The adapter's config, where the tensors do not say alpha or the form of an OFT, or where it was asked for."""
         is_peft = any("base_model." in g.prefix for g in groups)
         asked = self._reading.alpha == "metadata"
-        scaled = (g for g in groups if g.is_scaled or (is_peft and g.algorithm not in BASED))
+        scaled = (g for g in groups if g.is_scaled or (is_peft and g.algorithm == "LoKr"))
         missing = self._reading.alpha is None and any(g.alpha is None for g in scaled)
         packed = None if self.rotation else next((g.keys["packed"] for g in groups if "packed" in g.keys), None)
         if not asked and not missing and not packed:
