@@ -146,7 +146,7 @@ class Header:
                 if len(inside) > 1 or inside[0] not in ("LoRA", "LoHa", "LoKr"):
                     raise self.broken(f"{key} is DoRA beside {' and '.join(inside)}, which has no known meaning")
             elif magnitude:
-                yield DORA, own | magnitude, algorithm
+                yield DORA, magnitude | own, algorithm
             elif algorithm == IA3:
                 yield IA3, self._ia3(own), ""
             elif {"packed", "is_scaled"} <= set(own):
