@@ -217,6 +217,20 @@ def test_a_replaced_norm_is_asked_for(tmp_path):
     assert "drop: [norm]" in asked
 
 
+@pytest.mark.parametrize(("suffix", "asks"), [("out", True), ("in", False)])
+def test_pefts_ia3_of_rows_multiplies_a_bias_too(tmp_path, suffix, asks):
+    name = "layers.0.adaLN_modulation.0"
+    scale = normal(96, 1) if suffix == "out" else normal(1, 16)
+    other = {"diffusion_model.layers.1.adaLN_modulation.0.diff": torch.zeros(96, 16)}  # tells both sides
+    path = store(tmp_path, {f"base_model.model.{name}.ia3_l": scale} | other)
+    asked = load_lora(path).questions
+    assert [question.partition(" ")[0] for question in asked] == [f"base_model.model.{name}.ia3_l"] * asks
+    assert all("changes a bias" in question and "drop: [bias]" in question for question in asked)
+    assert load_lora(path, drop=["bias"]).skipped == ()
+    weight = BASE[name].double()
+    assert relative(read(path, drop=["bias"])[name], weight * scale.double() - weight) < CLOSE
+
+
 def test_one_block_that_all_share_and_onetrainers_scaled_ones(tmp_path):
     packed, other = normal(1, 15, size=0.1), normal(4, 15, size=0.1)  # 4 blocks of 6
     tensors = {f"transformer.{Q}.oft_R.weight": packed, f"transformer.{QKV[1]}.oft_R.weight": other}

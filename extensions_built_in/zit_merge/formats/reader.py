@@ -351,7 +351,8 @@ def _read(header: Header, reading: Reading) -> LoraFile:
             changes[name].append(change)
     scales.conclude()
     vectors = {kind: header.keys(kind) for kind in ("norm", "bias")}
-    open_vectors = [_vectors_left_open(kind, keys) for kind, keys in vectors.items() if keys and kind not in reading.drop]
+    changed = vectors | {"bias": (*vectors["bias"], *_scaled_biases(changes))}
+    open_vectors = [_vectors_left_open(kind, keys) for kind, keys in changed.items() if keys and kind not in reading.drop]
     remarks = scales.remarks
     if header.scales:
         remarks.append(f"{counted(len(header.scales), 'tensor')} of float8 or int8 read with the scales that stand beside them")
@@ -377,6 +378,12 @@ def _unknown_part(key: str) -> str:
         f"{key} may alter the change that it stands beside, in a way that is not known, so that no setting leaves it out: "
         "save the LoRA without it in the program that made it"
     )
+
+
+def _scaled_biases(changes: Mapping[str, Sequence[Change]]) -> list[str]:
+    """The keys by which PEFT's IA3 multiplies a bias along with the rows of its weight."""
+    found = ((MODULES[name], change) for name, several in changes.items() for change in several if "ia3_l" in change.keys)
+    return [change.keys["ia3_l"] for module, change in found if module.has_bias and change.sizes["ia3_l"][1] == 1]
 
 
 def _vectors_left_open(kind: str, keys: Sequence[str]) -> str:
