@@ -46,7 +46,7 @@ def dora(weight: Tensor, delta: Tensor, magnitude: Tensor, eps: float = 0.0) -> 
     if len(lost := ((norm == 0) & (magnitude != 0)).flatten().nonzero()):
         line = "row" if axis == 1 else "column"
         raise ValueError(f"{line} {int(lost[0])} of the weight with its change is zero, which has no direction")
-    return adapted * torch.where(norm == 0, 0.0, magnitude / norm) - weight
+    return adapted.mul_(torch.where(norm == 0, 0.0, magnitude / norm)).sub_(weight)
 
 
 def skew(packed: Tensor, size: int) -> Tensor:

@@ -30,7 +30,7 @@ class Description:
         trainer: {name, version, by}: the program that wrote the file, where it is known; its version or None; `metadata` or
             `keys`, by which it was recognised. Where several programs write the same, `name` joins them by `or`. Else None.
         format: The key styles, the commonest first: `diffusion_model.* .lora_A.weight`.
-        algorithms: Algorithm -> how many modules: LoRA, LoKr, LoHa, full difference.
+        algorithms: Algorithm -> how many modules, as in `Change`.
         modules: How many of Z-Image's 276 linear layers the file changes.
         ranks: Module -> rank; of a LoKr, LoHa or full difference the highest that its change can have.
         alphas: Module -> alpha as stored, None where that is infinite; modules without one are not listed.

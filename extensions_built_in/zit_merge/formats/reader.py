@@ -311,7 +311,8 @@ def load_lora(
     drop: Sequence[str] = (),
     adapter: Adapter | None = None,
 ) -> LoraFile:
-    """Opens a Z-Image LoRA of any trainer: pairs of factors, LoKr, LoHa, full differences.
+    """Opens a Z-Image LoRA of any trainer: pairs of factors, LoKr, LoHa, full differences, and what needs the base model to be
+    told: DoRA, OFT, BOFT, IA3, GLoRA, replaced weights (`LoraFile.needs_base`).
 
     Reads the header and the alphas; other tensors only where a module is changed twice.
 
@@ -327,7 +328,7 @@ def load_lora(
         `questions`.
 
     Raises:
-        ZitMergeError: The file can't be read, is pickled, needs the base model's weights, or is no Z-Image LoRA.
+        ZitMergeError: The file can't be read, is pickled, has a form that no LoRA can hold, or is no Z-Image LoRA.
     """
     reading = Reading(alpha, qkv, tuple(drop), adapter)
     with SafetensorsFile(Path(path)) as file:
@@ -486,7 +487,7 @@ def _not_zimage(header: Header) -> str:
 
 
 # A name that a tensor of an adapter has, in any form.
-_ADAPTED = re.compile(r"(?:^|[._])(?:lora|lokr|hada|loha|oft)(?:[._]|$)|\.(?:diff|alpha)$")
+_ADAPTED = re.compile(r"(?:^|[._])(?:lora|lokr|hada|loha|b?oft|ia3)(?:[._]|$)|\.(?:diff|alpha)$")
 _SIDES = {n * size for size in REAL_SIZES.values() for n in (1, 3, 4)}  # q, k and v together are 3, adaLN is 4 times dim
 
 
