@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from .forms import told
+from .algorithms import told
 
 if TYPE_CHECKING:
     from torch import Tensor

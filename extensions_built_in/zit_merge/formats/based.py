@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .algorithms import DORA, GLORA, IA3, OFT, SET
 from .changes import Change
-from .forms import DORA, GLORA, IA3, OFT, SET
 from .sides import triangle
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .forms import BASED, GLORA, Rotation
+from .algorithms import BASED, GLORA, Rotation
 
 if TYPE_CHECKING:
     import torch

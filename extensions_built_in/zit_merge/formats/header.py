@@ -10,8 +10,8 @@ from math import prod
 
 from ..errors import ZitMergeError
 from ..model.zimage import MODULES, REAL_SIZES, infer_sizes
+from .algorithms import BASED, BOFT, DORA, FULL, GLORA, IA3, OFT, Rotation
 from .changes import Change, Group
-from .forms import BASED, BOFT, DORA, FULL, GLORA, IA3, OFT, Rotation
 from .names import Part, parse_key, scaled_keys
 from .safetensors_file import SafetensorsFile
 from .sides import PARTS, Sides, check_magnitude, sides

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..files.extent import read_json
-from .forms import Rotation
+from .algorithms import Rotation
 
 if sys.version_info >= (3, 11):
     from re import _parser as regex  # type: ignore[attr-defined]

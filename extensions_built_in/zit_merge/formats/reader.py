@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SettingError, ZitMergeError, counted
 from ..model.zimage import MODULES, REAL_SIZES
 from . import based
+from .algorithms import BASED, FULL, told
 from .base import BaseWeights, no_base
 from .changes import Change
-from .forms import BASED, FULL, told
 from .header import Header, common_dtype
 from .metadata import Adapter
 from .names import SUFFIXES, is_of_another_model, nearest_key, parse_key

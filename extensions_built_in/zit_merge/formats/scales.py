@@ -11,8 +11,8 @@ from typing import Protocol
 from ..errors import ZitMergeError, counted
 from ..files.extent import read_json
 from ..files.text import TextFile
+from .algorithms import Rotation
 from .changes import Group
-from .forms import Rotation
 from .metadata import VERSION_KEY, Adapter, read_adapter
 from .reading import Reading
 

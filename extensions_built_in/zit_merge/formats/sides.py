@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from ..errors import ZitMergeError
-from .forms import BOFT, DORA, GLORA, IA3, OFT, SET
+from .algorithms import BOFT, DORA, GLORA, IA3, OFT, SET
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     DORA: ("magnitude", "dora_scale"),

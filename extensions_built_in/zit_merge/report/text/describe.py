@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...analysis.describe import Description
-from ...formats.forms import BASED, FULL, SET
+from ...formats.algorithms import BASED, FULL, SET
 from ...formats.metadata import base_text
 from ...formats.verdict import LARGE
 from ...model.zimage import MODULES, SECTIONS
