@@ -100,7 +100,7 @@ WRITTEN: dict[str, tuple[str | None, str | None]] = {
     "lora-dot": (None, None),
     "lora-underscore": (None, None),
 }
-NEED_BASE = {"dora", "oft", "ia3", "glora"}  # load_lora refuses them
+NEED_BASE = {"dora", "oft", "ia3", "glora"}  # without it they have no norms
 READABLE = [name for name, producer in PRODUCERS.items() if producer.kind not in NEED_BASE]
 
 Q, K, V = (f"layers.0.attention.to_{c}" for c in "qkv")
@@ -677,3 +677,14 @@ def test_the_command_prints_these_facts(work, loras):
     facts = json.loads(work.zit("inspect", loras[1], "--json").ok())
     assert facts == json.loads(json.dumps(describe(measure([load_lora(loras[1])])).to_json()))
     assert facts["trainer"] == {"name": "musubi-tuner", "version": None, "by": "metadata"}
+
+
+@pytest.mark.parametrize("name", [name for name, producer in PRODUCERS.items() if producer.kind in NEED_BASE])
+def test_what_needs_the_base_model_is_described_without_norms(tmp_path, name):
+    made = made_by(name, is_whole=False)
+    found = described(tmp_path, made)
+    assert found.norm is None and set(found.norms.values()) == {None}
+    assert found.questions == [load_lora(write(tmp_path, made)).base_question] and "set base: " in found.questions[0]
+    assert not any("NaN" in sentence or "all zeros" in sentence for sentence in found.odd)
+    text = description_text(found)
+    assert "unknown without the base model" in text and "broken" not in text

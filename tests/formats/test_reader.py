@@ -15,6 +15,7 @@ from sweep import sweep
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
 from extensions_built_in.zit_merge.formats.header import Header
+from extensions_built_in.zit_merge.formats.reader import TensorReader
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 
 # kind -> what the sentence calls it
@@ -196,26 +197,28 @@ def test_a_misspelled_module_is_never_taken_for_another(good, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRODUCERS.items() if p.kind in NEEDS_BASE])
-def test_what_needs_the_base_model_is_refused_by_its_name(tmp_path, name):
+def test_what_needs_the_base_model_is_refused_by_its_name_before_anything_is_read(tmp_path, name, monkeypatch):
     path, made = write(tmp_path, name)
-    message = refusal(path)
+    monkeypatch.setattr(TensorReader, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    told = []
+    for answers in ({}, {"alpha": "none", "qkv": "sum", "drop": ["norm", "bias"]}):  # no answer helps
+        with pytest.raises(ZitMergeError) as error:
+            merge([(load_lora(path, **answers), 1.0)], shapes="free").plan(tmp_path / "out.safetensors")
+        told.append(str(error.value))
+    message = told[0].partition(f"{path.name}: ")[2]
+    assert told[0] == told[1]
     assert ALGORITHMS[PRODUCERS[name].kind] in message
     assert message.split()[0] in made.tensors  # an example of what was found
-    assert "base model's weights" in message
+    assert "base model's weights" in message and "set base: " in message
     assert "train without it, or extract a plain LoRA" in message
-    assert refusal(path, alpha="none", qkv="sum", drop=["norm", "bias"]) == message  # no answer helps
 
 
 @pytest.mark.parametrize(
     ("suffix", "name"),
     [
-        (".dora_scale", "DoRA"),
-        (".magnitude", "DoRA"),
-        (".lora_magnitude_vector", "DoRA"),
-        (".lora_magnitude_vector.default.weight", "DoRA"),
-        (".oft_R.default.weight", "OFT"),
         (".oft_diag", "OFT"),
-        (".set_weight", "set_weight"),
+        (".oft_r.default", "OFT"),
+        (".lambda_layer", "T-LoRA"),
         (".bias_indices", "sparse residual"),
         (".bias_values", "sparse residual"),
         (".bias_size", "sparse residual"),
@@ -223,6 +226,7 @@ def test_what_needs_the_base_model_is_refused_by_its_name(tmp_path, name):
         (".lokr_t2", "Tucker"),
         (".hada_t1", "Tucker"),
         (".hada_t2", "Tucker"),
+        (".bm.weight", "Tucker"),
     ],
 )
 def test_one_such_key_beside_a_whole_lora_is_enough(good, suffix, name):

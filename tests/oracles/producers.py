@@ -444,9 +444,10 @@ def _diag_oft(unit: _Unit, alpha: _Alpha | None) -> _Piece:
 
 
 def _boft(unit: _Unit, alpha: _Alpha | None) -> _Piece:
-    """Butterfly stages of skew blocks: (m, n, b, b)."""
-    block = max(size for size in range(1, max(2, unit.rank) + 1) if unit.out % size == 0)
-    blocks = unit.normal("boft", 2, unit.out // block, block, block, std=0.05)
+    """Butterfly stages of skew blocks: (m, n, b, b); b is even, n a power of 2, m one more than n - 1 has binary ones."""
+    number = 4 if unit.out % 8 == 0 else 2
+    block = unit.out // number
+    blocks = unit.normal("boft", 3 if number == 4 else 2, number, block, block, std=0.05)
     return {".oft_blocks": blocks} | _stored_scale(unit, alpha, unit.rank)[0], None
 
 

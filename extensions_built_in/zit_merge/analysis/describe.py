@@ -30,7 +30,7 @@ class Description:
         trainer: {name, version, by}: the program that wrote the file, where it is known; its version or None; `metadata` or
             `keys`, by which it was recognised. Where several programs write the same, `name` joins them by `or`. Else None.
         format: The key styles, the commonest first: `diffusion_model.* .lora_A.weight`.
-        algorithms: Algorithm -> how many modules: LoRA, LoKr, LoHa, full difference.
+        algorithms: Algorithm -> how many modules, as in `Change`.
         modules: How many of Z-Image's 276 linear layers the file changes.
         ranks: Module -> rank; of a LoKr, LoHa or full difference the highest that its change can have.
         alphas: Module -> alpha as stored, None where that is infinite; modules without one are not listed.
@@ -107,7 +107,7 @@ def describe(measured: Measurement) -> Description:
         odd=[*odd(lora, trainer, norms, stored, padded)],
         skipped=list(lora.skipped),
         unmatched=list(lora.unmatched),
-        questions=list(lora.questions),
+        questions=[*lora.questions, *filter(None, [lora.base_question])],
         remarks=[*lora.remarks, *([why_padded(padded)] if padded else [])],
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),

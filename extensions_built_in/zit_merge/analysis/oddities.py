@@ -115,7 +115,8 @@ def odd(
 
 
 def _odd_norms(lora: LoraFile, norms: Mapping[str, float | None]) -> Iterator[str]:
-    """Of the norms."""
+    """Of the norms; what needs the base model has none here."""
+    norms = {m: length for m, length in norms.items() if length is not None or not lora.changes[m][0].needs_base}
     if broken := [m for m, length in norms.items() if length is None]:
         yield f"{some(broken)} {_hold(broken)} NaN or infinity: the LoRA is broken, use an earlier checkpoint of it"
     if zero := [m for m, length in norms.items() if length == 0 and any(c.scale for c in lora.changes[m])]:

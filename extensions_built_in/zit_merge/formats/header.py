@@ -5,13 +5,16 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 from ..errors import ZitMergeError
-from ..model.zimage import infer_sizes
-from .changes import FULL, Change, Group
+from ..model.zimage import MODULES, REAL_SIZES, infer_sizes
+from .algorithms import BASED, BOFT, DORA, FULL, GLORA, IA3, OFT, Rotation
+from .changes import Change, Group
 from .names import Part, parse_key, scaled_keys
 from .safetensors_file import SafetensorsFile
+from .sides import PARTS, Sides, check_magnitude, sides
 
 # Name in a header -> name as a config has it, or torch.
 DTYPES: Mapping[str, str] = {
@@ -23,7 +26,10 @@ DTYPES: Mapping[str, str] = {
     "F8_E5M2": "float8_e5m2",
     "I8": "int8",  # with a scale only
 }
-_PACKED = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}  # as `struct` has them; BF16 is the upper half of F32
+_PACKED = {  # as `struct` has them; BF16 is the upper half of F32
+    **{"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"},
+    **{"I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BOOL": "<?"},
+}
 Scale = Callable[[Group, str, int], tuple[float, "float | None"]]  # group, module, rank -> alpha / rank, alpha as stored
 
 
@@ -47,6 +53,8 @@ class Header:
         self.path, self._file = file.path, file
         self.metadata = dict(file.metadata)
         self.parts: dict[str, Part] = {key: parse_key(key) for key in file.entries}
+        self.parts |= self._weights_of_ia3()
+        self._sizes: dict[str, int] = {}
         self.scales = dict(self._scales())
 
     def keys(self, part: str) -> tuple[str, ...]:
@@ -85,8 +93,13 @@ class Header:
                 raise self.broken(f"{key} has shape {list(shape)}, which is no scale of {of} with shape {list(self.shape(of))}")
             yield of, key
 
+    def _weights_of_ia3(self) -> dict[str, Part]:
+        """LyCORIS' IA3 has `.weight` for a name: what stands beside an `.on_input` is no weight of the model."""
+        pairs = ((key, key.removesuffix("on_input") + "weight") for key in self.keys("on_input"))
+        return {weight: replace(self.parts[key], part="scaling") for key, weight in pairs if weight in self.parts}
+
     def alpha(self, key: str) -> float:
-        """An alpha as stored, finite or not."""
+        """An alpha, or another number that stands alone, as stored, finite or not."""
         if prod(shape := self.shape(key)) != 1:
             raise self.broken(f"{key} has shape {list(shape)}, alpha is one number")
         name = self._file.entries[key].dtype
@@ -113,11 +126,88 @@ class Header:
             alpha = keys.pop(("", "", "alpha"), None)
             if not keys:
                 raise self.error(f"{alpha} stands alone, what it scales is missing: get a whole file")
-            for algorithm, adapter in dict.fromkeys((a, n) for a, n, _ in keys):
-                own = {part: key for (a, n, part), key in keys.items() if (a, n) == (algorithm, adapter)}
-                groups.append(Group(algorithm, modules, native, prefix, alpha, own))
+            forms: dict[tuple[str, str], dict[str, str]] = {(a, n): {} for a, n, _ in keys}
+            for (algorithm, adapter, name), key in keys.items():
+                forms[algorithm, adapter][name] = key
+            groups += [Group(a, modules, native, prefix, alpha, own, inner) for a, own, inner in self._forms(forms)]
         self._find_whole_differences(groups)
+        self._sizes = self._find_sizes(groups)
         return groups
+
+    def _forms(self, forms: Mapping[tuple[str, str], dict[str, str]]) -> Iterator[tuple[str, dict[str, str], str]]:
+        """(algorithm, part -> key, what is inside) of the changes of one module, each with the magnitude that belongs to it."""
+        for (algorithm, adapter), own in forms.items():
+            magnitude = forms.get((DORA, adapter), {})
+            if algorithm == DORA:
+                inside = [a for a, n in forms if n == adapter and a != DORA]
+                key = next(iter(own.values()))
+                if not inside:
+                    raise self.error(f"{key} is DoRA and stands alone, what it scales is missing: get a whole file")
+                if len(inside) > 1 or inside[0] not in ("LoRA", "LoHa", "LoKr"):
+                    raise self.broken(f"{key} is DoRA beside {' and '.join(inside)}, which has no known meaning")
+            elif magnitude:
+                yield DORA, magnitude | own, algorithm
+            elif algorithm == IA3:
+                yield IA3, self._ia3(own), ""
+            elif {"packed", "is_scaled"} <= set(own):
+                yield OFT, {("scaled" if part == "packed" else part): key for part, key in own.items() if part != "is_scaled"}, ""
+            else:
+                is_boft = algorithm == OFT and "blocks" in own and len(self.shape(own["blocks"])) == 4
+                yield BOFT if is_boft else algorithm, own, ""
+
+    def _ia3(self, keys: dict[str, str]) -> dict[str, str]:
+        """The parts of an IA3, where its flag has become the name of its other part."""
+        if "on_input" not in keys:
+            return keys
+        flag = keys["on_input"]
+        if "scaling" not in keys:
+            raise self.error(f"{flag} is of an IA3 and stands alone, the scale of its module is missing: get a whole file")
+        if (value := self.alpha(flag)) not in (0, 1):
+            raise self.broken(f"{flag} is {value:g}, an IA3 is on the input (1) or not (0)")
+        return {"on_input" if value else "on_output": keys["scaling"]}
+
+    def _find_sizes(self, groups: Sequence[Group]) -> dict[str, int]:
+        """The sizes of the model, in the names of REAL_SIZES, for changes that show one side of their weight only."""
+        if not any(g.algorithm in (OFT, BOFT, IA3) for g in groups):
+            return {}
+        found: dict[str, int] = {}
+        for group in groups:
+            extent = self._extent(group)
+            for module in group.modules:
+                rows = extent.out and extent.out // len(group.modules)
+                for dim, size in zip(MODULES[module].dims, (rows, extent.into), strict=True):
+                    if size:
+                        found.setdefault("dim" if dim == "4dim" else dim, size // 4 if dim == "4dim" else size)
+        is_real = all(REAL_SIZES[dim] == size for dim, size in found.items())
+        return {**REAL_SIZES, **found} if is_real else found
+
+    def _extent(self, group: Group) -> Sides:
+        """What the tensors of a change tell of its weight."""
+        form = group.inner or group.algorithm
+        if form in BASED:
+            return sides(self, form, group.keys)
+        own = {part: key for part, key in group.keys.items() if part not in PARTS[DORA]}
+        extent = Sides(*{"LoRA": self._lora, "LoKr": self._lokr, "LoHa": self._loha, FULL: self._full}[form](own))
+        if group.inner:
+            assert extent.out and extent.into, "these tell both sides"
+            check_magnitude(self, group.keys, extent.out, extent.into)
+        return extent
+
+    def _completed(self, group: Group, extent: Sides) -> tuple[int, int]:
+        """(out, in) of a change, of which the rest of the file tells what its own tensors leave open.
+
+        Raises:
+            ZitMergeError: It does not.
+        """
+        try:
+            shapes = [MODULES[module].shape(self._sizes) for module in group.modules] if None in extent[:2] else []
+        except KeyError:
+            key = next(iter(group.keys.values()))
+            raise self.error(
+                f"{key} is {group.algorithm}, which shows one side of its weight, and no other layer of the file tells the other "
+                "one: it was trained for another model"
+            ) from None
+        return extent.out or sum(out for out, _ in shapes), extent.into or shapes[0][1]
 
     def _find_whole_differences(self, groups: Sequence[Group]) -> None:
         """AI-Toolkit's `type: fullrank` stores the whole difference as lora_A, without any lora_B in the file."""
@@ -136,25 +226,26 @@ class Header:
         for g in downs:
             g.algorithm, g.keys = FULL, {"diff": g.keys["down"]}
 
-    def changes(self, group: Group, scale: Scale) -> Iterator[tuple[str, Change]]:
+    def changes(self, group: Group, scale: Scale, rotation: Rotation | None = None) -> Iterator[tuple[str, Change]]:
         """(module, change) for the modules of a group.
 
         Args:
             group: From `groups`.
             scale: (group, module, rank) -> (alpha / rank, alpha as stored).
+            rotation: Of an OFT that is stored as triangles.
 
         Raises:
             ZitMergeError: The tensors do not fit each other.
         """
-        out, into, rank, inner = {"LoRA": self._lora, "LoKr": self._lokr, "LoHa": self._loha, FULL: self._full}[group.algorithm](
-            group.keys
-        )
+        extent = self._extent(group)
+        out, into = self._completed(group, extent)
+        most = extent.rank if extent.rank and not group.inner else min(out, into)
         if out % len(group.modules):
-            first = next(group.keys[part] for part in ("up", "diff", "w1", "w1_a") if part in group.keys)
+            first = next(group.keys[part] for part in ("up", "diff", "w1", "w1_a", *group.keys) if part in group.keys)
             raise self.broken(f"{first} makes {out} rows, which can't be split into q, k and v of one size")
         rows = out // len(group.modules)
         for third, module in enumerate(group.modules):
-            factor, alpha = scale(group, module, inner)
+            factor, alpha = scale(group, module, extent.inner)
             yield (
                 module,
                 Change(
@@ -162,12 +253,15 @@ class Header:
                     keys=group.keys,
                     sizes={part: self.shape(key) for part, key in group.keys.items()},
                     scale=factor,
-                    rank=rank if group.algorithm == "LoRA" else min(rank, rows, into),
+                    rank=most if group.algorithm in ("LoRA", GLORA) else min(most, rows, into),
                     shape=(rows, into),
                     dtype_name=common_dtype(map(self.dtype, group.keys.values())),
                     alpha=alpha,
                     third=third if len(group.modules) > 1 else None,
                     native=group.native,
+                    inner=group.inner,
+                    modules=group.modules,
+                    rotation=rotation if {"packed", "scaled"} & set(group.keys) else None,
                 ),
             )
 

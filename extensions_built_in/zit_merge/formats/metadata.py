@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..files.extent import read_json
+from .algorithms import Rotation
 
 if sys.version_info >= (3, 11):
     from re import _parser as regex  # type: ignore[attr-defined]
@@ -160,18 +161,45 @@ def made_by(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     return (str(recipe.get("job")), str(last.get("name"))) if isinstance(last, dict) else None
 
 
+_PEFT_NEW = "0.18.0"  # the first one that says so in a config, and that sums Neumann's series as today
+
+
+def _rotation(table: Mapping[str, object], source: str) -> Rotation:
+    """Of an OFT's config; what it leaves out is as PEFT has it where that is the same in every version."""
+    terms = None
+    if table.get("use_cayley_neumann"):
+        number = _number(table.get("num_cayley_neumann_terms", 5), "num_cayley_neumann_terms", source, positive=True)
+        if number != int(number) or number > 100:
+            raise ValueError(f"{source} gives no number of terms for num_cayley_neumann_terms")
+        terms = int(number)
+    bound = _number(table.get("eps", 6e-5), "eps", source) if table.get("coft") else None
+    return Rotation(terms, terms is not None and not table.get("peft_version"), bound)
+
+
+def _rotation_record(rotation: Rotation) -> dict[str, object]:
+    """What `_rotation` makes the same again of."""
+    return {
+        "use_cayley_neumann": rotation.terms is not None,
+        **({} if rotation.terms is None else {"num_cayley_neumann_terms": rotation.terms}),
+        **({} if rotation.is_old else {"peft_version": _PEFT_NEW}),
+        "coft": rotation.bound is not None,
+        **({} if rotation.bound is None else {"eps": rotation.bound}),
+    }
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The part of a PEFT config that decides the scale (peft tuners/lora/config.py, tuners/lokr/config.py).
 
     Attributes:
-        kind: LORA, LOHA or LOKR.
+        kind: LORA, LOHA, LOKR or OFT.
         alpha: Of every module that alpha_pattern does not name: `lora_alpha`, or `alpha` of LOHA and LOKR.
         use_rslora: The scale is alpha / sqrt(rank) in the place of alpha / rank.
         alpha_pattern: Module name, or a regular expression for its end -> alpha.
         r: Rank of every module that rank_pattern does not name; needed for the whole factors of a LOKR, which do not show it.
         rank_pattern: As alpha_pattern -> rank.
         source: Where it stands: lora_adapter_metadata or adapter_config.json.
+        rotation: Of OFT, which has no alpha.
     """
 
     kind: str
@@ -181,6 +209,7 @@ class Adapter:
     r: float | None
     rank_pattern: Mapping[str, float]
     source: str
+    rotation: Rotation | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """What the change of a module is multiplied with.
@@ -199,6 +228,8 @@ class Adapter:
 
     def record(self) -> dict[str, object]:
         """For a recipe: `read_adapter` makes the same again of it."""
+        if self.rotation:
+            return {"peft_type": self.kind, **_rotation_record(self.rotation)}
         table = {"peft_type": self.kind, "lora_alpha" if self.kind == "LORA" else "alpha": self.alpha}
         return table | {
             "use_rslora": self.use_rslora,
@@ -255,6 +286,8 @@ def read_adapter(text: str, source: str) -> Adapter:
     table = _json(text)
     table = {k.removeprefix("transformer."): v for k, v in table.items()} if isinstance(table, dict) else {}
     kind = str(table.get("peft_type") or "LORA")
+    if kind == "OFT":
+        return Adapter(kind, 1.0, False, {}, None, {}, source, _rotation(table, source))
     name = "lora_alpha" if kind == "LORA" else "alpha"
     return Adapter(
         kind=kind,

@@ -49,11 +49,27 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     **{f".lokr_{part}": ("LoKr", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "w1", "w2")},  # LyCORIS, PEFT
     **{f".hada_{part}": ("LoHa", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
     ".diff": ("full difference", "diff"),
+    # What needs the base model's weight. `.weight` of LyCORIS' IA3 is told from a model's own by the `.on_input` beside it.
+    ".dora_scale": ("DoRA", "dora_scale"),  # LyCORIS, OneTrainer, kohya's clients: (out, 1) or (1, in)
+    ".magnitude": ("DoRA", "magnitude"),  # AI-Toolkit: (out,)
+    ".lora_magnitude_vector.weight": ("DoRA", "magnitude"),  # PEFT, OneTrainer DIFFUSERS: (out,)
+    ".lora_magnitude_vector": ("DoRA", "magnitude"),  # as PEFT saves it
+    ".oft_blocks": ("OFT", "blocks"),  # LyCORIS, kohya: (n, b, b); BOFT: (m, n, b, b)
+    ".rescale": ("OFT", "rescale"),
+    ".oft_R.weight": ("OFT", "packed"),  # PEFT since 0.14, OneTrainer: (n, b (b - 1) / 2)
+    ".oft_R.scaled_oft": ("OFT", "is_scaled"),  # OneTrainer
+    ".boft_R": ("BOFT", "boft_R"),  # PEFT: (m, n, b, b)
+    ".boft_s": ("BOFT", "boft_s"),
+    ".ia3_l": ("IA3", "ia3_l"),  # PEFT: (out, 1) or (1, in)
+    ".on_input": ("IA3", "on_input"),  # LyCORIS
+    **{f".{part}.weight": ("GLoRA", part) for part in ("a1", "a2", "b1", "b2")},  # LyCORIS
+    ".set_weight": ("replaced weight", "set"),  # ComfyUI
     ".alpha": ("", "alpha"),
 }
 # A PEFT model's state dict has the adapter's name there (`default` of DiffSynth); its parameters need no `.weight`.
 _ADAPTER = re.compile(
-    r"(?<=\.)(?:lora_(?:[AB]|up|down)(\.[^.]+)(?=\.(?:weight|bias)$)|(?:lokr|hada)_w[12](?:_[ab])?(\.(?!scale|weight)[^.]+)$)"
+    r"(?<=\.)(?:(?:lora_(?:[AB]|up|down|magnitude_vector)|oft_R)(\.[^.]+)(?=\.(?:weight|bias)$)"
+    r"|(?:(?:lokr|hada)_w[12](?:_[ab])?|boft_[Rs]|ia3_l|lora_magnitude_vector)(\.(?!scale|weight)[^.]+)$)"
 )
 
 # What a tensor of float8 or int8 is multiplied with, by the ending that takes the place of its `.weight` (ComfyUI, torchao).
@@ -66,23 +82,22 @@ _VECTORS: Mapping[str, str] = {
     ".w_norm": "norm",
     ".b_norm": "norm",
     ".diff_b": "bias",
+    ".set_weight": "norm",
     **{f".{factor}.bias": "bias" for factor in ("lora_A", "lora_B", "lora_down", "lora_up", "lora.up")},  # PEFT: lora_bias
 }
 
 # A weight of the model itself, in a checkpoint or beside a LoRA (PEFT: base_layer, original_module, modules_to_save).
 _WEIGHT = re.compile(r"(?:\.base_layer|\.original_module|\.modules_to_save\.[^.]+)?\.(?:weight|bias)$")
 
-# Whatever changes a weight by a rule that needs the weight itself, or by one that Z-Image's layers do not have.
-_NEEDS_BASE = "its change depends on the base model's weights, which no merge of LoRAs reads"
+# Whatever no LoRA can hold, or by a rule that is not known.
 _FOREIGN: Mapping[str, tuple[str, str]] = {
-    r"\.(dora_scale|magnitude|lora_magnitude_vector(\.[^.]+)?(\.weight)?)$": ("DoRA", _NEEDS_BASE),
-    r"\.oft_(blocks|diag|R(\.[^.]+)?(\.weight)?)$": ("OFT or BOFT", _NEEDS_BASE),
-    r"\.on_input$": ("IA3", _NEEDS_BASE),
-    r"\.(a1|a2|b1|b2)\.weight$": ("GLoRA", _NEEDS_BASE),
+    r"\.oft_(diag|r)(\.|$)": ("an early form of OFT", "no program of today says what its change is"),
     r"\.(lambda_layer|[pq]_layer\.weight)$": ("T-LoRA", "its change depends on the timestep"),
-    r"\.set_weight$": ("a replaced weight (set_weight)", _NEEDS_BASE),
     r"\.bias_(indices|values|size)$": ("the sparse residual of a LyCORIS extraction", "no LoRA file can hold it"),
-    r"\.(lora_mid\.weight|lokr_t2|hada_t1|hada_t2)$": ("a Tucker decomposition", "Z-Image has no convolutions for it"),
+    r"\.(lora_mid\.weight|lokr_t2|hada_t1|hada_t2|bm\.weight)$": (
+        "a Tucker decomposition",
+        "Z-Image has no convolutions for it",
+    ),
 }
 
 # After the wrappers: kohya's te1, diffusers' text_encoder, ComfyUI's text_encoders, InvokeAI's qwen3-
@@ -102,7 +117,7 @@ class Part:
         part: Of a change: `up`, `down`, `alpha`, `w1`, `w2_a`, `diff`, ...; `scale` of one of these; `norm` and `bias` for
             vectors; `skip` for what is known and left alone; `foreign` for an algorithm that can't be merged; `weight` for one of
             the model itself; `unknown`.
-        algorithm: LoRA, LoKr, LoHa or full difference; empty for alpha and all that is no part of a change.
+        algorithm: As in `Change`; empty for alpha and all that is no part of a change.
         modules: Canonical names; three for a fused qkv. Of an unknown key: the modules whose names it begins with.
         native: Whether the module has the original checkpoint's name where diffusers has another (`attention.qkv`).
         prefix: As found, without what `torch.compile` and its like put there.

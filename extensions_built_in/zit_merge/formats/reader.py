@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError, ZitMergeError, counted
 from ..model.zimage import MODULES, REAL_SIZES
-from .changes import FULL, Change
+from . import based
+from .algorithms import BASED, FULL, told
+from .base import BaseWeights, no_base
+from .changes import Change
 from .header import Header, common_dtype
 from .metadata import Adapter
 from .names import SUFFIXES, is_of_another_model, nearest_key, parse_key
@@ -82,6 +85,20 @@ class LoraFile:
         return dict(Counter(c.algorithm for changes in self.changes.values() for c in changes).most_common())
 
     @property
+    def needs_base(self) -> tuple[str, ...]:
+        """The algorithms of its changes that can be told with the base model's weights only, the commonest first."""
+        return tuple(name for name in self.algorithms if name in BASED)
+
+    @property
+    def base_question(self) -> str:
+        """That the base model is needed, in a sentence with what to do; empty where it is not."""
+        based_on = [change for changes in self.changes.values() for change in changes if change.needs_base]
+        if not based_on:
+            return ""
+        first = based_on[0]
+        return no_base(_a_key(first), first.algorithm, sum(c.algorithm == first.algorithm for c in based_on))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor."""
         from .dtypes import TORCH_DTYPES
@@ -107,7 +124,8 @@ class LoraFile:
 
         Raises:
             KeyError: The file does not change this module.
-            ZitMergeError: The file leaves something open, a tensor is not finite, or the file can't be read.
+            ZitMergeError: The file leaves something open, the change needs the base model (`TensorReader` takes it), a tensor is
+                not finite, or the file can't be read.
         """
         if self.questions:
             raise ZitMergeError(f"{self.path}: {self.questions[0]}")
@@ -145,10 +163,15 @@ def tensor_hash(path: Path, stamp: Stamp | None = None) -> str:
 
 
 class TensorReader:
-    """An open LoRA file, still the one that was described; close it before it is replaced (Windows keeps open files)."""
+    """An open LoRA file, still the one that was described; close it before it is replaced (Windows keeps open files).
 
-    def __init__(self, lora: LoraFile):
-        self._lora = lora
+    Args:
+        lora: The file.
+        base: The base model, for changes that need it (`LoraFile.needs_base`).
+    """
+
+    def __init__(self, lora: LoraFile, base: BaseWeights | None = None):
+        self._lora, self._base = lora, base
         self._file = SafetensorsFile(lora.path, lora.stamp)
 
     def __enter__(self) -> TensorReader:
@@ -158,20 +181,82 @@ class TensorReader:
         self._file.__exit__(*exc)
 
     def delta(self, module: str) -> tuple[float, Delta]:
-        """(alpha / rank, change as stored, float8 as float32).
+        """(alpha / rank, change as stored, float8 as float32); (1, W' - W in float32) of a change that needs the base model.
 
         Raises:
-            ZitMergeError: A tensor is not finite.
+            ZitMergeError: A tensor is not finite, or the base model is needed and not there, or not the one that is needed.
         """
         from ..algebra.linear import add
 
         changes = self._lora.changes[module]
+        if changes[0].needs_base:
+            return 1.0, self._changed(module, changes[0])
         if len(changes) == 1:
             return changes[0].scale, self.change(changes[0])
         return 1.0, add([self.change(c).times(c.scale) for c in changes])
 
+    def _changed(self, module: str, change: Change) -> Factors:
+        """W' - W of one module, with W from the base model."""
+        import torch
+
+        from ..algebra.factors import Factors, whole
+
+        path, key = self._lora.path, _a_key(change)
+        if self._base is None:
+            raise ZitMergeError(f"{path}: {no_base(key, change.algorithm)}")
+        is_whole = change.third is not None and based.mixes_rows(change)
+        stored = replace(change, third=None, shape=(3 * change.shape[0], change.shape[1])) if is_whole else change
+        weight = self._weight(change, change.modules if is_whole else (module,))
+        inner = None
+        if change.inner:
+            inner = self.change(replace(stored, algorithm=change.inner)).times(change.scale).expand()
+        try:
+            found = based.delta(change, weight, self.tensor, inner)
+        except ValueError as e:
+            raise ZitMergeError(
+                f"{path}: {key} is {told(change.algorithm)}, but {e}: set base: to the model that it was trained on, or use an "
+                "earlier checkpoint of it"
+            ) from None
+        if isinstance(found, Factors):
+            return found.map(torch.Tensor.float)
+        if is_whole:
+            found = found.unflatten(0, (3, -1))[change.third or 0]
+        return whole(found.float())
+
+    def _weight(self, change: Change, modules: Sequence[str]) -> Tensor:
+        """The weights of the base model, one above the other.
+
+        Raises:
+            ZitMergeError: It lacks one, or has one of another size, or one that is not finite.
+        """
+        import torch
+
+        from ..algebra.factors import is_finite, wide
+
+        found, path = [], self._lora.path
+        for module in modules:
+            if self._base is None or module not in self._base:
+                raise ZitMergeError(
+                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of {module}, which the base model has not: "
+                    "set base: to the model that the LoRA was trained on"
+                )
+            weight = wide(self._base.weight(module))
+            if tuple(weight.shape) != change.shape:
+                one, other = (" x ".join(map(str, shape)) for shape in (change.shape, weight.shape))
+                raise ZitMergeError(
+                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of a {one} weight, {module} of the base model is "
+                    f"{other}: set base: to the model that the LoRA was trained on"
+                )
+            if not is_finite(weight):
+                raise ZitMergeError(
+                    f"{path}: {module} of the base model holds NaN or infinity, which {_a_key(change)} changes: "
+                    "set base: to a whole copy of the model"
+                )
+            found.append(weight)
+        return torch.cat(found) if len(found) > 1 else found[0]
+
     def change(self, change: Change) -> Factors | Kron:
-        """One change as stored, without its scale."""
+        """One change as stored, without its scale; not of one that needs the base model."""
         from ..algebra.delta import Kron
         from ..algebra.factors import Factors, hadamard, whole
 
@@ -226,7 +311,8 @@ def load_lora(
     drop: Sequence[str] = (),
     adapter: Adapter | None = None,
 ) -> LoraFile:
-    """Opens a Z-Image LoRA of any trainer: pairs of factors, LoKr, LoHa, full differences.
+    """Opens a Z-Image LoRA of any trainer: pairs of factors, LoKr, LoHa, full differences, and what needs the base model to be
+    told: DoRA, OFT, BOFT, IA3, GLoRA, replaced weights (`LoraFile.needs_base`).
 
     Reads the header and the alphas; other tensors only where a module is changed twice.
 
@@ -242,7 +328,7 @@ def load_lora(
         `questions`.
 
     Raises:
-        ZitMergeError: The file can't be read, is pickled, needs the base model's weights, or is no Z-Image LoRA.
+        ZitMergeError: The file can't be read, is pickled, has a form that no LoRA can hold, or is no Z-Image LoRA.
     """
     reading = Reading(alpha, qkv, tuple(drop), adapter)
     with SafetensorsFile(Path(path)) as file:
@@ -262,11 +348,12 @@ def _read(header: Header, reading: Reading) -> LoraFile:
     scales = Scales(header, groups, reading)
     changes: dict[str, list[Change]] = defaultdict(list)
     for group in groups:
-        for name, change in header.changes(group, scales):
+        for name, change in header.changes(group, scales, scales.rotation):
             changes[name].append(change)
     scales.conclude()
     vectors = {kind: header.keys(kind) for kind in ("norm", "bias")}
-    open_vectors = [_vectors_left_open(kind, keys) for kind, keys in vectors.items() if keys and kind not in reading.drop]
+    changed = vectors | {"bias": (*vectors["bias"], *_scaled_biases(changes))}
+    open_vectors = [_vectors_left_open(kind, keys) for kind, keys in changed.items() if keys and kind not in reading.drop]
     remarks = scales.remarks
     if header.scales:
         remarks.append(f"{counted(len(header.scales), 'tensor')} of float8 or int8 read with the scales that stand beside them")
@@ -294,6 +381,12 @@ def _unknown_part(key: str) -> str:
     )
 
 
+def _scaled_biases(changes: Mapping[str, Sequence[Change]]) -> list[str]:
+    """The keys by which PEFT's IA3 multiplies a bias along with the rows of its weight."""
+    found = ((MODULES[name], change) for name, several in changes.items() for change in several if "ia3_l" in change.keys)
+    return [change.keys["ia3_l"] for module, change in found if module.has_bias and change.sizes["ia3_l"][1] == 1]
+
+
 def _vectors_left_open(kind: str, keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 1} more change" if len(keys) > 1 else " changes"
     return f"{keys[0]}{more} a {kind}, for which a LoRA file has no place: set drop: [{kind}] to merge the rest without it"
@@ -304,7 +397,7 @@ def _settle_twins(lora: LoraFile) -> LoraFile:
     twins = {name: changes for name, changes in lora.changes.items() if len(changes) > 1}
     if not twins:
         return lora
-    settled, equal, differ = dict(lora.changes), 0, {}
+    settled, equal, differ, no_sum = dict(lora.changes), 0, {}, False
     with TensorReader(lora) as tensors:
         for name, changes in twins.items():
             split, fused = ([c for c in changes if c.native is native] for native in (False, True))
@@ -312,11 +405,13 @@ def _settle_twins(lora: LoraFile) -> LoraFile:
             if len({c.shape for c in chosen}) > 1:
                 shapes = " and ".join(f"a {c.shape[0]} x {c.shape[1]} matrix ({_a_key(c)})" for c in chosen[:2])
                 raise ZitMergeError(f"{lora.path}: changes {name} as {shapes}, which belong to no one model: get a whole file")
-            if lora.reading.qkv != "sum" and len(chosen) > 1:
-                if all(_equal(tensors, chosen[0], c) for c in chosen[1:]):
+            needs_base = any(c.needs_base for c in chosen)
+            if (lora.reading.qkv != "sum" or needs_base) and len(chosen) > 1:
+                if not needs_base and all(_equal(tensors, chosen[0], c) for c in chosen[1:]):
                     equal += 1
                 else:
                     differ[name] = (chosen, split and fused)
+                    no_sum = no_sum or needs_base
                 chosen = (split or chosen)[:1]
             settled[name] = tuple(chosen)
     questions, remarks = lora.questions, lora.remarks
@@ -324,6 +419,8 @@ def _settle_twins(lora: LoraFile) -> LoraFile:
         name, (chosen, two_namings) = next(iter(differ.items()))
         more = f", and {len(differ) - 1} more modules" if len(differ) > 1 else ""
         answer = "set qkv: split, fused or sum" if two_namings else "set qkv: sum to add them, or remove one of the two"
+        if no_sum:  # W' - W of one is not that of the other's W'
+            answer = "set qkv: split or fused" if two_namings else "remove one of the two"
         keys = " and by ".join(_a_key(c) for c in chosen[:2])
         questions = (*questions, f"changes {name} twice and differently, by {keys}{more}: {answer}")
     if equal:
@@ -390,7 +487,7 @@ def _not_zimage(header: Header) -> str:
 
 
 # A name that a tensor of an adapter has, in any form.
-_ADAPTED = re.compile(r"(?:^|[._])(?:lora|lokr|hada|loha|oft)(?:[._]|$)|\.(?:diff|alpha)$")
+_ADAPTED = re.compile(r"(?:^|[._])(?:lora|lokr|hada|loha|b?oft|ia3)(?:[._]|$)|\.(?:diff|alpha)$")
 _SIDES = {n * size for size in REAL_SIZES.values() for n in (1, 3, 4)}  # q, k and v together are 3, adaLN is 4 times dim
 
 

@@ -20,7 +20,7 @@ class LoraSpec:
         ranks: Module -> rank.
         shapes: Module -> (out, in); empty while only the rank is known.
         dtype_name: Of the factors, as a config has it.
-        algorithms: LoRA, LoKr, LoHa, full difference: what changes its modules.
+        algorithms: Of the changes of its modules, as in `Change`.
     """
 
     ranks: Mapping[str, int]

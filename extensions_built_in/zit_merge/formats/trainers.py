@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ..files.extent import read_json
 from ..model.zimage import COMPONENTS, MODULES
-from .changes import FULL
+from .algorithms import FULL
 from .metadata import RECIPE_KEY, VERSION_KEY
 from .reader import LoraFile
 from .scales import ENDLESS

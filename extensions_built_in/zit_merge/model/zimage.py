@@ -89,6 +89,11 @@ class Module:
     component: str
     dims: tuple[str, str]
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether it adds one: the blocks' attention and feed-forward do not."""
+        return self.section == "other" or self.component == "adaLN_modulation"
+
     def shape(self, sizes: Mapping[str, int] = REAL_SIZES) -> tuple[int, int]:
         """(out, in) of the weight for a model of these sizes."""
         return _size(self.dims[0], sizes), _size(self.dims[1], sizes)

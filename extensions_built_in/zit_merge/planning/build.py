@@ -201,8 +201,8 @@ class _Builder:
         lora = self.loras[key]
         if lora.unmatched and not allow_unmatched:
             raise unmatched_error(lora)
-        if lora.questions:
-            raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
+        if question := next(iter(lora.questions), lora.base_question):
+            raise SettingError(f"{lora.path.name}: {question}")
         return lora
 
     def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:

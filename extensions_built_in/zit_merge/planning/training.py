@@ -15,7 +15,7 @@ from typing import Any
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, joined, not_available_yet
 from ..files.paths import system_path
-from ..formats.changes import FULL
+from ..formats.algorithms import FULL
 from ..formats.metadata import base_of
 from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module

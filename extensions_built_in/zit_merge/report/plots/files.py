@@ -257,7 +257,7 @@ def _remarks(data: PlotData) -> Iterator[str]:
             yield f"LoRA {i + 1} leaves open how it is to be read (inspect says what); it is shown by what is known."
         if not file.norm:
             yield f"LoRA {i + 1} is zero as far as it is whole: it has no lines."
-        if broken := sum(n is None for n in file.norms.values()):
+        if broken := sum(n is None and not file.lora.changes[m][0].needs_base for m, n in file.norms.items()):
             yield f"LoRA {i + 1} holds NaN or infinity in {counted(broken, 'module')}: its norm and its lines are of the others."
         if file.is_cut:
             yield f"LoRA {i + 1} has changes of so high a rank that its lines end at {file.drawn.shape[1]} singular values."

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...analysis.describe import Description
+from ...formats.algorithms import BASED, FULL, SET
 from ...formats.metadata import base_text
 from ...formats.verdict import LARGE
 from ...model.zimage import MODULES, SECTIONS
@@ -29,7 +30,8 @@ def description_text(found: Description) -> str:
             lines.append("")
         for i, sentence in enumerate(getattr(found, key)):
             lines += row("" if i else label, f"- {shorten(sentence, _SENTENCE)}")
-    norms = {m: "broken" if n is None else n for m, n in found.norms.items()}
+    unread = "unread" if set(found.algorithms) & set(BASED) else "broken"
+    norms = {m: unread if n is None else n for m, n in found.norms.items()}
     lines += ["", "norm of the change, per layer and component", *norm_table(norms)]
     if len(set(found.ranks.values())) > 1 and "LoRA" in found.algorithms:
         lines += ["", "rank", *value_table({m: str(r) if r < 10**6 else f"{r:.0e}" for m, r in found.ranks.items()})]
@@ -58,7 +60,7 @@ def _head(found: Description) -> dict[str, str]:
         "alpha": _alpha(found),
         "alpha/rank": _scales(found.scales.values()),
         "dtype": found.dtype,
-        "norm": "unknown, some of it is broken" if found.norm is None else f"{found.norm:.4g}",
+        "norm": _norm(found),
         "base model": shorten(found.base_model or "not named", TITLE),
         "trained on": shorten("; ".join(map(base_text, found.base)), _WORDS),
         "trigger words": _words(found.trigger_words),
@@ -66,6 +68,12 @@ def _head(found: Description) -> dict[str, str]:
         "left out": f"{len(found.skipped)} keys that no merge takes, {_examples(found.skipped)}" if found.skipped else "",
         "unknown": f"{len(found.unmatched)} keys, {_examples(found.unmatched)}" if found.unmatched else "",
     }
+
+
+def _norm(found: Description) -> str:
+    if found.norm is not None:
+        return f"{found.norm:.4g}"
+    return "unknown without the base model" if set(found.algorithms) & set(BASED) else "unknown, some of it is broken"
 
 
 def _words(words: Sequence[str]) -> str:
@@ -112,7 +120,7 @@ def _alpha(found: Description) -> str:
     """The alphas as stored; beside whole factors and differences they are only said to have no meaning."""
     if not found.alphas:
         return "not in the keys"
-    idle = not {"LoRA", "LoHa"} & set(found.algorithms) and set(found.scales.values()) == {1.0}
+    idle = set(found.algorithms) <= {"LoKr", FULL, SET} and set(found.scales.values()) == {1.0}
     return _numbers(found.alphas.values()) + (", without a meaning here" if idle else "")
 
 
