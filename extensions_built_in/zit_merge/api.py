@@ -173,6 +173,7 @@ def merge(
     shapes: str = "strict",
     allow_unmatched: bool = False,
     confirm_size: bool = False,
+    base: str | Path | None = None,
 ) -> Merge:
     """Several LoRAs as one, each with its strengths; by default sum_i strength_i * (alpha_i / rank_i) * up_i @ down_i per module.
 
@@ -194,6 +195,7 @@ def merge(
         shapes: `strict` (the real Z-Image) or `free` (any one consistent set of sizes).
         allow_unmatched: Merge although a file holds keys that no rule explains.
         confirm_size: Write a file of over 2 GB.
+        base: The model whose weights DoRA, OFT, BOFT, IA3 and GLoRA need: a diffusers folder, ComfyUI's file, or user/repo.
 
     Returns:
         A merge with `plan(path)` and `save(path)`.
@@ -204,7 +206,7 @@ def merge(
     entries = [{**_source(lora), **(weight if isinstance(weight, Mapping) else {"ratio": weight})} for lora, weight in loras]
     save = {"dtype": dtype, "format": format, "uniform": uniform, "keep_lokr": keep_lokr}
     step = {"rank": rank, "method": method, "params": dict(params or {}), "save": save, "loras": entries, "shapes": shapes}
-    step |= {"allow_unmatched": allow_unmatched, "confirm_size": confirm_size}
+    step |= {"allow_unmatched": allow_unmatched, "confirm_size": confirm_size} | ({"base": str(base)} if base else {})
     return Merge({"type": "zit_merge", "device": device, "steps": [step]})
 
 

@@ -19,7 +19,7 @@ from ..section import run_section, what_is_not_right
 from .console import say, tell_what_is_not_right
 from .parser import WEIGHT_FLAGS
 
-_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size")
+_SETTINGS = ("dtype", "format", "keep_lokr", "device", "method", "shapes", "allow_unmatched", "confirm_size", "base")
 _OF_BAKE = ("base", "format", "dtype", "rounding", "seed")
 
 
@@ -34,7 +34,7 @@ def merge(args: argparse.Namespace) -> None:
 def bake(args: argparse.Namespace) -> None:
     """Writes a model with the merge of files in it."""
     with _as_flags(len(args.files)):
-        settings = _settings(args, ("device", "method", "shapes", "allow_unmatched")) | {
+        settings = _settings(args, ("device", "method", "shapes", "allow_unmatched", "base")) | {
             "params": _pairs(args.params, "--params")
         }
         described = describe(list(zip(args.files, _weights(args), strict=True)), **settings)

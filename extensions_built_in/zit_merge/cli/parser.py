@@ -104,6 +104,7 @@ def _merge_arguments(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
     merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
     merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    merge.add_argument("--base", metavar="PATH", help="the model whose weights DoRA, OFT, BOFT, IA3 and GLoRA need")
     merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
     merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
     _add_run(merge)

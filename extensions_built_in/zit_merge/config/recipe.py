@@ -17,7 +17,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         *("base", "bake"),
     ),
     "loras": (
-        *("lora", "sha256", "ratio", "blocks", "layers", "effects", "overrides", "alpha", "qkv", "drop"),
+        *("lora", "sha256", "base", "ratio", "blocks", "layers", "effects", "overrides", "alpha", "qkv", "drop"),
         *("adapter", "trained_on", "strengths", "unmatched", "base_sha256"),
     ),
     "lora": ("extract", "base"),

@@ -183,6 +183,7 @@ class Lora(_Model):
     qkv: Qkv | None = None
     drop: list[Vector] = []
     sha256: Hash | None = None
+    base: Text | None = None
     base_sha256: Hash | None = None
     strengths: dict[str, list[float]] | None = None
     unmatched: list[str] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from ..formats.checkpoint import CheckpointReader
 from ..formats.difference import DifferenceReader
 from ..formats.reader import LoraFile, TensorReader, load_lora
 from ..formats.reading import Reader
@@ -23,4 +24,5 @@ def open_input(i: Input, files: ExitStack, lora: LoraFile | None = None) -> Read
     """
     if i.pair:
         return files.enter_context(DifferenceReader(i.pair))
-    return files.enter_context(TensorReader(i.lora or lora or load_lora(i.path)))
+    base = files.enter_context(CheckpointReader(i.model)) if i.model else None
+    return files.enter_context(TensorReader(i.lora or lora or load_lora(i.path), base))

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import TRAINING_ADAPTER, Extract, Lora, Section, Step
-from ..errors import SettingError, located, nearest, of_step
+from ..errors import SettingError, located, nearest, of_step, other_tensors
 from ..files import hub
 from ..files.paths import unquoted
+from ..formats.checkpoint import Checkpoint
 from ..formats.header import common_dtype
 from ..formats.metadata import Adapter, base_of, dumps, read_adapter
 from ..formats.reader import LoraFile, dtype_name, load_lora, unmatched_error
 from ..formats.spec import DTYPES, LoraSpec
 from .context import RunContext
 from .factors import lora_factors
-from .models import bake_target, difference_input
+from .models import bake_target, difference_input, model_label, open_model
 from .outputs import check_output, check_room
 from .sources import adapter_of_training, checkpoint_loras, is_trained, resolve, trained_step
 from .step import step_plan
@@ -86,6 +87,7 @@ class _Builder:
         written: File that one of these steps writes -> the step's name.
         paths: Source and hash -> its file, found once for all steps that read it.
         loras: File with the answers to what it leaves open -> what it holds, read once.
+        models: Source and shapes -> the model, described once; None while it is on the hub.
     """
 
     section: Section
@@ -96,6 +98,7 @@ class _Builder:
     written: dict[Path, str] = field(default_factory=dict)
     paths: dict[tuple[str, str | None], Path | None] = field(default_factory=dict)
     loras: dict[tuple[Any, ...], LoraFile] = field(default_factory=dict)
+    models: dict[tuple[str, str], Checkpoint | None] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> Mapping[str, None]:
@@ -170,12 +173,15 @@ class _Builder:
             return self._absent(spec, step, table)
         base = self._base(spec)
         lora = self._read(spec, path, step.allow_unmatched)
+        model, model_name = self._model(spec, lora, step)
         known = LoraSpec(lora.ranks, lora.shapes, dtype_name(lora), tuple(lora.algorithms))
         if spec.source.startswith(hub.HUB_PREFIX):
             file = hub.parse(spec.source)
             pinned = spec.source if spec.sha256 else file.pinned(hub.commit_of(path))
-            return Input(spec, file.name, known, table, path, lora, source=pinned, base=base)
-        return Input(spec, Path(spec.source).name if spec.sha256 else path.name, known, table, path, lora, base=base)
+            label, source = file.name, pinned
+        else:
+            label, source = Path(spec.source).name if spec.sha256 else path.name, ""
+        return Input(spec, label, known, table, path, lora, model=model, model_label=model_name, source=source, base=base)
 
     def _base(self, spec: Lora) -> dict[str, str]:
         """What it was trained on, as the training in the job or a recipe says."""
@@ -201,9 +207,32 @@ class _Builder:
         lora = self.loras[key]
         if lora.unmatched and not allow_unmatched:
             raise unmatched_error(lora)
-        if question := next(iter(lora.questions), lora.base_question):
-            raise SettingError(f"{lora.path.name}: {question}")
+        if lora.questions:
+            raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
         return lora
+
+    def _model(self, spec: Lora, lora: LoraFile, step: Step) -> tuple[Checkpoint | None, str]:
+        """The model whose weights a LoRA's changes need, and what a recipe calls it.
+
+        Raises:
+            SettingError: None is named, or it is not the one of the recipe.
+        """
+        source = self._model_source(spec, step)
+        if not lora.needs_base:
+            return None, ""
+        if source is None:
+            raise SettingError(f"{lora.path.name}: {lora.base_question}")
+        key = source, step.shapes
+        if key not in self.models:
+            with located("base"):
+                self.models[key] = open_model(source, self.context, step.shapes)
+        model = self.models[key]
+        if model and spec.base_sha256 and model.sha256() != spec.base_sha256:
+            raise other_tensors(model.path, spec.base_sha256)
+        return model, model_label(source, model.path if model else None, self.context)
+
+    def _model_source(self, spec: Lora, step: Step) -> str | None:
+        return spec.base or step.base or (step.bake.base if step.bake else None)
 
     def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:
         """What a training will save, or what the hub has and nobody has fetched."""
@@ -212,8 +241,8 @@ class _Builder:
             return Input(spec, name, LoraSpec({}, {}, "bf16"), table, Path(name))
         training = self.context.training
         assert training, "only a training's LoRA has no path before it is there"
-        path = training.file(trained_step(spec.source))
-        return Input(spec, path.name, training.spec(step.shapes, spec.drop), table, path, base=training.base)
+        path, has_base = training.file(trained_step(spec.source)), self._model_source(spec, step) is not None
+        return Input(spec, path.name, training.spec(step.shapes, spec.drop, has_base=has_base), table, path, base=training.base)
 
 
 def _recorded(spec: Lora) -> Adapter | None:

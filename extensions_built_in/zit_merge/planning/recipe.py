@@ -84,6 +84,8 @@ def _input(i: Input) -> dict[str, Any]:
     if i.pair:
         entry["lora"] = {"extract": public_name(i.label), "base": public_name(i.source)}
         entry |= {"sha256": i.pair.tuned.path, "base_sha256": i.pair.base.path}
+    if i.model:
+        entry |= {"base": public_name(i.model_label), "base_sha256": i.model.path}
     entry["ratio"] = i.spec.ratio
     entry |= {key: value for key, value in i.spec.tables.items() if value}  # a preset's entries are written out
     entry |= {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}

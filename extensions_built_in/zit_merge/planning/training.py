@@ -15,7 +15,7 @@ from typing import Any
 from ..config.schema import PROCESS_TYPE
 from ..errors import SettingError, joined, not_available_yet
 from ..files.paths import system_path
-from ..formats.algorithms import FULL
+from ..formats.algorithms import DORA, FULL
 from ..formats.metadata import base_of
 from ..formats.spec import LoraSpec
 from ..model.zimage import MODULES, Module
@@ -131,12 +131,13 @@ class Training:
         if arch is not None and (not family.startswith("zimage") if archs is None else family not in archs):
             raise self._error(f"{arch} is not Z-Image: only LoRAs of Z-Image (zimage, zimage:turbo, ...) merge", "model.arch")
 
-    def spec(self, shapes: str, drop: Collection[str] = ()) -> LoraSpec:
+    def spec(self, shapes: str, drop: Collection[str] = (), *, has_base: bool = False) -> LoraSpec:
         """What it will save, as far as the config tells.
 
         Args:
             shapes: `strict`: the model is the real Z-Image; `free`: its sizes are not known before.
             drop: What the merge will leave out: `norm`, `bias`.
+            has_base: The model is named whose weights some changes need.
 
         Raises:
             ZitMergeError: It saves no LoRA, or one that can't be merged.
@@ -151,10 +152,11 @@ class Training:
             )
         kind = str(network.get("type") or "lora").lower()
         extras = {**network, **table(network, "network_kwargs")}
-        if kind == "dora" or extras.get("dora"):
+        kind = "dora" if extras.get("dora") else kind
+        if kind == "dora" and not has_base:
             raise self._error(
-                "a DoRA's change depends on the base model's weights, no merge of LoRAs can use it: train with type: lora or "
-                "lokr",
+                "a DoRA's change depends on the base model's weights: set base: trainer on the step that merges it, or train with "
+                "type: lora or lokr",
                 "network",
             )
         names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
@@ -169,7 +171,7 @@ class Training:
                 f"network.{key}",
             )
         ranks = {m.name: self._rank(m, kind, network, any(word in m.name for word in whole)) for m in names}
-        algorithms = [{"lokr": "LoKr", "lora": "LoRA"}.get(kind, FULL), *([FULL] if whole else [])]
+        algorithms = [{"lokr": "LoKr", "lora": "LoRA", "dora": DORA}.get(kind, FULL), *([FULL] if whole else [])]
         dtype = _DTYPES.get(str(table(self.config, "save").get("dtype") or "float16"), "fp16")
         return LoraSpec(ranks, {m.name: m.shape() for m in names} if shapes == "strict" else {}, dtype, algorithms)
 
@@ -177,7 +179,7 @@ class Training:
         """The rank that the change of a module will have at most, in the real model's sizes."""
         out, into = module.shape()
         rank = self._whole("network.rank", self._whole("network.linear", 4))  # NetworkConfig.__init__
-        if whole or kind == "fullrank":
+        if whole or kind in ("fullrank", "dora"):
             return min(out, into)
         if kind == "lora":
             return rank

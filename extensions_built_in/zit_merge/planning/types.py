@@ -54,6 +54,8 @@ class Input:
         path: Where the file is or will be.
         lora: The opened file; None for an earlier step's, for a training still to come, and for one still on the hub.
         pair: The two models whose difference it is.
+        model: Whose weights its changes need, where they do.
+        model_label: What a recipe calls that.
         step: It is the output of this earlier step.
         source: What a recipe calls it, where that is not its label.
         base: What it was trained on, where the job or a recipe says it.
@@ -66,9 +68,16 @@ class Input:
     path: Path
     lora: LoraFile | None = None
     pair: Difference | None = None
+    model: Checkpoint | None = None
+    model_label: str = ""
     step: StepPlan | None = None
     source: str = ""
     base: Base = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The whole models that it is read from, or with."""
+        return (self.pair.tuned, self.pair.base) if self.pair else (self.model,) if self.model else ()
 
     @cached_property
     def strengths(self) -> Mapping[str, float]:
@@ -204,7 +213,7 @@ class StepBasis:
         found: dict[Path, Seen] = {i.lora.path: i.lora.stamp for i in self.inputs if i.lora}
         for i in self.inputs:
             found |= i.step.hashed if i.step else {}
-            found |= {c.path: c for c in (i.pair.tuned, i.pair.base)} if i.pair else {}
+            found |= {model.path: model for model in i.models}
         return found
 
     @cached_property

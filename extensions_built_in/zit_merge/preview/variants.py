@@ -62,9 +62,8 @@ class InputVariant(AdapterVariant):
 
     def files(self) -> Mapping[Path, Seen]:
         i = self.input
-        if i.pair:
-            return {model.path: model for model in (i.pair.tuned, i.pair.base)}
-        return i.step.hashed if i.step else {i.path: i.lora.stamp if i.lora else None}
+        models: dict[Path, Seen] = {model.path: model for model in i.models}
+        return models | dict(i.step.hashed if i.step else {} if i.pair else {i.path: i.lora.stamp if i.lora else None})
 
     def record(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         i = self.input
@@ -74,7 +73,8 @@ class InputVariant(AdapterVariant):
             return {"extract": hashes[i.pair.tuned.path], "base": hashes[i.pair.base.path]}
         answers = {key: value for key in ("alpha", "qkv", "drop") if (value := getattr(i.spec, key))}
         adapter = {"adapter": i.lora.adapter.record()} if i.lora and i.lora.adapter else {}
-        return {"lora": hashes[i.path], **answers, **adapter}
+        base = {"base": hashes[i.model.path]} if i.model else {}
+        return {"lora": hashes[i.path], **answers, **adapter, **base}
 
     def deltas(self, read: ReadDeltas) -> Iterator[tuple[str, Delta]]:
         yield from read(self.input)
