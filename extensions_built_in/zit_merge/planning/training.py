@@ -155,8 +155,8 @@ class Training:
         kind = "dora" if extras.get("dora") else kind
         if kind == "dora" and not has_base:
             raise self._error(
-                "a DoRA's change depends on the base model's weights: set base: trainer on the step that merges it, or train with "
-                "type: lora or lokr",
+                "a DoRA's change depends on the base model's weights: set base: trainer on the step that merges it, or train "
+                "with type: lora or lokr",
                 "network",
             )
         names = [m for m in MODULES.values() if m.section == "layers"]  # Z-Image's trainer targets `layers` alone
