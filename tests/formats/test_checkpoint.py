@@ -360,7 +360,7 @@ def test_a_lora_in_the_place_of_a_model(tmp_path, producer):
 OTHERS = {
     "SDXL": ["conditioner.embedders.0.transformer.text_model.ln.weight", "model.diffusion_model.input_blocks.0.0.weight"],
     "Flux": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"],
-    "Qwen-Image": ["transformer_blocks.0.attn.to_q.weight", "img_in.weight"],
+    "Qwen-Image": ["img_in.weight", "transformer_blocks.0.attn.to_q.weight"],
 }
 
 
