@@ -40,7 +40,8 @@ def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = N
     """float32 in another dtype: to the nearest value, or, with a generator, to one of the two neighbours, exact in the mean.
 
     Stochastic rounding takes the neighbour above with the probability (x - below) / (above - below), so that of many weights
-    the sum of what is lost is zero (Connolly, Higham, Mary 2021). float32 has no neighbours to choose from, in its own dtype or a wider one: it stays.
+    the sum of what is lost is zero (Connolly, Higham, Mary 2021). float32 has no neighbours to choose from: it stays,
+    in float64 too.
 
     Args:
         x: Any shape, float32.

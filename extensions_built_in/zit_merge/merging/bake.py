@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from ..algebra.factors import Factors, is_finite
 from ..algebra.precision import full_precision
 from ..errors import ZitMergeError, other_tensors
 from ..formats.checkpoint import Checkpoint, CheckpointReader, Digest, Place, open_checkpoint
-from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout
+from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout, left_out
 from ..formats.dtypes import STORED_DTYPES
 from ..formats.metadata import CHECK_KEY, read_recipe
 from ..formats.reader import LoraFile
+from ..formats.reading import Reader
 from ..formats.verdict import Verdict, judged_bake, placeholder
 from ..model.tensors import TENSORS
 from ..planning.metadata import bake_metadata
@@ -69,7 +70,7 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
     tensors = checkpoint_layout(base, target.spec.format, target.spec.dtype)
     with full_precision(), contextlib.ExitStack() as files:
         readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
-        result = Result(_in_float32(plan), readers, device, progress)
+        result = Result(_in_float32(_settled(plan, readers, device, progress)), readers, device, progress)
         with CheckpointWriter(target.path, base, tensors, target.spec.format, reserve) as out:
             with _Hasher() as hasher:
                 baker = _Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device)
@@ -103,7 +104,11 @@ def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
     told = said["steps"][-1].get("bake", {}).get("sha256") if said.get("steps") else None
     found = {**hashes.of(plan.hashed), base.path: told or ""}
     wanted = bake_metadata(plan, bake_recipe(plan), found)
-    if verdict is None or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted or base.sha256() != told:
+    if (
+        verdict is None
+        or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted
+        or told != base.sha256(extras=not left_out(base, target.spec.format))
+    ):
         return None
     return Baked(target.path, False, verdict)
 
@@ -115,10 +120,21 @@ def _target(plan: StepPlan) -> tuple[BakeTarget, Checkpoint]:
     return plan.bake, plan.bake.base
 
 
+def _settled(plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress) -> StepPlan:
+    """The plan with the ranks of the LoRA file that the step writes, or would write: they may follow from its dtype."""
+    return Result(plan, readers, device, progress).plan if plan.is_open else plan
+
+
 def _in_float32(plan: StepPlan) -> StepPlan:
-    """The plan of the same change before its factors are rounded."""
+    """The plan of the same change before its factors are rounded.
+
+    Args:
+        plan: Its ranks are known.
+    """
     save = plan.spec.save.model_copy(update={"dtype": "fp32", "keep_lokr": False})
-    return plan.revised(dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save}))
+    if not plan.spec.rank_rule:
+        return plan.revised(dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save}))
+    return plan.revised(plan.ranks, dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save, "rank": "exact"}))
 
 
 class _Hasher:
@@ -258,7 +274,7 @@ class _Change:
         else:
             changed = weight + dense_rows(self._delta, first, last)
         found = rounded(changed, dtype, generator)
-        self._measure(found.float().sub_(weight), first, last)
+        self._measure(found.float() - weight, first, last)
         return found
 
     def _measure(self, got: Tensor, first: int, last: int) -> None:
