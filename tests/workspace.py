@@ -97,7 +97,7 @@ def put_into_hub_cache(cache: Path, commit: str, name: str, content: bytes, ref:
 
 def without_progress(err: str) -> str:
     """stderr without the lines that a machine of any speed may print: progress is told after a second."""
-    return re.sub(r".*: \d+/\d+ modules(, .* left)?\n", "", err)
+    return re.sub(r".*: \d+/\d+ (modules|tensors)(, .* left)?\n", "", err)
 
 
 @dataclass(frozen=True)

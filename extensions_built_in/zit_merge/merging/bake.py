@@ -263,8 +263,8 @@ class _Change:
         self._thin = [v for v in self._vectors if isinstance(v, Factors) and _is_thin(v)]
         into = self._delta.shape[1]
         self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
-        self._crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
-        self._written = 0.0
+        self._strayed = torch.zeros(len(self._vectors), dtype=torch.float64)
+        self._missed = 0.0
 
     def added(self, rows: Tensor, first: int, last: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
         """Rows first .. last - 1 of the weight with the change in them, rounded to `dtype`."""
@@ -274,31 +274,32 @@ class _Change:
         else:
             changed = weight + dense_rows(self._delta, first, last)
         found = rounded(changed, dtype, generator)
-        self._measure(found.float() - weight, first, last)
+        self._measure(found.float() - changed, first, last)
         return found
 
-    def _measure(self, got: Tensor, first: int, last: int) -> None:
-        self._written += float(torch.linalg.vector_norm(got)) ** 2
-        images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
+    def _measure(self, error: Tensor, first: int, last: int) -> None:
+        """Adds what rounding did to some rows. It is measured by itself: beside the change, float32 would lose it."""
+        self._missed += float(torch.linalg.vector_norm(error)) ** 2
+        images = iter((error @ self._downs).split([v.rank for v in self._thin], 1))
         for n, vector in enumerate(self._vectors):
             if isinstance(vector, Factors) and _is_thin(vector):
                 found = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
             else:
-                found = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
-            self._crossed[n] += found.cpu()
+                found = (error * dense_rows(vector, first, last)).sum(dtype=torch.float64)
+            self._strayed[n] += found.cpu()
 
     def sums(self) -> tuple[float, tuple[float, float, float]]:
         """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
         self._gram = gram(self._vectors)
-        crossed, wanted = float(self.want @ self._crossed), max(float(self.want @ self._gram @ self.want), 0.0)
-        return crossed, (wanted, max(wanted - 2 * crossed + self._written, 0.0), self._written)
+        wanted, strayed = max(float(self.want @ self._gram @ self.want), 0.0), float(self.want @ self._strayed)
+        return wanted + strayed, (wanted, self._missed, max(wanted + 2 * strayed + self._missed, 0.0))
 
     def products(self, written: float) -> Tensor:
         """(n + k + 1, n + k + 1) inner products of the vectors and of what was written."""
         size = len(self._vectors)
         found = torch.full((size + 1, size + 1), written, dtype=torch.float64)
         found[:size, :size] = self._gram
-        found[size, :size] = found[:size, size] = self._crossed
+        found[size, :size] = found[:size, size] = self._gram @ self.want + self._strayed
         return found
 
 
