@@ -40,14 +40,15 @@ def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = N
     """float32 in another dtype: to the nearest value, or, with a generator, to one of the two neighbours, exact in the mean.
 
     Stochastic rounding takes the neighbour above with the probability (x - below) / (above - below), so that of many weights
-    the sum of what is lost is zero (Connolly, Higham, Mary 2021). float32 has no neighbours to choose from: it stays.
+    the sum of what is lost is zero (Connolly, Higham, Mary 2021). float32 has no neighbours to choose from: it stays,
+    in float64 too.
 
     Args:
         x: Any shape, float32.
-        dtype: float32, bfloat16, float16 or float8_e4m3fn.
+        dtype: float64, float32, bfloat16, float16 or float8_e4m3fn.
         generator: Of the draws, on the device of x.
     """
-    if generator is None or dtype == torch.float32:
+    if generator is None or dtype not in STOCHASTIC:
         return x.to(dtype)
     if dtype == torch.bfloat16:  # the upper half of a float32: what is added below carries over with that probability
         draws = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)

@@ -75,9 +75,10 @@ def _as_flags(count: int) -> Iterator[None]:
 
 def _flag(loc: str, count: int) -> str:
     of_lora = re.fullmatch(r"loras\[(\d+)\]\.?(.*)", loc)
+    if loc == "bake":  # the form of its name, and whether it may be written
+        return "--out"
     if not of_lora:
-        first, _, rest = loc.partition(".")
-        first = rest if first == "bake" and rest else first
+        first, _, rest = loc.removeprefix("bake.").partition(".")
         if first not in ("rank", "params", "save", *_SETTINGS, *_OF_BAKE):
             return "--out" if loc == OUTPUT else loc
         flag, rest = (rest, "") if first == "save" else (first, rest)

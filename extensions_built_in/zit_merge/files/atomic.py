@@ -57,7 +57,7 @@ def _remove_ours(part: Path, *, sure: bool = False) -> None:
             _check_ours(file, part)
             if os.name == "nt":  # Windows removes no open file
                 file.close()
-            shutil.rmtree(_work_folder(part), ignore_errors=True)
+            _tidy(part.with_name(part.name.removesuffix(".part")))
             part.unlink()
 
 
@@ -136,34 +136,48 @@ def write_folder(path: Path) -> Iterator[Path]:
     Raises:
         ZitMergeError: It can't be written, another process is writing it now, or something else is in its place.
     """
-    part = part_path(path)
-    work, old = _work_folder(part), path.with_name(f"{path.name}.old.part")
+    part, work = part_path(path), _work_folder(path)
+    new, old = (work / name for name in _OF_WORK)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if work.exists() and not part.exists():
+        if os.path.lexists(work) and not (part.exists() and _is_work(work)):
             raise _in_the_way(work)
-        if old.is_dir() and not path.exists():  # a run was killed between the two renames
-            old.rename(path)
         lock = open_exclusively(part)
         try:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            yield work
-            shutil.rmtree(old, ignore_errors=True)
+            _tidy(path)
+            new.mkdir(parents=True)
+            yield new
             if path.exists():
                 path.rename(old)
-            work.rename(path)
+            new.rename(path)
             _sync_folder(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _tidy(path)
             lock.close()
             _remove_ours(part)
 
 
-def _work_folder(part: Path) -> Path:
-    """Where the files of a folder lie until all of them are whole, beside its part."""
-    return part.with_name(f"{part.name}s")
+_OF_WORK = ("new", "old")  # what is written, and the older one that it replaces
+
+
+def _work_folder(path: Path) -> Path:
+    """Where a folder lies until it is whole, and the older one while it is replaced."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def _is_work(work: Path) -> bool:
+    return work.is_dir() and not work.is_symlink() and {p.name for p in work.iterdir()} <= set(_OF_WORK)
+
+
+def _tidy(path: Path) -> None:
+    """Removes what is left of the writing of a folder; an older one whose place is empty goes back there."""
+    work = _work_folder(path)
+    if not _is_work(work):
+        return
+    old = work / _OF_WORK[1]
+    if old.is_dir() and not os.path.lexists(path):
+        old.rename(path)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

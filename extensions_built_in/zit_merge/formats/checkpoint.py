@@ -102,11 +102,15 @@ class Checkpoint:
         """Of all its files."""
         return tuple(stamp for _, stamp in self.files)
 
-    def sha256(self) -> str:
-        """Hex SHA-256 of its tensors, the same in every form: of the name, dtype, shape and bytes of one after the other."""
+    def sha256(self, *, extras: bool = False) -> str:
+        """Hex SHA-256 of its tensors, the same in every form: of the name, dtype, shape and bytes of one after the other.
+
+        Args:
+            extras: Whether the other tensors of its files count.
+        """
         with CheckpointReader(self) as reader:
             digest = Digest()
-            for name, place in (*self.places.items(), *sorted(self.extras.items())):
+            for name, place in (*self.places.items(), *(sorted(self.extras.items()) if extras else ())):
                 digest.begin(name, place)
                 for rows in reader.chunks(place, _CHUNK):
                     digest.update(rows)
@@ -334,26 +338,27 @@ def _check_quantized(path: Path, places: Mapping[str, Place], extras: Mapping[st
     for key in extras:
         name = split_wrappers(key)[1]
         for pattern, kind in _QUANTIZED.items():
-            if re.search(rf"(?:{pattern})$", name) and (block_of(name) or name == "scaled_fp8" or name in _beside(places)):
+            found = re.search(rf"(?:{pattern})$", name)
+            if found and (block_of(name) or name == "scaled_fp8" or _is_of_weight(name[: found.start()])):
                 raise _quantized(path, f"{kind}: {key}")
     for name, place in places.items():
         if place.dtype not in FLOATS:
-            raise ZitMergeError(
-                f"{path}: is quantized ({name} is {place.dtype}), most of a LoRA is smaller than its steps: {_INSTEAD}"
-            )
+            raise _quantized(path, f"{name} is {place.dtype}")
 
 
 def _quantized(path: Path, what: str) -> ZitMergeError:
     return ZitMergeError(f"{path}: is quantized ({what}), most of a LoRA is smaller than its steps: {_INSTEAD}")
 
 
-def _beside(places: Collection[str]) -> set[str]:
-    return {name.removesuffix(".weight") for name in places}
+def _is_of_weight(stem: str) -> bool:
+    return f"{stem.removesuffix('.weight')}.weight" in _BY_KEY
 
 
 def _check_whole(checkpoint: Checkpoint, shapes: str) -> None:
     """Raises unless it is a whole Z-Image transformer of one set of sizes."""
     path, places = checkpoint.path, checkpoint.places
+    if "lora" in " ".join(checkpoint.extras).lower() and len(places) < len(TENSORS) // 2:
+        raise ZitMergeError(f"{path}: is a LoRA, no whole model: give the model's folder or file")
     if not places:
         example = next(iter(checkpoint.extras), None)
         what = (
@@ -361,13 +366,11 @@ def _check_whole(checkpoint: Checkpoint, shapes: str) -> None:
         )
         raise ZitMergeError(f"{path}: is no Z-Image model, {what}: give a Z-Image model")
     blocks = {block_of(name) for name in places if block_of(name)}
-    if "lora" in " ".join(checkpoint.extras).lower() and len(places) < len(TENSORS) // 2:
-        raise ZitMergeError(f"{path}: is a LoRA, no whole model: give the model's folder or file")
     every = set(TENSORS) if shapes == "strict" else {n for n in TENSORS if block_of(n) is None or block_of(n) in blocks}
     missing = [name for name in TENSORS if name in every and name not in places]
     for section, count in SECTIONS.items():
         there = {i for i in range(count) if f"{section}.{i}" in blocks}
-        missing += [f"{section}.{i}" for i in range(max(there, default=-1)) if i not in there]
+        missing += [f"{section}.{i}" for i in range(max(there, default=1)) if i not in there]
     if missing:
         more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
         raise ZitMergeError(f"{path}: {missing[0]}{more} of Z-Image is not there: get a whole model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,6 +160,11 @@ def _shards(tensors: Sequence[Written], limit: int) -> dict[str, list[Written]]:
     if len(groups) == 1:
         return {"diffusion_pytorch_model.safetensors": groups[0]}
     return {f"diffusion_pytorch_model-{n:05d}-of-{len(groups):05d}.safetensors": g for n, g in enumerate(groups, 1)}
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name in a folder is one that `CheckpointWriter` writes."""
+    return name in (CONFIG, INDEX) or bool(re.fullmatch(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors", name))
 
 
 def config_of(checkpoint: Checkpoint) -> Mapping[str, Any]:

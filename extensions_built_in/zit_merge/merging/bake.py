@@ -17,7 +17,7 @@ import contextlib
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,10 +30,11 @@ from ..algebra.factors import Factors, is_finite
 from ..algebra.precision import full_precision
 from ..errors import ZitMergeError, other_tensors
 from ..formats.checkpoint import Checkpoint, CheckpointReader, Digest, Place, open_checkpoint
-from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout
+from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout, left_out
 from ..formats.dtypes import STORED_DTYPES
 from ..formats.metadata import CHECK_KEY, read_recipe
 from ..formats.reader import LoraFile
+from ..formats.reading import Reader
 from ..formats.verdict import Verdict, judged_bake, placeholder
 from ..model.tensors import TENSORS
 from ..planning.metadata import bake_metadata
@@ -70,7 +71,7 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
     tensors = checkpoint_layout(base, target.spec.format, target.spec.dtype)
     with full_precision(), contextlib.ExitStack() as files:
         readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
-        result = Result(_in_float32(plan), readers, device, progress)
+        result = Result(_in_float32(_settled(plan, readers, device, progress)), readers, device, progress)
         with CheckpointWriter(target.path, base, tensors, target.spec.format, reserve) as out:
             with _Hasher() as hasher:
                 baker = files.enter_context(_Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device))
@@ -104,7 +105,11 @@ def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
     told = said["steps"][-1].get("bake", {}).get("sha256") if said.get("steps") else None
     found = {**hashes.of(plan.hashed), base.path: told or ""}
     wanted = bake_metadata(plan, bake_recipe(plan), found)
-    if verdict is None or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted or base.sha256() != told:
+    if (
+        verdict is None
+        or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted
+        or told != base.sha256(extras=not left_out(base, target.spec.format))
+    ):
         return None
     return Baked(target.path, False, verdict)
 
@@ -116,10 +121,21 @@ def _target(plan: StepPlan) -> tuple[BakeTarget, Checkpoint]:
     return plan.bake, plan.bake.base
 
 
+def _settled(plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress) -> StepPlan:
+    """The plan with the ranks of the LoRA file that the step writes, or would write: they may follow from its dtype."""
+    return Result(plan, readers, device, progress).plan if plan.is_open else plan
+
+
 def _in_float32(plan: StepPlan) -> StepPlan:
-    """The plan of the same change before its factors are rounded."""
+    """The plan of the same change before its factors are rounded.
+
+    Args:
+        plan: Its ranks are known.
+    """
     save = plan.spec.save.model_copy(update={"dtype": "fp32", "keep_lokr": False})
-    return plan.revised(dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save}))
+    if not plan.spec.rank_rule:
+        return plan.revised(dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save}))
+    return plan.revised(plan.ranks, dtype_name="fp32", spec=plan.spec.model_copy(update={"save": save, "rank": "exact"}))
 
 
 class _Hasher:
@@ -263,7 +279,7 @@ class _Change:
         into = self._delta.shape[1]
         self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
         self._crossed: dict[int, Tensor] = {}  # first row -> (n + k,) inner products of the vectors with what was written
-        self._written: dict[int, float] = {}  # first row -> squared norm of what was written
+        self._energies: dict[int, tuple[float, float]] = {}  # first row -> |g|^2, |g - d|^2
 
     def added(self, rows: Tensor, first: int, last: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
         """Rows first .. last - 1 of the weight with the change in them, rounded to `dtype`."""
@@ -275,10 +291,11 @@ class _Change:
             torch.add(weight, dense_rows(self._delta, first, last), out=changed)
         found = rounded(changed, dtype, generator)
         found = found.clone() if found is changed else found
-        self._measure(changed.copy_(found).sub_(weight), first, last)
+        missed = float(torch.linalg.vector_norm(torch.sub(found, changed, out=changed))) ** 2  # beside g float32 would lose it
+        self._measure(torch.sub(found, weight, out=changed), missed, first, last)
         return found
 
-    def _measure(self, got: Tensor, first: int, last: int) -> None:
+    def _measure(self, got: Tensor, missed: float, first: int, last: int) -> None:
         images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
         crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
         for n, vector in enumerate(self._vectors):
@@ -286,15 +303,13 @@ class _Change:
                 crossed[n] = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
             else:
                 crossed[n] = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
-        self._crossed[first], self._written[first] = crossed, float(torch.linalg.vector_norm(got)) ** 2
+        self._crossed[first], self._energies[first] = crossed, (float(torch.linalg.vector_norm(got)) ** 2, missed)
 
     def sums(self) -> tuple[float, tuple[float, float, float]]:
         """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
         self._gram = gram(self._vectors)
-        written = sum(self._written[first] for first in sorted(self._written))
-        crossed = float(self.want @ self._products())
-        wanted = max(float(self.want @ self._gram @ self.want), 0.0)
-        return crossed, (wanted, max(wanted - 2 * crossed + written, 0.0), written)
+        written, missed = (sum(self._energies[first][n] for first in sorted(self._energies)) for n in (0, 1))
+        return float(self.want @ self._products()), (max(float(self.want @ self._gram @ self.want), 0.0), missed, written)
 
     def _products(self) -> Tensor:
         return torch.stack([self._crossed[first] for first in sorted(self._crossed)]).sum(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -120,12 +120,13 @@ class Inventory(NamedTuple):
     steps: set[str]
 
 
-def take_inventory(plans: Sequence[StepPlan], hashes: Hashes) -> Inventory:
+def take_inventory(plans: Sequence[StepPlan], hashes: Hashes, models: Collection[Path]) -> Inventory:
     """Looks at the outputs of a section.
 
     Args:
         plans: Of its steps, in order.
         hashes: Of all their `hashed`.
+        models: The whole models that are there from the same recipe.
     """
     there = {path: lora for plan in plans for path in plan.targets if (lora := made_file(plan, hashes, path))}
-    return Inventory(there, steps_to_make(plans, there))
+    return Inventory(there, steps_to_make(plans, {*there, *models}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from ..formats.reader import load_lora
 from ..planning.types import StepPlan
 from ..progress import SILENT, Progress
 from .bake import bake, baked_before
-from .made import Done, Hashes, take_inventory
+from .made import Baked, Done, Hashes, take_inventory
 from .write import write_step
 
 
@@ -35,9 +36,13 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
     with contextlib.ExitStack() as cleanup, Hashes(files) as hashes:
         for plan in plans:
             cleanup.callback(remove_part, plan.path)
+            if plan.bake:
+                remove_part(plan.bake.path)  # an older model comes back that a killed run was about to replace
+                cleanup.callback(remove_part, plan.bake.path)
         for folder in dict.fromkeys(path.parent for plan in plans for path in (plan.path, *plan.targets)):
             cleanup.callback(remove_parts, folder)
-        inventory, done = take_inventory(plans, hashes), dict[str, StepPlan]()
+        models = _models(plans, hashes)
+        inventory, done = take_inventory(plans, hashes, models), dict[str, StepPlan]()
         steps = dict(inventory.there)
         for plan in plans:
             plan = plan.over(done)
@@ -58,8 +63,19 @@ def run_plans(plans: Sequence[StepPlan], device: torch.device, progress: Progres
                             copy_file(step.path, copy.parent)
             if plan.bake:
                 with of_step(plan.name):
-                    baked = baked_before(plan, hashes) or bake(plan, steps, hashes, device, progress)
+                    baked = models.get(plan.bake.path) or bake(plan, steps, hashes, device, progress)
                 alone = Done(plan, baked.path, baked.made, baked.verdict)
                 step = (step if step and plan.spec.keep else alone)._replace(baked=baked)
             if step:  # else nothing that is left to do uses it
                 yield step
+
+
+def _models(plans: Sequence[StepPlan], hashes: Hashes) -> dict[Path, Baked]:
+    """The whole models that are there from the same recipe and base."""
+    found = {}
+    for plan in plans:
+        if plan.bake:
+            with of_step(plan.name):
+                if baked := baked_before(plan, hashes):
+                    found[baked.path] = baked
+    return found

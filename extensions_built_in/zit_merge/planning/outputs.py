@@ -15,7 +15,7 @@ from ..files.atomic import check_part, part_path
 from ..files.paths import check_writable, system_path
 from ..formats import lokr
 from ..formats.checkpoint import open_checkpoint
-from ..formats.checkpoint_writer import config_of
+from ..formats.checkpoint_writer import config_of, is_checkpoint_file
 from ..formats.metadata import RECIPE_KEY, made_by
 from ..formats.reader import load_lora
 from ..wording import public_name, size_text
@@ -99,6 +99,8 @@ def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> None:
         own = [base.path, *(file for file, _ in base.files)]
         if path.exists() and any(p.exists() and p.samefile(path) for p in (*own, *own[1].parents)):
             raise SettingError(f"{path} is the base, or holds it: give the step another name")
+        if base.path.is_dir() and base.path.resolve() in path.resolve().parents:
+            raise SettingError(f"{path} is in the folder of the base, which would be another model with it: give another folder")
         if bake.spec.format == "diffusers":
             config_of(base)
         for module in [m for m in plan.shapes if any(i.counts(m) for i in plan.inputs)]:
@@ -111,6 +113,8 @@ def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> None:
         raise SettingError(
             f"{path} exists and was not written by this step of this job: move it away, or give the step another name"
         )
+    if path.is_dir() and (others := sorted(p.name for p in path.iterdir() if not is_checkpoint_file(p.name))):
+        raise SettingError(f"{path} is replaced as a whole and holds {others[0]}, which zit_merge did not write: move it away")
 
 
 def _metadata_of(path: Path, plan: StepPlan) -> Mapping[str, str]:

@@ -344,15 +344,17 @@ class StepPlan(StepBasis):
 
 
 def steps_to_make(plans: Sequence[StepPlan], there: Collection[Path]) -> set[str]:
-    """Names of the steps whose output is not there, and of those that they use and that are not there either.
+    """Names of the steps whose LoRA is not there, and of those that they use and that are not there either.
 
     Args:
         plans: Of a section, in order.
-        there: The outputs that are there from the same recipe.
+        there: The outputs, whole models too, that are there from the same recipe.
     """
     steps: set[str] = set()
     for plan in reversed(plans):
-        if plan.name in steps or (plan.spec.keep and plan.path not in there):
-            fed_by = [i.step for i in plan.inputs if i.step]
-            steps |= {plan.name, *(step.name for step in fed_by if step.path not in there)}
+        is_made = plan.name in steps or (plan.spec.keep and plan.path not in there)
+        if is_made:
+            steps.add(plan.name)
+        if is_made or (plan.bake and plan.bake.path not in there):
+            steps |= {i.step.name for i in plan.inputs if i.step and i.step.path not in there}
     return steps
