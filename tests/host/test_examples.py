@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from oracles import producers
@@ -33,6 +34,7 @@ def test_each_opens_with_what_it_is_for_and_fits_the_schema(path):
 def test_each_passes_check_with_files_in_place(path, tmp_path, monkeypatch, capsys):
     """The placeholder paths are made to exist; everything else stays as a user has it."""
     text = path.read_text(encoding="utf-8").replace("/path/to/loras", str(tmp_path))
+    text = text.replace("/path/to/models/tuned.safetensors", str(checkpoints.write_one(tmp_path / "tuned", checkpoints.model())))
     for name in re.findall(rf"{re.escape(str(tmp_path))}/([\w.-]+\.safetensors)", text):
         producer = producers.PRODUCERS["ai-toolkit-lokr" if "lokr" in name else "ai-toolkit"]
         producers.save(producer.make(producers.small_shapes(), 4, 1, torch.bfloat16), tmp_path / name)

@@ -216,7 +216,9 @@ def test_several_loras_with_weights_of_blocks_and_layers(work, base, me, style):
 def test_inputs_of_other_kinds(work, base, producer):
     made = producers.PRODUCERS[producer].make(SHAPES, 4, 0, torch.float32)
     producers.save(made, work.folder / "me.safetensors")
-    bake(work, "me.safetensors", base=write_folder(work.folder / "base", base), out="out.safetensors", ratio=0.5, drop="bias").ok()
+    bake(
+        work, "me.safetensors", base=write_folder(work.folder / "base", base), out="out.safetensors", ratio=0.5, drop="bias"
+    ).ok()
     check(read(work.folder / "out.safetensors"), base, weighted_sum([(made.deltas, 0.5)]))
 
 
