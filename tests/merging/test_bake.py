@@ -40,6 +40,7 @@ from torch import Tensor
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
+from extensions_built_in.zit_merge.cli.main import main
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats import checkpoint_writer, safetensors_writer
@@ -208,7 +209,6 @@ def test_several_loras_with_weights_of_blocks_and_layers(work, base, me, style):
         "ai-toolkit-lokr-split",
         "lycoris-lokr-both",
         "lycoris-full",
-        "comfyui-full-diff",
         "lycoris-loha",
         "musubi-convert-other",
     ],
@@ -765,68 +765,87 @@ def test_an_interrupt(work, job, monkeypatch, form):
     assert content(work.out) == before and not [p for p in everything(work.out) if ".part" in p]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from extensions_built_in.zit_merge.cli.main import main
-calls = 0
-def watch(frame, event, arg):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-def count(event, words):
-    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree") and any("out" in str(w) for w in words):
-        watch(None, None, None)
-sys.addaudithook(count)
-code = main(sys.argv[2:])
-print("calls", calls)
-sys.exit(code)
-"""
+def killed(work: Workspace, config: Path, *, touch: int = 0, tensor: int = 0) -> int:
+    """Runs a job in a process that kills itself where it opens, renames or removes something in `out` for the n-th time.
 
+    Args:
+        work: Where it runs.
+        config: The job.
+        touch: That n; 0 never.
+        tensor: It is killed after so many tensors are written instead.
 
-def child(work: Workspace, number: int, config: Path) -> subprocess.CompletedProcess:
-    """A run that kills itself at the n-th time that it opens, renames or removes something in `out`; 0 never."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, "-B", "-c", KILLED, str(number), "run", str(config), "--quiet"]
-    return subprocess.run(words, cwd=work.folder, env=env, capture_output=True, text=True, check=False)
+    Returns:
+        How often it touched the folder, 0 if it was killed.
+    """
+    told, tells = os.pipe()
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            calls = 0
+
+            def count(event: str, words: tuple) -> None:
+                nonlocal calls
+                if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and any(
+                    str(work.out) in str(w) for w in words
+                ):
+                    calls += 1
+                    if calls == touch:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            def write_and_die(self, *words) -> None:
+                write_tensor(self, *words)
+                if next(written) == tensor:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            if tensor:
+                write_tensor, written = checkpoint_writer.CheckpointWriter.write, iter(range(1, 10_000))
+                checkpoint_writer.CheckpointWriter.write = write_and_die
+            sys.addaudithook(count)
+            code = main(["run", str(config), "--quiet"])
+            os.write(tells, str(calls).encode())
+        finally:
+            os._exit(code)
+    os.close(tells)
+    status = os.waitpid(pid, 0)[1]
+    with os.fdopen(told) as pipe:
+        calls = pipe.read()
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if touch or tensor else 0)
+    return int(calls or 0)
 
 
 @posix
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("older", [True, False])
 def test_a_run_that_is_killed_leaves_the_old_model_or_the_new_one(work, job, form, older):
-    """Killed at every point where it touches the folder: the next run ends with the model, and nothing else is left."""
-    path = made_by(work, form)
-    new = job(format=form, dtype="fp32")
-    work.zit("run", new).ok()
+    """Killed wherever it touches the folder, and while it writes: the next run ends with the model, and nothing else is left."""
+    path, saved = made_by(work, form), work.folder / "saved"
+    work.zit("run", job(format=form, dtype="fp32")).ok()
     wanted = content(path)
     shutil.rmtree(work.out)
     if older:
         work.zit("run", job(format=form)).ok()
-    saved = work.folder / "saved"
-    if older:
-        shutil.copytree(work.out, saved)
-    first = content(path) if older else None
-    new = job(format=form, dtype="fp32")
-    done = child(work, 0, new)
-    assert done.returncode == 0, done.stderr
-    total = int(done.stdout.split("calls")[1])
-    assert content(path) == wanted and total >= 4
-    points = range(1, total + 1) if total <= 14 else sorted({*range(1, 4), *range(total - 8, total + 1)})
-    for number in points:
-        shutil.rmtree(work.out)
+        first = content(path)
+        work.out.rename(saved)
+
+    def restore() -> None:
+        shutil.rmtree(work.out, ignore_errors=True)
         if older:
             shutil.copytree(saved, work.out)
-        assert child(work, number, new).returncode == -signal.SIGKILL
-        left = [p for p in work.out.rglob("*") if p.is_dir() or p.is_file()] if work.out.exists() else []
+
+    new = job(format=form, dtype="fp32")
+    restore()
+    total = killed(work, new)
+    assert content(path) == wanted and total >= 4
+    for point in [*({"touch": n} for n in range(1, total + 1)), {"tensor": 1}, {"tensor": 45}]:
+        restore()
+        killed(work, new, **point)
         if path.exists():
-            assert content(path) in ([first, wanted] if older else [wanted]), number
+            assert content(path) in ([first, wanted] if older else [wanted]), point
         elif older:  # between two renames it lies beside its place, whole
-            assert content(work.out / f"{OUT}.parts" / "old") == first, (number, left)
+            assert content(work.out / f"{OUT}.parts" / "old") == first, point
         work.zit("run", new).ok()
-        assert content(path) == wanted, number
-        assert everything(work.out) == sorted([path.name, *([f"{OUT}/{n}" for n in wanted] if path.is_dir() else [])]), number
+        assert content(path) == wanted, point
+        assert everything(work.out) == sorted([path.name, *([f"{OUT}/{n}" for n in wanted] if path.is_dir() else [])]), point
 
 
 @posix
