@@ -120,5 +120,5 @@ def _unknown(loc: Sequence[int | str], owners: Mapping[str, type[BaseModel]], to
 
 def _path(loc: Sequence[int | str]) -> list[int | str]:
     """A location without the names that pydantic gives to alternatives of a union: `int`, `list[float]`, `constrained-str`."""
-    alternative = r"float|int|str|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
+    alternative = r"float|int|str|Extract|constrained-\w+|(list|dict|function-\w+|union|nullable)\[.*\]"
     return [part for part in loc if not (isinstance(part, str) and re.fullmatch(alternative, part))]

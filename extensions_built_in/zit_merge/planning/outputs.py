@@ -136,8 +136,10 @@ def _check_ours(target: Path, plan: StepPlan) -> bool:
         raise SettingError(
             f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
         )
-    paths = [lora["sha256"] for step in plan.recipe["steps"] for lora in step["loras"] if "sha256" in lora]
-    hashes = re.findall(r'"sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
+    paths = [
+        value for step in plan.recipe["steps"] for lora in step["loras"] for value in lora.values() if isinstance(value, Path)
+    ]
+    hashes = re.findall(r'"(?:base_)?sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
     return len(paths) == len(hashes) and plan.made(metadata, dict(zip(paths, hashes, strict=True)))
 
 
