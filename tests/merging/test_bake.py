@@ -677,6 +677,10 @@ def test_no_room_is_found_before_anything_is_read(work, job, monkeypatch, comman
     assert message.startswith("process[0].output_dir: the outputs need ") and "free some" in message
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size + 1_000_000))
     work.zit(command, job()).ok()
+    work.zit("run", job()).ok()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    work.zit(command, job()).ok()  # it is there, and is not written again
+    assert "the outputs need" in work.zit(command, job(seed=1)).refused()
 
 
 # --- what is left when something goes wrong ------------------------------------------------------------------------------------
