@@ -34,7 +34,7 @@ def products(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def baked(place, run_python) -> Path:
-    """One config: a training, a merge of what it saved with another LoRA, and the model that it was trained on with both in it."""
+    """One config: a training, a merge of its LoRA with another, and the model that it was trained on with both in it."""
     section = {
         "type": "zit_merge",
         "shapes": "free",

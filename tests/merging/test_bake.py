@@ -32,6 +32,7 @@ from checkpoints import (
     write_one,
     write_shards,
 )
+from clients import comfyui_source
 from oracles import methods, producers
 from oracles.dense import best_error, read_deltas, read_metadata, weighted_sum
 from pairs import Lora, deltas, lora, write
@@ -901,6 +902,45 @@ def test_diffusers_loads_the_folder(work, base, me, monkeypatch):
     bake(work, "me.safetensors", base=WRITERS["comfyui"](work.folder / "base", base), out="out", ratio=0.7).ok()
     loaded = diffusers.ZImageTransformer2DModel.from_pretrained(work.folder / "out", torch_dtype=torch.bfloat16)
     check(dict(loaded.state_dict()), base, weighted_sum([(deltas(me), 0.7)]))
+
+
+OF_COMFYUI = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from clients.comfyui_source import comfy
+comfy()
+import comfy.model_detection, comfy.ops, comfy.utils, torch
+from comfy.ldm.lumina.model import NextDiT
+from safetensors.torch import save_file
+weights = comfy.utils.load_torch_file(sys.argv[2])
+prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)  # as comfy.sd.load_diffusion_model_state_dict does it
+weights = comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True) or weights
+config = comfy.model_detection.detect_unet_config(weights, "")
+assert config["image_model"] == "lumina2" and config["n_layers"] == 1 and config["cap_feat_dim"] == 32, config
+config |= {"n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0}
+config |= {"ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}
+parameters = {k: v for k, v in config.items() if k not in ("image_model", "allow_fp16")}  # what it has for dim 3840
+model = NextDiT(**parameters, operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16)
+model.load_state_dict(weights, strict=True)
+save_file({k: t.clone() for k, t in model.state_dict().items()}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("of_base", ["folder", "prefixed"])
+def test_comfyui_loads_the_file(work, of_base):
+    """At the smallest size that it has: widths from 1024 on, feed-forward layers of a multiple of 256."""
+    if comfyui_source.root() is None:
+        pytest.skip("no ComfyUI at $COMFYUI_ROOT or ~/ComfyUI")
+    shapes = producers.small_shapes(dim=1152, ffn=3072, temb=256, cap=32, n_layers=1)
+    base, me = model(shapes=shapes), lora(2, 1, None, {m: s for m, s in shapes.items() if "adaLN" in m or "to_" in m})
+    base = {k: t[:128].clone() if ".norm_" in k else t for k, t in base.items()}
+    write(work.folder / "me.safetensors", me)
+    bake(work, "me.safetensors", base=WRITERS[of_base](work.folder / "base", base), out="out.safetensors", ratio=0.7).ok()
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-c", OF_COMFYUI, str(comfyui_source.TESTS), "out.safetensors", "loaded.safetensors"]
+    done = subprocess.run(words, cwd=work.folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check(read(work.folder / "loaded.safetensors"), base, weighted_sum([(deltas(me), 0.7)]))
 
 
 def test_python_bakes_too(tmp_path, base, me):
