@@ -32,6 +32,7 @@ from checkpoints import (
     write_one,
     write_shards,
 )
+from clients import comfyui_source
 from oracles import methods, producers
 from oracles.dense import best_error, read_deltas, read_metadata, weighted_sum
 from pairs import Lora, deltas, lora, write
@@ -40,6 +41,7 @@ from torch import Tensor
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import merge
+from extensions_built_in.zit_merge.cli.main import main
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.files import atomic
 from extensions_built_in.zit_merge.formats import checkpoint_writer, safetensors_writer
@@ -208,7 +210,6 @@ def test_several_loras_with_weights_of_blocks_and_layers(work, base, me, style):
         "ai-toolkit-lokr-split",
         "lycoris-lokr-both",
         "lycoris-full",
-        "comfyui-full-diff",
         "lycoris-loha",
         "musubi-convert-other",
     ],
@@ -679,6 +680,10 @@ def test_no_room_is_found_before_anything_is_read(work, job, monkeypatch, comman
     assert message.startswith("process[0].output_dir: the outputs need ") and "free some" in message
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size + 1_000_000))
     work.zit(command, job()).ok()
+    work.zit("run", job()).ok()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    work.zit(command, job()).ok()  # it is there, and is not written again
+    assert "the outputs need" in work.zit(command, job(seed=1)).refused()
 
 
 # --- what is left when something goes wrong ------------------------------------------------------------------------------------
@@ -767,69 +772,87 @@ def test_an_interrupt(work, job, monkeypatch, form):
     assert content(work.out) == before and not [p for p in everything(work.out) if ".part" in p]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from extensions_built_in.zit_merge.cli.main import main
-calls = 0
-def watch(frame, event, arg):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-def count(event, words):
-    kinds = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
-    if event in kinds and any("out" in str(w) for w in words):
-        watch(None, None, None)
-sys.addaudithook(count)
-code = main(sys.argv[2:])
-print("calls", calls)
-sys.exit(code)
-"""
+def killed(work: Workspace, config: Path, *, touch: int = 0, tensor: int = 0) -> int:
+    """Runs a job in a process that kills itself where it opens, renames or removes something in `out` for the n-th time.
 
+    Args:
+        work: Where it runs.
+        config: The job.
+        touch: That n; 0 never.
+        tensor: It is killed after so many tensors are written instead.
 
-def child(work: Workspace, number: int, config: Path) -> subprocess.CompletedProcess:
-    """A run that kills itself at the n-th time that it opens, renames or removes something in `out`; 0 never."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, "-B", "-c", KILLED, str(number), "run", str(config), "--quiet"]
-    return subprocess.run(words, cwd=work.folder, env=env, capture_output=True, text=True, check=False)
+    Returns:
+        How often it touched the folder, 0 if it was killed.
+    """
+    told, tells = os.pipe()
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            calls = 0
+
+            def count(event: str, words: tuple) -> None:
+                nonlocal calls
+                if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and any(
+                    str(work.out) in str(w) for w in words
+                ):
+                    calls += 1
+                    if calls == touch:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            def write_and_die(self, *words) -> None:
+                write_tensor(self, *words)
+                if next(written) == tensor:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            if tensor:
+                write_tensor, written = checkpoint_writer.CheckpointWriter.write, iter(range(1, 10_000))
+                checkpoint_writer.CheckpointWriter.write = write_and_die
+            sys.addaudithook(count)
+            code = main(["run", str(config), "--quiet"])
+            os.write(tells, str(calls).encode())
+        finally:
+            os._exit(code)
+    os.close(tells)
+    status = os.waitpid(pid, 0)[1]
+    with os.fdopen(told) as pipe:
+        calls = pipe.read()
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if touch or tensor else 0)
+    return int(calls or 0)
 
 
 @posix
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("older", [True, False])
 def test_a_run_that_is_killed_leaves_the_old_model_or_the_new_one(work, job, form, older):
-    """Killed at every point where it touches the folder: the next run ends with the model, and nothing else is left."""
-    path = made_by(work, form)
-    new = job(format=form, dtype="fp32")
-    work.zit("run", new).ok()
+    """Killed wherever it touches the folder, and while it writes: the next run ends with the model, and nothing else is left."""
+    path, saved = made_by(work, form), work.folder / "saved"
+    work.zit("run", job(format=form, dtype="fp32")).ok()
     wanted = content(path)
     shutil.rmtree(work.out)
     if older:
         work.zit("run", job(format=form)).ok()
-    saved = work.folder / "saved"
-    if older:
-        shutil.copytree(work.out, saved)
-    first = content(path) if older else None
-    new = job(format=form, dtype="fp32")
-    done = child(work, 0, new)
-    assert done.returncode == 0, done.stderr
-    total = int(done.stdout.split("calls")[1])
-    assert content(path) == wanted and total >= 4
-    points = range(1, total + 1) if total <= 14 else sorted({*range(1, 4), *range(total - 8, total + 1)})
-    for number in points:
-        shutil.rmtree(work.out)
+        first = content(path)
+        work.out.rename(saved)
+
+    def restore() -> None:
+        shutil.rmtree(work.out, ignore_errors=True)
         if older:
             shutil.copytree(saved, work.out)
-        assert child(work, number, new).returncode == -signal.SIGKILL
-        left = [p for p in work.out.rglob("*") if p.is_dir() or p.is_file()] if work.out.exists() else []
+
+    new = job(format=form, dtype="fp32")
+    restore()
+    total = killed(work, new)
+    assert content(path) == wanted and total >= 4
+    for point in [*({"touch": n} for n in range(1, total + 1)), {"tensor": 1}, {"tensor": 45}]:
+        restore()
+        killed(work, new, **point)
         if path.exists():
-            assert content(path) in ([first, wanted] if older else [wanted]), number
+            assert content(path) in ([first, wanted] if older else [wanted]), point
         elif older:  # between two renames it lies beside its place, whole
-            assert content(work.out / f"{OUT}.parts" / "old") == first, (number, left)
+            assert content(work.out / f"{OUT}.parts" / "old") == first, point
         work.zit("run", new).ok()
-        assert content(path) == wanted, number
-        assert everything(work.out) == sorted([path.name, *([f"{OUT}/{n}" for n in wanted] if path.is_dir() else [])]), number
+        assert content(path) == wanted, point
+        assert everything(work.out) == sorted([path.name, *([f"{OUT}/{n}" for n in wanted] if path.is_dir() else [])]), point
 
 
 @posix
@@ -881,6 +904,45 @@ def test_diffusers_loads_the_folder(work, base, me, monkeypatch):
     bake(work, "me.safetensors", base=WRITERS["comfyui"](work.folder / "base", base), out="out", ratio=0.7).ok()
     loaded = diffusers.ZImageTransformer2DModel.from_pretrained(work.folder / "out", torch_dtype=torch.bfloat16)
     check(dict(loaded.state_dict()), base, weighted_sum([(deltas(me), 0.7)]))
+
+
+OF_COMFYUI = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from clients.comfyui_source import comfy
+comfy()
+import comfy.model_detection, comfy.ops, comfy.utils, torch
+from comfy.ldm.lumina.model import NextDiT
+from safetensors.torch import save_file
+weights = comfy.utils.load_torch_file(sys.argv[2])
+prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)  # as comfy.sd.load_diffusion_model_state_dict does it
+weights = comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True) or weights
+config = comfy.model_detection.detect_unet_config(weights, "")
+assert config["image_model"] == "lumina2" and config["n_layers"] == 1 and config["cap_feat_dim"] == 32, config
+config |= {"n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0}
+config |= {"ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}
+parameters = {k: v for k, v in config.items() if k not in ("image_model", "allow_fp16")}  # what it has for dim 3840
+model = NextDiT(**parameters, operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16)
+model.load_state_dict(weights, strict=True)
+save_file({k: t.clone() for k, t in model.state_dict().items()}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("of_base", ["folder", "prefixed"])
+def test_comfyui_loads_the_file(work, of_base):
+    """At the smallest size that it has: widths from 1024 on, feed-forward layers of a multiple of 256."""
+    if comfyui_source.root() is None:
+        pytest.skip("no ComfyUI at $COMFYUI_ROOT or ~/ComfyUI")
+    shapes = producers.small_shapes(dim=1152, ffn=3072, temb=256, cap=32, n_layers=1)
+    base, me = model(shapes=shapes), lora(2, 1, None, {m: s for m, s in shapes.items() if "adaLN" in m or "to_" in m})
+    base = {k: t[:128].clone() if ".norm_" in k else t for k, t in base.items()}
+    write(work.folder / "me.safetensors", me)
+    bake(work, "me.safetensors", base=WRITERS[of_base](work.folder / "base", base), out="out.safetensors", ratio=0.7).ok()
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-c", OF_COMFYUI, str(comfyui_source.TESTS), "out.safetensors", "loaded.safetensors"]
+    done = subprocess.run(words, cwd=work.folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check(read(work.folder / "loaded.safetensors"), base, weighted_sum([(deltas(me), 0.7)]))
 
 
 def test_python_bakes_too(tmp_path, base, me):

@@ -51,7 +51,7 @@ def difference(tuned: Checkpoint, base: Checkpoint) -> Difference:
     Raises:
         ZitMergeError: They are not of one shape, or one and the same.
     """
-    if tuned.files == base.files:
+    if tuned.stamp == base.stamp:
         raise ZitMergeError(
             f"{tuned.path} and its base are one model: give the one that was trained, and the one it started from"
         )

@@ -149,6 +149,8 @@ class _Hasher:
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
+        for pending in () if kind else self._pending:
+            pending.result()
 
     def begin(self, name: str, place: Place) -> None:
         """See `Digest`."""

@@ -16,10 +16,12 @@ from ..files.paths import check_writable, system_path
 from ..formats import lokr
 from ..formats.checkpoint import open_checkpoint
 from ..formats.checkpoint_writer import config_of, is_checkpoint_file
-from ..formats.metadata import RECIPE_KEY, made_by
+from ..formats.metadata import CHECK_KEY, RECIPE_KEY, made_by
 from ..formats.reader import load_lora
 from ..wording import public_name, size_text
 from .context import RunContext
+from .metadata import bake_metadata
+from .recipe import bake_recipe
 from .types import BakeTarget, StepPlan, steps_to_make
 
 SIZE_LIMIT = 2_000_000_000  # bytes of one output that need confirm_size
@@ -44,7 +46,7 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
     system_path(plan.path)
     if plan.bake:
         with located("bake"):
-            _check_bake(plan, plan.bake, context)
+            is_baked = _check_bake(plan, plan.bake, context)
     is_written = plan.spec.keep or not plan.bake
     if is_written and plan.bytes > SIZE_LIMIT and not plan.spec.confirm_size:
         cap = "rank: {energy: 0.99, max: 64}" if plan.is_open else "rank: 64"
@@ -58,7 +60,7 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
             _check_copy(plan, context)
     for target in dict.fromkeys((plan.path, *plan.targets)):
         check_part(target)
-    there = set()
+    there = {plan.bake.path} if plan.bake and is_baked else set()
     for target in plan.targets:
         for i in plan.inputs:
             if i.path.exists() and target.exists() and i.path.samefile(target):
@@ -85,8 +87,12 @@ def _check_copy(plan: StepPlan, context: RunContext) -> None:
     check_writable(folder)
 
 
-def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> None:
-    """Raises unless the whole model of a step can be written, and be told from its base."""
+def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> bool:
+    """Raises unless the whole model of a step can be written, and be told from its base.
+
+    Returns:
+        Whether it is there and, as far as its metadata tell, would come out the same again.
+    """
     path, base = bake.path, bake.base
     if len(os.fsencode(f"{path.name}.parts")) > NAME_LIMIT:
         raise SettingError(f"{path.name[:60]}... is too long for a file name: shorten the step's or the job's name")
@@ -109,12 +115,21 @@ def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> None:
                 wanted = " x ".join(map(str, plan.shapes[module]))
                 raise SettingError(f"{module} is {told} in {bake.label}, {wanted} in the LoRAs: give their own model", "base")
     check_part(path)
-    if os.path.lexists(path) and made_by(_metadata_of(path, plan)) != (public_name(plan.job), public_name(plan.name)):
+    metadata = _metadata_of(path, plan) if os.path.lexists(path) else {}
+    if os.path.lexists(path) and made_by(metadata) != (public_name(plan.job), public_name(plan.name)):
         raise SettingError(
             f"{path} exists and was not written by this step of this job: move it away, or give the step another name"
         )
     if path.is_dir() and (others := sorted(p.name for p in path.iterdir() if not is_checkpoint_file(p.name))):
         raise SettingError(f"{path} is replaced as a whole and holds {others[0]}, which zit_merge did not write: move it away")
+    return bool(metadata and base) and _would_be_the_same(plan, metadata)
+
+
+def _would_be_the_same(plan: StepPlan, metadata: Mapping[str, str]) -> bool:
+    """Whether a whole model has the metadata that the step would give it, hashes aside: only a run takes those of the inputs."""
+    found = {key: text for key, text in metadata.items() if key != CHECK_KEY}
+    found[RECIPE_KEY] = re.sub(r"[0-9a-f]{64}", "0" * 64, found[RECIPE_KEY])
+    return found == bake_metadata(plan, bake_recipe(plan))
 
 
 def _metadata_of(path: Path, plan: StepPlan) -> Mapping[str, str]:
@@ -136,8 +151,10 @@ def _check_ours(target: Path, plan: StepPlan) -> bool:
         raise SettingError(
             f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
         )
-    paths = [lora["sha256"] for step in plan.recipe["steps"] for lora in step["loras"] if "sha256" in lora]
-    hashes = re.findall(r'"sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
+    paths = [
+        value for step in plan.recipe["steps"] for lora in step["loras"] for value in lora.values() if isinstance(value, Path)
+    ]
+    hashes = re.findall(r'"(?:base_)?sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
     return len(paths) == len(hashes) and plan.made(metadata, dict(zip(paths, hashes, strict=True)))
 
 
@@ -205,7 +222,8 @@ def check_room(plans: Sequence[StepPlan], context: RunContext, there: Collection
         if plan.bake:
             parent = check_writable(plan.bake.path.parent)
             disk = disks.setdefault(parent.stat().st_dev, _Disk("output_dir", parent))
-            disk.write(plan.bake.path, plan.bake.size)
+            if plan.bake.path not in there:
+                disk.write(plan.bake.path, plan.bake.size)
     for disk in disks.values():
         free = shutil.disk_usage(disk.folder).free
         if disk.peak > free:
