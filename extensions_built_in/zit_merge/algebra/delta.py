@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .factors import Factors, single, stack, wide
+from .factors import Factors, gramian, single, stack, wide
 
 
 class Kron(NamedTuple):
@@ -294,18 +294,16 @@ _TAME = 1e-20  # sums of squares between this and its inverse, and products of t
 
 def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
-    if x.dtype == torch.float64:
-        return x.T @ x
-    found = x.T @ x
-    if bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
-        return found.double()
+    found = gramian(x)
+    if x.dtype == torch.float64 or bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
+        return found
     sizes = x.abs().amax(0)
     size = sizes.max()
     if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
         x = x / torch.where(sizes > 0, sizes, 1.0)
-        return (x.T @ x).double() * torch.outer(sizes.double(), sizes.double())
+        return gramian(x) * torch.outer(sizes.double(), sizes.double())
     x = x / torch.where(size > 0, size, 1.0)
-    return (x.T @ x).double() * size.double() ** 2
+    return gramian(x) * size.double() ** 2
 
 
 def norm(x: Delta) -> float:
