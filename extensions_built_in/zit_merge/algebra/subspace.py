@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .core import FAINT, core_space
-from .delta import Delta, Framed, norm
-from .factors import Factors, gramian, stack, wide
+from .delta import Delta, norm
+from .factors import Factors, stack, wide
 from .linear import add
 from .parameters import Within
 from .truncate import svd
@@ -27,13 +27,12 @@ def tsv(deltas: Sequence[Delta]) -> Delta:
     """
     if len(deltas) == 1:
         return deltas[0]
-    parts = [triplets(d) for d in deltas]
+    space = core_space(deltas)
+    parts = [triplets(p) for p in space.parts]
     if not any(len(s) for _, s, _ in parts):
         return add(deltas)
-    (up, left, turn), (down, right, back) = (
-        _polar(torch.cat(b, 1)) for b in ([u for u, _, _ in parts], [v.T for *_, v in parts])
-    )
-    return Framed(up, left, (turn * torch.cat([s for _, s, _ in parts])) @ back.T, right.T, down.T)
+    left, right = (_polar(torch.cat(b, 1)) for b in ([u for u, _, _ in parts], [v.T for *_, v in parts]))
+    return space.back((left * torch.cat([s for _, s, _ in parts])) @ right.T)
 
 
 def project(
@@ -138,18 +137,13 @@ def triplets(x: Delta, components: int | None = None) -> tuple[Tensor, Tensor, T
     return left[:, :alive], sigma[:alive], right[:alive]
 
 
-def _polar(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _polar(x: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns (rows, where it has more columns than rows): x (x'x)^(-1/2), (n, R).
 
     Directions that the columns do not span stay empty.
-
-    Returns:
-        Its factors (long @ unroot) @ turn, where long @ unroot (n, p) is orthonormal and turn is (p, R).
     """
     is_wide = x.shape[1] > x.shape[0]
-    values, vectors = torch.linalg.eigh(x @ x.T if is_wide else gramian(x))
+    values, vectors = torch.linalg.eigh(x @ x.T if is_wide else x.T @ x)
     alive = values > (values[-1:] * torch.finfo(values.dtype).eps * len(values))
     vectors, root = vectors[:, alive], values[alive].sqrt()
-    if is_wide:  # (x x')^(-1/2) x
-        return torch.eye(len(x), dtype=x.dtype, device=x.device), vectors, (vectors.T @ x) / root[:, None]
-    return x, vectors / root, vectors.T
+    return vectors @ ((vectors.T @ x) / root[:, None]) if is_wide else (x @ (vectors / root)) @ vectors.T

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.core import FAINT, condensed
-from ..algebra.delta import Delta, Kron, gram
+from ..algebra.delta import Delta, Kron, energy, gram
 from ..algebra.factors import Factors
 from ..algebra.least_squares import cosines
 from ..algebra.overlap import LEADING, Overlap, Triplets, directions, is_thin, overlap
@@ -65,9 +65,12 @@ class Readers(ExitStack):
         """
         thin = [d for d in deltas.values() if isinstance(d, Factors) and is_thin(d)]
         small = condensed(thin) if len(thin) == len(deltas) > 1 else None
-        found = small.inner if small else gram(list(deltas.values()))
-        for i, energy in zip(deltas, found.diagonal().tolist(), strict=True):
-            if not math.isfinite(energy):
+        if len(deltas) == 1:
+            found = torch.tensor([[energy(d) for d in deltas.values()]], dtype=torch.float64)
+        else:
+            found = small.inner if small else gram(list(deltas.values()))
+        for i, size in zip(deltas, found.diagonal().tolist(), strict=True):
+            if not math.isfinite(size):
                 raise ZitMergeError(
                     f"{self._loras[i].path}: {module}: the norm of its change is too large for a number, the LoRA is broken: "
                     "use an earlier checkpoint of it"
