@@ -14,7 +14,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "": ("type", "made_by", "job", "steps"),
     "steps": (
         *("name", "file", "keep", "method", "params", "rank", "save", "shapes", "allow_unmatched", "confirm_size", "loras"),
-        *("base", "bake"),
+        *("base", "base_sha256", "bake"),
     ),
     "loras": (
         *("lora", "sha256", "base", "ratio", "blocks", "layers", "effects", "overrides", "alpha", "qkv", "drop"),
@@ -23,7 +23,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "lora": ("extract", "base"),
     "bake": ("base", "format", "dtype", "rounding", "seed", "sha256", "file"),
     "trained_on": ("model", "arch", "adapter"),
-    "rank": ("energy", "max", "size_mb"),
+    "rank": ("energy", "max", "size_mb", "weigh"),
     "save": tuple(Save.model_fields),
 }
 

@@ -31,13 +31,15 @@ class RankRule:
         energy: The smallest rank that keeps this share of the squared norm of the whole file.
         max: With energy: no rank above it.
         size_mb: The largest rank whose file takes at most so many MB (10^6 bytes).
+        weigh: `base`: each component counts by its share of the norm of the weight that it changes.
     """
 
     energy: float | None = None
     max: int | None = None
     size_mb: float | None = None
+    weigh: str | None = None
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, float | str]:
         """As it stands in a config."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
@@ -51,12 +53,17 @@ def _rank(value: object) -> object:
 
 
 def _rank_rule(value: Mapping[str, Any]) -> RankRule:
+    keys = ("energy", "max", "size_mb", "weigh")
     for key in value:
-        if key not in ("energy", "max", "size_mb"):
-            raise ValueError(f"has no {key}{nearest(str(key), ('energy', 'max', 'size_mb'))}; there are energy, max, size_mb")
+        if key not in keys:
+            raise ValueError(f"has no {key}{nearest(str(key), keys)}; there are {', '.join(keys)}")
+    if value.get("weigh", "base") != "base":
+        raise ValueError(f"takes weigh: base, not {value['weigh']!r}")
     if ("energy" in value) == ("size_mb" in value):
         raise ValueError("needs either energy, such as {energy: 0.99, max: 64}, or size_mb, such as {size_mb: 150}")
     for key, number in value.items():
+        if key == "weigh":
+            continue
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
             raise ValueError(f"needs a number above 0 for {key}, not {number!r}")
     if value.get("energy", 0) > 1:
@@ -328,6 +335,7 @@ class Step(Settings):
     sweep: Annotated[dict[str, Axis], Field(min_length=1, max_length=2)] | None = None
     ablate: Ablate | None = None
     bake: Annotated[Bake | None, BeforeValidator(_asked)] = None
+    base_sha256: Hash | None = None  # in recipes
     file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None  # in recipes
 
 

@@ -169,6 +169,14 @@ class CheckpointReader:
         """(out, in) of a canonical module, in its stored dtype."""
         return self.rows(self.checkpoint.places[f"{module}.weight"])
 
+    def norm(self, module: str) -> float:
+        """Frobenius norm of a weight; 1 of one that is zero, beside which every change is as large."""
+        import torch
+
+        place = self.checkpoint.places[f"{module}.weight"]
+        squares = (float(torch.linalg.vector_norm(rows.float())) ** 2 for rows in self.chunks(place, _CHUNK))
+        return math.sqrt(sum(squares)) or 1.0
+
     def rows(self, place: Place, first: int = 0, last: int | None = None) -> Tensor:
         """Rows first .. last - 1 of a tensor; all of it by default.
 

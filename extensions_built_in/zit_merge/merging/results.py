@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats import lokr
+from ..formats.checkpoint import CheckpointReader
 from ..formats.dtypes import DTYPE_NAMES
 from ..formats.reader import TensorReader
 from ..formats.reading import Reader
@@ -114,6 +116,8 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
         merged: Every module that it writes.
     """
     rule, spectra, total = plan.spec.rank_rule or RankRule(), dict[str, torch.Tensor](), 0.0
+    with CheckpointReader(plan.weights) if plan.weights else nullcontext() as weights:
+        lengths = {m: weights.norm(m) for m in plan.shapes if m in weights} if weights else {}
 
     def fits(chosen: Mapping[str, int]) -> bool:
         return plan.revised(chosen).bytes <= (rule.size_mb or 0.0) * 1e6
@@ -122,8 +126,8 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
         spectra[module] = torch.zeros(1, dtype=torch.float64)
         if delta is not None:
             with plan.computing(module):
-                spectra[module] = singular_values(delta, plan.ranks[module]).cpu()
-            total += norm(delta) ** 2
+                spectra[module] = singular_values(delta, plan.ranks[module]).cpu() / lengths.get(module, 1.0)
+            total += (norm(delta) / lengths.get(module, 1.0)) ** 2
     costs, least = {module: sum(plan.shapes[module]) for module in spectra}, plan.form.least_ranks(plan.shapes)
     if rule.size_mb:
         chosen = ranks.ranks_that_fit(spectra, costs, fits, least)

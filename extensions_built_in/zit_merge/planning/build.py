@@ -117,12 +117,33 @@ class _Builder:
             loc=loc,
             prefix=self.context.prefix,
             bake=self._target(step, loc),
+            **self._weights(step, loc),
         )
         plan = step_plan(basis)
         with located(loc):
             self.there.update(check_output(plan, self.context))
         self.plans[step.name] = plan
         self.written.update((target.resolve(), step.name) for target in plan.targets)
+
+    def _weights(self, step: Step, loc: str) -> dict[str, Any]:
+        """The model by whose norms the rank is chosen, and what a recipe calls it; fields of StepBasis."""
+        if not (step.rank_rule and step.rank_rule.weigh):
+            return {}
+        source = step.base or (step.bake.base if step.bake else None)
+        with located(loc):
+            if source is None:
+                raise SettingError("needs the model: set base: trainer or a path (--base on the command line)", "rank.weigh")
+            with located("base"):
+                model = self._open(source, step)
+                if model and step.base_sha256 and model.sha256() != step.base_sha256:
+                    raise other_tensors(model.path, step.base_sha256)
+        return {"weights": model, "weights_label": model_label(source, model.path if model else None, self.context)}
+
+    def _open(self, source: str, step: Step) -> Checkpoint | None:
+        key = source, step.shapes
+        if key not in self.models:
+            self.models[key] = open_model(source, self.context, step.shapes)
+        return self.models[key]
 
     def _target(self, step: Step, loc: str) -> BakeTarget | None:
         with located(loc):
@@ -222,11 +243,8 @@ class _Builder:
             return None, ""
         if source is None:
             raise SettingError(f"{lora.path.name}: {lora.base_question}")
-        key = source, step.shapes
-        if key not in self.models:
-            with located("base"):
-                self.models[key] = open_model(source, self.context, step.shapes)
-        model = self.models[key]
+        with located("base"):
+            model = self._open(source, step)
         if model and spec.base_sha256 and model.sha256() != spec.base_sha256:
             raise other_tensors(model.path, spec.base_sha256)
         return model, model_label(source, model.path if model else None, self.context)

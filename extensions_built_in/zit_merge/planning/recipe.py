@@ -56,6 +56,8 @@ def _entry(step: StepBasis) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": public_name(spec.name), "file": public_name(step.path.name)}
     entry |= {"method": spec.method, **_params(spec)}
     entry |= {"rank": spec.rank_rule.record() if spec.rank_rule else spec.rank, "save": _save(spec.save)}
+    if step.weights:
+        entry |= {"base": public_name(step.weights_label), "base_sha256": step.weights.path}
     if spec.shapes != "strict":
         entry["shapes"] = spec.shapes
     if spec.allow_unmatched:

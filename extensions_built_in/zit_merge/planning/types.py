@@ -38,7 +38,7 @@ def with_hashes(recipe: Mapping[str, Any], hashes: Mapping[Path, str]) -> dict[s
     def hashed(lora: Mapping[str, Any]) -> dict[str, Any]:
         return {key: hashes[value] if isinstance(value, Path) else value for key, value in lora.items()}
 
-    steps = [{**step, "loras": [hashed(lora) for lora in step["loras"]]} for step in recipe["steps"]]
+    steps = [{**hashed(step), "loras": [hashed(lora) for lora in step["loras"]]} for step in recipe["steps"]]
     return {**recipe, "steps": [s | ({"bake": hashed(s["bake"])} if "bake" in s else {}) for s in steps]}
 
 
@@ -142,6 +142,8 @@ class StepBasis:
         loc: Of the step in the config.
         prefix: What the names of outputs begin with.
         bake: The whole model that it writes, if it does.
+        weights: The model by whose norms a rule for the rank weighs, if it does; None while it is on the hub too.
+        weights_label: What a recipe calls that.
     """
 
     job: str
@@ -152,6 +154,8 @@ class StepBasis:
     loc: str
     prefix: str
     bake: BakeTarget | None = None
+    weights: Checkpoint | None = None
+    weights_label: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,6 +218,8 @@ class StepBasis:
         for i in self.inputs:
             found |= i.step.hashed if i.step else {}
             found |= {model.path: model for model in i.models}
+        if self.weights:
+            found[self.weights.path] = self.weights
         return found
 
     @cached_property

@@ -100,6 +100,7 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
     found = []
     if is_open and rule:
         limit = f"{rule.energy:.6g} of the energy" if rule.energy else f"{rule.size_mb:g} MB"
+        limit += f", each component weighed by the weight of {step.weights_label} that it changes" * bool(rule.weigh)
         found.append(f"the rank follows from the singular values, for {limit}: {rank} at most")
     elif rule and rule.size_mb and rank < exact:
         found.append(f"rank {rank} is what {rule.size_mb:g} MB hold, rank {exact} would hold everything")
