@@ -103,10 +103,10 @@ def test_between_the_hash_and_the_tensors(work, job, monkeypatch, change):
     """The hash that goes into the recipe is that of the tensors that were merged."""
     opened = TensorReader.__init__
 
-    def hashed_first(reader, lora):
+    def hashed_first(reader, lora, *base):
         if lora.path.name == "style.safetensors":
             change(lora.path)
-        opened(reader, lora)
+        opened(reader, lora, *base)
 
     monkeypatch.setattr(TensorReader, "__init__", hashed_first)
     monkeypatch.setattr(Hashes, "__init__", _waited(Hashes.__init__))

@@ -73,7 +73,7 @@ def _look_at_model(args: argparse.Namespace) -> None:
         raise ZitMergeError(f"inspect: {args.files[0]} is a whole model: name the model it came from too, --base PATH")
     if len(args.files) > 1:
         raise ZitMergeError(f"inspect --base: looks into one model, {len(args.files)} were named")
-    model = open_checkpoint(args.files[0], shapes="free")
+    model = open_checkpoint(args.files[0], shapes="free", quantized=not args.base)
     if not args.base:
         _print_found(args, describe_model(model), model_text)
         return
@@ -123,7 +123,7 @@ def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str
 
 def recipe(args: argparse.Namespace) -> None:
     """Prints the section that made a file: whoever wrote the file, nothing but a recipe."""
-    source = open_checkpoint(args.file, shapes="free") if is_checkpoint(args.file) else load_lora(args.file)
+    source = open_checkpoint(args.file, shapes="free", quantized=True) if is_checkpoint(args.file) else load_lora(args.file)
     found = read_recipe(source.metadata)
     if found is None:
         raise ZitMergeError(f"{args.file}: has no recipe, zit_merge did not make it")

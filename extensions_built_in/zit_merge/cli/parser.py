@@ -114,7 +114,7 @@ def _bake_arguments(bake: argparse.ArgumentParser) -> None:
     _weight_arguments(bake)
     bake.add_argument("--base", required=True, metavar="PATH", help="the model: a diffusers folder, ComfyUI's file, or user/repo")
     bake.add_argument("--format", help="diffusers, a folder, or comfyui, a file (default: what OUT is)")
-    bake.add_argument("--dtype", help="bf16, fp16 or fp32 (default: that of the base)")
+    bake.add_argument("--dtype", help="bf16, fp16, fp32 or fp8 (default: that of the base)")
     bake.add_argument("--rounding", default="nearest", help="nearest (default) or stochastic, exact in the mean")
     bake.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     _add_run(bake)

@@ -8,6 +8,7 @@ from ..algebra.ema import gamma_of
 from ..algebra.methods import METHODS
 from ..algebra.ratios import cancels
 from ..errors import SettingError, located, nearest
+from ..formats.spec import FP8
 from .schema import TRAINED, TRAINING_ADAPTER, Checkpoints, Settings, Step
 
 
@@ -35,6 +36,14 @@ def check_method(settings: Settings) -> None:
 def check_step(step: Step) -> None:
     """Raises where the parts of a step don't fit together."""
     check_method(step)
+    if step.bake and step.bake.dtype == FP8:
+        with located("bake"):
+            if step.bake.format != "comfyui":
+                raise SettingError("fp8 is a form of ComfyUI's: set format: comfyui, or another dtype", "dtype")
+            if step.bake.rounding != "stochastic":
+                raise SettingError(
+                    "fp8 rounds most of a LoRA away to the nearest number: set rounding: stochastic, or another dtype", "dtype"
+                )
     if not step.checkpoints:
         _check_loras(step)
     elif step.loras:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from ..errors import nearest
 from ..formats.forms import FORMS
 from ..formats.reading import ALPHA_FORMS, TWINS, VECTORS, is_alpha
-from ..formats.spec import CHECKPOINT_FORMATS, DTYPES
+from ..formats.spec import CHECKPOINT_FORMATS, DTYPES, FP8
 from ..model.strengths import TABLES, Weights, union
 
 PROCESS_TYPE = "zit_merge"
@@ -275,14 +275,14 @@ class Bake(_Model):
     Attributes:
         base: `trainer`, the model of the training before us, or a folder or file; None takes the step's `base`.
         format: A diffusers folder, or ComfyUI's one file.
-        dtype: Of the whole model; None leaves every tensor its own.
+        dtype: Of the whole model; None leaves every tensor its own. fp8 is ComfyUI's scaled form, and stochastic.
         rounding: To the nearest number, or to one of the two neighbours, exact in the mean.
         seed: Of the draws.
     """
 
     base: Text | None = None
     format: Annotated[str, _choice(CHECKPOINT_FORMATS, "format")] = "diffusers"
-    dtype: Annotated[str, _choice(DTYPES, "dtype")] | None = None
+    dtype: Annotated[str, _choice((*DTYPES, FP8), "dtype")] | None = None
     rounding: Annotated[str, _choice(("nearest", "stochastic"), "rounding")] = "nearest"
     seed: Seed = 0
     sha256: Hash | None = None

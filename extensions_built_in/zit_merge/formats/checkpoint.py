@@ -202,12 +202,13 @@ class CheckpointReader:
             yield self.rows(place, first, min(first + step, place.shape[0]))
 
 
-def open_checkpoint(path: Path, *, shapes: str = "strict") -> Checkpoint:
+def open_checkpoint(path: Path, *, shapes: str = "strict", quantized: bool = False) -> Checkpoint:
     """Describes a transformer. Reads headers only.
 
     Args:
         path: A folder or a file.
         shapes: `strict`, the real Z-Image, or `free`, any one consistent set of sizes and any number of layers.
+        quantized: Whether its weights may be, where they are not read.
 
     Raises:
         ZitMergeError: It is no whole Z-Image transformer, or one that is quantized.
@@ -233,7 +234,8 @@ def open_checkpoint(path: Path, *, shapes: str = "strict") -> Checkpoint:
                     styles.add(len(found) > 1)
                 if not found:
                     extras[key] = Place(number, key, None, entry.dtype, entry.shape)
-    _check_quantized(path, places, extras)
+    if not quantized:
+        _check_quantized(path, places, extras)
     ordered = {name: places[name] for name in TENSORS if name in places}
     native = True in styles
     if native and False in {len(_found(places[n].key)) > 1 for n in places if n.endswith(("to_q.weight", "to_k.weight"))}:

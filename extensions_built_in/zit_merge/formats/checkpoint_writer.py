@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ZitMergeError
 from ..files.atomic import write_folder, write_whole
-from ..model.tensors import TENSORS
-from ..model.zimage import SECTIONS, infer_sizes
+from ..model.tensors import TENSORS, block_of
+from ..model.zimage import MODULES, SECTIONS, infer_sizes
 from .checkpoint import CONFIG, FLOATS, INDEX, Checkpoint, Place
+from .names import split_wrappers
 from .safetensors_file import size_of
 from .safetensors_writer import SafetensorsWriter
-from .spec import Layout
+from .spec import FP8, Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SHARD = 5_000_000_000  # bytes, as diffusers' max_shard_size
 _HEAD = 128  # dim / n_heads of Z-Image, and the sum of its axes_dims
-_HEADERS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_HEADERS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", FP8: "BF16"}
+SCALED = "F8_E4M3"
 
 
 class Written(NamedTuple):
@@ -34,12 +36,14 @@ class Written(NamedTuple):
         dtype: As headers name it.
         shape: There.
         parts: (diffusers' name, or the key of an extra; where it is in the base), rows after rows.
+        scale_of: The key whose numbers are multiplied with this one, if that is what it is.
     """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[tuple[str, Place], ...]
+    scale_of: str = ""
 
 
 def checkpoint_layout(base: Checkpoint, form: str, dtype: str | None) -> list[Written]:
@@ -48,7 +52,8 @@ def checkpoint_layout(base: Checkpoint, form: str, dtype: str | None) -> list[Wr
     Args:
         base: What is written again.
         form: One of CHECKPOINT_FORMATS.
-        dtype: Of every tensor of the transformer, as a config has it; None leaves each its own.
+        dtype: Of every tensor of the transformer, as a config has it; None leaves each its own. In fp8 adaLN, embedders, norms
+            and the final layer stay bf16, every other weight has a scale beside it (ComfyUI comfy/utils.py, convert_old_quants).
     """
     units: dict[str, list[tuple[str, Place]]] = {}
     for name, place in base.places.items():
@@ -59,10 +64,27 @@ def checkpoint_layout(base: Checkpoint, form: str, dtype: str | None) -> list[Wr
     for key, parts in units.items():
         places = [place for _, place in parts]
         shape = (sum(p.shape[0] for p in places), *places[0].shape[1:]) if len(places) > 1 else places[0].shape
-        found.append(Written(key, _HEADERS[dtype] if dtype else _widest(p.dtype for p in places), shape, tuple(parts)))
+        is_scaled = dtype == FP8 and _is_scaled(parts[0][0])
+        stored = SCALED if is_scaled else _HEADERS[dtype] if dtype else _widest(p.dtype for p in places)
+        found.append(Written(key, stored, shape, tuple(parts)))
+        if is_scaled:
+            found.append(Written(f"{key.removesuffix('.weight')}.scale_weight", "F32", (), (), key))
+    if dtype == FP8:
+        found.append(Written(f"{_prefix(base)}scaled_fp8", SCALED, (2,), ()))  # two numbers: products in the full precision
     if not left_out(base, form):
         found += [Written(key, p.dtype, p.shape, ((key, p),)) for key, p in sorted(base.extras.items())]
     return found
+
+
+def _is_scaled(name: str) -> bool:
+    module = TENSORS[name].module
+    return bool(module and block_of(name) and MODULES[module].component != "adaLN_modulation")
+
+
+def _prefix(base: Checkpoint) -> str:
+    """What stands before the names in the output."""
+    key = next(iter(base.places.values())).key
+    return split_wrappers(key)[0] if base.native else ""
 
 
 def left_out(base: Checkpoint, form: str) -> tuple[str, ...]:

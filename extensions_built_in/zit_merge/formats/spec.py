@@ -9,6 +9,7 @@ from dataclasses import dataclass
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 CHECKPOINT_FORMATS = ("diffusers", "comfyui")  # of whole models
+FP8 = "fp8"  # of a whole model: ComfyUI's scaled float8_e4m3fn
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # key of a tensor -> (dtype as a config has it, shape)
 
 

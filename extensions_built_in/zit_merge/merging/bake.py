@@ -26,11 +26,11 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, gram
 from ..algebra.dense import dense_rows, rounded
-from ..algebra.factors import Factors, is_finite
+from ..algebra.factors import Factors, is_finite, peak
 from ..algebra.precision import full_precision
 from ..errors import ZitMergeError, other_tensors
 from ..formats.checkpoint import Checkpoint, CheckpointReader, Digest, Place, open_checkpoint
-from ..formats.checkpoint_writer import CheckpointWriter, Written, checkpoint_layout, left_out
+from ..formats.checkpoint_writer import SCALED, CheckpointWriter, Written, checkpoint_layout, left_out
 from ..formats.dtypes import STORED_DTYPES
 from ..formats.metadata import CHECK_KEY, read_recipe
 from ..formats.reader import LoraFile
@@ -97,7 +97,7 @@ def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
     if not target.path.exists():
         return None
     try:
-        metadata = open_checkpoint(target.path, shapes=plan.spec.shapes).metadata
+        metadata = open_checkpoint(target.path, shapes=plan.spec.shapes, quantized=True).metadata
     except ZitMergeError:
         return None
     verdict = Verdict.read(metadata)
@@ -181,6 +181,7 @@ class _Baker:
     def __init__(self, target: BakeTarget, result: Result, base: CheckpointReader, hasher: _Hasher, device: torch.device):
         self._target, self._result, self._base, self._hasher, self._device = target, result, base, hasher, device
         self._sums, self._crossed, self._wanted = Sums(len(result.plan.inputs)), 0.0, 0.0
+        self._scales: dict[str, float] = {}  # key of a tensor in float8 -> what its numbers are multiplied with
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -198,28 +199,50 @@ class _Baker:
         Raises:
             ZitMergeError: It is too large for its dtype, or the base is broken.
         """
-        dtype = STORED_DTYPES.get(tensor.dtype)
-        for name, place in tensor.parts:
+        if not tensor.parts:  # a scale, or the mark of a file that has them
+            yield torch.tensor(self._scales[tensor.scale_of]) if tensor.scale_of else torch.zeros(2).to(STORED_DTYPES[SCALED])
+            return
+        dtype, changes = STORED_DTYPES.get(tensor.dtype), [self._change(name) for name, _ in tensor.parts]
+        scale = self._scale(tensor, changes) if tensor.dtype == SCALED else 1.0
+        for (name, place), change in zip(tensor.parts, changes, strict=True):
             self._hasher.begin(name, place)
-            change, first, pending = self._change(name), 0, deque[Future[Tensor]]()
-            for rows in self._base.chunks(place, _CHUNK.get(self._device.type, _CHUNK["cpu"])):
+            pending = deque[Future[Tensor]]()
+            for first, rows in self._chunks(place):
                 self._hasher.update(rows)
-                last = first + (len(rows) if rows.dim() else 0)
-                pending.append(self._pool.submit(self._changed, change, rows, first, last, dtype or rows.dtype, name))
+                pending.append(self._pool.submit(self._changed, change, rows, first, dtype or rows.dtype, scale, name))
                 while len(pending) > self._workers:
                     yield pending.popleft().result()
-                first = last
             yield from (one.result() for one in pending)
             if change:
                 self._add(change)
 
-    def _changed(self, change: _Change | None, rows: Tensor, first: int, last: int, dtype: torch.dtype, name: str) -> Tensor:
+    def _chunks(self, place: Place) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first row, some rows) of a tensor of the base."""
+        first = 0
+        for rows in self._base.chunks(place, _CHUNK.get(self._device.type, _CHUNK["cpu"])):
+            yield first, rows
+            first += len(rows) if rows.dim() else 0
+
+    def _scale(self, tensor: Written, changes: Sequence[_Change | None]) -> float:
+        """What the numbers of a tensor in float8 are multiplied with: its largest one is the largest that float8 has."""
+        largest = 0.0
+        for (_, place), change in zip(tensor.parts, changes, strict=True):
+            for first, rows in self._chunks(place):
+                rows = rows.to(self._device)
+                changed = change.sum(rows, first)[1] if change else rows.float()
+                largest = max(largest, peak(changed))
+        self._scales[tensor.key] = largest / torch.finfo(STORED_DTYPES[SCALED]).max or 1.0
+        return self._scales[tensor.key]
+
+    def _changed(self, change: _Change | None, rows: Tensor, first: int, dtype: torch.dtype, scale: float, name: str) -> Tensor:
         """Some rows of the output, on the CPU."""
         if change is None and dtype == rows.dtype:
             return rows
         rows, generator = rows.to(self._device), self._generator(f"{name} {first}")
-        found = change.added(rows, first, last, dtype, generator) if change else rounded(rows.float(), dtype, generator)
-        return self._checked(found, name)
+        if change:
+            return self._checked(change.added(rows, first, dtype, scale, generator), name)
+        found = rows.float()
+        return self._checked(rounded(found / scale if scale != 1 else found, dtype, generator), name)
 
     def verdict(self) -> Verdict:
         """Of the whole model."""
@@ -283,14 +306,25 @@ class _Change:
         self._crossed: dict[int, Tensor] = {}  # first row -> (n + k,) inner products of the vectors with what was written
         self._energies: dict[int, tuple[float, float]] = {}  # first row -> |g|^2, |g - d|^2
 
-    def added(self, rows: Tensor, first: int, last: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-        """Rows first .. last - 1 of the weight with the change in them, rounded to `dtype`."""
-        weight, changed = _scratch(rows)
+    def sum(self, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """(rows of the weight from the first on, the same with the change in them), float32, until this thread's next call."""
+        (weight, changed), last = _scratch(rows), first + len(rows)
         weight.copy_(rows)
         if isinstance(self._delta, Factors) and _is_thin(self._delta):
             torch.addmm(weight, self._delta.up[first:last], self._delta.down, out=changed)
         else:
             torch.add(weight, dense_rows(self._delta, first, last), out=changed)
+        return weight, changed
+
+    def added(self, rows: Tensor, first: int, dtype: torch.dtype, scale: float, generator: torch.Generator | None) -> Tensor:
+        """Rows of the weight from the first on with the change in them, over `scale`, rounded to `dtype`."""
+        (weight, changed), last = self.sum(rows, first), first + len(rows)
+        if scale != 1:
+            found = rounded(changed / scale, dtype, generator)
+            got = found.float().mul_(scale)
+            missed = float(torch.linalg.vector_norm(got - changed)) ** 2
+            self._measure(got.sub_(weight), missed, first, last)
+            return found
         found = rounded(changed, dtype, generator)
         found = found.clone() if found is changed else found
         missed = float(torch.linalg.vector_norm(torch.sub(found, changed, out=changed))) ** 2  # beside g float32 would lose it

@@ -134,7 +134,7 @@ def _would_be_the_same(plan: StepPlan, metadata: Mapping[str, str]) -> bool:
 
 def _metadata_of(path: Path, plan: StepPlan) -> Mapping[str, str]:
     try:
-        return open_checkpoint(path, shapes=plan.spec.shapes).metadata
+        return open_checkpoint(path, shapes=plan.spec.shapes, quantized=True).metadata
     except ZitMergeError:
         return {}
 

@@ -65,11 +65,12 @@ def _of_bake(step: StepBasis) -> list[str]:
     if bake.spec.format == "comfyui":
         folder = "checkpoints" if bake.base.native and bake.base.extras else "diffusion_models"
         gguf = f"{bake.path.stem}-BF16.gguf"
-        found += [
-            f"ComfyUI looks for it in models/{folder}",
-            f"for GGUF, with ComfyUI-GGUF's tools: python convert.py --src {bake.path.name} --dst {gguf}, then llama-quantize "
-            f"{gguf} {bake.path.stem}-Q8_0.gguf Q8_0",
-        ]
+        found.append(f"ComfyUI looks for it in models/{folder}")
+        if bake.spec.dtype in (None, "bf16"):
+            found.append(
+                f"for GGUF, with ComfyUI-GGUF's tools: python convert.py --src {bake.path.name} --dst {gguf}, then "
+                f"llama-quantize {gguf} {bake.path.stem}-Q8_0.gguf Q8_0"
+            )
     else:
         found.append(
             "AI-Toolkit trains on it with name_or_path: this folder and extras_name_or_path: the model that it came from"
