@@ -102,15 +102,19 @@ class Checkpoint:
         """Of all its files."""
         return tuple(stamp for _, stamp in self.files)
 
-    def sha256(self, *, extras: bool = False) -> str:
-        """Hex SHA-256 of its tensors, the same in every form: of the name, dtype, shape and bytes of one after the other.
+    def sha256(self) -> str:
+        """Hex SHA-256 of the transformer, the same in every form: of the name, dtype, shape and bytes of one tensor after the
+        other."""
+        return self._sha256(self.places)
 
-        Args:
-            extras: Whether the other tensors of its files count.
-        """
+    def extras_sha256(self) -> str:
+        """The same of every other tensor."""
+        return self._sha256(dict(sorted(self.extras.items())))
+
+    def _sha256(self, places: Mapping[str, Place]) -> str:
         with CheckpointReader(self) as reader:
             digest = Digest()
-            for name, place in (*self.places.items(), *(sorted(self.extras.items()) if extras else ())):
+            for name, place in places.items():
                 digest.begin(name, place)
                 for rows in reader.chunks(place, _CHUNK):
                     digest.update(rows)
@@ -121,7 +125,7 @@ Seen = Stamp | Checkpoint | None  # what a file was when it was planned
 
 
 class Digest:
-    """The hash of a checkpoint, tensor after tensor."""
+    """The hash of tensors, one after the other."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -130,7 +134,7 @@ class Digest:
         """The next tensor.
 
         Args:
-            name: Diffusers' name, or the key of one that is no part of the transformer.
+            name: Diffusers' name, or the key of an extra.
             place: Its dtype and shape.
         """
         self._sha256.update(f"{name} {place.dtype} {list(place.shape)}\n".encode())

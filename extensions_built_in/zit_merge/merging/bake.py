@@ -96,19 +96,19 @@ def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
     if not target.path.exists():
         return None
     try:
-        metadata = open_checkpoint(target.path, shapes=plan.spec.shapes).metadata
+        written = open_checkpoint(target.path, shapes=plan.spec.shapes)
     except ZitMergeError:
         return None
+    metadata = written.metadata
     verdict = Verdict.read(metadata)
     said = read_recipe(metadata) or {}
     told = said["steps"][-1].get("bake", {}).get("sha256") if said.get("steps") else None
     found = {**hashes.of(plan.hashed), base.path: told or ""}
     wanted = bake_metadata(plan, bake_recipe(plan), found)
-    if (
-        verdict is None
-        or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted
-        or told != base.sha256(extras=not left_out(base, target.spec.format))
-    ):
+    if verdict is None or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted or told != base.sha256():
+        return None
+    extras = {} if left_out(base, target.spec.format) else base.extras
+    if written.extras.keys() != extras.keys() or (extras and written.extras_sha256() != base.extras_sha256()):
         return None
     return Baked(target.path, False, verdict)
 
@@ -189,12 +189,15 @@ class _Baker:
         """
         dtype = STORED_DTYPES.get(tensor.dtype)
         for name, place in tensor.parts:
-            self._hasher.begin(name, place)
+            is_hashed = name in TENSORS
+            if is_hashed:
+                self._hasher.begin(name, place)
             change = self._change(name)
             generator = self._generator(name)
             first = 0
             for rows in self._base.chunks(place, _CHUNK.get(self._device.type, _CHUNK["cpu"])):
-                self._hasher.update(rows)
+                if is_hashed:
+                    self._hasher.update(rows)
                 last = first + (len(rows) if rows.dim() else 0)
                 if change:
                     yield self._checked(change.added(rows.to(self._device), first, last, dtype or rows.dtype, generator), name)
