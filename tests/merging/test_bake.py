@@ -606,6 +606,23 @@ def test_locations_in_a_config(work, job, bake_keys, loc):
     assert message.startswith(f"process[0].steps[0].{loc}: "), message
 
 
+def test_two_outputs_of_one_name(work, job):
+    """A recipe names its file: no step may write over what another one, or its own LoRA, is."""
+    job()
+    twice = [{"name": n, "keep": False, "loras": [ME], "bake": {"base": "base", "file": "x"}} for n in "ab"]
+    message = work.zit("check", work.job(*twice)).refused()
+    assert message.startswith("process[0].steps[1].bake: x is what the step a writes: give another name")
+    own = {"base": "base", "format": "comfyui", "file": "merged_cat_a.safetensors"}
+    message = work.zit("check", work.job({"name": "a", "loras": [ME], "bake": own})).refused()
+    assert "merged_cat_a.safetensors is what the step a writes" in message
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "a\\b", ""])
+def test_a_name_that_is_none(work, job, name):
+    message = work.zit("check", job(file=name)).refused()
+    assert message.startswith("process[0].steps[0].bake.file: has a form that is not allowed")
+
+
 def test_the_model_of_the_training(work, job, base, me):
     """`trainer` is what its section names, in any form."""
     job()
