@@ -375,7 +375,7 @@ def test_a_step_may_bake(asked):
     [
         ({"anything": 1}, "bake.anything: unknown key; known here: base, format, dtype, rounding, seed"),
         ({"format": "gguf"}, "bake.format: no such format: 'gguf'; there are diffusers, comfyui"),
-        ({"dtype": "fp8"}, "bake.dtype: no such dtype: 'fp8'"),
+        ({"dtype": "int8"}, "bake.dtype: no such dtype: 'int8'; there are bf16, fp16, fp32, fp8"),
         ({"rounding": "up"}, "bake.rounding: no such rounding: 'up'; there are nearest, stochastic"),
         ({"seed": -1}, "bake.seed: must be at least 0, not -1"),
         ({"base": ""}, "bake.base: has a form that is not allowed"),

@@ -570,7 +570,7 @@ def test_the_command_names_its_flags(work, job, base):
         ({"out": "a.safetensors", "format": "diffusers"}, "--out", "diffusers is a folder"),
         ({"out": "a", "format": "comfyui"}, "--out", "comfyui is one .safetensors file"),
         ({"format": "kohya"}, "--format", "diffusers, comfyui"),
-        ({"dtype": "fp8"}, "--dtype", "bf16"),
+        ({"dtype": "int8"}, "--dtype", "bf16"),
         ({"rounding": "up"}, "--rounding", "nearest, stochastic"),
         ({"seed": -1}, "--seed", ""),
         ({"rank": "foo"}, "--rank", ""),
@@ -606,6 +606,23 @@ def test_section_and_step_may_name_the_base(work, job, base, me):
 def test_locations_in_a_config(work, job, bake_keys, loc):
     message = work.zit("check", job(**bake_keys)).refused()
     assert message.startswith(f"process[0].steps[0].{loc}: "), message
+
+
+def test_two_outputs_of_one_name(work, job):
+    """A recipe names its file: no step may write over what another one, or its own LoRA, is."""
+    job()
+    twice = [{"name": n, "keep": False, "loras": [ME], "bake": {"base": "base", "file": "x"}} for n in "ab"]
+    message = work.zit("check", work.job(*twice)).refused()
+    assert message.startswith("process[0].steps[1].bake: x is what the step a writes: give another name")
+    own = {"base": "base", "format": "comfyui", "file": "merged_cat_a.safetensors"}
+    message = work.zit("check", work.job({"name": "a", "loras": [ME], "bake": own})).refused()
+    assert "merged_cat_a.safetensors is what the step a writes" in message
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "a\\b", ""])
+def test_a_name_that_is_none(work, job, name):
+    message = work.zit("check", job(file=name)).refused()
+    assert message.startswith("process[0].steps[0].bake.file: has a form that is not allowed")
 
 
 def test_the_model_of_the_training(work, job, base, me):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SHAPES, WRITERS, model, native, read, write_folder, write_one, write_shards
+from checkpoints import SHAPES, WRITERS, model, native, read, write_all_in_one, write_folder, write_one, write_shards
 from oracles import producers
 from oracles.dense import best_error, read_deltas, read_metadata, relative, weighted_sum
 from pairs import deltas, lora, write
@@ -18,6 +18,7 @@ from torch import Tensor
 from workspace import Workspace
 
 from extensions_built_in.zit_merge import load_lora
+from extensions_built_in.zit_merge.formats.metadata import RECIPE_KEY
 
 SOME = {m: s for m, s in SHAPES.items() if m.startswith("layers.")}
 
@@ -220,6 +221,23 @@ def test_into_a_bake_on_another_base(work, two):
     for module, delta in difference(*two).items():
         wanted = other[f"{module}.weight"].double() + 0.5 * delta
         assert torch.allclose(found[f"{module}.weight"].double(), wanted, rtol=0, atol=3e-7)
+
+
+def test_a_difference_goes_into_the_base_that_it_is_from(work, two):
+    """One file with a text encoder beside is both: the recipe has one hash of it."""
+    tuned, base = two
+    write_all_in_one(work.folder / "all", base)
+    pair = {"extract": "tuned.safetensors", "base": "all.safetensors"}
+    bake = {"base": "all.safetensors", "format": "comfyui"}
+    config = work.job({"name": "a", "keep": False, "loras": [{"lora": pair, "ratio": 1.0}], "bake": bake})
+    work.zit("run", config).ok()
+    made = work.out / "merged_cat_a_baked.safetensors"
+    found = read(made, "model.diffusion_model.")
+    assert all(torch.equal(found[f"{m}.weight"], tuned[f"{m}.weight"]) for m in SHAPES)  # base + (tuned - base)
+    recipe = json.loads(read_metadata(made)[RECIPE_KEY])
+    assert recipe["steps"][0]["loras"][0]["base_sha256"] == recipe["steps"][0]["bake"]["sha256"]
+    work.zit("run", work.write(recipe, "recipe.yaml"), "--output-dir", work.folder / "again").ok()
+    assert (work.folder / "again" / made.name).read_bytes() == made.read_bytes()
 
 
 @pytest.mark.parametrize("rank", [8, {"energy": 0.5}])

@@ -286,7 +286,7 @@ class Bake(_Model):
     rounding: Annotated[str, _choice(("nearest", "stochastic"), "rounding")] = "nearest"
     seed: Seed = 0
     sha256: Hash | None = None
-    file: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
+    file: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")] | None = None  # neither . nor ..
 
 
 class Settings(_Model):

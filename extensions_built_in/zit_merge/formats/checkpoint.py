@@ -102,15 +102,19 @@ class Checkpoint:
         """Of all its files."""
         return tuple(stamp for _, stamp in self.files)
 
-    def sha256(self, *, extras: bool = False) -> str:
-        """Hex SHA-256 of its tensors, the same in every form: of the name, dtype, shape and bytes of one after the other.
+    def sha256(self) -> str:
+        """Hex SHA-256 of the transformer, the same in every form: of the name, dtype, shape and bytes of one tensor after the
+        other."""
+        return self._sha256(self.places)
 
-        Args:
-            extras: Whether the other tensors of its files count.
-        """
+    def extras_sha256(self) -> str:
+        """The same of every other tensor."""
+        return self._sha256(dict(sorted(self.extras.items())))
+
+    def _sha256(self, places: Mapping[str, Place]) -> str:
         with CheckpointReader(self) as reader:
             digest = Digest()
-            for name, place in (*self.places.items(), *(sorted(self.extras.items()) if extras else ())):
+            for name, place in places.items():
                 digest.begin(name, place)
                 for rows in reader.chunks(place, _CHUNK):
                     digest.update(rows)
@@ -121,7 +125,7 @@ Seen = Stamp | Checkpoint | None  # what a file was when it was planned
 
 
 class Digest:
-    """The hash of a checkpoint, tensor after tensor."""
+    """The hash of tensors, one after the other."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -130,7 +134,7 @@ class Digest:
         """The next tensor.
 
         Args:
-            name: Diffusers' name, or the key of one that is no part of the transformer.
+            name: Diffusers' name, or the key of an extra.
             place: Its dtype and shape.
         """
         self._sha256.update(f"{name} {place.dtype} {list(place.shape)}\n".encode())
@@ -234,7 +238,9 @@ def open_checkpoint(path: Path, *, shapes: str = "strict", quantized: bool = Fal
                     styles.add(len(found) > 1)
                 if not found:
                     extras[key] = Place(number, key, None, entry.dtype, entry.shape)
-    if not quantized:
+    if quantized:
+        extras = {key: place for key, place in extras.items() if not _quantization(key)}
+    else:
         _check_quantized(path, places, extras)
     ordered = {name: places[name] for name in TENSORS if name in places}
     native = True in styles
@@ -343,17 +349,24 @@ def _place(path: Path, number: int, key: str, entry: Entry, tensor: ModelTensor,
     return Place(number, key, (tensor.third * rows, (tensor.third + 1) * rows), entry.dtype, (rows, *entry.shape[1:]))
 
 
-def _check_quantized(path: Path, places: Mapping[str, Place], extras: Mapping[str, Place]) -> None:
+def _check_quantized(path: Path, places: Mapping[str, Place], extras: Collection[str]) -> None:
     """Raises if weights of the transformer are quantized; those of a text encoder in the same file may be."""
     for key in extras:
-        name = split_wrappers(key)[1]
-        for pattern, kind in _QUANTIZED.items():
-            found = re.search(rf"(?:{pattern})$", name)
-            if found and (block_of(name) or name == "scaled_fp8" or _is_of_weight(name[: found.start()])):
-                raise _quantized(path, f"{kind}: {key}")
+        if kind := _quantization(key):
+            raise _quantized(path, f"{kind}: {key}")
     for name, place in places.items():
         if place.dtype not in FLOATS:
             raise _quantized(path, f"{name} is {place.dtype}")
+
+
+def _quantization(key: str) -> str | None:
+    """What the transformer's weights are quantized as, if this is the key of something that stands beside such weights."""
+    name = split_wrappers(key)[1]
+    for pattern, kind in _QUANTIZED.items():
+        found = re.search(rf"(?:{pattern})$", name)
+        if found and (block_of(name) or name == "scaled_fp8" or _is_of_weight(name[: found.start()])):
+            return kind
+    return None
 
 
 def _quantized(path: Path, what: str) -> ZitMergeError:

@@ -97,19 +97,19 @@ def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
     if not target.path.exists():
         return None
     try:
-        metadata = open_checkpoint(target.path, shapes=plan.spec.shapes, quantized=True).metadata
+        written = open_checkpoint(target.path, shapes=plan.spec.shapes, quantized=True)
     except ZitMergeError:
         return None
+    metadata = written.metadata
     verdict = Verdict.read(metadata)
     said = read_recipe(metadata) or {}
     told = said["steps"][-1].get("bake", {}).get("sha256") if said.get("steps") else None
     found = {**hashes.of(plan.hashed), base.path: told or ""}
     wanted = bake_metadata(plan, bake_recipe(plan), found)
-    if (
-        verdict is None
-        or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted
-        or told != base.sha256(extras=not left_out(base, target.spec.format))
-    ):
+    if verdict is None or {k: v for k, v in metadata.items() if k != CHECK_KEY} != wanted or told != base.sha256():
+        return None
+    extras = {} if left_out(base, target.spec.format) else base.extras
+    if written.extras.keys() != extras.keys() or (extras and written.extras_sha256() != base.extras_sha256()):
         return None
     return Baked(target.path, False, verdict)
 
@@ -205,10 +205,12 @@ class _Baker:
         dtype, changes = STORED_DTYPES.get(tensor.dtype), [self._change(name) for name, _ in tensor.parts]
         scale = self._scale(tensor, changes) if tensor.dtype == SCALED else 1.0
         for (name, place), change in zip(tensor.parts, changes, strict=True):
-            self._hasher.begin(name, place)
-            pending = deque[Future[Tensor]]()
+            is_hashed, pending = name in TENSORS, deque[Future[Tensor]]()
+            if is_hashed:
+                self._hasher.begin(name, place)
             for first, rows in self._chunks(place):
-                self._hasher.update(rows)
+                if is_hashed:
+                    self._hasher.update(rows)
                 pending.append(self._pool.submit(self._changed, change, rows, first, dtype or rows.dtype, scale, name))
                 while len(pending) > self._workers:
                     yield pending.popleft().result()

@@ -123,7 +123,12 @@ class _Builder:
         with located(loc):
             self.there.update(check_output(plan, self.context))
         self.plans[step.name] = plan
-        self.written.update((target.resolve(), step.name) for target in plan.targets)
+        if plan.bake:
+            owner = step.name if plan.bake.path in plan.targets else self.written.get(plan.bake.path.resolve())
+            if owner:
+                raise SettingError(f"{plan.bake.path.name} is what the step {owner} writes: give another name", f"{loc}.bake")
+        written = [*plan.targets, *([plan.bake.path] if plan.bake else [])]
+        self.written.update((target.resolve(), step.name) for target in written)
 
     def _weights(self, step: Step, loc: str) -> dict[str, Any]:
         """The model by whose norms the rank is chosen, and what a recipe calls it; fields of StepBasis."""
