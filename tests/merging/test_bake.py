@@ -324,8 +324,21 @@ def test_rounding_of_several_seeds(work, base, me):
         exact = base[f"{module}.weight"].double() + delta
         got = a[f"{module}.weight"].double()
         assert ((got - exact).abs() <= 2**-7 * exact.abs() + 1e-30).all()  # a neighbour
-    same = {m: a[f"layers.0.attention.to_{m}.weight"] for m in "qk"}
-    assert not torch.equal(same["q"], same["k"])
+
+
+def test_every_tensor_has_draws_of_its_own(work, me):
+    """Equal numbers in two tensors are rounded independently: else the error of one would be that of the other."""
+    old = model(3, torch.float32)
+    q, k = (f"layers.0.attention.to_{x}.weight" for x in "qk")
+    old[k] = old[q].clone()
+    write(work.folder / "me.safetensors", me)
+    flags = {"rounding": "stochastic", "dtype": "bf16"}
+    assert bake(work, "me.safetensors", base=write_folder(work.folder / "base", old), out="out", ratio=0.0, **flags).code == 0
+    found = read(work.folder / "out")
+    ups = {name: found[name].double() > old[name].double() for name in (q, k)}
+    # both go up or both down with p^2 + (1 - p)^2, whose mean over p from 0 to 1 is 2/3; 8 standard deviations
+    assert float((ups[q] == ups[k]).double().mean()) == pytest.approx(2 / 3, abs=0.03)
+    assert not torch.equal(found[q], found[k])
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------------------
