@@ -14,6 +14,7 @@ Sums of squares are taken in float32 over a million numbers at most, and added u
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import zlib
 from collections import deque
@@ -47,7 +48,8 @@ from .opened import open_input
 from .results import Result
 from .verify import Sums
 
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # bytes of a weight in float32 that are changed at a time
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}  # bytes of a weight in float32 that are changed at a time
+_CANCELS = 0.01  # of the inputs' energy: what is left of less is summed in float64
 _THIN = 0.5  # of the shorter side: components up to which a change is never multiplied out to be measured
 _PENDING = 8  # chunks that wait to be hashed
 
@@ -242,9 +244,16 @@ class _Baker:
             return rows
         rows, generator = rows.to(self._device), self._generator(f"{name} {first}")
         if change:
-            return self._checked(change.added(rows, first, dtype, scale, generator), name)
-        found = rows.float()
-        return self._checked(rounded(found / scale if scale != 1 else found, dtype, generator), name)
+            found, is_whole = change.added(rows, first, dtype, scale, generator)
+        else:
+            found = rounded(rows.float() / scale, dtype, generator)
+            is_whole = is_finite(found if found.dtype.itemsize > 1 else found.float())
+        if not is_whole:
+            cure = (
+                "set dtype: bf16 or fp32" if dtype == torch.float16 else "the base or a LoRA holds NaN or infinity: get it again"
+            )
+            raise ZitMergeError(f"{self._target.path.name}: {name} is too large for a number: {cure}")
+        return found.cpu()
 
     def verdict(self) -> Verdict:
         """Of the whole model."""
@@ -269,13 +278,6 @@ class _Baker:
         self._crossed += crossed
         self._wanted += energies[0]
         self._sums.add(change.module, change.parts, change.products(energies[2]), change.want, energies)
-
-    def _checked(self, rows: Tensor, name: str) -> Tensor:
-        if not is_finite(rows if rows.dtype.itemsize > 1 else rows.float()):
-            dtype = self._target.spec.dtype
-            cure = "set dtype: bf16 or fp32" if dtype == "fp16" else "the base or a LoRA holds NaN or infinity: get it again"
-            raise ZitMergeError(f"{self._target.path.name}: {name} is too large for a number: {cure}")
-        return rows.cpu()
 
 
 class _Change:
@@ -310,28 +312,27 @@ class _Change:
 
     def sum(self, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """(rows of the weight from the first on, the same with the change in them), float32, until this thread's next call."""
-        (weight, changed), last = _scratch(rows), first + len(rows)
+        weight, changed, _ = _scratch(rows)
         weight.copy_(rows)
+        last = first + len(rows)
         if isinstance(self._delta, Factors) and _is_thin(self._delta):
             torch.addmm(weight, self._delta.up[first:last], self._delta.down, out=changed)
         else:
             torch.add(weight, dense_rows(self._delta, first, last), out=changed)
         return weight, changed
 
-    def added(self, rows: Tensor, first: int, dtype: torch.dtype, scale: float, generator: torch.Generator | None) -> Tensor:
-        """Rows of the weight from the first on with the change in them, over `scale`, rounded to `dtype`."""
-        (weight, changed), last = self.sum(rows, first), first + len(rows)
-        if scale != 1:
-            found = rounded(changed / scale, dtype, generator)
-            got = found.float().mul_(scale)
-            missed = float(torch.linalg.vector_norm(got - changed)) ** 2
-            self._measure(got.sub_(weight), missed, first, last)
-            return found
-        found = rounded(changed, dtype, generator)
+    def added(
+        self, rows: Tensor, first: int, dtype: torch.dtype, scale: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, bool]:
+        """(rows of the weight from the first on with the change in them, over `scale`, rounded to `dtype`; whether all of these
+        numbers are finite)."""
+        weight, changed = self.sum(rows, first)
+        found = rounded(changed if scale == 1 else changed / scale, dtype, generator)
         found = found.clone() if found is changed else found
-        missed = float(torch.linalg.vector_norm(torch.sub(found, changed, out=changed))) ** 2  # beside g float32 would lose it
-        self._measure(torch.sub(found, weight, out=changed), missed, first, last)
-        return found
+        got = _scratch(rows)[2].copy_(found).mul_(scale)
+        missed = _energy(changed.sub_(got))  # by itself: beside g float32 would lose it
+        self._measure(got.sub_(weight), missed, first, first + len(rows))
+        return found, math.isfinite(missed)
 
     def _measure(self, got: Tensor, missed: float, first: int, last: int) -> None:
         images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
@@ -341,13 +342,22 @@ class _Change:
                 crossed[n] = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
             else:
                 crossed[n] = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
-        self._crossed[first], self._energies[first] = crossed, (float(torch.linalg.vector_norm(got)) ** 2, missed)
+        self._crossed[first], self._energies[first] = crossed, (_energy(got), missed)
 
     def sums(self) -> tuple[float, tuple[float, float, float]]:
         """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
-        self._gram = gram(self._vectors)
+        self._gram, wanted = self._products_of_vectors()
         written, missed = (sum(self._energies[first][n] for first in sorted(self._energies)) for n in (0, 1))
-        return float(self.want @ self._products()), (max(float(self.want @ self._gram @ self.want), 0.0), missed, written)
+        return float(self.want @ self._products()), (max(wanted, 0.0), missed, written)
+
+    def _products_of_vectors(self) -> tuple[Tensor, float]:
+        """(inner products of the vectors, |d|^2), from sums in float32 unless the inputs cancel in d."""
+        for sums in (torch.float32, torch.float64):
+            found = gram(self._vectors, sums)
+            wanted = float(self.want @ found @ self.want)
+            if wanted > _CANCELS * float(self.want.square() @ found.diagonal()):
+                break
+        return found, wanted
 
     def _products(self) -> Tensor:
         return torch.stack([self._crossed[first] for first in sorted(self._crossed)]).sum(0)
@@ -364,13 +374,18 @@ class _Change:
 _local = threading.local()
 
 
-def _scratch(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 tensors of this shape, the same memory every time: fresh pages cost as much as the arithmetic."""
+def _scratch(rows: Tensor) -> Tensor:
+    """Three float32 tensors of this shape, the same memory every time: fresh pages cost as much as the arithmetic."""
     kept: dict[torch.device, Tensor] = _local.__dict__.setdefault("kept", {})
-    if rows.device not in kept or kept[rows.device].numel() < 2 * rows.numel():
-        kept[rows.device] = torch.empty(2 * rows.numel(), device=rows.device)
-    first, second = kept[rows.device][: 2 * rows.numel()].view(2, *rows.shape)
-    return first, second
+    if rows.device not in kept or kept[rows.device].numel() < 3 * rows.numel():
+        kept[rows.device] = torch.empty(3 * rows.numel(), device=rows.device)
+    return kept[rows.device][: 3 * rows.numel()].view(3, *rows.shape)
+
+
+def _energy(x: Tensor) -> float:
+    """Squared norm; infinite or NaN where a number of x is."""
+    flat = x.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _float32(delta: Delta) -> Delta:
