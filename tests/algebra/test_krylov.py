@@ -272,3 +272,19 @@ def test_a_lokr_with_a_lora_at_the_size_where_krylov_begins(out, into, called):
     triplets = module.svd(x.map(torch.Tensor.double), 32)
     assert called == [32]
     check_triplets(x, 32, triplets)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_products_in_float32_find_the_optimum_too(shape, power):
+    """Of a dense matrix, by the error of the approximation beside the smallest one there is."""
+    torch.manual_seed(3)
+    size = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(side, size, dtype=torch.float64)).Q for side in shape)
+    values = (torch.arange(1, size + 1, dtype=torch.float64)) ** -power
+    x = ((left * values) @ right.T).float()
+    up, sigma, down = leading(x, 12, torch.float32)
+    assert {t.dtype for t in (up, sigma, down)} == {torch.float64}
+    smallest = torch.linalg.svdvals(x.double())[12:].square().sum()
+    error = (x.double() - (up * sigma) @ down).square().sum()
+    assert error <= smallest * (1 + 1e-6)

@@ -264,9 +264,7 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
         for j, y in enumerate(deltas[: i + 1]):
             if i not in stacked or j not in stacked:
                 one, other = flat[i], flat[j]
-                found[i, j] = found[j, i] = (
-                    inner(x, y) if one is None or other is None else float((wide(one) * wide(other)).sum())
-                )
+                found[i, j] = found[j, i] = inner(x, y) if one is None or other is None else _product(one, other)
     return found
 
 
@@ -279,6 +277,15 @@ def _stacked_gram(deltas: Sequence[Factors], dtype: torch.dtype) -> Tensor:
     owners = torch.arange(len(deltas)).repeat_interleave(torch.tensor([d.rank for d in deltas]))
     rows = components.new_zeros(len(deltas), len(owners)).index_add_(0, owners, components)
     return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
+
+
+_ROWS = 1 << 20  # numbers that are cast to float64 at a time
+
+
+def _product(x: Tensor, y: Tensor) -> float:
+    """Inner product of two dense changes, in float64."""
+    step = max(1, _ROWS // x.shape[1])
+    return sum(float((wide(a) * wide(b)).sum()) for a, b in zip(x.split(step), y.split(step), strict=True))
 
 
 def as_dense(x: Delta) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _EXTRA = 16  # columns beyond those asked for: the iteration converges by the gap to the first that is left out
-_GAIN = 1e-13  # relative; a pass that adds less energy than this has only found rounding
+_GAIN = {torch.float64: 1e-13, torch.float32: 1e-8}  # relative; a pass that adds less energy has only found rounding
 
 
 class Operator(Protocol):
@@ -35,12 +35,14 @@ class Operator(Protocol):
         """Its product with a thin matrix."""
 
 
-def leading(x: Operator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of a change.
+def leading(x: Operator, rank: int, sums: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a change, in float64.
 
     Args:
-        x: (out, in), in float64.
+        x: (out, in), in the dtype of the sums.
         rank: How many.
+        sums: Of products with x. In float32 the error of the approximation was 1e-7 above the smallest one at most, on random and
+            flat spectra and those that fall as 1/k and 1/k^2, in a half to a quarter of the time; what is small stays in float64.
 
     Returns:
         (out, p), (p,), (p, in) with p = min(rank, numerical rank). The start is drawn from a fixed seed: the result depends on it
@@ -48,25 +50,29 @@ def leading(x: Operator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     out, into = x.shape
     if out < into:
-        left, sigma, right = leading(x.T, rank)
+        left, sigma, right = leading(x.T, rank, sums)
         return right.T, sigma, left.T
+
+    def times(matrix: Operator, thin: Tensor) -> Tensor:
+        return (matrix @ thin.to(sums)).double()
+
     width = min(rank + _EXTRA, into)
     start = torch.randn(into, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
     basis = torch.linalg.qr(start).Q
-    image = x @ basis
+    image = times(x, basis)
     gram = image.T @ image
     values, vectors = torch.linalg.eigh(gram)
     energy, gain = float(values[-rank:].sum()), torch.inf
-    while gain > _GAIN * energy and basis.shape[1] < into:
+    while gain > _GAIN[sums] * energy and basis.shape[1] < into:
         if 2 * (basis.shape[1] + width) > into:  # from here on the whole of X is cheaper
             basis = torch.eye(into, dtype=torch.float64, device=x.device)
-            image = x @ basis
+            image = times(x, basis)
             gram = image.T @ image
         else:
-            block = x.T @ image[:, -width:]
+            block = times(x.T, image[:, -width:])
             for _ in range(2):  # the second pass takes off what rounding left of the basis
                 block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-            fresh = x @ block
+            fresh = times(x, block)
             cross = image.T @ fresh
             gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, fresh.T @ fresh], 1)])
             basis, image = torch.cat([basis, block], 1), torch.cat([image, fresh], 1)

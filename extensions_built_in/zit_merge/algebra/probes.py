@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .delta import Delta, Framed, gram, inner
+from .delta import Delta, Framed, as_dense, gram, inner
 from .factors import Factors, stack
 
 COUNT = 16  # columns of a block
@@ -43,6 +43,8 @@ def image(x: Delta, block: Tensor) -> Tensor:
         x: (out, in) as stored.
         block: (in, n).
     """
+    if (dense := as_dense(x)) is not None:
+        return dense.to(block.dtype) @ block
     if not isinstance(x, Factors) or x.up.dtype == x.down.dtype == block.dtype:
         return x.map(lambda t: t.to(block.dtype)) @ block
     found = block.new_zeros(x.shape[0], block.shape[1])

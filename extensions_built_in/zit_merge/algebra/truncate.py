@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .delta import Delta, Framed, Kron
+from .delta import Delta, Framed, Kron, as_dense
 from .factors import Factors, balance, fold, gramian, roots, wide
 from .krylov import leading
 
@@ -56,7 +56,11 @@ def truncate(x: Delta, rank: int, dtype: torch.dtype = torch.float64) -> Factors
         down = _combined(x.down.T, wide(x.right).T @ right.T, sigma, dtype).T
         return Factors(up.float(), down.float())
     if isinstance(x, Kron) or not _is_thin(x, rank):
-        left, sigma, right = svd(x.map(wide), rank)
+        dense = as_dense(x)
+        if dense is None or isinstance(x, Kron):
+            left, sigma, right = svd(x.map(wide), rank)
+        else:
+            left, sigma, right = leading(dense.to(dtype), rank, dtype)
         return Factors((left * sigma.sqrt()).float(), (sigma.sqrt()[:, None] * right).float())
     for sums in dict.fromkeys((dtype, torch.float64)):
         up, down = thin = fold(x.expand().map(wide if sums == torch.float64 else torch.Tensor.float))
@@ -86,7 +90,10 @@ def singular_values(x: Delta, most: int | None = None) -> Tensor:
         return torch.outer(*(_spectrum(f) for f in x)).flatten().sort(descending=True).values[:most]
     if isinstance(x, Framed):
         return torch.linalg.svdvals(x.core)[:most]
-    return _spectrum(fold(x.expand()))[:most] if _is_thin(x, most or x.rank) else leading(x, most or x.rank)[1]
+    if _is_thin(x, most or x.rank):
+        return _spectrum(fold(x.expand()))[:most]
+    dense = as_dense(x)
+    return leading(x if dense is None else dense, most or x.rank)[1]
 
 
 def svd(x: Delta, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import gram, inner, norm
+from ..algebra.delta import Delta, as_dense, gram, inner
 from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.precision import full_precision
@@ -29,6 +29,7 @@ from ..formats.reader import LoraFile, TensorReader
 from ..formats.safetensors_file import size_of
 from ..progress import SILENT, Progress
 
+_NUMBERS = 1 << 20  # that are looked at at a time
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -162,9 +163,12 @@ def sources_in_model(
 
 def rounding_noise(weight: Tensor, dtype: torch.dtype) -> float:
     """Expected energy of rounding to nearest, summed over the numbers of a weight: u^2 / 12, u the distance of neighbours."""
-    _, exponent = torch.frexp(weight.float())
-    unit = torch.exp2(exponent.float() - 1) * torch.finfo(dtype).eps
-    return float(torch.where(weight != 0, unit, 0.0).square().sum(dtype=torch.float64)) / 12
+    found = 0.0
+    for rows in weight.split(max(1, _NUMBERS // weight.shape[1])):
+        _, exponent = torch.frexp(rows.float())
+        unit = torch.exp2(exponent.float() - 1) * torch.finfo(dtype).eps
+        found += float(torch.where(rows != 0, unit, 0.0).square().sum(dtype=torch.float64)) / 12
+    return found
 
 
 class _Sums:
@@ -181,14 +185,14 @@ class _Sums:
         """Adds a module: the difference, the sources there, what rounding may leave."""
         if whole.rank == 1:
             self.equal += 1
-        self.norms[module] = norm(whole)
+        self.norms[module] = gram([whole])[0, 0].clamp(min=0).sqrt().item()
         self.energy += self.norms[module] ** 2
         self.noise += noise
         if not sources:
             return
         at = torch.tensor(list(sources))
         here = gram(list(sources.values()))
-        products = torch.tensor([inner(whole, s) for s in sources.values()], dtype=torch.float64)
+        products = torch.tensor([_inner(whole, s) for s in sources.values()], dtype=torch.float64)
         self.gram[at[:, None], at] += here
         self.products[at] += products
         strengths = dict(zip(sources, least_squares(here, products), strict=True))
@@ -212,6 +216,14 @@ class _Sums:
             equal=self.equal,
             vectors=vectors,
         )
+
+
+def _inner(whole: Factors, source: Delta) -> float:
+    """<difference, change>, summed in float32 over a side."""
+    dense = as_dense(whole)
+    if dense is None or not isinstance(source, Factors):
+        return inner(whole, source)
+    return float(((dense @ source.down.T) * source.up).sum(dtype=torch.float64))
 
 
 def _check_shapes(source: LoraFile, pair: Difference) -> None:

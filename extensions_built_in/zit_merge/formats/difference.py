@@ -118,7 +118,7 @@ class DifferenceReader:
         tuned, base = (r.rows(r.checkpoint.places[name]) for r in (self._tuned, self._base))
         if tuned.dtype == base.dtype and torch.equal(tuned, base):
             return None
-        found = tuned.float() - base.float()
+        found = tuned.to(torch.float32, copy=True).sub_(base)
         if not is_finite(found):
             raise ZitMergeError(f"{self._pair.path}: {name} holds NaN or infinity, or its base does: get the two models again")
         return found
