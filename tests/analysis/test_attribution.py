@@ -418,3 +418,30 @@ def test_json_has_the_documented_keys_and_comes_back(work: Workspace):
     again = attribute(load_lora(paths[0]), [load_lora(p) for p in paths[1:]])
     assert facts == json.loads(json.dumps(again.to_json(), allow_nan=False))
     assert f"`{facts['kind']}`" in Attribution.__doc__
+
+
+def test_the_cosine_of_a_source_with_the_file(tmp_path):
+    """By dense products over all modules of both, the ones that only one has too."""
+    half = {m: pair for m, pair in THREE.items() if m != W2}
+    facts = traced(tmp_path, ONE, plus(times(ONE, 0.5), TWO), half)
+    for source, found in ((plus(times(ONE, 0.5), TWO), facts["shared"][0]), (half, facts["shared"][1])):
+        inner = sum(float((ONE[m].delta * source[m].delta).sum()) for m in source)
+        sizes = [math.sqrt(sum(float(p.delta.square().sum()) for p in one.values())) for one in (ONE, source)]
+        assert found == pytest.approx(inner / math.prod(sizes), abs=1e-6)
+
+
+def test_what_chance_gives(tmp_path):
+    """Thirty draws: their root mean square is within three times its own spread, 1 / sqrt(2 * 30), of what is said."""
+    cosines, chances = [], set()
+    for seed in range(30):
+        facts = traced(tmp_path, ONE, lora(8, 100 + seed))
+        cosines.append(facts["shared"][0])
+        chances.add(round(facts["chance"][0], 4))
+    said = sum(chances) / len(chances)
+    found = math.sqrt(sum(c * c for c in cosines) / len(cosines))
+    assert found == pytest.approx(said, rel=3 / math.sqrt(60))
+
+
+def test_a_source_without_any_change_has_no_cosine(tmp_path):
+    facts = traced(tmp_path, ONE, times(TWO, 0.0))
+    assert (facts["shared"], facts["chance"]) == ([None], [None])

@@ -59,6 +59,8 @@ def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = 
         modules=fit.told(),
         untold=fit.untold,
         rest_by_module=plain.rest_by_module,
+        shared=found.shared(plain.products),
+        chance=found.shared(found.by_chance.sqrt()),
         cosines=cosines(plain.gram).tolist(),
         alike=groups(plain.gram),
         before_cut=found.before_cut(),
@@ -97,6 +99,7 @@ class _Evidence:
         self.cut: Fit | None = Fit(count)
         self.energies: dict[str, float] = {}
         self.owned = torch.zeros(count, dtype=torch.float64)
+        self.by_chance = torch.zeros(count, dtype=torch.float64)  # mean square of <file, source> in random directions
         self._factors: tuple[Fit, Fit] | None = (Fit(count), Fit(count))  # its up in those of the sources, its down in theirs
         self._within: float | None = 0.0  # its energy in the directions of the sources
         self._is_cut = False  # it is of a lower rank than its sources together
@@ -120,6 +123,8 @@ class _Evidence:
         if not here:
             return
         file, *others = deltas.values()
+        for i in here:
+            self.by_chance[i] += energies[0] * energies[i + 1] / (file.shape[0] * file.shape[1])
         explained = self.plain.add(module, here, products.gram.roll((-1, -1), (0, 1)), file.shape[0] * file.shape[1])
         is_explained = explained >= (1 - self.rounding**2) * energies[0]
         condensed, *rest = small.values()
@@ -158,6 +163,11 @@ class _Evidence:
         for side, fit in enumerate(self._factors or ()):
             factors = [pair[side] for pair in pairs]
             fit.add(module, here, factor_products(factors), factors[-1].numel())
+
+    def shared(self, products: Tensor) -> list[float | None]:
+        """Inner products with the file as cosines; None where a length is zero."""
+        lengths = self.owned.sqrt() * sum(self.energies.values()) ** 0.5
+        return [p / n if n else None for p, n in zip(products.tolist(), lengths.tolist(), strict=True)]
 
     @property
     def inside(self) -> float | None:

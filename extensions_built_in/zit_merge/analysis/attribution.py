@@ -63,6 +63,8 @@ class Attribution:
             told from another one. Before the cut, where `kind` begins with `truncated`.
         untold: Module -> the sources that can't be told apart there.
         rest_by_module: What strengths of its own for each module leave.
+        shared: Cosine of each source with the file, over all modules of both; None for one that is zero.
+        chance: The root mean square of that cosine for changes of these sizes in random directions.
         cosines: N lists of N: cosines of the sources in the file's modules.
         alike: Groups of sources that are too alike, or one too nearly the sum of others, to be told apart.
         before_cut: None where the file has the rank of its sources together, or a rank above 512.
@@ -85,6 +87,8 @@ class Attribution:
     modules: Mapping[str, Sequence[float | None]]
     untold: Mapping[str, Sequence[int]]
     rest_by_module: float
+    shared: Sequence[float | None]
+    chance: Sequence[float | None]
     cosines: Sequence[Sequence[float]]
     alike: Sequence[Sequence[int]]
     before_cut: BeforeCut | None

@@ -25,6 +25,7 @@ class Fit:
         untold: Module -> sources whose strengths can't be told from each other there.
         gram: (count, count) inner products of the sources in the file's modules.
         energy: Squared norm of the file in these modules.
+        products: (count,) inner products of the sources with the file.
     """
 
     count: int
@@ -32,13 +33,13 @@ class Fit:
     untold: dict[str, list[int]] = field(default_factory=dict)
     gram: Tensor = field(init=False)
     energy: float = 0.0
-    _products: Tensor = field(init=False)
+    products: Tensor = field(init=False)
     _own: float = 0.0
     _data: float = torch.inf
 
     def __post_init__(self) -> None:
         self.gram = torch.zeros(self.count, self.count, dtype=torch.float64)
-        self._products = torch.zeros(self.count, dtype=torch.float64)
+        self.products = torch.zeros(self.count, dtype=torch.float64)
 
     def add(self, module: str, here: Sequence[int], found: Tensor, data: int) -> float:
         """Adds a module.
@@ -57,7 +58,7 @@ class Fit:
         own = least_squares(gram, products)
         explained = _explained(own, products)
         self.gram[at[:, None], at] += gram
-        self._products[at] += products
+        self.products[at] += products
         self.energy += float(found[-1, -1])
         self._own += explained
         if data:  # a module without any change decides nothing
@@ -71,12 +72,12 @@ class Fit:
     @property
     def whole(self) -> Strengths:
         """Strength of each source over all modules."""
-        return least_squares(self.gram, self._products)
+        return least_squares(self.gram, self.products)
 
     @property
     def rest(self) -> float:
         """|file - sources at one strength each| / |file|."""
-        return self._rest(_explained(self.whole, self._products))
+        return self._rest(_explained(self.whole, self.products))
 
     @property
     def rest_by_module(self) -> float:

@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..config.recipe import only_recipe
 from ..errors import ZitMergeError
+from ..files import hub
+from ..files.adapters import ADAPTERS
 from ..formats.checkpoint import is_checkpoint, open_checkpoint
 from ..formats.metadata import read_recipe
 from ..formats.reader import load_lora
@@ -77,8 +80,19 @@ def _look_at_model(args: argparse.Namespace) -> None:
     if not args.base:
         _print_found(args, describe_model(model), model_text)
         return
-    sources = [load_lora(path) for path in args.sources or ()]
+    sources = [load_lora(_fetched(path)) for path in args.sources or ()]
     _print_found(args, sources_in_model(model, open_checkpoint(args.base, shapes="free"), sources, Bar(args.quiet)), sources_text)
+
+
+_EXPERIMENT = """
+{name} in a step takes a share of it away, or adds it: an experiment, nobody has measured what pictures make of it
+    - {{lora: "{source}", ratio: -0.5}}"""
+
+
+def _fetched(name: Path) -> Path:
+    """A source: a path, or a known adapter or a file of the hub, which is fetched where it is not in the cache."""
+    source = ADAPTERS.get(str(name), name.as_posix())
+    return name if name.exists() or not source.startswith(hub.HUB_PREFIX) else hub.download(hub.parse(source))
 
 
 def _look_at_sources(args: argparse.Namespace) -> None:
@@ -86,8 +100,10 @@ def _look_at_sources(args: argparse.Namespace) -> None:
     from ..analysis.attribute import attribute
     from ..report.text.attribution import attribution_text
 
-    lora, *sources = (load_lora(path) for path in (args.files[0], *args.sources))
+    lora, *sources = (load_lora(path) for path in (args.files[0], *map(_fetched, args.sources)))
     _print_found(args, attribute(lora, sources, Bar(args.quiet)), attribution_text)
+    if known := [str(name) for name in args.sources if str(name) in ADAPTERS and not args.json]:
+        show(_EXPERIMENT.format(name=known[0], source=ADAPTERS[known[0]]))
 
 
 def _look_at_files(args: argparse.Namespace) -> None:

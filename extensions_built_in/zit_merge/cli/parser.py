@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..files.adapters import ADAPTERS
 from ..model.zimage import ALIASES, COMPONENTS, GROUPS
 from ..wording import shown
 
@@ -87,7 +88,13 @@ def _add_folders(sub: argparse.ArgumentParser) -> None:
 
 def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
-    inspect.add_argument("--sources", type=Path, nargs="+", metavar="FILE", help="tell how strong each of these is in the file")
+    inspect.add_argument(
+        "--sources",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=f"tell how strong each is in the file; {', '.join(ADAPTERS)} too",
+    )
     inspect.add_argument("--base", type=Path, metavar="MODEL", help="FILE is a whole model: compare it with the one it came from")
     inspect.add_argument("--json", action="store_true")
     inspect.add_argument(

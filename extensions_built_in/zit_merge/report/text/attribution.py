@@ -22,6 +22,9 @@ def attribution_text(found: Attribution) -> str:
         strength = found.strengths[i]
         many = ", one of many that fit" if any(i in group for group in found.alike) else ""
         lines += row("", "strength " + ("none, it changes nothing there" if strength is None else amount(strength) + many))
+        shared, chance = found.shared[i], found.chance[i]
+        if shared is not None and chance is not None:
+            lines += row("", f"cosine {shared:.2g}, by chance {chance:.1g}")
     lines.append("")
     for i, sentence in enumerate(found.verdict):
         lines += row("" if i else "verdict", f"- {shorten(sentence, _SENTENCE)}")
