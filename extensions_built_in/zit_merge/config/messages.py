@@ -36,7 +36,6 @@ _HOST_KEYS = (
 _RECIPE_KEYS = ("job", "made_by", "file", "strengths", "unmatched", "adapter", "trained_on", "base_sha256")
 # What keys take that may have one form or another.
 _EITHER = {
-    "lora": "a file, a step or trained, or {extract: MODEL, base: MODEL}",
     "bake": "true, false or a mapping, such as {base: trainer}",
     "layers": "ranges, such as {0-9: 0.5}, or 30 numbers",
     "preview": "true, false or a mapping, such as {size: 768}",

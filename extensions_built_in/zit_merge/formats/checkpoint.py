@@ -254,7 +254,7 @@ def open_checkpoint(path: Path, *, shapes: str = "strict", quantized: bool = Fal
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is to be read as a whole model: a folder, or a file with weights of Z-Image under their own names."""
     if path.is_dir():
-        return True
+        return path.suffix != ".safetensors"  # a folder of that name is in the way of a file
     try:
         with SafetensorsFile(path) as file:
             return sum(bool(_found(key)) for key in file.entries) > _MANY
