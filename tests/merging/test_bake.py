@@ -35,7 +35,7 @@ from checkpoints import (
 from clients import comfyui_source
 from oracles import methods, producers
 from oracles.dense import best_error, read_deltas, read_metadata, weighted_sum
-from pairs import Lora, deltas, lora, write
+from pairs import Lora, Pair, deltas, lora, write
 from safetensors.torch import load_file
 from torch import Tensor
 from workspace import Workspace
@@ -984,3 +984,21 @@ def test_python_bakes_too(tmp_path, base, me):
     check(read(made), base, weighted_sum([(deltas(me), 0.7)]), torch.float16)
     with pytest.raises(ZitMergeError, match="comfyui is one .safetensors file"):
         described.bake(path, tmp_path / "other", format="comfyui")
+
+
+def test_what_survives_in_each_module_is_shown_where_it_is_little(work, base):
+    """By a float64 oracle: <written - base, change> / <change, change>, in the cells of the report."""
+    weak, strong = "layers.0.attention.to_q", "layers.1.attention.to_q"
+    few = {m: SHAPES[m] for m in (weak, strong)}
+    one = lora(4, 1, None, few)
+    one[weak] = Pair(one[weak].up * 3e-4, one[weak].down)
+    write(work.folder / "me.safetensors", one)
+    said = bake(work, "me.safetensors", base=write_folder(work.folder / "base", base), out="out").ok()
+    _, table = said.split("share of the change that survives, in percent")
+    rows = {line.split()[0]: line.split()[2] for line in table.strip().splitlines()[1:]}
+    found = read(work.folder / "out")
+    for module, cell in ((weak, rows["0"]), (strong, rows["1"])):
+        got = found[f"{module}.weight"].double() - base[f"{module}.weight"].double()
+        delta = one[module].delta
+        assert float(cell) == pytest.approx(100 * float((got * delta).sum() / delta.square().sum()), abs=0.11), module
+    assert float(rows["0"]) < 60 < 98 < float(rows["1"])

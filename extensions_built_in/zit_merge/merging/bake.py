@@ -85,7 +85,7 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
             verdict = baker.verdict()
             found = {**hashes.of(plan.hashed), base.path: hasher.hexdigest()}
             out.finish(bake_metadata(plan, recipe, found) | verdict.metadata())
-    return Baked(target.path, True, verdict)
+    return Baked(target.path, True, verdict, baker.shares)
 
 
 def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
@@ -178,11 +178,15 @@ class _Baker:
         base: Opened.
         hasher: Of the base.
         device: Where the algebra runs.
+
+    Attributes:
+        shares: Module -> share of its change that survives, of those that are done.
     """
 
     def __init__(self, target: BakeTarget, result: Result, base: CheckpointReader, hasher: _Hasher, device: torch.device):
         self._target, self._result, self._base, self._hasher, self._device = target, result, base, hasher, device
         self._sums, self._crossed, self._wanted = Sums(len(result.plan.inputs)), 0.0, 0.0
+        self.shares: dict[str, float] = {}
         self._scales: dict[str, float] = {}  # key of a tensor in float8 -> what its numbers are multiplied with
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
@@ -275,6 +279,8 @@ class _Baker:
 
     def _add(self, change: _Change) -> None:
         crossed, energies = change.sums()
+        if energies[0]:
+            self.shares[change.module] = crossed / energies[0]
         self._crossed += crossed
         self._wanted += energies[0]
         self._sums.add(change.module, change.parts, change.products(energies[2]), change.want, energies)

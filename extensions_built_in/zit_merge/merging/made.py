@@ -21,11 +21,13 @@ class Baked(NamedTuple):
         path: A folder or a file.
         made: Whether it was made now; else it was there already, from the same recipe.
         verdict: What was measured while it was written, now or then.
+        shares: Module -> share of its change that survives rounding; empty where it was there already.
     """
 
     path: Path
     made: bool
     verdict: Verdict
+    shares: Mapping[str, float] = {}
 
 
 class Done(NamedTuple):

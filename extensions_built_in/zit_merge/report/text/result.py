@@ -14,6 +14,7 @@ from .plan import NAME, model_facts, names_of, numbers_of, step_name, written
 from .table import COLUMN, short, value_table
 
 _SHOWN = 10  # LoRAs in the table of what went in
+_EVEN = 0.98  # share of every module that survives: less in one of them shows all
 _NAMED = 3  # LoRAs in a sentence
 
 
@@ -32,6 +33,9 @@ def _model_text(plan: StepPlan, baked: Baked) -> str:
         return "\n".join(wrapped(f"{kept}, {verdict_text(plan, verdict)}", 0))
     lines = [*wrapped(f"{step_name(plan)}, baked, is {verdict_text(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
     lines += [*beside("  wrote ", model_facts(plan.bake)), f"    {copyable(baked.path)}"]
+    if baked.shares and min(baked.shares.values()) < _EVEN:
+        table = value_table({m: f"{100 * share:.1f}" for m, share in baked.shares.items()})
+        lines += ["", "  share of the change that survives, in percent", *(f"  {line}" for line in table)]
     return "\n".join(lines) + "\n"
 
 
