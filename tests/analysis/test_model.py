@@ -69,7 +69,7 @@ def test_a_copy_of_the_base_is_called_one(work, base, loras):
     found = facts(work, base, base, loras)
     assert (found["norm"], found["equal"], found["strengths"]) == (0.0, len(SHAPES), [0.0, 0.0])
     said = text(work, "made.safetensors", "--base", "base", "--sources", "0.safetensors")
-    assert "every weight is that of the base, bit for bit: nothing was baked into this model" in said
+    assert "every weight is that of the base, bit for bit: no LoRA was baked into this model" in said
 
 
 def test_what_else_is_in_it_is_told(work, base, loras):
@@ -124,8 +124,8 @@ def test_a_model_that_was_baked(work, base, loras, out):
         (["model", "--html", "page.html"], "--html: shows LoRA files, model is looked at as a whole model: drop it"),
         (["model", "--base", "model"], "are one model"),
         (["me.safetensors", "--base", "model"], "is a LoRA, no whole model"),
-        (["model", "--base", "other"], "they are no tuned model and its base"),
-        (["model", "--base", "nowhere"], "nowhere: is not there: give the folder or the file of a Z-Image model"),
+        (["model", "--base", "other"], "the two are not a fine-tune and its base"),
+        (["model", "--base", "nowhere"], "nowhere is not there (looked in .): give the folder or the file of a model"),
     ],
     ids=str,
 )

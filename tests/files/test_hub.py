@@ -421,7 +421,7 @@ def test_a_refusal_half_way_is_one_sentence(server: Answers, monkeypatch: pytest
 
 def test_offline_says_how_to_fetch(cache: Path):
     text = refused()
-    assert f"{FILE} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it" in text
+    assert f"{FILE} is not in the local cache, and HF_HUB_OFFLINE forbids fetching it" in text
     assert text.endswith("hf download user/repo style.safetensors")
 
 

@@ -305,7 +305,7 @@ def test_a_fused_change_is_that_of_the_stacked_weight(tmp_path, name):
 def test_a_fused_change_that_mixes_rows_needs_all_three(tmp_path):
     parts = _fused()["dora of columns"]
     path = store(tmp_path, {FUSED + suffix: tensor for suffix, tensor in parts.items()})
-    with pytest.raises(ZitMergeError, match=rf"{QKV[2]}, which the base model has not"):
+    with pytest.raises(ZitMergeError, match=rf"{QKV[2]}, which the base model does not have"):
         read(path, Weights({module: BASE[module] for module in QKV[:2]}))
 
 
@@ -400,7 +400,7 @@ def _reading(path, base) -> str:
 
 def test_a_base_that_is_another_model(tmp_path):
     path = store(tmp_path, {f"{DM}{Q}{suffix}": normal(*shape) for suffix, shape in (PAIR | {".magnitude": (24,)}).items()})
-    assert f"is DoRA of {Q}, which the base model has not: set base: " in _reading(path, Weights())
+    assert f"is DoRA of {Q}, which the base model does not have: set base: " in _reading(path, Weights())
     wrong = _reading(path, Weights({Q: normal(48, 24)}))
     assert f"is DoRA of a 24 x 24 weight, {Q} of the base model is 48 x 24: set base: " in wrong
     broken = BASE[Q].clone()

@@ -625,16 +625,70 @@ def test_two_outputs_of_one_name(work, job):
     """A recipe names its file: no step may write over what another one, or its own LoRA, is."""
     job()
     twice = [{"name": n, "keep": False, "loras": [ME], "bake": {"base": "base", "file": "x"}} for n in "ab"]
-    message = work.zit("check", work.job(*twice)).refused()
-    assert message.startswith("process[0].steps[1].bake: x is what the step a writes: give another name")
+    made = {"made_by": "zit_merge 0.4.0"}
+    message = work.zit("check", work.job(*twice, **made)).refused()
+    assert message.startswith("process[0].steps[1].name: process[0].steps[0] writes x too: give one of them another name")
     own = {"base": "base", "format": "comfyui", "file": "merged_cat_a.safetensors"}
-    message = work.zit("check", work.job({"name": "a", "loras": [ME], "bake": own})).refused()
+    message = work.zit("check", work.job({"name": "a", "loras": [ME], "bake": own}, **made)).refused()
     assert "merged_cat_a.safetensors is what the step a writes" in message
+    message = work.zit("check", work.job(*twice)).refused()
+    assert message.startswith("process[0].steps[0].bake.file: unknown key")
+
+
+def test_two_sections_write_no_one_model(work, job):
+    job()
+    first = {"name": "a", "keep": False, "loras": [ME], "bake": {"base": "base", "format": "comfyui"}}
+    config = work.config(work.section(first), work.section({"name": "a_baked", "loras": [ME]}))
+    assert "writes merged_cat_a_baked.safetensors too" in work.zit("check", config).refused()
+
+
+def test_a_step_that_is_asked_for_by_name_writes_its_model_alone(work, job):
+    config = job(keep=False)
+    work.zit("run", config, "--step", "a").ok()
+    assert not [p for p in everything(work.out) if p.startswith("merged_cat_a.safetensors")] and (work.out / OUT).exists()
+
+
+def test_a_model_is_no_output_of_what_it_is_made_from(work, job, base):
+    """An earlier version of the step made it, so that its metadata say the right names."""
+    work.zit("run", job(keep=False)).ok()
+    pair = {"lora": {"extract": str(work.out / OUT), "base": "base"}, "ratio": 1.0}
+    config = work.job({"name": "a", "keep": False, "loras": [pair], "bake": {"base": "base"}})
+    assert f"is {OUT}, which the step reads, or holds it" in work.zit("check", config).refused()
+
+
+def test_a_cut_tells_what_it_took_from_each_lora(work, base):
+    """As the LoRA file of the same step would: the second one is a tenth of the first, and the rank holds one."""
+    few = {m: SHAPES[m] for m in ("layers.0.attention.to_q", "layers.1.attention.to_q")}
+    strong, weak = lora(4, 1, None, few), lora(4, 2, None, few)
+    write(work.folder / "strong.safetensors", strong)
+    write(work.folder / "weak.safetensors", {m: Pair(p.up * 0.1, p.down) for m, p in weak.items()})
+    path = write_folder(work.folder / "base", base)
+    said = bake(work, "strong.safetensors", "weak.safetensors", base=path, out="out", ratio=[1.0, 1.0], rank=4).ok()
+    assert "is off: weak is mostly cut away" in " ".join(said.split())
+    rows = {line.split()[1]: line.split()[-2:] for line in said.splitlines() if line.strip().startswith(("1  ", "2  "))}
+    asked, got = map(float, rows["weak.safetensors"])
+    assert asked == 1 and got < 0.5
+
+
+def test_an_interrupted_bake_leaves_room_for_the_next_one(work, job, monkeypatch):
+    """What a killed run left of a folder is given back first."""
+    config = job(keep=False)
+    work.zit("run", config).ok()
+    size = sum(p.stat().st_size for p in (work.out / OUT).rglob("*") if p.is_file())
+    left = work.out / f"{OUT}.parts"
+    shutil.copytree(work.out / OUT, left / "new")
+    shutil.copytree(work.out / OUT, left / "old")
+    shutil.rmtree(work.out / OUT)
+    (work.out / f"{OUT}.part").write_bytes(b"zit_merge.part\n\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size // 10))
+    work.zit("run", job(keep=False, seed=1)).ok()
+    assert not [p for p in everything(work.out) if ".part" in p]
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "a\\b", ""])
 def test_a_name_that_is_none(work, job, name):
-    message = work.zit("check", job(file=name)).refused()
+    config = work.job({"name": "a", "loras": [ME], "bake": {"base": "base", "file": name}}, made_by="zit_merge 0.4.0")
+    message = work.zit("check", config).refused()
     assert message.startswith("process[0].steps[0].bake.file: has a form that is not allowed")
 
 

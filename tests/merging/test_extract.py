@@ -312,7 +312,7 @@ def test_two_models_of_other_shapes(work, two):
     more = producers.small_shapes(dim=128, ffn=341, temb=128, cap=32, n_layers=3)
     write_folder(work.folder / "deep", model(1, shapes=more))
     message = extract(work, work.folder / "tuned.safetensors", work.folder / "deep").refused()
-    assert "is not there in tuned.safetensors" in message and "they are no tuned model and its base" in message
+    assert "is not there in tuned.safetensors" in message and "the two are not a fine-tune and its base" in message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.precision import full_precision
 from ..errors import ZitMergeError
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import Checkpoint, CheckpointReader
 from ..formats.difference import Difference, DifferenceReader, difference
 from ..formats.header import DTYPES
 from ..formats.metadata import read_check, read_recipe
@@ -148,7 +148,8 @@ def sources_in_model(
         _check_shapes(source, pair)
     with ExitStack() as files:
         reader = files.enter_context(DifferenceReader(pair))
-        tensors = [files.enter_context(TensorReader(source)) for source in sources]
+        weights = files.enter_context(CheckpointReader(base))
+        tensors = [files.enter_context(TensorReader(s, weights if s.needs_base else None)) for s in sources]
         for module in progress.track(list(model.shapes), "sources"):
             _, whole = reader.delta(module)
             scaled = {n: t.delta(module) for n, (s, t) in enumerate(zip(sources, tensors, strict=True)) if module in s}

@@ -67,6 +67,8 @@ def _check_drawn(args: argparse.Namespace) -> None:
 def _look_at_model(args: argparse.Namespace) -> None:
     """A whole model, alone or beside its base, with the LoRAs in it."""
     from ..analysis.model import describe_model, sources_in_model
+    from ..planning.context import RunContext
+    from ..planning.models import find_model
     from ..report.text.model import model_text, sources_text
 
     for drawn in ("plot", "html"):
@@ -81,7 +83,8 @@ def _look_at_model(args: argparse.Namespace) -> None:
         _print_found(args, describe_model(model), model_text)
         return
     sources = [load_lora(_fetched(path)) for path in args.sources or ()]
-    _print_found(args, sources_in_model(model, open_checkpoint(args.base, shapes="free"), sources, Bar(args.quiet)), sources_text)
+    base = open_checkpoint(find_model(str(args.base), RunContext("", "", Path(), may_download=True)) or args.base, shapes="free")
+    _print_found(args, sources_in_model(model, base, sources, Bar(args.quiet)), sources_text)
 
 
 _EXPERIMENT = """

@@ -141,24 +141,24 @@ def _extract_arguments(extract: argparse.ArgumentParser) -> None:
     _add_run(extract)
 
 
-def _weight_arguments(merge: argparse.ArgumentParser) -> None:
+def _weight_arguments(sub: argparse.ArgumentParser) -> None:
     """What goes in and how strong, with which method and rank."""
-    merge.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
-    merge.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    merge.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
+    sub.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    sub.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
     for flag in WEIGHT_FLAGS:
-        merge.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
-    merge.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
-    merge.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
-    merge.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
-    merge.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
-    merge.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
-    merge.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
-    merge.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
-    merge.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
-    merge.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    merge.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
-    merge.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+        sub.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
+    sub.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    sub.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
+    sub.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
+    sub.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
+    sub.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
+    sub.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
+    sub.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
+    sub.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
+    sub.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    sub.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    sub.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

@@ -59,6 +59,8 @@ def parse_section(raw: object, *, first: bool = False, folder: Path = Path()) ->
             _find_presets(step, folder)
             if step.file and not section.made_by:
                 raise SettingError("unknown key; the file is named by the job and the step", "file")
+            if step.bake and step.bake.file and not section.made_by:
+                raise SettingError("unknown key; the model is named by the job and the step", "bake.file")
     return section
 
 

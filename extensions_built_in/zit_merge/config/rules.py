@@ -36,6 +36,9 @@ def check_method(settings: Settings) -> None:
 def check_step(step: Step) -> None:
     """Raises where the parts of a step don't fit together."""
     check_method(step)
+    rule = step.rank_rule
+    if rule and rule.weigh and rule.size_mb and step.save.uniform:
+        raise SettingError("chooses among modules, which have one rank now: set save: {uniform: false}, or drop it", "rank.weigh")
     if step.bake and step.bake.dtype == FP8:
         with located("bake"):
             if step.bake.format != "comfyui":

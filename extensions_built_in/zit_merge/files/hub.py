@@ -5,6 +5,7 @@ Names are read here without huggingface_hub, which is heavy and loaded only when
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -140,7 +141,7 @@ def model_folder(name: str, *, may_download: bool) -> Path | None:
     file, hub = HubFile(repo, "transformer", revision or None), _huggingface_hub()
     try:
         found = Path(hub.snapshot_download(repo, revision=file.revision, allow_patterns=["transformer/*"], local_files_only=True))
-        if (found / "transformer").is_dir():
+        if _is_whole(found / "transformer"):
             return found
     except (OSError, ValueError, hub.errors.LocalEntryNotFoundError):
         pass
@@ -150,6 +151,17 @@ def model_folder(name: str, *, may_download: bool) -> Path | None:
         return Path(hub.snapshot_download(repo, revision=file.revision, allow_patterns=["transformer/*"]))
     except Exception as e:  # HTTP clients and the Rust of Xet raise what no list holds
         raise SettingError(_reason(e, file, hub)) from e
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a download came to its end: all files of the index are there, or the one file that needs none."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return all((folder / str(name)).is_file() for name in names)
+    return any(folder.glob("*.safetensors"))
 
 
 def commit_of(path: Path) -> str:
@@ -204,7 +216,7 @@ def _reason_unreached(cause: BaseException | None, file: HubFile, hub: ModuleTyp
     errors, endpoint = hub.errors, hub.constants.ENDPOINT
     if isinstance(cause, errors.OfflineModeIsEnabled):
         command = f"hf download {file.repo} {file.file}"
-        return f"{file} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or first run {command}"
+        return f"{file} is not in the local cache, and HF_HUB_OFFLINE forbids fetching it: unset that, or first run {command}"
     if isinstance(cause, errors.HfHubHTTPError):
         return _reason_refused(cause, file)
     if isinstance(cause, errors.FileMetadataError):

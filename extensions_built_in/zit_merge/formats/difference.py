@@ -60,7 +60,8 @@ def difference(tuned: Checkpoint, base: Checkpoint) -> Difference:
         if shapes[0] != shapes[1]:
             told = ["not there" if s is None else " x ".join(map(str, s)) for s in shapes]
             raise ZitMergeError(
-                f"{name} is {told[0]} in {tuned.path.name}, {told[1]} in {base.path.name}: they are no tuned model and its base"
+                f"{name} is {told[0]} in {tuned.path.name}, {told[1]} in {base.path.name}: "
+                "the two are not a fine-tune and its base"
             )
     return Difference(tuned, base)
 

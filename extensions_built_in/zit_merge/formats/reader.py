@@ -237,7 +237,7 @@ class TensorReader:
         for module in modules:
             if self._base is None or module not in self._base:
                 raise ZitMergeError(
-                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of {module}, which the base model has not: "
+                    f"{path}: {_a_key(change)} is {told(change.algorithm)} of {module}, which the base model does not have: "
                     "set base: to the model that the LoRA was trained on"
                 )
             weight = wide(self._base.weight(module))

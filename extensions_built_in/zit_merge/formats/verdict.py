@@ -14,6 +14,7 @@ The thresholds are here, and nowhere else. Each reason is {kind, ...numbers}:
     stronger         inputs, shares, cut      off: got / asked is over STRONGER for these inputs
     survives         share                    right: what is left of the change in a whole model, <got, asked> / <asked, asked>
     rounded_away     share                    off: that is less than SURVIVES, or as much too large
+    base_alone                                empty: nothing was asked for, a model is the base as it was
     cancelled                                 empty: the inputs cancel each other
     nothing_asked                             empty: every strength is 0, or every input is
 """
@@ -136,39 +137,47 @@ def judged(found: Verdict, *, energy: float | None = None, most: int | None = No
         most: The highest rank that the rule allows.
         averaged: The inputs are saves of one training: what a cut takes from one, it takes from its neighbours too.
     """
-    shares = {} if averaged else {n: found.share(n) for n in found.told}
-    lost = [n for n, share in shares.items() if share < LOST]
-    stronger = [n for n, share in shares.items() if share > STRONGER]
 
     def status(status: str, kind: str, **numbers: Any) -> Verdict:
         return replace(found, status=status, reasons=({"kind": kind, **numbers},))
-
-    def of_inputs(kind: str, inputs: list[int]) -> Verdict:
-        return status(OFF, kind, inputs=inputs, shares=[shares[n] for n in inputs], cut=found.cut)
 
     if not found.cut and found.error > LARGE:
         return status(OFF, "cancelling", error=found.error)
     if not _holds_anything(found):
         return status(EMPTY, "cancelled" if any(found.asked) or found.alike else "nothing_asked")
-    if lost:
-        return of_inputs("lost", lost)
-    if stronger:
-        return of_inputs("stronger", stronger)
+    if not averaged and (off := _of_strengths(found)):
+        return off
     is_less = 1 - found.kept > _CAPPED * (1 - (energy or 0.0))
     if found.cut and energy and most and is_less:  # without `most` only rounding can be what is missing
         return status(RIGHT, "capped", kept=found.kept, asked=energy, max=most)
     return status(RIGHT, "cut", kept=found.kept) if found.cut else status(RIGHT, "rounding", error=found.error)
 
 
-def judged_bake(found: Verdict, share: float | None) -> Verdict:
+def _of_strengths(found: Verdict) -> Verdict | None:
+    """The verdict where inputs came out much weaker or stronger than asked; None where they did not."""
+    shares = {n: found.share(n) for n in found.told}
+    for kind, inputs in (
+        ("lost", [n for n, share in shares.items() if share < LOST]),
+        ("stronger", [n for n, share in shares.items() if share > STRONGER]),
+    ):
+        if inputs:
+            reason = {"kind": kind, "inputs": inputs, "shares": [shares[n] for n in inputs], "cut": found.cut}
+            return replace(found, status=OFF, reasons=(reason,))
+    return None
+
+
+def judged_bake(found: Verdict, share: float | None, *, averaged: bool = False) -> Verdict:
     """The verdict on a whole model with the status that follows from its numbers.
 
     Args:
         found: The numbers.
-        share: Of the change that it holds, <got, asked> / <asked, asked>; None where none was asked for.
+        share: Of the change at the step's rank that it holds, <got, change> / <change, change>; None where there is none.
+        averaged: As in `judged`.
     """
     if share is None:
-        return replace(found, status=EMPTY, reasons=({"kind": "nothing_asked"},))
+        return replace(found, status=EMPTY, reasons=({"kind": "base_alone"},))
+    if SURVIVES <= share <= 2 - SURVIVES and not averaged and (off := _of_strengths(found)):
+        return off
     is_right = SURVIVES <= share <= 2 - SURVIVES
     reason = {"kind": "survives" if is_right else "rounded_away", "share": share}
     return replace(found, status=RIGHT if is_right else OFF, reasons=(reason,))

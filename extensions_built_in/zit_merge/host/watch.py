@@ -83,7 +83,9 @@ class JobProgress(DeferredInterrupt, Progress):
             if is_picture:
                 self._picture(done, total, f"Picture {done + 1}/{total}: {name}")
             yield item
-            if not is_picture:
+            if unit == "tensor":
+                self._tensor(done + 1, total, name)
+            elif not is_picture:
                 self._module(done + 1, total, name)
             elif done + 1 == total:
                 self._picture(total, total, f"{counted(total, 'picture')} rendered")
@@ -101,6 +103,17 @@ class JobProgress(DeferredInterrupt, Progress):
             overall = self._before[label] + round(done / total * self._modules[label])
             speed = f"{overall / max(now - self._start, 1e-3):.0f} modules/s"
             self._status.progress(f"Merging {label}: {done}/{total}", overall, sum(self._modules.values()), speed)
+
+    def _tensor(self, done: int, total: int, label: str) -> None:
+        """A tensor of a whole model is written: as `_module`."""
+        self._stop_if_interrupted()
+        now = time.monotonic()
+        if done == 1:
+            self._start = now
+        if now - self._told >= _PAUSE or done == total:
+            self._told = now
+            speed = f"{done / max(now - self._start, 1e-3):.0f} tensors/s"
+            self._status.progress(f"{label[:1].upper()}{label[1:]}: {done}/{total}", done, total, speed)
 
     def _picture(self, done: int, total: int, info: str) -> None:
         """So many pictures are done. The first one waited for the model too: the pace is that of the others."""

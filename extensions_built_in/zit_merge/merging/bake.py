@@ -42,6 +42,8 @@ from ..planning.metadata import bake_metadata
 from ..planning.recipe import bake_recipe
 from ..planning.types import BakeTarget, StepPlan
 from ..progress import Progress
+from .extraction import beyond_loras, extraction_remarks
+from .fallback import else_on_cpu
 from .made import Baked, Hashes
 from .merger import Merged
 from .opened import open_input
@@ -55,7 +57,7 @@ _PENDING = 8  # chunks that wait to be hashed
 
 
 def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Baked:
-    """Writes the whole model of a step.
+    """Writes the whole model of a step; on the CPU from the start again where a GPU runs out of memory.
 
     Args:
         plan: Final; it bakes.
@@ -68,6 +70,14 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
         ZitMergeError: With no part of the model left behind.
     """
     target, base = _target(plan)
+    if target.spec.sha256 and target.spec.sha256 != base.sha256():
+        raise other_tensors(base.path, target.spec.sha256)
+    baked, remarks = else_on_cpu(lambda on: _bake(plan, steps, hashes, on, progress), device)
+    return baked._replace(remarks=(*remarks, *baked.remarks))
+
+
+def _bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Baked:
+    target, base = _target(plan)
     recipe = bake_recipe(plan)
     reserve = bake_metadata(plan, recipe) | placeholder(len(plan.inputs))
     tensors = checkpoint_layout(base, target.spec.format, target.spec.dtype)
@@ -79,13 +89,12 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
                 baker = files.enter_context(_Baker(target, result, files.enter_context(CheckpointReader(base)), hasher, device))
                 for tensor in progress.track(tensors, f"baking {plan.name}", "tensor"):
                     out.write(tensor, baker.rows(tensor))
+            beyond = beyond_loras(readers)
             files.close()  # raises if an input was changed
-            if target.spec.sha256 and target.spec.sha256 != hasher.hexdigest():
-                raise other_tensors(base.path, target.spec.sha256)
             verdict = baker.verdict()
             found = {**hashes.of(plan.hashed), base.path: hasher.hexdigest()}
             out.finish(bake_metadata(plan, recipe, found) | verdict.metadata())
-    return Baked(target.path, True, verdict, baker.shares)
+    return Baked(target.path, True, verdict, baker.shares, extraction_remarks(plan, verdict, beyond))
 
 
 def baked_before(plan: StepPlan, hashes: Hashes) -> Baked | None:
@@ -262,7 +271,8 @@ class _Baker:
     def verdict(self) -> Verdict:
         """Of the whole model."""
         share = self._crossed / self._wanted if self._wanted else None
-        return judged_bake(self._sums.verdict(False), share)
+        plan = self._result.plan
+        return judged_bake(self._sums.verdict(bool(plan.cut)), share, averaged=bool(plan.spec.checkpoints))
 
     def _generator(self, place: str) -> torch.Generator | None:
         """Other draws in every place."""
@@ -278,11 +288,11 @@ class _Baker:
         return _Change(merged, module in self._result.plan.cut) if merged.delta is not None else None
 
     def _add(self, change: _Change) -> None:
-        crossed, energies = change.sums()
-        if energies[0]:
-            self.shares[change.module] = crossed / energies[0]
+        crossed, size, energies = change.sums()
+        if size:
+            self.shares[change.module] = crossed / size
         self._crossed += crossed
-        self._wanted += energies[0]
+        self._wanted += size
         self._sums.add(change.module, change.parts, change.products(energies[2]), change.want, energies)
 
 
@@ -296,7 +306,8 @@ class _Change:
     Attributes:
         module: Its name.
         parts: Input -> its part.
-        want: (n + k,) what the n inputs and, unless the change is their plain combination, the change itself count in it.
+        want: (n + k,) what the n inputs and, unless the change is their plain combination, the change itself count in what was
+            asked for; that may be more than the step's rank holds.
     """
 
     def __init__(self, merged: Merged, is_cut: bool):
@@ -304,12 +315,14 @@ class _Change:
         self.module, self.parts = merged.module, merged.parts
         self._delta = _float32(merged.delta)
         self._vectors = [_float32(p.bare) for p in merged.parts.values()]
+        weights = [0.0] * len(self._vectors)
+        if merged.coefficients is not None:
+            weights = [merged.coefficients[n] * p.factor for n, p in merged.parts.items()]
+        self.want = self._aim = torch.tensor(weights, dtype=torch.float64)
         if merged.coefficients is None or is_cut:
             self._vectors.append(self._delta)
-            self.want = torch.tensor([0.0] * len(merged.parts) + [1.0], dtype=torch.float64)
-        else:
-            weights = [merged.coefficients[n] * p.factor for n, p in merged.parts.items()]
-            self.want = torch.tensor(weights, dtype=torch.float64)
+            self._aim = torch.tensor([0.0] * len(weights) + [1.0], dtype=torch.float64)
+            self.want = self._aim if merged.coefficients is None else torch.tensor([*weights, 0.0], dtype=torch.float64)
         self._thin = [v for v in self._vectors if isinstance(v, Factors) and _is_thin(v)]
         into = self._delta.shape[1]
         self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
@@ -350,20 +363,25 @@ class _Change:
                 crossed[n] = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
         self._crossed[first], self._energies[first] = crossed, (_energy(got), missed)
 
-    def sums(self) -> tuple[float, tuple[float, float, float]]:
-        """(<g, d>, (|d|^2, |g - d|^2, |g|^2))."""
-        self._gram, wanted = self._products_of_vectors()
+    def sums(self) -> tuple[float, float, tuple[float, float, float]]:
+        """(<g, d>, |d|^2, the energies that `Sums.add` takes), d at the step's rank."""
+        self._gram, size = self._products_of_vectors()
         written, missed = (sum(self._energies[first][n] for first in sorted(self._energies)) for n in (0, 1))
-        return float(self.want @ self._products()), (max(wanted, 0.0), missed, written)
+        products = self._products()
+        crossed, wanted = float(self._aim @ products), size
+        if self.want is not self._aim:  # what was asked for is more than d
+            wanted = float(self.want @ self._gram @ self.want)
+            missed = wanted - 2 * float(self.want @ products) + written
+        return crossed, max(size, 0.0), (max(wanted, 0.0), max(missed, 0.0), written)
 
     def _products_of_vectors(self) -> tuple[Tensor, float]:
         """(inner products of the vectors, |d|^2), from sums in float32 unless the inputs cancel in d."""
         for sums in (torch.float32, torch.float64):
             found = gram(self._vectors, sums)
-            wanted = float(self.want @ found @ self.want)
-            if wanted > _CANCELS * float(self.want.square() @ found.diagonal()):
+            size = float(self._aim @ found @ self._aim)
+            if size > _CANCELS * float(self._aim.square() @ found.diagonal()):
                 break
-        return found, wanted
+        return found, size
 
     def _products(self) -> Tensor:
         return torch.stack([self._crossed[first] for first in sorted(self._crossed)]).sum(0)

@@ -23,26 +23,31 @@ def beyond_loras(readers: Sequence[Reader]) -> dict[int, float]:
     return {n: sum(r.vectors().values()) for n, r in enumerate(readers) if isinstance(r, DifferenceReader)}
 
 
-def extraction_remarks(plan: StepPlan, verdict: Verdict, beyond: Mapping[int, float], path: Path) -> tuple[str, ...]:
+def extraction_remarks(
+    plan: StepPlan, verdict: Verdict, beyond: Mapping[int, float], path: Path | None = None
+) -> tuple[str, ...]:
     """Sentences on the differences of models that went into a file.
 
     Args:
         plan: As it was run.
         verdict: Of the file.
         beyond: From `beyond_loras`.
-        path: The file.
+        path: The file, if it is a LoRA.
     """
     found = []
     for n, energy in beyond.items():
-        inside = sum(float(m.energies[m.inputs.index(n)]) for m in verdict.modules.values() if n in m.inputs)
-        label = plan.inputs[n].label
+        source, label = plan.inputs[n], plan.inputs[n].label
+        energies = {name: float(m.energies[m.inputs.index(n)]) for name, m in verdict.modules.items() if n in m.inputs}
+        inside = sum(energies.values())
+        if not all(map(source.counts, source.known.ranks)):
+            continue  # of what has no strength nothing was read
         if not inside + energy:
             found.append(f"{label} and its base are equal in every tensor")
         elif energy:
             where = "norms, biases and tokens, which no LoRA can hold"
             found.append(f"{percent(energy / (inside + energy))} of what {label} changed lies in {where}")
-        if inside and len(plan.inputs) == 1 and plan.cut:
-            found.append(_by_rank(path, plan.inputs[n].spec.ratio ** 2 * inside))
+        if path and inside and len(plan.inputs) == 1 and plan.cut:
+            found.append(_by_rank(path, sum(source.strengths[m] ** 2 * e for m, e in energies.items())))
     return tuple(found)
 
 

@@ -22,12 +22,14 @@ class Baked(NamedTuple):
         made: Whether it was made now; else it was there already, from the same recipe.
         verdict: What was measured while it was written, now or then.
         shares: Module -> share of its change that survives rounding; empty where it was there already.
+        remarks: What a person should hear of.
     """
 
     path: Path
     made: bool
     verdict: Verdict
     shares: Mapping[str, float] = {}
+    remarks: tuple[str, ...] = ()
 
 
 class Done(NamedTuple):
@@ -105,8 +107,10 @@ def made_file(plan: StepPlan, hashes: Hashes, path: Path) -> LoraFile | None:
 
 def made_before(plan: StepPlan) -> Done | None:
     """A step whose file is there from the same recipe; None where it is not."""
+    if not plan.spec.keep:
+        return None
     with Hashes(plan.hashed) as hashes:
-        lora = made_file(plan, hashes, plan.path) if plan.spec.keep else None
+        lora = made_file(plan, hashes, plan.path)
     return Done(plan.as_found(lora), plan.path, False, lora.verdict) if lora else None
 
 

@@ -21,6 +21,7 @@ from ..formats.safetensors_writer import SafetensorsWriter
 from ..planning.types import StepPlan
 from ..progress import Progress
 from .extraction import beyond_loras, extraction_remarks
+from .fallback import else_on_cpu
 from .made import Done, Hashes
 from .opened import open_input
 from .results import Result
@@ -40,16 +41,8 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
     Raises:
         ZitMergeError: With no part of the file left behind.
     """
-    try:
-        return _write_step(plan, steps, hashes, device, progress)
-    except RuntimeError as e:
-        is_full = isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)  # cuBLAS and cuSOLVER say the latter
-        if device.type == "cpu" or not is_full:
-            raise
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    done = _write_step(plan, steps, hashes, torch.device("cpu"), progress)
-    return done._replace(remarks=(f"{device} ran out of memory, it was merged on the CPU", *done.remarks))
+    done, remarks = else_on_cpu(lambda on: _write_step(plan, steps, hashes, on, progress), device)
+    return done._replace(remarks=(*remarks, *done.remarks))
 
 
 def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:

@@ -49,7 +49,7 @@ def plan_section(
     wanted = _needed(section, context, only)
     builder = _Builder(section, context, before_training)
     for i, step in enumerate(section.steps):
-        if step.name == only and not step.keep:
+        if step.name == only and not step.keep and not step.bake:
             step = step.model_copy(update={"keep": True})  # asked for by name
         if step.name in wanted:
             with of_step(step.name):
@@ -142,7 +142,7 @@ class _Builder:
                 model = self._open(source, step)
                 if model and step.base_sha256 and model.sha256() != step.base_sha256:
                     raise other_tensors(model.path, step.base_sha256)
-        return {"weights": model, "weights_label": model_label(source, model.path if model else None, self.context)}
+        return {"weights": model, "weights_label": model_label(source, self.context)}
 
     def _open(self, source: str, step: Step) -> Checkpoint | None:
         key = source, step.shapes
@@ -252,10 +252,10 @@ class _Builder:
             model = self._open(source, step)
         if model and spec.base_sha256 and model.sha256() != spec.base_sha256:
             raise other_tensors(model.path, spec.base_sha256)
-        return model, model_label(source, model.path if model else None, self.context)
+        return model, model_label(source, self.context)
 
     def _model_source(self, spec: Lora, step: Step) -> str | None:
-        return spec.base or step.base or (step.bake.base if step.bake else None)
+        return spec.base or (step.bake.base if step.bake else None) or step.base
 
     def _absent(self, spec: Lora, step: Step, table: Mapping[str, float]) -> Input:
         """What a training will save, or what the hub has and nobody has fetched."""

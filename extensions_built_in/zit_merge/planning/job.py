@@ -15,6 +15,7 @@ from ..files.paths import user_path
 from .build import plan_section
 from .context import PREFIXES, RunContext
 from .device import pick_device
+from .models import baked_path
 from .preflight import NO_TOOLKIT, Toolkit, check_types, preflight
 from .training import Training, training_before
 from .types import StepPlan
@@ -182,9 +183,9 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
                             "section and use the step's name",
                             f"{own[1]}.loras[{j}].lora",
                         )
-            path = context.output(step)
-            if (first := owners.setdefault(_alike(path), own)) != own:
-                raise SettingError(f"{first[1]} writes {path.name} too: give one of them another name", f"{own[1]}.name")
+            for path in (context.output(step), *([baked_path(step, context)] if step.bake else [])):
+                if (first := owners.setdefault(_alike(path), own)) != own:
+                    raise SettingError(f"{first[1]} writes {path.name} too: give one of them another name", f"{own[1]}.name")
 
 
 def _alike(path: Path) -> str:

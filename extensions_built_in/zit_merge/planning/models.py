@@ -24,7 +24,7 @@ def find_model(source: str, context: RunContext) -> Path | None:
     """The folder or file of a model.
 
     Args:
-        source: `trainer`, a path, or user/repo or user/repo/file.safetensors of the hub, with or without hf: before it.
+        source: `trainer`, a path, or user/repo[@revision] or user/repo/file.safetensors of the hub, hf: before it or not.
         context: Where the section runs.
 
     Returns:
@@ -34,29 +34,50 @@ def find_model(source: str, context: RunContext) -> Path | None:
         SettingError: There is no such model.
     """
     source = _of_training(context) if source == TRAINER else source
-    wanted = system_path(unquoted(source))
-    if not source.startswith(hub.HUB_PREFIX):
-        folders = (*context.folders, *context.lora_folders)
-        candidates = [*(folder / wanted for folder in folders), *(folder / wanted.name for folder in context.lora_folders)]
-        for path in map(system_path, dict.fromkeys(candidates)):
-            if path.exists():
-                return path
-        if wanted.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+(/.+\.safetensors)?", source):
-            user_path(source)  # it may tell why
-            looked = ", ".join(dict.fromkeys(str(p.parent) for p in candidates))
-            raise SettingError(f"{source} is not there (looked in {looked}): give the folder or the file of a model")
+    if path := _on_disk(source, context):
+        return path
     name = source.removeprefix(hub.HUB_PREFIX)
-    if name.lower().split("@")[0].endswith(".safetensors"):
-        file = hub.parse(hub.HUB_PREFIX + name)
-        return hub.download(file) if context.may_download else hub.cached(file)
-    return hub.model_folder(name, may_download=context.may_download)
+    looked = ", ".join(dict.fromkeys(str(path.parent) for path in _candidates(source, context)))
+    if name == source and not _ON_HUB.fullmatch(source):
+        user_path(source)  # it may tell why
+        raise SettingError(f"{source} is not there (looked in {looked}): give the folder or the file of a model")
+    try:
+        if name.lower().split("@")[0].endswith(".safetensors"):
+            file = hub.parse(hub.HUB_PREFIX + name)
+            return hub.download(file) if context.may_download else hub.cached(file)
+        return hub.model_folder(name, may_download=context.may_download)
+    except SettingError as e:
+        if name == source:
+            e.message = f"{source} is not there (looked in {looked}), nor on the hub: {e.message}"
+        raise
 
 
-def model_label(source: str, path: Path | None, context: RunContext) -> str:
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[^@]+)?|[\w.-]+/[\w.-]+/.+\.safetensors(@[^@]+)?")
+
+
+def _candidates(source: str, context: RunContext) -> list[Path]:
+    """Where a path may be."""
+    wanted = system_path(unquoted(source))
+    folders = [*context.folders, *context.lora_folders]
+    return list(
+        map(system_path, dict.fromkeys((*(f / wanted for f in folders), *(f / wanted.name for f in context.lora_folders))))
+    )
+
+
+def _on_disk(source: str, context: RunContext) -> Path | None:
+    """The folder or file of that path; None where there is none, and for a name on the hub."""
+    if source.startswith(hub.HUB_PREFIX):
+        return None
+    return next((path for path in _candidates(source, context) if path.exists()), None)
+
+
+def model_label(source: str, context: RunContext) -> str:
     """What a recipe calls a model: its name on the hub, or that of its folder or file."""
     source = _of_training(context) if source == TRAINER else source
-    is_local = path is not None and "snapshots" not in path.parts
-    return (path.parent.name if path.name == "transformer" else path.name) if path and is_local else source
+    path = _on_disk(source, context)
+    if path is None:
+        return source
+    return path.parent.name if path.name == "transformer" else path.name
 
 
 def _of_training(context: RunContext) -> str:
@@ -95,7 +116,7 @@ def difference_input(spec: Lora, asked: Extract, context: RunContext, shapes: st
         with located(key):
             source = getattr(asked, key)
             models.append(open_model(source, context, shapes))
-            labels.append(model_label(source, models[-1].path if models[-1] else None, context))
+            labels.append(model_label(source, context))
     tuned, base = models
     if tuned is None or base is None:
         known = LoraSpec({}, {}, "bf16", (DIFFERENCE,))
@@ -121,11 +142,12 @@ def bake_target(step: Step, context: RunContext) -> BakeTarget | None:
         raise SettingError("is missing: name the model that the merge goes into, base: trainer or a path", "bake.base")
     with located("bake.base" if asked.base else "base"):
         base = open_model(source, context, step.shapes)
-    label = model_label(source, base.path if base else None, context)
-    return BakeTarget(asked, base, label, _output(step, asked, context))
+    return BakeTarget(asked, base, model_label(source, context), baked_path(step, context))
 
 
-def _output(step: Step, asked: Bake, context: RunContext) -> Path:
+def baked_path(step: Step, context: RunContext) -> Path:
+    """The file or folder of the whole model that a step writes."""
+    asked = step.bake or Bake()
     if context.baked:
         return context.baked
     ending = ".safetensors" if asked.format == "comfyui" else ""

@@ -102,9 +102,12 @@ def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> bool:
         form = {"comfyui": "one .safetensors file", "diffusers": "a folder, whose name has no such ending"}[bake.spec.format]
         raise SettingError(f"{path.name}: format: {bake.spec.format} is {form}: give another name or format")
     if base:
-        own = [base.path, *(file for file, _ in base.files)]
-        if path.exists() and any(p.exists() and p.samefile(path) for p in (*own, *own[1].parents)):
-            raise SettingError(f"{path} is the base, or holds it: give the step another name")
+        read = [base, *(model for i in plan.inputs for model in i.models), *([plan.weights] if plan.weights else [])]
+        for model in read:
+            own = [model.path, *(file for file, _ in model.files)]
+            if path.exists() and any(p.exists() and p.samefile(path) for p in (*own, *own[1].parents)):
+                what = "the base" if model is base else f"{model.path.name}, which the step reads"
+                raise SettingError(f"{path} is {what}, or holds it: give the step another name")
         if base.path.is_dir() and base.path.resolve() in path.resolve().parents:
             raise SettingError(f"{path} is in the folder of the base, which would be another model with it: give another folder")
         if bake.spec.format == "diffusers":
@@ -152,7 +155,11 @@ def _check_ours(target: Path, plan: StepPlan) -> bool:
             f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
         )
     paths = [
-        value for step in plan.recipe["steps"] for lora in step["loras"] for value in lora.values() if isinstance(value, Path)
+        value
+        for step in plan.recipe["steps"]
+        for table in (step, *step["loras"])
+        for value in table.values()
+        if isinstance(value, Path)
     ]
     hashes = re.findall(r'"(?:base_)?sha256":"([0-9a-f]{64})"', metadata[RECIPE_KEY])  # only a run takes those of the inputs
     return len(paths) == len(hashes) and plan.made(metadata, dict(zip(paths, hashes, strict=True)))
@@ -180,7 +187,7 @@ class _Disk:
         """A file is written."""
         if path not in self.sizes:
             part = path if path.suffix == ".part" else part_path(path)
-            self.taken -= _bytes_freed(part)  # left by a killed run
+            self.taken -= _bytes_freed(part) + _bytes_freed(path.with_name(f"{path.name}.parts"))  # left by a killed run
             self.sizes[path] = 0 if part == path else _bytes_freed(path)
         self.peak = max(self.peak, self.taken + size)
         self.taken += size - self.sizes[path]
@@ -193,6 +200,8 @@ def _bytes_freed(path: Path) -> int:
         facts = path.lstat()
     except OSError:
         return 0
+    if stat.S_ISDIR(facts.st_mode):
+        return sum(map(_bytes_freed, path.iterdir()))
     return facts.st_size if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1 else 0
 
 
@@ -212,7 +221,7 @@ def check_room(plans: Sequence[StepPlan], context: RunContext, there: Collection
     disks: dict[int, _Disk] = {}
     to_make = steps_to_make(plans, there)
     for plan in plans:
-        for i, path in enumerate(plan.targets or ([] if plan.bake else [plan.output_path])):
+        for i, path in enumerate(plan.targets or [plan.output_path]):
             loc = "copy_to" if i else "output_dir"
             with located(loc):
                 parent = check_writable(path.parent)

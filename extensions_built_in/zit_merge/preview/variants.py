@@ -125,7 +125,7 @@ class MaskedVariant(AdapterVariant):
         yield from ((module, delta) for module, delta in self.whole.deltas(read) if (module in chosen) == self.only)
 
 
-_STEP_KEYS = ("method", "params", "rank", "save")
+_STEP_KEYS = ("method", "params", "rank", "save", "base_sha256")
 _SPELLING = ("lora", "sha256", "blocks", "layers", "effects", "overrides", "unmatched")  # `strengths` has what they lead to
 
 

@@ -71,8 +71,10 @@ def _difference(found: SourcesInModel) -> str:
 
 
 def _verdict(found: SourcesInModel) -> Iterator[str]:
-    if not found.norm:
-        yield "every weight is that of the base, bit for bit: nothing was baked into this model"
+    if found.equal == len(found.norms):
+        yield "every weight is that of the base, bit for bit: no LoRA was baked into this model"
+    elif not found.norm:
+        yield "every weight has the value that it has in the base: no LoRA was baked into this model"
     elif found.sources:
         rest = f"they leave {percent(found.rest)} of the difference, rounding is expected to leave {percent(found.rounding)}"
         if found.rest <= max(_BEYOND * found.rounding, 0.01):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ...algebra.methods import METHODS
 from ...formats.header import DTYPES as CONFIG_NAMES
-from ...formats.verdict import LOST, STRONGER, Reason, Verdict
+from ...formats.verdict import LARGE, LOST, STRONGER, Reason, Verdict
 from ...merging.made import Baked, Done
 from ...planning.types import StepPlan
 from ...wording import aligned, beside, columns, copyable, listed, percent, size_text, span, squeezed, wrapped
@@ -33,6 +33,10 @@ def _model_text(plan: StepPlan, baked: Baked) -> str:
         return "\n".join(wrapped(f"{kept}, {verdict_text(plan, verdict)}", 0))
     lines = [*wrapped(f"{step_name(plan)}, baked, is {verdict_text(plan, verdict)}", 0), "", *_went_in(plan, verdict), ""]
     lines += [*beside("  wrote ", model_facts(plan.bake)), f"    {copyable(baked.path)}"]
+    if not plan.cut and verdict.error > LARGE:
+        lines += wrapped(f"rounding adds noise of {percent(verdict.error)} of the change", 4)
+    for remark in baked.remarks:
+        lines += wrapped(f"  note: {remark}", 4)
     if baked.shares and min(baked.shares.values()) < _EVEN:
         table = value_table({m: f"{100 * share:.1f}" for m, share in baked.shares.items()})
         lines += ["", "  share of the change that survives, in percent", *(f"  {line}" for line in table)]
@@ -76,8 +80,8 @@ def _reason_text(plan: StepPlan, status: str, reason: Reason) -> str:
     dtype, kind, error = plan.dtype_name, reason["kind"], reason.get("error", 0.0)
     if kind in ("survives", "rounded_away"):
         share = f"{percent(reason['share'])} of the change survives rounding to {_model_dtype(plan)}"
-        cure = "set rounding: stochastic or dtype: fp32, or keep the LoRA apart"
-        return f"{status}: {share}" + (f"; {cure}" if kind == "rounded_away" else "")
+        cure = "set rounding: stochastic or dtype: fp32" if reason["share"] < 1 else "set dtype: fp32"
+        return f"{status}: {share}" + (f"; {cure}, or keep the LoRA apart" if kind == "rounded_away" else "")
     if kind == "cancelling":
         return f"{status} by {percent(error)}: the inputs nearly cancel, {dtype} can't hold what is left; save it as fp32"
     if kind in ("lost", "stronger"):
@@ -88,6 +92,7 @@ def _reason_text(plan: StepPlan, status: str, reason: Reason) -> str:
     sentences = {
         "cancelled": "the inputs cancel out, zeros were written",
         "nothing_asked": "nothing was asked for, zeros were written",
+        "base_alone": "nothing was asked for, the base was written as it is",
         "cut": f"as asked, as far as rank {span(plan.ranks.values() or [0])} holds it",
         "rounding": f"as asked, rounding to {dtype} changed {percent(error)}",
     }
