@@ -82,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        base, out, loras = folder / "base.safetensors", folder / "out.safetensors", [folder / f"{n}.safetensors" for n in (0, 1)]
+        base, out, extracted = (folder / f"{name}.safetensors" for name in ("base", "out", "extracted"))
+        loras = [folder / f"{n}.safetensors" for n in (0, 1)]
         make_model(base, args.layers)
         for n, path in enumerate(loras):
             make_lora(path, args.rank, n, args.layers)
@@ -94,7 +95,7 @@ def main() -> None:
 
         def extract() -> object:
             pair = {"extract": str(out), "base": str(base)}
-            return merge([(pair, 1.0)], shapes="free", rank=2 * args.rank).save(folder / "extracted.safetensors")
+            return merge([(pair, 1.0)], shapes="free", rank=2 * args.rank).save(extracted)
 
         def inspect() -> object:
             models = (open_checkpoint(path, shapes="free") for path in (out, base))
@@ -109,7 +110,8 @@ def main() -> None:
             "inspect with base and two sources": inspect,
         }
         for title, run in work.items():
-            best = min(_measured(run, [out] if title.startswith("bake") else []) for _ in range(args.runs))
+            fresh = {"bake": [out], "extr": [extracted]}.get(title[:4], [])
+            best = min(_measured(run, fresh) for _ in range(args.runs))
             print(f"{title:36} {best[0]:7.2f} s {best[1] / 1e6:6.0f} MB", flush=True)
 
 
