@@ -181,6 +181,17 @@ def test_the_pace_of_pictures_leaves_out_the_loading_of_the_model(monkeypatch):
     ]
 
 
+def test_the_tensors_of_a_model_count_in_the_row(monkeypatch):
+    """About twice a second, and at the end; the pace is of this model alone."""
+    clock, noted = SimpleNamespace(now=100.0), Noted()
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock.now)
+    with watch.JobProgress(noted, SILENT) as progress:
+        for _ in progress.track(range(4), "baking soft", "tensor"):
+            clock.now += 0.3
+    assert [told[:3] for told in noted.told] == [("Baking soft: 2/4", 2, 4), ("Baking soft: 4/4", 4, 4)]
+    assert noted.told[-1][3] == "3 tensors/s"
+
+
 @pytest.mark.parametrize("unit, told", [("picture", ["Picture 1/2: a"]), ("module", [])])
 def test_a_stop_acts_once_the_item_is_done_and_a_picture_is_told(unit, told):
     """A module is not: its file will be gone."""

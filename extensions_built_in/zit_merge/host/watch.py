@@ -112,7 +112,7 @@ class JobProgress(DeferredInterrupt, Progress):
             self._start = now
         if now - self._told >= _PAUSE or done == total:
             self._told = now
-            speed = f"{done / max(now - self._start, 1e-3):.0f} tensors/s"
+            speed = f"{(done - 1) / max(now - self._start, 1e-3):.0f} tensors/s"
             self._status.progress(f"{label[:1].upper()}{label[1:]}: {done}/{total}", done, total, speed)
 
     def _picture(self, done: int, total: int, info: str) -> None:
