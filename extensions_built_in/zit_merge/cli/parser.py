@@ -108,12 +108,9 @@ def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:
     _weight_arguments(merge)
-    merge.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
-    merge.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
-    merge.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    _file_arguments(merge)
     merge.add_argument("--base", metavar="PATH", help="the model whose weights DoRA, OFT, BOFT, IA3 and GLoRA need")
     merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
-    merge.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
     _add_run(merge)
 
 
@@ -132,13 +129,23 @@ def _extract_arguments(extract: argparse.ArgumentParser) -> None:
     extract.add_argument("--base", required=True, metavar="BASE", help="the model that it was trained from")
     extract.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
     extract.add_argument("--rank", default="64", help="a number (default: 64), energy=0.99,max=128 or size_mb=300")
-    extract.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
-    extract.add_argument("--dtype", default="bf16", help="bf16 (default), fp16 or fp32")
-    extract.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
-    extract.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    extract.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
-    extract.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    _file_arguments(extract)
+    _model_arguments(extract)
     _add_run(extract)
+
+
+def _file_arguments(sub: argparse.ArgumentParser) -> None:
+    """How a LoRA is stored."""
+    sub.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
+    sub.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    sub.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
+    sub.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+
+
+def _model_arguments(sub: argparse.ArgumentParser) -> None:
+    """Where the algebra runs, and for which model."""
+    sub.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    sub.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
 
 
 def _weight_arguments(sub: argparse.ArgumentParser) -> None:
@@ -156,8 +163,7 @@ def _weight_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
     sub.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
     sub.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
-    sub.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    sub.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    _model_arguments(sub)
     sub.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
 
 
