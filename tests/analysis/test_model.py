@@ -142,3 +142,17 @@ def test_a_lora_of_another_model_is_no_source(work, base):
     write(work.folder / "other.safetensors", lora(4, 1, None, {"layers.0.attention.to_q": (8, 8)}))
     said = work.zit("inspect", "made", "--base", "base", "--sources", "other.safetensors").refused()
     assert "changes layers.0.attention.to_q as a 8 x 8 matrix, which base does not have" in said
+
+
+def test_a_source_that_needs_the_base(work, base, loras):
+    """A DoRA that was baked is found in the model: its change is told with the base."""
+    write_folder(work.folder / "base", base)
+    tensors = {}
+    for module, pair in loras[0].items():
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = pair.down
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = pair.up
+        tensors[f"diffusion_model.{module}.dora_scale"] = base[f"{module}.weight"].float().norm(dim=1, keepdim=True) * 1.1
+    write_one(work.folder / "dora.safetensors", tensors)
+    work.zit("bake", "dora.safetensors", "--ratio", 0.5, "--base", "base", "-o", "out", "--shapes", "free").ok()
+    found = json.loads(work.zit("inspect", "out", "--base", "base", "--sources", "dora.safetensors", "--json").ok())
+    assert found["strengths"] == pytest.approx([0.5], abs=0.01)

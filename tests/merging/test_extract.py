@@ -353,3 +353,29 @@ def test_numbers_that_are_none(work, two, which):
 def test_locations_in_a_config(work, two, lora_keys, loc):
     message = work.zit("check", work.job({"name": "a", "loras": [{"lora": lora_keys, "ratio": 1.0}]})).refused()
     assert message.startswith(f"process[0].steps[0].loras[0].lora.{loc}: "), message
+
+
+def test_a_model_that_is_baked_from_a_difference_tells_what_it_lacks(work):
+    base = model()
+    tuned = dict(base)
+    tuned["layers.0.attention_norm1.weight"] = tuned["layers.0.attention_norm1.weight"] + 1
+    tuned["layers.0.attention.to_q.weight"] = tuned["layers.0.attention.to_q.weight"] * 1.5
+    write_folder(work.folder / "base", base)
+    write_folder(work.folder / "tuned", tuned)
+    loras = [{"lora": {"extract": "tuned", "base": "base"}, "ratio": 1.0}]
+    said = work.zit("run", work.job({"name": "a", "keep": False, "loras": loras, "bake": {"base": "base"}})).ok()
+    assert "of what tuned changed lies in norms, biases and tokens, which no LoRA can hold" in " ".join(said.split())
+
+
+def test_what_each_rank_holds_is_told_of_the_weighed_change(work):
+    """With a strength of its own in each part the last rank holds what the check says of the file."""
+    base = model()
+    torch.manual_seed(0)
+    tuned = {n: t + 0.05 * torch.randn_like(t.float()).to(t.dtype) if n.endswith("to_q.weight") else t for n, t in base.items()}
+    write_folder(work.folder / "base", base)
+    write_folder(work.folder / "tuned", tuned)
+    lora = {"lora": {"extract": "tuned", "base": "base"}, "ratio": 0.5, "layers": {"0": 3.0, "1": 0.25}}
+    said = " ".join(work.zit("run", work.job({"name": "a", "rank": 24, "loras": [lora]})).ok().split())
+    kept = re.search(r"([\d.]+) % of the energy kept", said)
+    last = re.search(r"a file of each rank holds: .* 24 ([\d.]+) %", said)
+    assert kept and last and float(last[1]) == pytest.approx(float(kept[1]), abs=0.2), said

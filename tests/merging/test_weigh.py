@@ -84,3 +84,12 @@ def test_the_recipe_names_the_model(files):
 def test_what_is_refused(files, words, said):
     flags = ("--shapes", "free", "-o", "out.safetensors", "--ratio", 1, *words)
     assert said in files.zit("merge", "me.safetensors", *flags).refused()
+
+
+def test_a_second_run_keeps_the_file(files):
+    step = {
+        **{"name": "a", "base": "base", "rank": {"energy": 0.5, "weigh": "base"}, "save": {"uniform": False}},
+        "loras": [{"lora": "me.safetensors", "ratio": 1.0}],
+    }
+    files.zit("run", files.job(step)).ok()
+    assert "made before by the same recipe" in " ".join(files.zit("run", files.job(step)).ok().split())
