@@ -14,8 +14,6 @@ Sums of squares are taken in float32 over a million numbers at most, and added u
 from __future__ import annotations
 
 import contextlib
-import math
-import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, gram
-from ..algebra.dense import dense_rows, rounded
-from ..algebra.factors import Factors, is_finite, peak
+from ..algebra.dense import rounded
+from ..algebra.factors import is_finite, peak
 from ..algebra.precision import full_precision
 from ..errors import ZitMergeError, other_tensors
 from ..formats.checkpoint import Checkpoint, CheckpointReader, Digest, Place, open_checkpoint
@@ -42,17 +39,15 @@ from ..planning.metadata import bake_metadata
 from ..planning.recipe import bake_recipe
 from ..planning.types import BakeTarget, StepPlan
 from ..progress import Progress
+from .added import AddedChange
 from .extraction import beyond_loras, extraction_remarks
 from .fallback import else_on_cpu
 from .made import Baked, Hashes
-from .merger import Merged
 from .opened import open_input
 from .results import Result
 from .verify import Sums
 
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}  # bytes of a weight in float32 that are changed at a time
-_CANCELS = 0.01  # of the inputs' energy: what is left of less is summed in float64
-_THIN = 0.5  # of the shorter side: components up to which a change is never multiplied out to be measured
 _PENDING = 8  # chunks that wait to be hashed
 
 
@@ -240,7 +235,7 @@ class _Baker:
             yield first, rows
             first += len(rows) if rows.dim() else 0
 
-    def _scale(self, tensor: Written, changes: Sequence[_Change | None]) -> float:
+    def _scale(self, tensor: Written, changes: Sequence[AddedChange | None]) -> float:
         """What the numbers of a tensor in float8 are multiplied with: its largest one is the largest that float8 has."""
         largest = 0.0
         for (_, place), change in zip(tensor.parts, changes, strict=True):
@@ -251,7 +246,9 @@ class _Baker:
         self._scales[tensor.key] = largest / torch.finfo(STORED_DTYPES[SCALED]).max or 1.0
         return self._scales[tensor.key]
 
-    def _changed(self, change: _Change | None, rows: Tensor, first: int, dtype: torch.dtype, scale: float, name: str) -> Tensor:
+    def _changed(
+        self, change: AddedChange | None, rows: Tensor, first: int, dtype: torch.dtype, scale: float, name: str
+    ) -> Tensor:
         """Some rows of the output, on the CPU."""
         if change is None and dtype == rows.dtype:
             return rows
@@ -280,145 +277,17 @@ class _Baker:
             return None
         return torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._target.spec.seed} {place}".encode()))
 
-    def _change(self, name: str) -> _Change | None:
+    def _change(self, name: str) -> AddedChange | None:
         module = TENSORS[name].module if name in TENSORS else None
         if module is None or module not in self._result.plan.shapes:
             return None
         merged = self._result.answer(module)
-        return _Change(merged, module in self._result.plan.cut) if merged.delta is not None else None
+        return AddedChange(merged, module in self._result.plan.cut) if merged.delta is not None else None
 
-    def _add(self, change: _Change) -> None:
+    def _add(self, change: AddedChange) -> None:
         crossed, size, energies = change.sums()
         if size:
             self.shares[change.module] = crossed / size
         self._crossed += crossed
         self._wanted += size
         self._sums.add(change.module, change.parts, change.products(energies[2]), change.want, energies)
-
-
-class _Change:
-    """The change of one module, added to its weight rows by rows.
-
-    Args:
-        merged: As the method makes it, at the step's rank.
-        is_cut: Whether that is less than the inputs have.
-
-    Attributes:
-        module: Its name.
-        parts: Input -> its part.
-        want: (n + k,) what the n inputs and, unless the change is their plain combination, the change itself count in what was
-            asked for; that may be more than the step's rank holds.
-    """
-
-    def __init__(self, merged: Merged, is_cut: bool):
-        assert merged.delta is not None, "a module that nothing changes is copied"
-        self.module, self.parts = merged.module, merged.parts
-        self._delta = _float32(merged.delta)
-        self._vectors = [_float32(p.bare) for p in merged.parts.values()]
-        weights = [0.0] * len(self._vectors)
-        if merged.coefficients is not None:
-            weights = [merged.coefficients[n] * p.factor for n, p in merged.parts.items()]
-        self.want = self._aim = torch.tensor(weights, dtype=torch.float64)
-        if merged.coefficients is None or is_cut:
-            self._vectors.append(self._delta)
-            self._aim = torch.tensor([0.0] * len(weights) + [1.0], dtype=torch.float64)
-            self.want = self._aim if merged.coefficients is None else torch.tensor([*weights, 0.0], dtype=torch.float64)
-        self._thin = [v for v in self._vectors if isinstance(v, Factors) and _is_thin(v)]
-        into = self._delta.shape[1]
-        self._downs = torch.cat([torch.zeros(0, into, device=self._delta.device), *(v.down for v in self._thin)]).T
-        self._crossed: dict[int, Tensor] = {}  # first row -> (n + k,) inner products of the vectors with what was written
-        self._energies: dict[int, tuple[float, float]] = {}  # first row -> |g|^2, |g - d|^2
-
-    def sum(self, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """(rows of the weight from the first on, the same with the change in them), float32, until this thread's next call."""
-        weight, changed, _ = _scratch(rows)
-        weight.copy_(rows)
-        last = first + len(rows)
-        if isinstance(self._delta, Factors) and _is_thin(self._delta):
-            torch.addmm(weight, self._delta.up[first:last], self._delta.down, out=changed)
-        else:
-            torch.add(weight, dense_rows(self._delta, first, last), out=changed)
-        return weight, changed
-
-    def added(
-        self, rows: Tensor, first: int, dtype: torch.dtype, scale: float, generator: torch.Generator | None
-    ) -> tuple[Tensor, bool]:
-        """(rows of the weight from the first on with the change in them, over `scale`, rounded to `dtype`; whether all of these
-        numbers are finite)."""
-        weight, changed = self.sum(rows, first)
-        found = rounded(changed if scale == 1 else changed / scale, dtype, generator)
-        found = found.clone() if found is changed else found
-        got = _scratch(rows)[2].copy_(found).mul_(scale)
-        missed = _energy(changed.sub_(got))  # by itself: beside g float32 would lose it
-        self._measure(got.sub_(weight), missed, first, first + len(rows))
-        return found, math.isfinite(missed)
-
-    def _measure(self, got: Tensor, missed: float, first: int, last: int) -> None:
-        images = iter((got @ self._downs).split([v.rank for v in self._thin], 1))
-        crossed = torch.zeros(len(self._vectors), dtype=torch.float64)
-        for n, vector in enumerate(self._vectors):
-            if isinstance(vector, Factors) and _is_thin(vector):
-                crossed[n] = (next(images) * vector.up[first:last]).sum(dtype=torch.float64)
-            else:
-                crossed[n] = (got * dense_rows(vector, first, last)).sum(dtype=torch.float64)
-        self._crossed[first], self._energies[first] = crossed, (_energy(got), missed)
-
-    def sums(self) -> tuple[float, float, tuple[float, float, float]]:
-        """(<g, d>, |d|^2, the energies that `Sums.add` takes), d at the step's rank."""
-        self._gram, size = self._products_of_vectors()
-        written, missed = (sum(self._energies[first][n] for first in sorted(self._energies)) for n in (0, 1))
-        products = self._products()
-        crossed, wanted = float(self._aim @ products), size
-        if self.want is not self._aim:  # what was asked for is more than d
-            wanted = float(self.want @ self._gram @ self.want)
-            missed = wanted - 2 * float(self.want @ products) + written
-        return crossed, max(size, 0.0), (max(wanted, 0.0), max(missed, 0.0), written)
-
-    def _products_of_vectors(self) -> tuple[Tensor, float]:
-        """(inner products of the vectors, |d|^2), from sums in float32 unless the inputs cancel in d."""
-        for sums in (torch.float32, torch.float64):
-            found = gram(self._vectors, sums)
-            size = float(self._aim @ found @ self._aim)
-            if size > _CANCELS * float(self._aim.square() @ found.diagonal()):
-                break
-        return found, size
-
-    def _products(self) -> Tensor:
-        return torch.stack([self._crossed[first] for first in sorted(self._crossed)]).sum(0)
-
-    def products(self, written: float) -> Tensor:
-        """(n + k + 1, n + k + 1) inner products of the vectors and of what was written."""
-        size = len(self._vectors)
-        found = torch.full((size + 1, size + 1), written, dtype=torch.float64)
-        found[:size, :size] = self._gram
-        found[size, :size] = found[:size, size] = self._products()
-        return found
-
-
-_local = threading.local()
-
-
-def _scratch(rows: Tensor) -> Tensor:
-    """Three float32 tensors of this shape, the same memory every time: fresh pages cost as much as the arithmetic."""
-    kept: dict[torch.device, Tensor] = _local.__dict__.setdefault("kept", {})
-    if rows.device not in kept or kept[rows.device].numel() < 3 * rows.numel():
-        kept[rows.device] = torch.empty(3 * rows.numel(), device=rows.device)
-    return kept[rows.device][: 3 * rows.numel()].view(3, *rows.shape)
-
-
-def _energy(x: Tensor) -> float:
-    """Squared norm; infinite or NaN where a number of x is."""
-    flat = x.reshape(-1)
-    return float(torch.dot(flat, flat))
-
-
-def _float32(delta: Delta) -> Delta:
-    return delta.expand().map(lambda t: t.float()) if _all_factors(delta) else delta.map(lambda t: t.float())
-
-
-def _all_factors(delta: Delta) -> bool:
-    return all(isinstance(p, Factors) for p in getattr(delta, "parts", (delta,)))
-
-
-def _is_thin(delta: Delta) -> bool:
-    return isinstance(delta, Factors) and delta.rank <= _THIN * min(delta.shape)
