@@ -90,6 +90,10 @@ class Frame:
         """Clicks a button by its text."""
         self.inner.get_by_role("button", name=name, exact=True).click()
 
+    def closed(self) -> None:
+        """Waits until the dialog is gone: a browser says that it was closed some time after the key."""
+        self.find("dialog").wait_for(state="detached")
+
     def choose(self, label: str, value: str) -> None:
         """Chooses an option of a select by its value."""
         self.inner.get_by_label(label, exact=True).select_option(value)

@@ -103,6 +103,7 @@ def test_pictures_stand_side_by_side_and_open_large(work, loras, show):
     assert large(frame) == f"green: {CAT}"
     assert frame.violations() == []
     frame.page.keyboard.press("Escape")
+    frame.closed()
     assert frame.find("dialog").count() == 0
 
 
@@ -124,6 +125,7 @@ def test_keys_go_to_every_picture_and_back_to_the_last(work, loras, show):
         frame.press(name)
         assert large(frame).startswith(shown)
     frame.press("Close")
+    frame.closed()
     focused = frame.inner.evaluate("document.activeElement.querySelector('img')?.alt")
     assert focused == f"red: {DOG}"
 
@@ -209,6 +211,7 @@ def test_many_columns_wrap_and_are_walked_with_the_arrow_keys(work, loras, show)
     frame.page.keyboard.press("ArrowDown")
     assert large(frame) == f"{CELLS[-1]}: {DOG}"
     frame.page.keyboard.press("Escape")
+    frame.closed()
     assert frame.inner.evaluate("document.activeElement.querySelector('img')?.alt") == f"{CELLS[-1]}: {DOG}"
     assert frame.find(".gallery details[open]").count() == 2
 
