@@ -154,7 +154,14 @@ function composerSection(step, s, desk, owner, showStep, live = null) {
   });
   backs.forEach((button) => button.update());
   if (live) {
-    const follow = () => { live.measuring.look(); method.hidden = !live.studio.isOpen(); outcome.refresh(); yaml.update(); };
+    let wasOpen = null;
+    const follow = () => {
+      const isOpen = live.studio.isOpen();
+      live.measuring.look();
+      outcome.follow();
+      if (isOpen !== wasOpen) { method.hidden = !isOpen; yaml.update(); }
+      wasOpen = isOpen;
+    };
     live.studio.listen("composer", follow);
     live.keeping.listen = yaml.update;
     live.measuring.want(desk.setting(s));
@@ -239,15 +246,12 @@ function outcomeBox(step, s, desk, live) {
   const predicted = { share, tell, label: "predicted energy of the result" };
   let drawn = predicted; // what the map shows: this, or what was measured
   const map = heatMap({ label: drawn.label, value: (n) => drawn.share(n), shade: (v) => shadeEnergy(drawn.most ?? most)(v), tell: (n) => drawn.tell(n) });
-  const [source, measured] = [el("p", { class: "source" }), el("div", { class: "measured" })];
+  const [source, measured] = [el("p", { class: "source", role: "status" }), el("div", { class: "measured" })];
   let found = null; // what was measured last
+  let answer = null; // of the studio, that is shown
   const isLive = () => live !== null && live.studio.isOpen();
   const caveats = () => [isLive() || step.method === "sum" ? "" : `This is a plain sum; ${step.method} will differ.`, step.cut ? "What the rank of this step cuts away is still in it." : "",
     details.unpaired ? `How the ${details.unpaired} weaker LoRAs overlap is not counted.` : ""].filter(Boolean).join(" ");
-  const tellLater = (text) => {
-    clearTimeout(later);
-    if (line.isConnected) later = setTimeout(() => say(text), 800); // screen readers hear the last of a row of changes
-  };
 
   function sentence() {
     const apart = sum(now.alone.map((energies) => sum(energies.map((e) => e ?? 0))));
@@ -268,27 +272,31 @@ function outcomeBox(step, s, desk, live) {
     const energies = now.alone.map((own) => sum(own.map((e) => e ?? 0)));
     const apart = sum(energies);
     most = now.total > 0 ? Math.max(...now.together.map((e) => e ?? 0)) / now.total : 0;
-    line.textContent = `${isLive() ? "A plain sum, predicted: " : ""}${sentence()} ${caveats()}`;
-    tellLater(sentence());
+    clearTimeout(later);
+    if (line.isConnected && !isLive()) later = setTimeout(() => say(sentence()), 800); // screen readers hear the last of a row of changes
     bars.replaceChildren(...inputs.map((input, i) => el("li", {}, el("span", { class: "bar-name" }, foreign(input.label, 40)),
       el("span", { class: "bar" }, el("i", { "--at": apart > 0 ? energies[i] / apart : 0 })), el("span", { class: "number" }, apart > 0 ? percent(energies[i] / apart) : "–"))));
-    refresh();
+    draw(answerNow());
   }
 
+  const answerNow = () => live?.measuring.of(desk.setting(s)) ?? NOTHING_MEASURED;
+
   /** What is measured in the place of what is predicted, as far as a studio has come with it. */
-  function refresh() {
-    const { isPending, error, ...answer } = isLive() ? live.measuring.of(desk.setting(s)) : { isPending: false, error: null, found: null };
-    if (!isPending && answer.found !== found) {
-      found = answer.found;
+  function draw(told) {
+    const { isPending, error } = told;
+    answer = told;
+    if (!isPending && told.found !== found) {
+      found = told.found;
       measured.replaceChildren(...(found ? measuredList(found, inputs).filter(Boolean) : []));
-      if (found) tellLater(`Measured: ${found.judgement}`);
     }
     drawn = found ? measuredMap(found) : predicted;
     source.hidden = !isLive();
-    source.textContent = error ? `This can't be merged: ${error}` : isPending ? (found ? "Computing… These are the numbers before the last change." :
+    const words = error ? `This can't be merged: ${error}` : isPending ? (found ? "Computing… These are the numbers before the last change." :
       "Computing… Until then this is the prediction of a plain sum.") : found ? `Measured: ${desk.how(s).method}, as the file would be.` : "";
+    if (words !== source.textContent) source.textContent = words; // screen readers hear what is new
     source.classList.toggle("warn", error !== null);
     line.hidden = found !== null;
+    line.textContent = `${isLive() ? "A plain sum, predicted: " : ""}${sentence()} ${caveats()}`;
     box.classList.toggle("stale", isPending && found !== null);
     map.rename(drawn.label);
     map.update();
@@ -297,7 +305,7 @@ function outcomeBox(step, s, desk, live) {
   const box = el("div", { class: "outcome" }, el("h4", {}, "What would come out"), source, measured, line,
     live ? el("p", { class: "hint" }, "The energy of each LoRA as it goes in, and where that of the result is:") : null, bars, map);
   update();
-  return Object.assign(box, { update, refresh });
+  return Object.assign(box, { update, follow: () => { if (answerNow() !== answer) draw(answerNow()); } });
 }
 
 const NEARLY_NOTHING = 1e-3; // of the energy: the energies on this page have five digits, the cosines seven

@@ -61,7 +61,7 @@ function studioSection(studio, composed, keeping) {
   };
   async function look(draft) {
     if (!studio.isOpen()) return;
-    if (about.no_pictures) { say(about.no_pictures); return; }
+    if (about.no_pictures) { say(`There are no pictures: ${about.no_pictures}`); return; }
     const before = studio.state.looks.map(({ id }) => id);
     const { id } = await ask("look", { setting: composed.setting(), draft }) ?? {};
     if (before.includes(id)) say(`Look ${before.indexOf(id) + 1} shows these weights already.`);
@@ -71,7 +71,7 @@ function studioSection(studio, composed, keeping) {
     button("Look", () => look(false), { class: "main", "aria-keyshortcuts": "L" }), button("Draft", () => look(true), { "aria-keyshortcuts": "D" }),
     button("Cancel", () => { if (isCancellable()) ask("cancel"); })];
   const isCancellable = () => studio.state !== null && studio.state.looks.some(isPending);
-  const pictures = about.no_pictures ? el("p", {}, el("bdi", {}, about.no_pictures)) : [
+  const pictures = about.no_pictures ? el("p", {}, "There are no pictures: ", el("bdi", {}, about.no_pictures)) : [
     el("div", { class: "tools" }, lookButton, draftButton, cancelButton),
     el("p", { class: "hint" }, `A look renders what is composed below (${about.full}; key L), a draft is faster (${about.draft}; key D).`), strip];
   const [closeButton, sure] = closeParts(async () => { if (await ask("close")) studio.end("The studio is closed."); });
@@ -80,7 +80,7 @@ function studioSection(studio, composed, keeping) {
   function update() {
     const { state, status: now } = studio;
     const isOpen = studio.isOpen();
-    const text = isOpen ? doing(state) : now === "asking" ? "Looking for the studio…" : `${studio.why} The page below is as without it.`;
+    const text = isOpen ? doing(state) : now === "asking" ? "Looking for the studio…" : `${studio.why} The page below works without it.`;
     if (status.textContent !== text) status.textContent = text;
     const task = isOpen && state.task?.total ? state.task : null;
     progress.hidden = !task;

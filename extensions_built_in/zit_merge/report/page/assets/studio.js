@@ -132,7 +132,7 @@ function doing({ task, looks }) {
 
 /**
  * What the studio measured of the settings of this tab. `want(setting)` asks after a moment of quiet; `of(setting)` is
- * {found, error, isPending}.
+ * {found, error, isPending}, the same object until there is something new.
  */
 function makeMeasuring(studio) {
   const known = new Map(); // setting as JSON -> {found, error}
@@ -142,7 +142,7 @@ function makeMeasuring(studio) {
 
   function learn(key, answer) {
     known.delete(key);
-    known.set(key, answer);
+    known.set(key, { ...answer, isPending: false });
     if (known.size > REMEMBERED) known.delete(known.keys().next().value);
   }
 
@@ -182,11 +182,10 @@ function makeMeasuring(studio) {
       clearTimeout(timer);
       timer = setTimeout(() => { timer = null; ask(); }, QUIET);
     },
-    of(setting) {
-      const answer = known.get(JSON.stringify(setting));
-      return answer ? { ...answer, isPending: false } : { found: null, error: null, isPending: studio.isOpen() };
-    },
+    of: (setting) => (studio.isOpen() ? known.get(JSON.stringify(setting)) ?? PENDING : NOTHING_MEASURED),
   };
 }
 
+const NOTHING_MEASURED = { found: null, error: null, isPending: false };
+const PENDING = { ...NOTHING_MEASURED, isPending: true };
 const QUIET = 250; // milliseconds without a change before something is measured
