@@ -46,10 +46,20 @@ class StepReaders:
         """Reads a step's result: from its file where that is there from the same recipe, else computed."""
         if plan.spec.keep and (lora := made_file(plan, self._hashes, plan.path)):
             return self._files.enter_context(TensorReader(lora))
+        return self.result(plan, self._device, self._progress)
+
+    def result(self, plan: StepPlan, device: torch.device, progress: Progress) -> Result:
+        """A step's result, computed.
+
+        Args:
+            plan: The step.
+            device: Where the algebra runs.
+            progress: Shows the passes that are needed first.
+        """
         readers = [self.of_input(i) for i in plan.inputs]
         if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
             plan = plan.revised(inputs=tuple(map(_as_read, plan.inputs, readers)))
-        return Result(plan, readers, self._device, self._progress)
+        return Result(plan, readers, device, progress)
 
 
 def _as_read(i: Input, reader: Reader) -> Input:

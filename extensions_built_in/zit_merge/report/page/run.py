@@ -74,6 +74,31 @@ class RunPage:
         if not self._why_not:
             self._page.show(context.loc, step, gallery)
 
+    @property
+    def why_not(self) -> str:
+        """Why there can be no page; empty where it can."""
+        return self._why_not
+
+    def studio(self, facts: Mapping[str, Any] | None) -> None:
+        """A studio answers the page from now on, or no more.
+
+        Args:
+            facts: What the page has to know of it; None for none.
+        """
+        self._page.studio = facts
+
+    def html(self) -> str:
+        """The page as far as it has come."""
+        return self._page.html()
+
+    def replace_raw(self, raw: Mapping[str, Any]) -> None:
+        """The last section has other steps now.
+
+        Args:
+            raw: The section as a config would have it.
+        """
+        self._page.replace_raw(raw)
+
     def write(self) -> str:
         """Writes the page as far as it has come; may be called again.
 
