@@ -43,6 +43,7 @@ function makeStudio(about) {
   }
 
   function become(status, why = "") {
+    if (status === "gone") clearTimeout(next);
     Object.assign(studio, { status, why });
     tell();
   }
