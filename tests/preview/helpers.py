@@ -16,13 +16,12 @@ from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
 from extensions_built_in.zit_merge.merging.made import Done, Hashes
-from extensions_built_in.zit_merge.merging.readers import StepReaders
+from extensions_built_in.zit_merge.merging.readers import StepReaders, delta_reader
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.planning.context import RunContext
 from extensions_built_in.zit_merge.planning.job import make_context, plan_job
 from extensions_built_in.zit_merge.planning.planned import Planned
 from extensions_built_in.zit_merge.preview.grids import preview_plan
-from extensions_built_in.zit_merge.preview.pictures import delta_reader
 from extensions_built_in.zit_merge.preview.plan import PreviewPlan
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest

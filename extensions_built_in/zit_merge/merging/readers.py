@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..algebra.delta import Delta
 from ..formats.reader import TensorReader, load_lora
 from ..formats.reading import Reader
 from ..planning.types import Input, StepPlan
@@ -69,3 +72,22 @@ def _as_read(i: Input, reader: Reader) -> Input:
     if isinstance(reader, Result):
         return replace(i, step=reader.plan, known=reader.plan.result)
     return replace(i, known=replace(i.step.result, ranks=load_lora(i.step.path).ranks))
+
+
+def delta_reader(
+    opened: Callable[[], AbstractContextManager[StepReaders]],
+) -> Callable[[Input | StepPlan], Iterator[tuple[str, Delta]]]:
+    """Reads every module of an input at strength 1, or of a step's result; the files are open until the last module.
+
+    Args:
+        opened: Opens inputs and steps.
+    """
+
+    def read(source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
+        with opened() as readers:
+            reader = readers.of_input(source) if isinstance(source, Input) else readers.of_step(source)
+            for module in source.known.ranks if isinstance(source, Input) else source.shapes:
+                scale, delta = reader.delta(module)
+                yield module, delta.times(scale)
+
+    return read

@@ -134,6 +134,9 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
     owners: dict[str, tuple[int, str]] = {}  # path -> (section, location of the step)
     for index, section in job.sections():
         context = make_context(job, index, section, output_dir=output_dir)
+        if section.studio and index + 1 < len(job.processes):
+            told = f"the job would wait in the studio before {job.loc(index + 1)}: put studio on the job's last process"
+            raise SettingError(told, context.at("studio"))
         names = {step.name for step in section.steps}
         for i, step in enumerate(section.steps):
             own = index, context.at(f"steps[{i}]")

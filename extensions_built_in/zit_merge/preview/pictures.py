@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
-from ..algebra.delta import Delta
-from ..merging.readers import StepReaders
-from ..planning.types import Input, StepPlan
 from ..progress import Progress
 from .image_store import ImageStore
 from .plan import Picture, PictureRecords, PreviewPlan
@@ -27,23 +24,6 @@ def missing_pictures(pictures: Sequence[Picture], records: PictureRecords, store
     for picture in pictures:
         first.setdefault(records.digests[picture], picture)
     return [picture for digest, picture in first.items() if not store.has(digest)]
-
-
-def delta_reader(opened: Callable[[], AbstractContextManager[StepReaders]]) -> ReadDeltas:
-    """Reads every module of an input at strength 1, or of a step's result; the files are open until the last module.
-
-    Args:
-        opened: Opens inputs and steps.
-    """
-
-    def read(source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
-        with opened() as readers:
-            reader = readers.of_input(source) if isinstance(source, Input) else readers.of_step(source)
-            for module in source.known.ranks if isinstance(source, Input) else source.shapes:
-                scale, delta = reader.delta(module)
-                yield module, delta.times(scale)
-
-    return read
 
 
 def rendered_pictures(

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ZitMergeError, counted, joined, located
 from ..merging.made import Hashes
-from ..merging.readers import StepReaders
+from ..merging.readers import StepReaders, delta_reader
 from ..planning.planned import Planned
 from ..progress import SILENT, Progress
 from ..report.page.galleries import Gallery, Measures, Preview
@@ -16,7 +16,7 @@ from ..report.page.run import RunPage
 from .image_store import image_store
 from .metrics import METRICS, metric
 from .outputs import GridResult, GridWriter
-from .pictures import delta_reader, missing_pictures, rendered_pictures
+from .pictures import missing_pictures, rendered_pictures
 from .plan import Picture, PictureRecords, PreviewPlan, specs_text
 from .rendering import Load, Workers
 

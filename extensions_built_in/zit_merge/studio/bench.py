@@ -60,7 +60,7 @@ class Bench:
         if len(before) != len(setting.loras):
             raise ZitMergeError(f"setting.loras: {setting.step} has {len(before)} LoRAs, not {len(setting.loras)}")
         loras = [
-            lora if own is None else {key: value for key, value in lora.items() if key not in _SPELLED} | own
+            lora if own is None else {key: value for key, value in lora.items() if key not in _SPELLED} | dict(own)
             for lora, own in zip(before, setting.loras, strict=True)
         ]
         kept = {key: value for key, value in template.items() if key not in _OWN}

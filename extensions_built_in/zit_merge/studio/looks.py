@@ -15,10 +15,10 @@ from ..errors import ZitMergeError
 from ..files.extent import read_json
 from ..files.inputs import read_limited
 from ..merging.made import Hashes
-from ..merging.readers import StepReaders
+from ..merging.readers import StepReaders, delta_reader
 from ..planning.context import RunContext
 from ..preview.image_store import image_store
-from ..preview.pictures import delta_reader, missing_pictures, rendered_pictures
+from ..preview.pictures import missing_pictures, rendered_pictures
 from ..preview.plan import PictureRecords, PreviewPlan, specs_text
 from ..preview.rendering import Load
 from ..preview.samples import settings_of, specs_of

@@ -9,10 +9,13 @@ from typing import Any
 
 from ..algebra.methods import METHODS
 from ..algebra.parameters import Parameter, paragraphs
+from ..config.schema import Section
 from ..errors import ZitMergeError
+from ..formats.checkpoint import Checkpoint, Seen
 from ..merging.made import Done, Hashes
 from ..merging.measure import measure_step
 from ..planning.planned import Planned
+from ..planning.types import StepPlan
 from ..preview.grids import preview_plan
 from ..preview.plan import PreviewPlan
 from ..preview.rendering import Load, Renderer
@@ -64,8 +67,8 @@ class Studio:
 
     def __enter__(self) -> Studio:
         planned = self.bench.planned
-        files = {path: stamp for plan in planned.plans for path, stamp in plan.hashed.items()}
-        self._hashes = self._open.enter_context(Hashes(files))
+        self._files = {path: seen for plan in planned.plans for path, seen in plan.hashed.items()}
+        self._hashes = self._open.enter_context(Hashes(self._files))
         self._readers = self._open.enter_context(HeldReaders(self._hashes, planned.device))
         return self
 
@@ -88,11 +91,20 @@ class Studio:
         Raises:
             ZitMergeError: The step can't be made.
         """
-        plan = self.bench.plan(self.bench.step(setting, TRIED))[1][-1]
+        _, (*_, plan) = self._planned(self.bench.step(setting, TRIED))
         return result_facts(*measure_step(plan, self._readers, self.bench.planned.device, progress))
 
+    def _planned(self, step: Mapping[str, Any]) -> tuple[Section, Sequence[StepPlan]]:
+        """The plans of a step, its files as they were when the studio was opened: what was seen is what is kept."""
+        section, plans = self.bench.plan(step)
+        for path, seen in plans[-1].hashed.items():
+            before = self._files.get(path)
+            if before is not None and _facts(before) != _facts(seen):
+                raise ZitMergeError(f"{path}: was changed since the studio opened: close it and open it again")
+        return section, plans
+
     def _pictures(self, setting: Setting, asked: Mapping[str, Any]) -> PreviewPlan:
-        section, plans = self.bench.plan(self.bench.step(setting, TRIED) | {"preview": dict(asked)})
+        section, plans = self._planned(self.bench.step(setting, TRIED) | {"preview": dict(asked)})
         return preview_plan(section, self.bench.planned.context, plans[-1:])
 
     def add(self, setting: Setting, draft: bool) -> Look:
@@ -141,7 +153,7 @@ class Studio:
             ZitMergeError: The file can't be written, or one of that name is there already.
         """
         step = self.bench.step(setting, name)
-        section, plans = self.bench.plan(step)
+        section, plans = self._planned(step)
         if any(target.exists() for target in plans[-1].targets):
             raise ZitMergeError(f"name: {plans[-1].path.name} is there already: choose another name")
         *_, done = self._run(replace(self.bench.planned, section=section, plans=plans), progress)
@@ -230,6 +242,10 @@ def studio_facts(studio: Studio, door: Door) -> dict[str, Any]:
             for name, method in METHODS.items()
         ],
     }
+
+
+def _facts(seen: Seen) -> object:
+    return seen.files if isinstance(seen, Checkpoint) else seen
 
 
 def _parameter(p: Parameter) -> Mapping[str, Any]:

@@ -256,7 +256,7 @@ def _cancel(session: Session, asked: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _favourite(session: Session, asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    session.favourite(asked.get("look"), asked.get("on"))
+    session.favourite(asked.get("look"), asked.get("on") is True)
     return {}
 
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...analysis.measure import Measurement
 from ...errors import ZitMergeError
 from ...files.paths import file_name
 from ...merging.made import Done
 from ...planning.context import RunContext
 from ...progress import Progress
 from ...wording import copyable
-from .facts import step_facts
+from .facts import files_facts, step_facts
 from .galleries import Gallery
 from .render import Page, is_ours
 from .whole_job import of_context
@@ -58,6 +59,18 @@ class RunPage:
         """
         if not self._why_not:
             self._page.add(step_facts(done, progress))
+
+    def look_at(self, measured: Measurement) -> None:
+        """Files of a section that has merged nothing yet.
+
+        Args:
+            measured: The files.
+
+        Raises:
+            ZitMergeError: One of them is broken.
+        """
+        if not self._why_not:
+            self._page.add(files_facts(measured))
 
     def show(self, context: RunContext, step: str, gallery: Gallery) -> None:
         """Pictures of a step, whether it was merged in this run or not.
