@@ -238,6 +238,23 @@ def tab_of(frame: LiveFrame) -> LiveFrame:
     return second
 
 
+def test_what_was_composed_last_is_a_button_away_when_the_page_is_opened_again(opened, tab):
+    live = opened()
+    frame = tab(live)
+    frame.measured()
+    assert frame.inner.get_by_role("button", name="Go on with what was composed last").count() == 0
+    frame.type("1. me.safetensors", 0.25)
+    frame.choose("Method", "ties")
+    frame.measured()
+    composed = frame.section()
+    again = tab(live)
+    assert again.section()["steps"][-1] == {**SOFT, "name": "soft_2"}
+    again.press("Go on with what was composed last")
+    assert again.section() == composed
+    again.press("Undo")
+    assert again.section()["steps"][-1] == {**SOFT, "name": "soft_2"}
+
+
 # --- pictures ------------------------------------------------------------------------------------------------------------------
 
 

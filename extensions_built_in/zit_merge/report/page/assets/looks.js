@@ -75,7 +75,9 @@ function studioSection(studio, composed, keeping) {
     el("div", { class: "tools" }, lookButton, draftButton, cancelButton),
     el("p", { class: "hint" }, `A look renders what is composed below (${about.full}; key L), a draft is faster (${about.draft}; key D).`), strip];
   const [closeButton, sure] = closeParts(async () => { if (await ask("close")) studio.end("The studio is closed."); });
-  const open = el("div", {}, sure, pictures, keep);
+  const resume = el("p", { class: "tools", hidden: true }, button("Go on with what was composed last", () => { composed.adopt(last); resume.hidden = true; lookButton.focus(); }));
+  const open = el("div", {}, sure, resume, pictures, keep);
+  let last; // the setting that was measured last, before this page was opened; null for none
 
   function update() {
     const { state, status: now } = studio;
@@ -88,7 +90,11 @@ function studioSection(studio, composed, keeping) {
     open.hidden = !isOpen;
     end.hidden = !isOpen;
     if (!isOpen) return;
-    ends.textContent = studio.closesAt === null ? "" : `It closes by itself after ${minutesText(studio.closesAt - Date.now())} without use.`;
+    if (last === undefined) {
+      last = state.last ?? null;
+      resume.hidden = last === null || isSame(last, composed.setting());
+    }
+    ends.textContent = `Unless it is used, it closes by itself in ${studio.minutesLeft === 1 ? "a minute" : `${studio.minutesLeft} minutes`}.`;
     setAttributes(cancelButton, { "aria-disabled": String(!isCancellable()) });
     strip.update();
     keep.update();
@@ -107,17 +113,12 @@ function studioSection(studio, composed, keeping) {
   return box;
 }
 
-function minutesText(milliseconds) {
-  const minutes = Math.max(Math.round(milliseconds / 60_000), 1);
-  return minutes === 1 ? "a minute" : `${minutes} minutes`;
-}
-
 /** The button that ends the studio, and what it asks first. */
 function closeParts(close) {
   const ask = button("Close the studio", () => turn(true));
   const [yes, no] = [button("Close it", close), button("Leave it open", () => turn(false))];
   const sure = el("div", { class: "sure", role: "group", "aria-label": "close the studio", hidden: true, onkeydown: (e) => { if (e.key === "Escape") turn(false); } },
-    el("p", {}, "Close the studio? Files that were kept stay. The looks are gone."), el("p", { class: "tools" }, yes, no));
+    el("p", {}, "Close the studio? Files and pictures that are there stay; what waits is dropped."), el("p", { class: "tools" }, yes, no));
   function turn(isAsking) {
     sure.hidden = !isAsking;
     ask.hidden = isAsking;

@@ -61,7 +61,8 @@ function makeLive() {
   const composed = {
     setting: () => desk.setting(steps[composing].s),
     adopt(setting) {
-      const { s } = steps.find((entry) => isComposedLive(entry) && entry.step.name === setting.step);
+      const { s, step } = steps.find((entry) => isComposedLive(entry) && entry.step.name === setting.step) ?? {};
+      if (step?.inputs.length !== setting.loras.length) { say(`The step ${setting.step} is not on this page as it was then.`); return; }
       desk.adopt(s, setting);
       follow(liveSection, s, "The weights are those of");
       say("These weights are in the composer now; Undo takes them back.");

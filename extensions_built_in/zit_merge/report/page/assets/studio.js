@@ -22,13 +22,13 @@ function narrowPolicy({ origin }) {
  * The studio as the page sees it.
  *
  * status: `asking` until the first answer, then `open`; `silent` while it does not answer; `gone` for good. why: a sentence for the last
- * two. state: what it said last.
+ * two. state: what it said last. minutesLeft: until it closes by itself, if nobody uses it.
  */
 function makeStudio(about) {
   const address = studioAddress(about.port);
   narrowPolicy(address);
   const listeners = new Map();
-  const studio = { about, status: "asking", why: "", state: null, closesAt: null, call, listen, tell, end: (why) => become("gone", why), isOpen: () => studio.status === "open" };
+  const studio = { about, status: "asking", why: "", state: null, minutesLeft: null, call, listen, tell, end: (why) => become("gone", why), isOpen: () => studio.status === "open" };
   let failed = 0; // in a row
   let next = null; // timer
   let epoch = 0; // of calls: what was asked before the last one is out of date
@@ -92,10 +92,12 @@ function makeStudio(about) {
   }
 
   function take(told) {
-    if ("seconds_left" in told) studio.closesAt = Date.now() + 1000 * told.seconds_left;
+    const minutesLeft = Math.max(Math.ceil(told.seconds_left / 60), 1);
+    const isNew = "looks" in told || minutesLeft !== studio.minutesLeft || studio.status !== "open";
+    studio.minutesLeft = minutesLeft;
     if ("looks" in told) studio.state = told;
-    if (told.closed) become("gone", `The studio is closed: ${told.closed}`);
-    else if ("looks" in told || studio.status !== "open") become("open");
+    if (told.closed) become("gone", `The studio is closed: ${told.closed}.`);
+    else if (isNew) become("open");
   }
 
   function fail() {
