@@ -62,7 +62,16 @@ class Live:
     def _serve(self, bench: Bench, load: Loader | None, why_not: str) -> None:
         try:
             serve_studio(
-                bench, self._page, lambda text: None, SILENT, keep=_keep, load=load, why_not=why_not, port=0, is_served=True, on_open=self._open
+                bench,
+                self._page,
+                lambda text: None,
+                SILENT,
+                keep=_keep,
+                load=load,
+                why_not=why_not,
+                port=0,
+                is_served=True,
+                on_open=self._open,
             )
         except BaseException as e:
             self._trouble.append(e)
