@@ -1,0 +1,88 @@
+"""What pip makes of the repository: a wheel with all that the package reads, and the command `zit-merge`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from extensions_built_in.zit_merge import __version__
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "extensions_built_in" / "zit_merge"
+
+
+def pip(*words: object) -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", *map(str, words)], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built without a network, of a copy: setuptools writes into the folder that it builds."""
+    pytest.importorskip("setuptools")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / "extensions_built_in" / "zit_merge", ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", source, "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", out)
+    (made,) = out.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder with the wheel alone; its dependencies are those of this environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", wheel, "--no-deps", "--no-index", "-q", "--target", folder)
+    return folder
+
+
+def zit_merge(installed: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = shutil.which("zit-merge", path=installed / "bin") or shutil.which("zit-merge", path=installed / "Scripts")
+    assert command
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    return subprocess.run([command, *words], cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_a_wheel_carries_every_file_of_the_package(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    ours = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert names == ours
+    assert {p.rpartition(".")[2] for p in names} >= {"py", "yaml", "css", "html", "js", "md", "png"}
+
+
+def test_its_metadata_are_those_of_the_repository(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    needed = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert needed == [line for line in lines if line and not line.startswith("#")]
+    assert not any("==" in line or "<" in line for line in needed), "ranges: a user's torch is never replaced"
+    assert f"\nVersion: {__version__}\n" in metadata
+
+
+def test_the_command_can_be_typed(installed, tmp_path):
+    alone = zit_merge(installed, cwd=tmp_path)
+    assert alone.returncode == 2 and alone.stderr.startswith("usage: zit-merge ") and "zit-merge demo" in alone.stderr
+    version = zit_merge(installed, "--version", cwd=tmp_path)
+    assert (version.returncode, version.stdout) == (0, f"zit_merge {__version__}\n")
+
+
+def test_the_demo_runs_from_the_wheel(installed, tmp_path):
+    done = zit_merge(installed, "demo", cwd=tmp_path)
+    assert done.returncode == 0 and " is right: " in done.stdout, done.stderr
+    assert (tmp_path / "zit_merge_demo" / "demo_page.html").is_file()
+
+
+def test_the_wheel_installs_itself_into_a_toolkit(installed, tmp_path):
+    (tmp_path / "extensions_built_in").mkdir()
+    (tmp_path / "run.py").touch()
+    done = zit_merge(installed, "install", ".", "--copy", cwd=tmp_path)
+    assert done.returncode == 0 and "    zit-merge attach " in done.stdout, done.stderr
+    assert (tmp_path / "extensions_built_in" / "zit_merge" / "report" / "page" / "assets" / "main.js").is_file()
