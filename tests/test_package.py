@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from workspace import FEW, write_lora
 
 from extensions_built_in.zit_merge import __version__
 
@@ -86,3 +88,18 @@ def test_the_wheel_installs_itself_into_a_toolkit(installed, tmp_path):
     done = zit_merge(installed, "install", ".", "--copy", cwd=tmp_path)
     assert done.returncode == 0 and "    zit-merge attach " in done.stdout, done.stderr
     assert (tmp_path / "extensions_built_in" / "zit_merge" / "report" / "page" / "assets" / "main.js").is_file()
+
+
+def test_the_command_finds_what_is_in_the_working_directory(installed, tmp_path):
+    """As `python -m` does: AI-Toolkit, and metrics of one's own."""
+    write_lora(tmp_path, "ai-toolkit", shapes=FEW, stem="me")
+    ablate = {"by": "layers", "metrics": ["distances:mine"]}
+    step = {"name": "a", "loras": [{"lora": "me.safetensors", "ratio": 1.0}], "preview": {"prompts": ["a"]}, "ablate": ablate}
+    model = {"name_or_path": "Tongyi-MAI/Z-Image-Turbo", "arch": "zimage:turbo"}
+    section = {"type": "zit_merge", "shapes": "free", "output_dir": "out", "device": "cpu", "model": model, "steps": [step]}
+    job = {"job": "extension", "config": {"name": "x", "process": [section]}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    assert "distances" in zit_merge(installed, "check", "job.yaml", cwd=tmp_path).stderr
+    (tmp_path / "distances.py").write_text("def mine(a, b): return 0.0\n", encoding="utf-8")
+    done = zit_merge(installed, "check", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

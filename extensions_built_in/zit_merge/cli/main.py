@@ -15,6 +15,17 @@ from ..wording import forget
 from .parser import build_parser, first_steps, program
 
 
+def script() -> int:
+    """The console script `zit-merge`: finds AI-Toolkit, and metrics of the user's own, in the working directory as `python -m` does.
+
+    Returns:
+        As `main`.
+    """
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, "")
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
