@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from oracles import producers
 from PIL import Image
 from workspace import FEW, Workspace
 
@@ -260,7 +259,12 @@ def test_the_worked_example_of_strengths():
 
 
 def errors_of(path: Path) -> list[str]:
-    return re.findall(r"^\| `(?!-)([^`\n]+)` \|", path.read_text(encoding="utf-8").partition("the sentence has")[2], re.MULTILINE)
+    return errors_of_text(path.read_text(encoding="utf-8"), "the sentence has")
+
+
+def errors_of_text(text: str, head: str) -> list[str]:
+    """The first column of the tables from this head on."""
+    return re.findall(r"^\| `(?!-)([^`\n]+)` \|", text.partition(head)[2], re.MULTILINE)
 
 
 def provoked(work: Workspace) -> list[str]:
@@ -325,10 +329,28 @@ def test_there_is_no_other_python():
 # --- in Chinese ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_chinese_readme_has_the_commands_and_the_yaml_of_the_other():
-    def code(path: Path) -> list[tuple[str, str]]:
-        without = [re.sub(r"\s*#.*", "", block.text) for block in blocks(path)]
-        return [(block.kind, text.strip("\n")) for block, text in zip(blocks(path), without, strict=True)]
+def code(path: Path) -> list[tuple[str, str]]:
+    """The blocks of a page without their comments, which are translated."""
+    return [(block.kind, re.sub(r"\s*(?<!\S)#.*", "", block.text).strip("\n")) for block in blocks(path)]
 
+
+def test_the_chinese_readme_has_the_commands_and_the_yaml_of_the_other():
     theirs = code(CHINESE)
     assert [block for block in code(README) if block not in theirs] == []
+    assert [block for block in theirs if block in code(README)] == code(README), "in the same order"
+
+
+def test_the_chinese_readme_has_its_errors_keys_and_pictures():
+    ours, theirs = README.read_text(encoding="utf-8"), CHINESE.read_text(encoding="utf-8")
+    assert errors_of_text(theirs, "訊息裡有") == errors_of(README)
+    for pattern in (r"images/\w+\.png", r"^\| (`\w+`) \| [`|]", r"`(--[\w-]+)"):
+        assert set(re.findall(pattern, ours, re.MULTILINE)) <= set(re.findall(pattern, theirs, re.MULTILINE))
+
+
+def test_it_is_in_the_letters_of_taiwan():
+    """None of the simplified forms of letters that such a text is full of."""
+    assert (
+        set(CHINESE.read_text(encoding="utf-8"))
+        & set("这个们为会时来过对开关实现权块层训练强调颜图发载档应继还进远选错误见说读写类网页")
+        == set()
+    )
