@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -103,3 +104,17 @@ def test_the_command_finds_what_is_in_the_working_directory(installed, tmp_path)
     (tmp_path / "distances.py").write_text("def mine(a, b): return 0.0\n", encoding="utf-8")
     done = zit_merge(installed, "check", "job.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("oyaml") is not None, reason="this is AI-Toolkit's own Python")
+def test_a_toolkit_whose_packages_are_elsewhere_is_asked_nothing(installed, tmp_path):
+    """In its folder, with the Python of zit_merge: what is missing here says nothing of the training."""
+    (tmp_path / "toolkit").mkdir()
+    (tmp_path / "toolkit" / "optimizer.py").write_text("import bitsandbytes\n", encoding="utf-8")
+    training = {"type": "diffusion_trainer", "training_folder": "output", "network": {"type": "lora", "linear": 2}}
+    training |= {"train": {"steps": 10, "optimizer": "adamw8bit"}, "model": {"arch": "zimage:turbo", "name_or_path": "x/y"}}
+    section = {"type": "zit_merge", "steps": [{"name": "a", "loras": [{"lora": "trained", "ratio": 1.0}]}]}
+    job = {"job": "extension", "config": {"name": "x", "process": [training, section]}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    done = zit_merge(installed, "check", "job.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -16,7 +16,7 @@ from .parser import build_parser, first_steps, program
 
 
 def script() -> int:
-    """The console script `zit-merge`: finds AI-Toolkit, and metrics of the user's own, in the working directory as `python -m` does.
+    """The console script `zit-merge`: as `python -m`, it finds AI-Toolkit and metrics of one's own in the working directory.
 
     Returns:
         As `main`.
