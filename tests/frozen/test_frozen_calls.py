@@ -40,4 +40,4 @@ def test_a_call_ends_as_it_ended(exits, call):
     if SAME_PYTHON or was["code"] != USAGE:
         assert now == was
     else:
-        assert now["err"].split()[:2] == was["err"].split()[:2] == ["usage:", "zit_merge"]
+        assert now["err"].split()[:2] == was["err"].split()[:2] == ["usage:", "python"]

@@ -1,9 +1,9 @@
-"""Takes the README's pictures of AI-Toolkit's web UI, with what set_up.py has built:
+"""Takes the manual's pictures of AI-Toolkit's web UI, with what set_up.py has built:
 
     python -m web_ui.screenshots FOLDER [OUTPUT]        in tests/
 
 FOLDER has to be missing, and is removed in the end; its name shows in the pictures, so take a short one such as /data. OUTPUT is
-where the pictures go, by default the extension's docs.
+where the pictures go, by default docs/images of the extension.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from web_ui.server import REPO, WebUi
 
 NAME = "my_char"
 SIDEBAR = 226
-DOCS = REPO / "extensions_built_in" / "zit_merge" / "docs"
+DOCS = REPO / "extensions_built_in" / "zit_merge" / "docs" / "images"
 TRAINING = REPO / "config" / "examples" / "train_zit_lora_then_merge.yaml"
 COLOURS = 64
 HIDE = """name => {

@@ -11,7 +11,7 @@ other, the largest first. They follow from the deltas alone, not from their stre
 order of the LoRAs, and are unique up to sign unless singular values are equal. No rule here minds a sign.
 
 Why not entry by entry in the model's own axes: there a trimmed or masked low-rank delta is no longer of low rank, and the
-truncation that follows throws most of the rest away (see the README for the measured share).
+truncation that follows throws most of the rest away (see docs/methods.md for the measured share).
 
 Everything follows from the Gram matrices of all components, (R, R): through their Cholesky factors, or their eigenvectors where
 components depend on each other. Beyond 128 components those of different deltas are multiplied in float32, if a bound on the

@@ -12,7 +12,18 @@ from functools import partial
 
 from ..errors import ZitMergeError
 from ..wording import forget
-from .parser import build_parser
+from .parser import build_parser, first_steps, program
+
+
+def script() -> int:
+    """The console script `zit-merge`: as `python -m`, it finds AI-Toolkit and metrics of one's own in the working directory.
+
+    Returns:
+        As `main`.
+    """
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, "")
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(argv: Sequence[str] | None) -> int:
     try:
-        args = build_parser(COMMANDS).parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
+        parser = build_parser(COMMANDS)
+        args = parser.parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
+        if args.command is None:
+            parser.print_usage(sys.stderr)
+            print(f"\n{first_steps()}", file=sys.stderr)
+            return 2
         if args.quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         args.command(args)
@@ -124,11 +140,24 @@ def _recipe(args: argparse.Namespace) -> None:
     recipe(args)
 
 
+_AFTER_INSTALL = """
+next: append a section to the config of a training, and start the job as usual
+    {program} attach CONFIG.yaml --section SECTION.yaml
+    python run.py CONFIG.yaml
+sections to start from: {manual}/section.md"""
+
+
 def _install(args: argparse.Namespace) -> None:
-    from ..host.install import install
+    from ..host.install import install, remove
     from .console import say
 
+    if args.remove:
+        if args.copy:
+            raise ZitMergeError("install --remove: takes no --copy: leave one of the two out")
+        say(args, remove(args.folder))
+        return
     say(args, install(args.folder, copy=args.copy))
+    say(args, _AFTER_INSTALL.format(program=program(), manual=args.folder / "extensions_built_in" / "zit_merge" / "docs"))
 
 
 def _attach(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,44 @@ from typing import Any
 from .. import __version__
 from ..files.adapters import ADAPTERS
 from ..model.zimage import ALIASES, COMPONENTS, GROUPS
-from ..wording import shown
+from ..wording import WIDTH, shown
 
 Command = Callable[[argparse.Namespace], None]
 WEIGHT_FLAGS = (*COMPONENTS, *ALIASES, *GROUPS)
+SCRIPT, MODULE = "zit-merge", "python -m extensions_built_in.zit_merge"
+# A command of each kind; the manual has more.
+EXAMPLES = {
+    "demo": "demo",
+    "run": "run config/my_char_v1.yaml --dry-run",
+    "preview": "preview config/my_char_v1.yaml --dry-run",
+    "studio": "studio me.safetensors style.safetensors --model Tongyi-MAI/Z-Image-Turbo",
+    "merge": 'merge me.safetensors style.safetensors -o both.safetensors --ratio 0.9 0.6 --to_q 1.1 --layers "0-9=0.5"',
+    "bake": "bake me.safetensors --ratio 0.9 --base Tongyi-MAI/Z-Image-Turbo -o my_model.safetensors",
+    "extract": "extract tuned.safetensors --base Tongyi-MAI/Z-Image -o tuned_lora.safetensors --rank 64",
+    "check": "check config/my_char_v1.yaml",
+    "inspect": "inspect me.safetensors style.safetensors --html page.html",
+    "recipe": "recipe both.safetensors",
+    "install": "install /path/to/ai-toolkit",
+    "attach": "attach config/my_char_v1.yaml --section merge.yaml",
+}
+
+
+def program() -> str:
+    """How this program was started, as it is typed."""
+    return SCRIPT if Path(sys.argv[0]).stem.removesuffix("-script") == SCRIPT else MODULE
+
+
+def first_steps() -> str:
+    """What somebody types first."""
+    name = program()
+    return f"""\
+Try it, with two small LoRAs that it makes itself (seconds, no downloads):
+    {name} demo
+Merge two files of your own:
+    {name} merge A.safetensors B.safetensors -o both.safetensors --ratio 0.9 0.6
+All commands, and the flags of one:
+    {name} --help
+    {name} merge --help"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,17 +60,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The parser of all commands.
+    """The parser of all commands. Without a command the `command` of what it returns is None.
 
     Args:
         commands: Name -> what runs it.
     """
-    parser = _Parser(prog="zit_merge", description="Merge Z-Image Turbo LoRAs, block by block.")
+    parser = _Parser(
+        prog=program(),
+        description="Merge Z-Image Turbo LoRAs, block by block.",
+        epilog=first_steps(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"zit_merge {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(command=None)
+    subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=text, description=text)
+        sub = subparsers.add_parser(
+            name,
+            help=text,
+            description=textwrap.fill(text, WIDTH),
+            epilog=f"example:\n    {parser.prog} {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in ("merge", "bake"):  # their flags take a page
+            sub.usage = f"%(prog)s FILE [FILE ...] -o OUT --ratio R [R ...]{' --base PATH' * (name == 'bake')} [flags]"
         sub.set_defaults(command=commands[name])
         sub.add_argument("--quiet", action="store_true", help="print no progress and no plan")
         return sub
@@ -44,15 +93,15 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("zit_merge_demo"), help="folder for the files (default: %(default)s)")
 
     run = add("run", "run the zit_merge sections of an AI-Toolkit config, or a recipe")
-    run.add_argument("config", type=Path)
-    run.add_argument("--step", help="only this step, and the earlier ones that it uses")
+    _add_config(run)
+    run.add_argument("--step", metavar="NAME", help="only this step, and the earlier ones that it uses")
     run.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     _add_strict(run)
     _add_folders(run)
 
     preview = add("preview", "render the pictures that a config asks for; in AI-Toolkit's folder, or under accelerate launch")
-    preview.add_argument("config", type=Path)
-    preview.add_argument("--step", help="only this step")
+    _add_config(preview)
+    preview.add_argument("--step", metavar="NAME", help="only this step")
     _add_folders(preview)
     preview.add_argument("--dry-run", action="store_true", help="print what would be rendered, render nothing")
     preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
@@ -63,32 +112,37 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _extract_arguments(add("extract", "make a LoRA of what a fine-tuned model changed"))
 
     check = add("check", "check a config: everything that can be known before training")
-    check.add_argument("config", type=Path)
+    _add_config(check)
     _add_folders(check)
 
     _inspect_arguments(add("inspect", "show what is in a LoRA file, or what several have in common"))
 
     recipe = add("recipe", "print the section that made a file, as YAML that `run` takes")
-    recipe.add_argument("file", type=Path)
+    recipe.add_argument("file", type=Path, metavar="FILE", help="a LoRA, or a model, that zit_merge wrote")
 
     install = add("install", "put the extension into an AI-Toolkit folder and check that it loads there")
-    install.add_argument("folder", type=Path, metavar="AI_TOOLKIT_DIR")
+    install.add_argument("folder", type=Path, metavar="AI_TOOLKIT_DIR", help="the folder that has AI-Toolkit's run.py")
     install.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
+    install.add_argument("--remove", action="store_true", help="take out what install put there; files that you changed are kept")
 
     attach = add("attach", "append a zit_merge section to an AI-Toolkit config; a backup is kept")
-    attach.add_argument("config", type=Path)
+    _add_config(attach)
     attach.add_argument("--section", type=Path, required=True, metavar="FILE", help="YAML or JSON: a section, a recipe, or a job")
     attach.add_argument("--replace", action="store_true", help="put it in the place of the config's own zit_merge section")
     return parser
 
 
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="an AI-Toolkit job as YAML or JSON")
+
+
 def _add_folders(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--output-dir", help="instead of the config's")
+    sub.add_argument("--output-dir", metavar="DIR", help="instead of the config's")
     sub.add_argument("--loras", type=Path, nargs="+", default=[], metavar="DIR", help="where a recipe's inputs are found by hash")
 
 
 def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    inspect.add_argument("files", type=Path, nargs="*", metavar="FILE", help="a LoRA, several to compare, or a whole model")
     inspect.add_argument(
         "--sources",
         type=Path,
@@ -97,12 +151,10 @@ def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
         help=f"tell how strong each is in the file; {', '.join(ADAPTERS)} too",
     )
     inspect.add_argument("--base", type=Path, metavar="MODEL", help="FILE is a whole model: compare it with the one it came from")
-    inspect.add_argument("--json", action="store_true")
-    inspect.add_argument(
-        "--html", type=Path, metavar="OUT", help="also write a page to look at, with a composer for a merge of the files"
-    )
+    inspect.add_argument("--json", action="store_true", help="print it for programs")
+    inspect.add_argument("--html", type=Path, metavar="OUT", help="also write the report page, with a composer for a merge")
     inspect.add_argument("--full-paths", action="store_true", help="whole paths in --json and --html, with the names of users")
-    inspect.add_argument("--plot", type=Path, metavar="OUT", help="draw it too: a .png, .pdf or .svg file")
+    inspect.add_argument("--plot", type=Path, metavar="OUT", help="also draw it: a .png, .pdf or .svg file")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
     inspect.add_argument("--presets", action="store_true", help="list the presets")
 
@@ -128,64 +180,98 @@ def _studio_arguments(studio: argparse.ArgumentParser) -> None:
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:
+    _add_files(merge, "the merged LoRA, a .safetensors file")
     _weight_arguments(merge)
-    _file_arguments(merge)
-    merge.add_argument("--base", metavar="PATH", help="the model whose weights DoRA, OFT, BOFT, IA3 and GLoRA need")
-    merge.add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
+    _file_arguments(merge).add_argument("--keep-lokr", action="store_true", help="a single LoKr stays a LoKr")
+    _model_arguments(merge).add_argument("--base", metavar="PATH", help="what DoRA, OFT, BOFT, IA3 and GLoRA were trained on")
     _add_run(merge)
 
 
 def _bake_arguments(bake: argparse.ArgumentParser) -> None:
+    _add_files(bake, "a .safetensors file for ComfyUI, or a folder for diffusers")
     _weight_arguments(bake)
-    bake.add_argument("--base", required=True, metavar="PATH", help="the model: a diffusers folder, ComfyUI's file, or user/repo")
-    bake.add_argument("--format", help="diffusers, a folder, or comfyui, a file (default: what OUT is)")
-    bake.add_argument("--dtype", help="bf16, fp16, fp32 or fp8 (default: that of the base)")
-    bake.add_argument("--rounding", default="nearest", help="nearest (default) or stochastic, exact in the mean")
-    bake.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    model = bake.add_argument_group("the model that is written")
+    model.add_argument("--base", required=True, metavar="PATH", help="a diffusers folder, ComfyUI's file, or user/repo")
+    model.add_argument("--format", metavar="FORM", help="diffusers, a folder, or comfyui, a file (default: what OUT is)")
+    model.add_argument("--dtype", metavar="D", help="bf16, fp16, fp32 or fp8 (default: that of the base)")
+    model.add_argument("--rounding", metavar="HOW", default="nearest", help="nearest (default) or stochastic, exact in the mean")
+    model.add_argument("--seed", metavar="N", type=int, default=0, help="of stochastic rounding (default: 0)")
+    _model_arguments(bake)
     _add_run(bake)
 
 
 def _extract_arguments(extract: argparse.ArgumentParser) -> None:
     extract.add_argument("model", metavar="FINETUNED", help="a diffusers folder, ComfyUI's file, or user/repo")
     extract.add_argument("--base", required=True, metavar="BASE", help="the model that it was trained from")
-    extract.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    extract.add_argument("--rank", default="64", help="a number (default: 64), energy=0.99,max=128 or size_mb=300")
+    extract.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the LoRA, a .safetensors file")
+    extract.add_argument("--rank", metavar="R", default="64", help="a number (default: 64), energy=0.99,max=128 or size_mb=300")
     _file_arguments(extract)
     _model_arguments(extract)
     _add_run(extract)
 
 
-def _file_arguments(sub: argparse.ArgumentParser) -> None:
+def _file_arguments(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """How a LoRA is stored."""
-    sub.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
-    sub.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or same")
-    sub.add_argument("--format", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui")
-    sub.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    stored = sub.add_argument_group("how it is stored")
+    stored.add_argument("--dtype", metavar="D", default="bf16", help="bf16 (default), fp16, fp32 or same")
+    stored.add_argument(
+        "--format", metavar="FORM", default="ai-toolkit", help="ai-toolkit (default), diffusers, kohya or comfyui"
+    )
+    stored.add_argument("--uniform", choices=("true", "false"), default="true", help="false: each module has a rank of its own")
+    stored.add_argument("--confirm-size", action="store_true", help="write a file of over 2 GB")
+    return stored
 
 
-def _model_arguments(sub: argparse.ArgumentParser) -> None:
+def _model_arguments(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Where the algebra runs, and for which model."""
-    sub.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    sub.add_argument("--shapes", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    runs = sub.add_argument_group("device and model")
+    runs.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    runs.add_argument("--shapes", metavar="S", default="strict", help="free: any one consistent set of sizes, for pruned models")
+    return runs
+
+
+def _add_files(sub: argparse.ArgumentParser, out: str) -> None:
+    sub.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
 
 
 def _weight_arguments(sub: argparse.ArgumentParser) -> None:
     """What goes in and how strong, with which method and rank."""
-    sub.add_argument("files", nargs="+", metavar="FILE", help="a .safetensors file, or hf:user/repo/file.safetensors")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    sub.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R")
+    strength = sub.add_argument_group("strengths", "one number for all files, or one for each; what is left out is 1")
+    strength.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R", help="of the whole LoRA")
     for flag in WEIGHT_FLAGS:
-        sub.add_argument(f"--{flag}", type=float, nargs="+", metavar="W")
-    sub.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
-    sub.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
-    sub.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number, where a file leaves it open")
-    sub.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
-    sub.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
-    sub.add_argument("--rank", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150")
-    sub.add_argument("--method", default="sum", help="sum (default), see inspect --methods")
-    sub.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
-    _model_arguments(sub)
-    sub.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+        strength.add_argument(f"--{flag}", type=float, nargs="+", metavar="W", help=_WEIGHT_HELP.get(flag, _of_group(flag)))
+    strength.add_argument("--layers", nargs="+", metavar="SPEC", help='such as "0-9=0.5,10-29=1:0.6"')
+    strength.add_argument("--preset", nargs="+", metavar="NAME", help="a shipped set of weights, see inspect --presets")
+    how = sub.add_argument_group("rank and method")
+    how.add_argument(
+        "--rank", metavar="R", default="exact", help="exact (default), same, a number, energy=0.99,max=64 or size_mb=150"
+    )
+    how.add_argument("--method", metavar="M", default="sum", help="sum (default), see inspect --methods")
+    how.add_argument("--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method, such as density=0.3 seed=1")
+    left_open = sub.add_argument_group("what a file leaves open", "a merge asks for these where it needs them")
+    left_open.add_argument("--alpha", nargs="+", metavar="A", help="key, metadata, none or a number")
+    left_open.add_argument("--qkv", nargs="+", metavar="WHICH", help="split, fused or sum, where a file changes a module twice")
+    left_open.add_argument("--drop", nargs="+", default=[], metavar="VECTORS", help="norm, bias: leave out what no LoRA can hold")
+    left_open.add_argument("--allow-unmatched", action="store_true", help="merge although a file holds unknown keys")
+
+
+_WEIGHT_HELP = {
+    "adaLN_modulation": "modulation by the time step",
+    "adaLN": "short for --adaLN_modulation",
+    "to_q": "attention, queries",
+    "to_k": "attention, keys",
+    "to_v": "attention, values",
+    "to_out": "attention, output",
+    "w1": "feed-forward, gate",
+    "w2": "feed-forward, output",
+    "w3": "feed-forward, input",
+}
+
+
+def _of_group(flag: str) -> str:
+    """The components of a group, where a flag of its own does not say otherwise."""
+    return f"{', '.join(GROUPS.get(flag, ()))}; a smaller group wins"
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The forms in which programs read LoRA files.
 
-The default, `ai-toolkit`, is the one that every client reads (measured, see the README's table; musubi converts it):
+The default, `ai-toolkit`, is the one that every client reads (measured, see docs/readers.md; musubi converts it):
 
     diffusion_model.<diffusers module>.lora_A.weight   (r, in)
     diffusion_model.<diffusers module>.lora_B.weight   (out, r)

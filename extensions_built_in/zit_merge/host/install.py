@@ -1,10 +1,18 @@
-"""Putting the extension into an AI-Toolkit folder."""
+"""Putting the extension into an AI-Toolkit folder, and taking it out again.
+
+A copy has a list of the files that were put there, with their SHA-256: what somebody changed or added is told apart by it, stays,
+and is named.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ZitMergeError
@@ -17,6 +25,10 @@ _PROBE = (
 
 # What tells a copy of ours from anything else: before 0.4 the first lay at the top.
 _OURS = ("zimage.py", "model/zimage.py")
+
+
+_LIST = "installed.json"
+_YOURS = ".yours"  # ending of a file of ours that somebody changed: it is kept, and no longer loaded
 
 
 def install(folder: Path, *, copy: bool = False) -> str:
@@ -32,40 +44,126 @@ def install(folder: Path, *, copy: bool = False) -> str:
     Raises:
         ZitMergeError: The folder is no AI-Toolkit, something else is in the way, or the extension does not load.
     """
-    if not (folder / "run.py").is_file() or not (folder / "extensions_built_in").is_dir():
-        raise ZitMergeError(f"{folder}: is no AI-Toolkit folder (no run.py with extensions_built_in beside it)")
-    source = Path(__file__).resolve().parents[1]
-    target = folder.absolute() / "extensions_built_in" / "zit_merge"
+    source, target = _source(), _target(folder)
     if target.resolve() == source and not (copy and target.is_symlink()):
         done = f"{target} is already in place"
     else:
         with os_errors(target):
-            _clear(target)
-        done = _place(source, target, copy)
+            kept = _clear(target, _listed(target), only_if_all=not copy)
+        done = "\n".join([_place(source, target, copy), *_named(kept)])
     return f"{done}\n{_probe(folder)}"
+
+
+def remove(folder: Path) -> str:
+    """Takes out what `install` put into a checkout: the link, or the files of a copy that are as they were put there.
+
+    Args:
+        folder: The AI-Toolkit checkout.
+
+    Returns:
+        What was done, for people; files that were changed or added stay, and are named.
+
+    Raises:
+        ZitMergeError: The folder is no AI-Toolkit, there is nothing of ours, or it is this package itself.
+    """
+    source, target = _source(), _target(folder)
+    if not target.is_symlink() and not target.exists():
+        raise ZitMergeError(f"{target}: is not there: nothing to remove")
+    if not target.is_symlink() and target.resolve() == source:
+        raise ZitMergeError(f"{target}: is the zit_merge that runs this command: start it from another folder")
+    with os_errors(target):
+        kept = _clear(target, _listed(target) or _hashes(source))
+    return "\n".join([f"removed {target}", *_named(kept)])
+
+
+def _source() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+def _target(folder: Path) -> Path:
+    if not (folder / "run.py").is_file() or not (folder / "extensions_built_in").is_dir():
+        raise ZitMergeError(f"{folder}: is no AI-Toolkit folder (no run.py with extensions_built_in beside it)")
+    return folder.absolute() / "extensions_built_in" / "zit_merge"
 
 
 def _place(source: Path, target: Path, copy: bool) -> str:
     try:
-        if copy:
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-            return f"copied to {target}"
-        target.symlink_to(source, target_is_directory=True)
+        if not copy:
+            target.symlink_to(source, target_is_directory=True)
+            return f"linked {target} to {source}"
+        hashes = _hashes(source)
+        for name in hashes:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+        (target / _LIST).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
     except OSError as e:
         raise ZitMergeError(
             f"{target}: can't be made ({e.strerror}): " + ("check the folder" if copy else "try again with --copy")
         ) from e
-    return f"linked {target} to {source}"
+    return f"copied to {target}"
 
 
-def _clear(target: Path) -> None:
-    """Removes an older link or copy of ours; anything else stays."""
+def _clear(target: Path, listed: Mapping[str, str] | None, *, only_if_all: bool = False) -> list[Path]:
+    """Removes an older link or copy of ours. Returns the files of a copy that somebody changed or added, which stay.
+
+    Args:
+        target: The link or the copy.
+        listed: What was put there. None: a copy of an older version, which had no list; all of it goes.
+        only_if_all: Remove nothing where something would stay.
+    """
+    if not target.is_symlink() and not target.exists():
+        return []
+    if target.exists() and not any((target / name).is_file() for name in (*_OURS, _LIST)):
+        raise ZitMergeError(f"{target}: exists and is not zit_merge: move it away")
     if target.is_symlink():
         target.unlink()
-    elif target.exists():
-        if not any((target / name).is_file() for name in _OURS):
-            raise ZitMergeError(f"{target}: exists and is not zit_merge: move it away")
+        return []
+    if listed is None:
         shutil.rmtree(target)
+        return []
+    found = _hashes(target)
+    stay = {target / name: name in listed for name, sha256 in found.items() if listed.get(name) != sha256}
+    if stay and only_if_all:
+        raise ZitMergeError(f"{target}: is a copy that somebody changed ({next(iter(stay))} ...): install with --copy keeps it")
+    for name in found:
+        if target / name not in stay:
+            (target / name).unlink()
+    (target / _LIST).unlink(missing_ok=True)
+    for cache in list(target.rglob("__pycache__")):
+        shutil.rmtree(cache)
+    folders = [path for path in (target, *target.rglob("*")) if path.is_dir() and not path.is_symlink()]
+    for path in sorted(folders, reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    return [_set_aside(path) if was_ours else path for path, was_ours in stay.items()]
+
+
+def _set_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{_YOURS}{number or ''}") for number in itertools.count())
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """File -> SHA-256 of all in a folder, without the list and what Python has compiled."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return {
+        name.as_posix(): hashlib.sha256((folder / name).read_bytes()).hexdigest() if (folder / name).is_file() else ""
+        for name in names
+        if "__pycache__" not in name.parts and name != Path(_LIST)
+    }
+
+
+def _listed(target: Path) -> Mapping[str, str] | None:
+    """File -> SHA-256 as it was put there; None without a list, or with one that can't be read."""
+    try:
+        listed = json.loads((target / _LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return listed if isinstance(listed, dict) else None
+
+
+def _named(kept: list[Path]) -> list[str]:
+    return ["kept, because you changed or added it:", *(f"    {path}" for path in sorted(kept))] if kept else []
 
 
 def _probe(folder: Path) -> str:

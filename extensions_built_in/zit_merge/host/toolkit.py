@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what is needed is imported where it is: a missing package m
     from ..planning.preflight import Toolkit
 
 SINCE = "0.7.6 (2025-11-28)"
+_ITS_READER = "oyaml"  # reads every config there (toolkit/config.py); few other environments have it
 
 
 @contextmanager
@@ -73,10 +74,13 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def found() -> Toolkit:
-    """What tells of a training: this toolkit's parts, or without a toolkit what is known of them."""
+    """What tells of a training: this toolkit's parts, or what is known of them without a toolkit.
+
+    The same without its packages: another Python than AI-Toolkit's own does not know what a training can use.
+    """
     from ..planning.preflight import NO_TOOLKIT, Toolkit
 
-    if find_spec("toolkit") is None:
+    if find_spec("toolkit") is None or find_spec(_ITS_READER) is None:
         return NO_TOOLKIT
     return Toolkit(make_scheduler, optimizer_trouble, zimage_archs, process_types, has_broken_ema)
 

@@ -235,7 +235,7 @@ class _Builder:
         if lora.unmatched and not allow_unmatched:
             raise unmatched_error(lora)
         if lora.questions:
-            raise SettingError(f"{lora.path.name}: {lora.questions[0]}")
+            raise SettingError(f"{lora.path.name}: {lora.questions[0]} (see docs/formats.md)")
         return lora
 
     def _model(self, spec: Lora, lora: LoraFile, step: Step) -> tuple[Checkpoint | None, str]:

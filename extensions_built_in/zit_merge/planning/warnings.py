@@ -126,7 +126,7 @@ def _of_rank(step: StepBasis, exact: int, rank: int, is_open: bool) -> list[str]
     return found
 
 
-# As measured: the table in the README, and the sources of Forge Neo and Nunchaku.
+# As measured: the table in docs/readers.md, and the sources of Forge Neo and Nunchaku.
 _READERS: Mapping[str, str] = {
     "diffusers": "diffusers, ComfyUI, SD.Next, InvokeAI, OneTrainer, mflux and stable-diffusion.cpp; DiffSynth, LightX2V and "
     "Forge Neo load nothing of it. ai-toolkit is read by all of them",
