@@ -377,6 +377,22 @@ def test_favourites_are_marked_filtered_and_seen_in_the_other_tab(opened, tab):
     assert other.number("1. me.safetensors").input_value() == "0.8"
 
 
+def test_two_tabs_measure_each_its_own_and_see_what_the_other_keeps(opened, tab):
+    live = opened()
+    frame, other = tab(live), tab(live)
+    for one, ratio in ((frame, 0.25), (other, -0.5)):
+        one.type("1. me.safetensors", ratio)
+    for one, ratio in ((frame, 0.25), (other, -0.5)):
+        one.measured()
+        assert strengths(one, 3) == [ratio, 0.5]
+    keep(frame, "mine")
+    other.find(".kept li").filter(has_text="mine merged_cat_mine.safetensors").wait_for()
+    frame.find(".kept li").first.wait_for()
+    for one in (frame, other):
+        one.number("Name").fill("Mine")
+        assert one.find(".trouble").inner_text() == "There is a step Mine already: give another name."
+
+
 NAME_OF_FOCUSED = """(() => { const node = document.activeElement;
     return node.getAttribute("aria-label") ?? (node.labels?.[0] ?? node).textContent; })()"""
 
