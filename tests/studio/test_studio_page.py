@@ -550,3 +550,29 @@ def test_the_section_of_a_studio_parses(opened, tab):
     section = parse_section(frame.section())
     assert section.steps[-1].params == {"yields": "both"} and section.preview.prompts == PREVIEW["prompts"]
     assert yaml.safe_load(frame.text()) == [json.loads(json.dumps(frame.section()))]
+
+
+def test_looks_of_an_earlier_studio_keep_their_own_prompts(opened, tab):
+    first = opened()
+    frame = tab(first)
+    frame.press("Draft")
+    frame.looks(1)
+    first.close()
+    frame.page.context.close()
+    frame.troubles.clear()
+    frame = tab(opened(preview={**PREVIEW, "prompts": ["a dog", "a fox"]}))
+    frame.type("1. me.safetensors", 0.25)
+    frame.press("Draft")
+    frame.find(".strip thead th:has(button)").nth(1).wait_for()
+    frame.does("Ready.")
+    frame.find(".strip tbody td:empty").first.wait_for(state="detached")
+    rows = {
+        row.locator("th").inner_text(): [cell.locator("img").count() or cell.inner_text() for cell in row.locator("td").all()]
+        for row in frame.find(".strip tbody tr").all()
+    }
+    assert rows == {
+        "a dog (seed 42)": [1] * 5,
+        "a fox (seed 42)": [1, 1, 1, "not there", 1],
+        "a cat (seed 42)": ["not there", "not there", "not there", 1, "not there"],
+    }
+    assert frame.violations() == []
