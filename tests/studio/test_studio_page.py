@@ -377,6 +377,22 @@ def test_favourites_are_marked_filtered_and_seen_in_the_other_tab(opened, tab):
     assert other.number("1. me.safetensors").input_value() == "0.8"
 
 
+def test_two_tabs_measure_each_its_own_and_see_what_the_other_keeps(opened, tab):
+    live = opened()
+    frame, other = tab(live), tab(live)
+    for one, ratio in ((frame, 0.25), (other, -0.5)):
+        one.type("1. me.safetensors", ratio)
+    for one, ratio in ((frame, 0.25), (other, -0.5)):
+        one.measured()
+        assert strengths(one, 3) == [ratio, 0.5]
+    keep(frame, "mine")
+    other.find(".kept li").filter(has_text="mine merged_cat_mine.safetensors").wait_for()
+    frame.find(".kept li").first.wait_for()
+    for one in (frame, other):
+        one.number("Name").fill("Mine")
+        assert one.find(".trouble").inner_text() == "There is a step Mine already: give another name."
+
+
 NAME_OF_FOCUSED = """(() => { const node = document.activeElement;
     return node.getAttribute("aria-label") ?? (node.labels?.[0] ?? node).textContent; })()"""
 
@@ -534,3 +550,29 @@ def test_the_section_of_a_studio_parses(opened, tab):
     section = parse_section(frame.section())
     assert section.steps[-1].params == {"yields": "both"} and section.preview.prompts == PREVIEW["prompts"]
     assert yaml.safe_load(frame.text()) == [json.loads(json.dumps(frame.section()))]
+
+
+def test_looks_of_an_earlier_studio_keep_their_own_prompts(opened, tab):
+    first = opened()
+    frame = tab(first)
+    frame.press("Draft")
+    frame.looks(1)
+    first.close()
+    frame.page.context.close()
+    frame.troubles.clear()
+    frame = tab(opened(preview={**PREVIEW, "prompts": ["a dog", "a fox"]}))
+    frame.type("1. me.safetensors", 0.25)
+    frame.press("Draft")
+    frame.find(".strip thead th:has(button)").nth(1).wait_for()
+    frame.does("Ready.")
+    frame.find(".strip tbody td:empty").first.wait_for(state="detached")
+    rows = {
+        row.locator("th").inner_text(): [cell.locator("img").count() or cell.inner_text() for cell in row.locator("td").all()]
+        for row in frame.find(".strip tbody tr").all()
+    }
+    assert rows == {
+        "a dog (seed 42)": [1] * 5,
+        "a fox (seed 42)": [1, 1, 1, "not there", 1],
+        "a cat (seed 42)": ["not there", "not there", "not there", 1, "not there"],
+    }
+    assert frame.violations() == []

@@ -144,9 +144,20 @@ function lookStrip(studio, composed) {
 
   const lookById = (id) => studio.state.looks.find((look) => look.id === id);
 
-  /** The look that base and inputs are shown of: the newest that is done, else the newest that has any. */
+  /**
+   * The look that base and inputs are shown of: the newest that is done, else the newest that has any. Of those with the same base and
+   * inputs the first, so that the pictures stay as they are.
+   */
   function sourceOf(looks) {
-    return looks.findLast((look) => look.status === "done") ?? looks.findLast((look) => look.columns.length) ?? null;
+    const newest = looks.findLast((look) => look.status === "done") ?? looks.findLast((look) => look.columns.length) ?? null;
+    const shared = (look) => [look.status, look.draft, look.setting.step, look.rows, look.columns.filter(({ kind }) => kind !== "look")];
+    return newest && looks.find((look) => isSame(shared(look), shared(newest)));
+  }
+
+  /** The headings of the rows; looks of an earlier studio may have other ones. */
+  function rowsOf(looks) {
+    const known = [...sourceOf(looks)?.rows ?? [], ...looks.flatMap((look) => look.rows)];
+    return [...new Set(known.length ? known : studio.about.prompts)];
   }
 
   /** The columns: {key, look, at(), kind, name}. at: which column of the look it is, -1 before the look knows. */
@@ -172,30 +183,30 @@ function lookStrip(studio, composed) {
     return { cell: el("th", { scope: "col" }, foreign(name), told, el("span", { class: "tools" }, use, favourite)), update };
   }
 
-  function cellOf({ look: id, at, name }, row) {
+  function cellOf({ look: id, at, name }, heading) {
     const cell = el("td", {});
+    const place = () => ({ look: id, row: lookById(id).rows.indexOf(heading), column: at() });
     let state = ""; // what the cell shows
     function update() {
       const look = lookById(id);
-      const isReady = look.ready[row]?.[at()];
+      const { row, column } = place();
+      const isReady = look.ready[row]?.[column];
       const text = isReady ? "" : { waiting: "waiting", running: "to be rendered", failed: "failed", cancelled: "cancelled" }[look.status] ?? "not there";
       if (isReady && state !== "ready") {
         state = "ready";
-        store.small({ look: id, row, column: at() }).then(fill, () => { state = ""; });
+        store.small(place()).then(fill, () => { state = ""; });
       } else if (!isReady && state !== text) {
         state = text;
         cell.replaceChildren(el("span", { class: "empty" }, text));
       }
     }
     function fill(src) {
-      const thumb = el("button", { type: "button", class: "thumb", onclick: () => open(cell) }, el("img", { src, alt: `${name}: ${rowsOf(studio.state.looks)[row]}` }));
-      Object.assign(cell, { src, thumb }).replaceChildren(thumb);
+      const thumb = el("button", { type: "button", class: "thumb", onclick: () => open(cell) }, el("img", { src, alt: `${name}: ${heading}` }));
+      Object.assign(cell, { src, thumb, place }).replaceChildren(thumb);
       settle();
     }
     return { cell, update };
   }
-
-  const rowsOf = (looks) => sourceOf(looks)?.rows ?? studio.about.prompts;
 
   function settle() {
     const buttons = [...table.querySelectorAll("button")];
@@ -209,8 +220,8 @@ function lookStrip(studio, composed) {
     const [focused, left] = [document.activeElement, region.scrollLeft];
     table.replaceChildren(
       el("thead", {}, el("tr", {}, el("td"), columns.map((column) => made(heads, column.key, () => headOf(column)).cell))),
-      el("tbody", {}, rows.map((row, r) => el("tr", {}, el("th", { scope: "row" }, foreign(row, 80)),
-        columns.map((column) => made(cells, `${column.key}.${r}`, () => cellOf(column, r)).cell)))));
+      el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, foreign(row, 80)),
+        columns.map((column) => made(cells, `${column.key}.${row}`, () => cellOf(column, row)).cell)))));
     region.scrollLeft = left;
     if (focused?.isConnected && table.contains(focused)) focused.focus({ preventScroll: true });
   }
@@ -228,7 +239,7 @@ function lookStrip(studio, composed) {
     drawn = keys;
     for (const column of shown) {
       heads.get(column.key).update();
-      rows.forEach((_, r) => cells.get(`${column.key}.${r}`).update());
+      for (const row of rows) cells.get(`${column.key}.${row}`).update();
     }
     settle();
     if (looks.length && looks.at(-1).id !== newest) { // the newest is what people wait for
@@ -260,12 +271,12 @@ function lookStrip(studio, composed) {
     const rows = rowsOf(looks);
     const previews = rows.flatMap((_, r) => columns.map((_, c) => ({ row: r, column: c }))).filter((p) => cellAt(p).thumb);
     function cellAt(p) {
-      return cells.get(`${columns[p.column].key}.${p.row}`).cell;
+      return cells.get(`${columns[p.column].key}.${rows[p.row]}`).cell;
     }
     const gallery = {
       title: "Looks", previews, rows, columns: columns.map(({ name }) => name), texts: [],
       small: (n) => cellAt(previews[n]).src,
-      load: (n) => { const { look, at } = columns[previews[n].column]; return store.large({ look, row: previews[n].row, column: at() }); },
+      load: (n) => store.large(cellAt(previews[n]).place()),
       favourite: (n) => { const own = columns[previews[n].column]; return own.kind === "look" ? lookById(own.look)?.favourite ?? null : null; },
       favour: (n) => favour(columns[previews[n].column].look),
       get compared() { return columns.findIndex(({ key }) => key === compared); },

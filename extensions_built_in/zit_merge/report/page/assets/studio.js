@@ -182,6 +182,7 @@ function makeMeasuring(studio) {
     look,
     want(setting) {
       wanted = JSON.stringify(setting);
+      if (known.get(wanted)?.error) known.delete(wanted); // it may go this time
       clearTimeout(timer);
       timer = setTimeout(() => { timer = null; ask(); }, QUIET);
     },
