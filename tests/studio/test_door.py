@@ -98,6 +98,8 @@ def test_only_the_frame_may_read_answers(live):
         ({"base": "x"}, "has no base"),
         ({"ratio": "1"}, "must be numbers"),
         ({"ratio": [1]}, "ratio: must be a number"),
+        ({}, "ratio: must be a number"),
+        ({"blocks": {"to_q": 1}}, "ratio: must be a number"),
         ({"ratio": True}, "must be numbers"),
         ({"blocks": {"to_q": "/etc/passwd"}}, "must be numbers"),
         ({"layers": [[[[1]]]]}, "must be numbers"),

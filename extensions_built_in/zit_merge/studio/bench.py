@@ -21,6 +21,8 @@ _SPELLED = (*STRENGTHS, "preset", "effects")  # keys of a LoRA that the page's s
 # Keys of a step that are about its own file and pictures, or are composed.
 _OWN = ("name", "preview", "sweep", "ablate", "bake", "copy_to", "keep", "file", "loras", "method", "params", "rank")
 
+_LISTED = 6  # ratios in a label
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -67,6 +69,18 @@ class Bench:
         has_params = bool(setting.params) or "params" in self.raw
         params = {"params": dict(setting.params)} if has_params else {}
         return {"name": name, **kept, "method": setting.method, **params, "rank": setting.rank, "loras": loras}
+
+    def label(self, setting: Setting) -> str:
+        """`ties, 0.8 + 0.5`: the method and the ratios.
+
+        Args:
+            setting: The setting.
+
+        Raises:
+            ZitMergeError: As `step`.
+        """
+        ratios = [f"{lora['ratio']:g}" for lora in self.step(setting, TRIED)["loras"]]
+        return f"{setting.method}, {' + '.join(ratios) if len(ratios) <= _LISTED else f'{len(ratios)} LoRAs'}"
 
     def section(self, step: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The section as a config has it, with the steps that were kept.

@@ -67,6 +67,7 @@ class Look(Entry):
     """One entry of the strip.
 
     Attributes:
+        label: What it shows, a few words.
         draft: Smaller and in fewer steps.
         favourite: Marked by the user.
         columns: Caption and kind (`base`, `input`, `look`) of what is shown, the look last.
@@ -74,16 +75,12 @@ class Look(Entry):
         digests: Row by row the names of the pictures, one for each column.
     """
 
+    label: str = ""
     draft: bool = False
     favourite: bool = False
     columns: Sequence[tuple[str, str]] = ()
     rows: Sequence[str] = ()
     digests: Sequence[Sequence[str]] = ()
-
-    @property
-    def label(self) -> str:
-        """What it shows, a few words."""
-        return self.setting.label + ", draft" * self.draft
 
     def facts(self, ready: AbstractSet[str]) -> dict[str, Any]:
         """For the page.
@@ -101,5 +98,5 @@ class Look(Entry):
 
     def record(self) -> dict[str, Any]:
         """For the file of the strip."""
-        kept = {key: getattr(self, key) for key in ("id", "draft", "favourite", "columns", "rows", "digests")}
+        kept = {key: getattr(self, key) for key in ("id", "label", "draft", "favourite", "columns", "rows", "digests")}
         return {**kept, "setting": self.setting.record()}

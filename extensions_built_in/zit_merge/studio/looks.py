@@ -73,7 +73,7 @@ class Strip:
                 if not digests or not all(row and row[-1] in there for row in digests):
                     continue
                 look = Look(len(self.looks) + 1, read_setting(told["setting"]), DONE)
-                look.draft, look.favourite = told["draft"] is True, told["favourite"] is True
+                look.label, look.draft, look.favourite = str(told["label"]), told["draft"] is True, told["favourite"] is True
                 look.columns = [(str(label), str(kind)) for label, kind in told["columns"]]
                 look.rows, look.digests = [str(row) for row in told["rows"]], digests
                 self.looks.append(look)
@@ -113,8 +113,13 @@ class Strip:
         """Prompt and seed of each row."""
         return [f"{spec.prompt} (seed {spec.seed})" for spec in self.specs[False]]
 
-    def add(self, setting: Setting, draft: bool) -> Look:
+    def add(self, setting: Setting, draft: bool, label: str) -> Look:
         """A look that is to be rendered; the one that is there, where it has this very setting.
+
+        Args:
+            setting: What was composed.
+            draft: Smaller and in fewer steps.
+            label: What it shows, a few words.
 
         Raises:
             ZitMergeError: There are too many.
@@ -124,7 +129,7 @@ class Strip:
                 return look
         if len(self.looks) >= MOST:
             raise ZitMergeError(f"the strip has {MOST} looks: close the studio and move studio.json away to begin a new one")
-        self.looks.append(Look(len(self.looks) + 1, setting, draft=draft))
+        self.looks.append(Look(len(self.looks) + 1, setting, label=label + ", draft" * draft, draft=draft))
         return self.looks[-1]
 
     def render(self, look: Look, hashes: Hashes, readers: StepReaders, load: Load, progress: Progress) -> Iterator[None]:

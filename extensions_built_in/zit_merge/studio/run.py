@@ -110,7 +110,7 @@ class Studio:
     def add(self, setting: Setting, draft: bool) -> Look:
         """See `Workshop`."""
         assert self.strip, "there are pictures"
-        return self.strip.add(setting, draft)
+        return self.strip.add(setting, draft, self.bench.label(setting))
 
     def render(self, look: Look, progress: Progress, on_load: Callable[[str], None]) -> Iterator[None]:
         """See `Workshop`.

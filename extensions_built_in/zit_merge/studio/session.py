@@ -252,7 +252,7 @@ class Session:
         if one is None or one.status != WAITING:
             return False
         with self._running(one):
-            watch = Watch(self, "measure", one.setting.label, lambda: one is not self._measuring, Quiet(self.host))
+            watch = Watch(self, "measure", one.setting.method, lambda: one is not self._measuring, Quiet(self.host))
             one.found = self._shop.measure(one.setting, watch)
         return True
 

@@ -35,12 +35,6 @@ class Setting:
         """As the page sent it."""
         return {"step": self.step, "loras": list(self.loras), "method": self.method, "params": self.params, "rank": self.rank}
 
-    @property
-    def label(self) -> str:
-        """`ties, 0.8 + 0.5`: the method and the ratios that were set."""
-        ratios = ["as before" if lora is None else f"{lora.get('ratio', 1):g}" for lora in self.loras]
-        return f"{self.method}, {' + '.join(ratios) if len(ratios) <= 6 else f'{len(ratios)} LoRAs'}"
-
 
 def read_setting(found: object) -> Setting:
     """A setting out of a request.
@@ -56,6 +50,9 @@ def read_setting(found: object) -> Setting:
     if not isinstance(loras, list):
         raise ZitMergeError("setting.loras: must be a list")
     strengths = [None if lora is None else _numbers(lora, f"setting.loras[{n}]", STRENGTHS) for n, lora in enumerate(loras)]
+    for n, lora in enumerate(strengths):
+        if lora is not None and not _is_number(lora.get("ratio")):
+            raise ZitMergeError(f"setting.loras[{n}].ratio: must be a number")
     params = _table(table.get("params", {}), "setting.params")
     for key, value in params.items():
         if not (isinstance(value, str | bool) or _is_number(value)):
@@ -93,8 +90,6 @@ def _numbers(found: object, where: str, keys: Sequence[str]) -> Mapping[str, Any
     for key, value in table.items():
         if not is_plain(value):
             raise ZitMergeError(f"{where}.{key}: must be numbers")
-    if not _is_number(table.get("ratio", 1)):
-        raise ZitMergeError(f"{where}.ratio: must be a number")
     return table
 
 
