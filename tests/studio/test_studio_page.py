@@ -192,7 +192,7 @@ def test_undo_goes_across_weights_method_parameters_rank_and_looks(opened, tab):
         lambda: frame.type("density", 0.5),
         lambda: frame.choose("Rank", "size"),
         lambda: frame.type("MB", 0.05),
-        lambda: frame.press("Use these weights 1. sum, as before + as before"),
+        lambda: frame.press("Use these weights 1. sum, 0.8 + 0.5"),
     ):
         change()
         done()
@@ -265,7 +265,7 @@ def test_looks_are_rendered_once_and_stay_in_the_strip(opened, tab):
     frame.find("h2").first.click()
     frame.page.keyboard.press("l")
     frame.looks(1)
-    assert frame.heads() == ["base", "me.safetensors", "style.safetensors", "1. sum, as before + as before"]
+    assert frame.heads() == ["base", "me.safetensors", "style.safetensors", "1. sum, 0.8 + 0.5"]
     assert frame.find(".strip tbody tr").count() == 2 and frame.find(".strip img").count() == 8
     assert len(live.loader.pictures) == 8
     frame.page.keyboard.press("l")
@@ -274,7 +274,7 @@ def test_looks_are_rendered_once_and_stay_in_the_strip(opened, tab):
     frame.find("h2").first.click()
     frame.page.keyboard.press("l")
     frame.looks(2)
-    assert frame.heads()[3:] == ["1. sum, as before + as before", "2. sum, 0.25 + as before"]
+    assert frame.heads()[3:] == ["1. sum, 0.8 + 0.5", "2. sum, 0.25 + 0.5"]
     frame.page.keyboard.press("d")
     frame.looks(3)
     assert "draft" in frame.heads()[-1]
@@ -300,7 +300,7 @@ def test_progress_is_told_and_a_cancelled_look_ends(opened, tab):
     Gate.open.clear()
     frame.type("1. me.safetensors", 0.25)
     frame.press("Look")
-    frame.does("Rendering picture 1 of 2: 2. sum, 0.25 + as before")  # base and inputs are there
+    frame.does("Rendering picture 1 of 2: 2. sum, 0.25 + 0.5")  # base and inputs are there
     frame.type("1. me.safetensors", 0.5)
     frame.press("Look")
     frame.find(".strip .told").filter(has_text="waiting").wait_for()
@@ -311,7 +311,7 @@ def test_progress_is_told_and_a_cancelled_look_ends(opened, tab):
     assert frame.find(".strip .told").all_inner_texts() == ["", "cancelled", "cancelled"]
     frame.press("Look")
     frame.does("Ready.")
-    frame.find(".strip td img[alt^='4. sum, 0.5 + as before']").nth(1).wait_for()
+    frame.find(".strip td img[alt^='4. sum, 0.5 + 0.5']").nth(1).wait_for()
 
 
 def test_two_looks_are_compared_large(opened, tab):
@@ -368,9 +368,9 @@ def test_favourites_are_marked_filtered_and_seen_in_the_other_tab(opened, tab):
     frame.press("Close")
     frame.closed()
     frame.press("Favourites only")
-    assert frame.heads()[3:] == ["2. sum, 0.5 + as before"]
+    assert frame.heads()[3:] == ["2. sum, 0.5 + 0.5"]
     other.looks(2)
-    mark = other.inner.get_by_role("button", name="Favourite 2. sum, 0.5 + as before")
+    mark = other.inner.get_by_role("button", name="Favourite 2. sum, 0.5 + 0.5")
     other.find(".strip thead button[aria-pressed=true]").wait_for()
     mark.click()
     frame.shows("No look is a favourite yet.")
