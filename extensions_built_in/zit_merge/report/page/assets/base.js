@@ -184,9 +184,10 @@ function button(text, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, ...attributes }, text);
 }
 
-/** A select with a label. `choices`: [value, text]. */
+/** A select with a label. `choices`: [value, text]. `list` is the select itself. */
 function select(label, choices, chosen, onchoose) {
   const id = freshId("select");
-  return el("span", { class: "field" }, el("label", { for: id }, label), el("select", { id, onchange: (e) => onchoose(e.target.value) },
-    choices.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text))));
+  const list = el("select", { id, onchange: () => onchoose(list.value) },
+    choices.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text)));
+  return Object.assign(el("span", { class: "field" }, el("label", { for: id }, label), list), { list });
 }

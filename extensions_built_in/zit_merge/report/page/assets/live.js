@@ -19,7 +19,7 @@ function methodFields(about, desk, s, count) {
   const how = () => desk.how(s);
   const summary = el("p", { class: "hint" });
   const method = select("Method", [...methods.keys()].map((name) => [name, name]), how().method, (name) => desk.change(s, { method: name, params: {} }));
-  for (const option of method.querySelectorAll("option")) option.disabled = (methods.get(option.value).takes ?? count) !== count;
+  for (const option of method.list.options) option.disabled = (methods.get(option.value).takes ?? count) !== count;
   const kind = select("Rank", Object.entries(RANKS).map(([name, { text }]) => [name, text]), rankKind(how().rank), (name) => desk.change(s, { rank: RANKS[name].start }));
   const [params, ranks] = [fieldSet(), fieldSet()];
 
@@ -38,15 +38,13 @@ function methodFields(about, desk, s, count) {
 
   function update() {
     const chosen = methods.get(how().method);
-    method.value = how().method;
-    kind.value = rankKind(how().rank);
+    method.list.value = how().method;
+    kind.list.value = rankKind(how().rank);
     summary.textContent = [chosen?.summary, ...(chosen?.params ?? []).map(({ name, text }) => (text ? `${name}: ${text}` : ""))].filter(Boolean).join(" ");
     params.show(how().method, () => (chosen?.params ?? []).map((param) => paramField(param, () => how().params[param.name] ?? param.default, (value) => setParam(param, value))));
-    ranks.show(kind.value, rankFields[kind.value] ?? (() => []));
+    ranks.show(kind.list.value, rankFields[kind.list.value] ?? (() => []));
   }
 
-  [method, kind].forEach((field) => Object.defineProperty(field, "value", {
-    get: () => field.querySelector("select").value, set: (value) => { field.querySelector("select").value = value; } }));
   update();
   return Object.assign(el("div", { class: "method" }, el("h3", {}, "Method and rank"),
     el("div", { class: "tools" }, method, params.element, kind, ranks.element), summary), { update });
@@ -70,7 +68,7 @@ function paramField(param, read, write) {
   const { name, kind, choices } = param;
   if (kind === "choice") {
     const field = select(name, choices.map((word) => [word, word]), read(), write);
-    return Object.assign(field, { update: () => { field.querySelector("select").value = read(); } });
+    return Object.assign(field, { update: () => { field.list.value = read(); } });
   }
   if (kind === "flag") {
     const box = el("input", { type: "checkbox", onchange: () => write(box.checked) });

@@ -39,7 +39,7 @@ function viewPicture(gallery, at, onleave) {
     const range = el("p", { class: "slider", hidden: true }, slider);
     const [slideButton, favouriteButton] = [button("Slider", () => { isSliding = !isSliding; isFlipped = false; stage.classList.remove("zoomed"); draw(); }), button("Favourite", favour)];
     const compared = select("Compared with", columns.map((column, c) => [c, clip(column)]), 0, (c) => { gallery.compared = Number(c); isFlipped = false; draw(); });
-    const choices = compared.querySelector("select");
+    const choices = compared.list;
     stage.append(over, edge);
     stage.addEventListener("pointerdown", drag);
     stage.addEventListener("pointermove", (e) => { if (e.buttons) drag(e); });
