@@ -125,6 +125,25 @@ def test_the_strip_is_there_after_a_restart(live):
     assert json.loads(ask(two, "look", {"setting": SETTING}).body)["id"] == look["id"] and len(loader.loaded) == 1
 
 
+def test_other_prompts_are_another_look(live):
+    loader = Loader()
+    one = live(load=loader)
+    ask(one, "look", {"setting": SETTING})
+    first = done(one, "looks")
+    one.close()
+    two = live(load=loader, preview={"prompts": ["a bird"], "size": [128, 128], "steps": 4})
+    assert json.loads(ask(two, "look", {"setting": SETTING}).body)["id"] == first["id"] + 1
+    assert done(two, "looks")["rows"] == ["a bird (seed 42)"]
+
+
+def test_a_rank_that_weighs_by_the_base_is_a_rank(live):
+    one = live()
+    rank = {"energy": 0.9, "weigh": "base"}
+    number = json.loads(ask(one, "measure", {"setting": {**SETTING, "rank": rank}}).body)["id"]
+    found = until(one, lambda s: s["measure"]["id"] == number and s["measure"]["status"] == "failed")["measure"]
+    assert found["error"].startswith("rank.weigh: needs the model"), "there is none here"
+
+
 class Slow(FakeRenderer):
     """Takes steps, each when it may."""
 

@@ -72,6 +72,7 @@ class Look(Entry):
         favourite: Marked by the user.
         columns: Caption and kind (`base`, `input`, `look`) of what is shown, the look last.
         rows: Prompt and seed of each row.
+        shots: A short name of all that is rendered but the weights: prompts, seeds, sizes, steps.
         digests: Row by row the names of the pictures, one for each column.
     """
 
@@ -80,6 +81,7 @@ class Look(Entry):
     favourite: bool = False
     columns: Sequence[tuple[str, str]] = ()
     rows: Sequence[str] = ()
+    shots: str = ""
     digests: Sequence[Sequence[str]] = ()
 
     def facts(self, ready: AbstractSet[str]) -> dict[str, Any]:
@@ -98,5 +100,5 @@ class Look(Entry):
 
     def record(self) -> dict[str, Any]:
         """For the file of the strip."""
-        kept = {key: getattr(self, key) for key in ("id", "label", "draft", "favourite", "columns", "rows", "digests")}
+        kept = {key: getattr(self, key) for key in ("id", "label", "draft", "favourite", "columns", "rows", "shots", "digests")}
         return {**kept, "setting": self.setting.record()}

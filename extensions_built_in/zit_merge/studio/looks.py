@@ -23,6 +23,7 @@ from ..preview.plan import PictureRecords, PreviewPlan, specs_text
 from ..preview.rendering import Load
 from ..preview.samples import settings_of, specs_of
 from ..preview.settings import MULTIPLE, SMALLEST, ImageSpec
+from ..preview.variants import digest
 from ..progress import Progress
 from .entries import DONE, RUNNING, WAITING, Look
 from .setting import Setting, read_setting
@@ -55,6 +56,7 @@ class Strip:
         self._asked = asked.model_dump(exclude_unset=True) | {"compare": list(SHOWN), "confirm": True}
         specs = specs_of(asked, settings, context, context.at("preview"))
         self.specs: Mapping[bool, Sequence[ImageSpec]] = {False: specs, True: [_draft(spec) for spec in specs]}
+        self._shots = {draft: digest({"shots": [spec.record() for spec in own]}) for draft, own in self.specs.items()}
         self.looks: list[Look] = []
         self.ready: set[str] = set()
         self._read()
@@ -75,6 +77,7 @@ class Strip:
                 look = Look(len(self.looks) + 1, read_setting(told["setting"]), DONE)
                 look.label, look.draft, look.favourite = str(told["label"]), told["draft"] is True, told["favourite"] is True
                 look.columns = [(str(label), str(kind)) for label, kind in told["columns"]]
+                look.shots = str(told["shots"])
                 look.rows, look.digests = [str(row) for row in told["rows"]], digests
                 self.looks.append(look)
                 self.ready |= there
@@ -125,11 +128,17 @@ class Strip:
             ZitMergeError: There are too many.
         """
         for look in self.looks:
-            if (look.setting, look.draft) == (setting, draft) and look.status in (WAITING, RUNNING, DONE):
+            if (look.setting, look.draft, look.shots) == (setting, draft, self._shots[draft]) and look.status in (
+                WAITING,
+                RUNNING,
+                DONE,
+            ):
                 return look
         if len(self.looks) >= MOST:
             raise ZitMergeError(f"the strip has {MOST} looks: close the studio and move studio.json away to begin a new one")
-        self.looks.append(Look(len(self.looks) + 1, setting, label=label + ", draft" * draft, draft=draft))
+        self.looks.append(
+            Look(len(self.looks) + 1, setting, label=label + ", draft" * draft, draft=draft, shots=self._shots[draft])
+        )
         return self.looks[-1]
 
     def render(self, look: Look, hashes: Hashes, readers: StepReaders, load: Load, progress: Progress) -> Iterator[None]:

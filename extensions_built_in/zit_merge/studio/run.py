@@ -33,6 +33,7 @@ from .session import Session
 from .setting import Setting
 from .steps import steps_file
 
+_GRACE = 2.0  # seconds in which a page may hear that its studio is closed
 Keep = Callable[[Planned, Progress], Sequence[Done]]  # runs a section, tells what came of it, shows it on the page
 
 
@@ -127,6 +128,7 @@ class Studio:
             if self._renderer is None:
                 on_load(settings.name)
                 self._renderer = self._open.enter_context(self._load(settings))
+                on_load("")
             self._renderer.on_step = progress.check
             yield self._renderer
 
@@ -208,6 +210,7 @@ def serve_studio(
             say(page.write())
             on_open(door)
             session.serve()
+            session.heard.wait(_GRACE)  # the tabs that ask once more
     finally:
         session.close("the job ended")
         page.studio(None)

@@ -44,7 +44,7 @@ class Workshop(Protocol):
         """A look that waits, or the one that is there."""
 
     def render(self, look: Look, progress: Progress, on_load: Callable[[str], None]) -> Iterator[None]:
-        """Renders a look; yields when there is something to be shown."""
+        """Renders a look; yields when there is something to be shown. `on_load` gets the model's name, and "" when it is there."""
 
     def write(self) -> None:
         """Keeps the strip."""
@@ -73,11 +73,13 @@ class Session:
 
     Attributes:
         closed: Why it is closed; empty while it is open.
+        heard: A page knows that it is closed.
     """
 
     def __init__(self, workshop: Workshop, minutes: float, host: Progress):
         self._shop, self._minutes, self.host, self.closed = workshop, minutes, host, ""
         self._change = threading.Condition()
+        self.heard = threading.Event()
         self._version, self._used, self._ids = 1, time.monotonic(), 0
         self._task: Mapping[str, Any] | None = None
         self._measuring: Measuring | None = None
@@ -92,6 +94,8 @@ class Session:
             seen: The version that the page has.
         """
         with self._change:
+            if self.closed:
+                self.heard.set()
             told = {"version": self._version, "seconds_left": round(self._left()), "closed": self.closed or None}
             if seen == self._version:
                 return told
@@ -259,7 +263,7 @@ class Session:
     def _render(self, look: Look) -> None:
         watch = Watch(self, "look", look.label, lambda: look.status == CANCELLED, self.host)
         with self._running(look):
-            for _ in self._shop.render(look, watch, lambda name: self.tell("load", name, 0, 0)):
+            for _ in self._shop.render(look, watch, lambda name: self.tell("load" if name else "look", name or look.label, 0, 0)):
                 with self._changing():
                     pass
                 self._measured()

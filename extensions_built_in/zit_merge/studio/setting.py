@@ -59,7 +59,8 @@ def read_setting(found: object) -> Setting:
             raise ZitMergeError(f"setting.params.{masked(key[:40])}: must be a number or a word")
     rank = table.get("rank", "exact")
     if isinstance(rank, Mapping):
-        rank = _numbers(rank, "setting.rank", _RANK)
+        weigh = {"weigh": "base"} if rank.get("weigh") == "base" else {}  # the section's own base
+        rank = {**_numbers({key: value for key, value in rank.items() if key not in weigh}, "setting.rank", _RANK), **weigh}
     elif rank not in ("exact", "same") and not (isinstance(rank, int) and _is_number(rank)):
         raise ZitMergeError("setting.rank: must be exact, same, a whole number or a rule")
     words = [table.get("step"), table.get("method", "sum")]
