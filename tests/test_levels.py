@@ -21,6 +21,7 @@ LEVELS = (
     ("preview",),
     ("section",),
     ("api",),
+    ("studio",),
     ("demo",),
     ("host",),
     ("cli",),

@@ -18,7 +18,7 @@ from .merging.runner import run_plans
 from .planning.build import plan_section
 from .planning.context import RunContext
 from .planning.device import pick_device
-from .planning.job import Planned
+from .planning.planned import Planned
 from .planning.types import StepPlan
 from .progress import Progress
 

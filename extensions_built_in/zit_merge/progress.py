@@ -27,5 +27,15 @@ class Progress:
         """
         yield from items
 
+    def check(self) -> None:
+        """Raises, as `track` does, while there are no items: when the work waits for something."""
+
+    def say(self, info: str) -> None:
+        """Shows what is going on, where there is a place for it.
+
+        Args:
+            info: A few words.
+        """
+
 
 SILENT = Progress()

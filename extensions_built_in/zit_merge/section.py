@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .formats.verdict import RIGHT, Verdict
 from .merging.made import Done
 from .merging.runner import run_plans
-from .planning.job import Planned
+from .planning.planned import Planned
 from .progress import Progress
 from .report.page.run import RunPage
 from .report.text.result import done_text, verdict_text

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PureWindowsPath
@@ -59,13 +60,18 @@ class Answers:
         for start, (status, headers) in self.refusals.items():
             if unquote(path).startswith(start):
                 return status, headers, b""
-        owner, repo, verb, revision, *name = (unquote(part) for part in path.lstrip("/").split("/"))
-        assert verb == "resolve"
+        listing = path.startswith("/api/models/")
+        owner, repo, *rest = (unquote(part) for part in path.removeprefix("/api/models").lstrip("/").split("/"))
+        verb, revision, *name = rest or ["revision", "main"]
+        assert verb == ("revision" if listing else "resolve")
         if f"{owner}/{repo}" != FILE.repo:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
         commit = self.branches.get(revision, revision)
         if not any(known == commit for known, _ in self.files):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if listing:
+            names = [{"rfilename": name} for known, name in self.files if known == commit]
+            return 200, {}, json.dumps({"id": FILE.repo, "sha": commit, "siblings": names}).encode()
         content = self.files.get((commit, "/".join(name)))
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
@@ -90,7 +96,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
 
         def do_HEAD(self) -> None:
             status, headers, content = (404, {}, b"")
-            if "/resolve/" in self.path:
+            if "/resolve/" in self.path or self.path.startswith("/api/models/"):
                 answers.asked.append((self.command, unquote(self.path), self.headers["Authorization"]))
                 status, headers, content = answers.answer(self.path)
             if answers.hangs_up and self.command == "GET":
@@ -156,13 +162,16 @@ def refused(file: HubFile = FILE) -> str:
         ("hf:user/repo/me@home.safetensors@a@b", HubFile("user/repo", "me@home.safetensors", "a@b")),
         ("hf:user/repo/style.safetensors@b.safetensors", HubFile("user/repo", "style.safetensors", "b.safetensors")),
         ("hf:user/repo/style.safetensors@v1.pt", HubFile("user/repo", "style.safetensors", "v1.pt")),
+        ("hf:user/repo", HubFile("user/repo", "")),
+        ("hf:user/repo@main", HubFile("user/repo", "", "main")),
+        (f"hf:a.b-c/d__e@{OLD}", HubFile("a.b-c/d__e", "", OLD)),
         ("hf:user/repo/x.safetensors/y.safetensors", HubFile("user/repo", "x.safetensors/y.safetensors")),
     ],
 )
 def test_a_source_says_repository_file_and_revision(source: str, file: HubFile):
     assert hub.parse(source) == file
     assert str(file) == source
-    assert hub.parse(file.pinned(NEW)) == HubFile(file.repo, file.file, NEW)
+    assert hub.parse(str(replace(file, revision=NEW))) == HubFile(file.repo, file.file, NEW)
 
 
 def test_a_file_is_called_by_the_last_part_of_its_path():
@@ -174,11 +183,15 @@ def test_a_file_is_called_by_the_last_part_of_its_path():
     "source",
     [
         "hf:",
-        "hf:user/repo",
+        "hf:user",
         "hf:user/repo/",
-        "hf:user/repo@main",
+        "hf:user/repo@",
+        "hf:user/repo@../x",
+        "hf:us er/repo",
+        "hf:user/re--po@main",
         "hf:style.safetensors",
         "hf:repo/style.safetensors",
+        "hf:repo/style.safetensors@main",
         "hf:user/repo/style",
         "hf:user/repo/.safetensors/",
         "hf:user/repo/style.safetensors@",
@@ -217,6 +230,12 @@ def test_another_form_is_answered_with_the_right_one(source: str):
 def test_what_parse_lets_through_huggingface_hub_takes(cache: Path):
     for source in ("hf:a/b/c.safetensors", f"hf:_a/{'r' * 96}/c d.safetensors@refs/pr/1", "hf:a.b-c/d__e/f.safetensors@x"):
         assert hub.cached(hub.parse(source)) is None  # it validates names before it looks
+
+
+@pytest.mark.parametrize("source", ["hf:user/a.bin", "hf:user/a.pt@main"])
+def test_a_pickle_without_its_repository_is_refused_too(source: str):
+    with pytest.raises(ZitMergeError, match="pickles can run code when they are opened"):
+        hub.parse(source)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.PTH", "deep/a.ckpt", "a.bin@main", "a.pkl@refs/pr/1"])
@@ -299,7 +318,8 @@ def test_download_keeps_the_file_under_its_commit(cache: Path, server: Answers):
     assert path.name == FILE.name and path.is_relative_to(cache)
     assert hub.commit_of(path) == OLD
     assert hub.cached(FILE) == path
-    assert hub.cached(hub.parse(FILE.pinned(OLD))) == path
+    assert FILE.at(path) == HubFile(FILE.repo, FILE.file, OLD)
+    assert hub.cached(FILE.at(path)) == path
 
 
 def test_download_asks_for_names_as_they_are_written(server: Answers):
@@ -463,6 +483,94 @@ def test_a_cache_that_can_not_be_written_is_one_sentence(cache: Path, server: An
     cache.write_text("a file where the folder should be")
     text = refused()
     assert f"can't be stored in {cache} (" in text and "set HF_HUB_CACHE to another folder" in text
+
+
+ONLY = HubFile("user/repo", "")  # whatever its one file is called
+BESIDE = ("README.md", "config.json", "model.safetensors.index.json", "deep/other.safetensors", "old.ckpt")
+
+
+def test_the_only_file_of_a_repository_needs_no_name(cache: Path, server: Answers):
+    server.files |= {(OLD, name): b"beside" for name in BESIDE}
+    server.files |= {(NEW, name): b"new" for name in ("x.safetensors", "y.safetensors")}
+    path = hub.download(ONLY)
+    assert path.read_bytes() == b"old" and path.name == FILE.file
+    assert ONLY.at(path) == HubFile(FILE.repo, FILE.file, OLD)
+    assert hub.cached(ONLY) == hub.cached(FILE) == path
+    assert hub.download(replace(ONLY, revision=OLD)) == path
+
+
+def test_the_only_file_stays_the_same_in_a_process_while_the_repository_grows(server: Answers):
+    first = hub.download(ONLY)
+    server.branches["main"] = NEW
+    server.files |= {(NEW, name): b"new" for name in ("x.safetensors", "y.safetensors")}
+    assert hub.download(ONLY) == first
+    assert "holds 2 at its top" in refused(replace(ONLY, revision=NEW))
+
+
+def test_several_files_are_named_with_how_to_write_one(cache: Path, server: Answers):
+    server.files[OLD, "B.SafeTensors"] = b"other"
+    assert refused(ONLY) == (
+        f"hf:user/repo names no .safetensors file, and the repository holds 2 at its top in {server.url}/user/repo "
+        "(B.SafeTensors, style.safetensors): name the file, as in hf:user/repo/B.SafeTensors"
+    )
+    server.files |= {(OLD, f"step_{n}.safetensors"): b"" for n in range(20)}
+    text = refused(replace(ONLY, revision="main"))
+    assert "holds 22 at its top" in text and "step_14.safetensors and 14 more): " in text
+    assert text.endswith("as in hf:user/repo/B.SafeTensors@main")
+    assert not cache.exists()
+
+
+def test_a_repository_without_a_file_at_its_top_is_told_apart(server: Answers):
+    server.files = {(OLD, name): b"beside" for name in BESIDE}
+    assert refused(ONLY) == (
+        f"hf:user/repo names no .safetensors file, and the repository holds none at its top ({server.url}/user/repo): "
+        "name the file, as in hf:user/repo/folder/file.safetensors"
+    )
+
+
+def test_the_only_file_of_the_cache_needs_no_network(cache: Path):
+    assert hub.cached(ONLY) is None
+    for name in BESIDE:
+        keep(cache, OLD, name, name.encode(), ref="main")
+    assert hub.cached(ONLY) is None
+    path = keep(cache, OLD, ref="main")
+    keep(cache, NEW, "x.safetensors", b"new")
+    assert hub.cached(ONLY) == hub.download(ONLY) == path
+    assert hub.cached(replace(ONLY, revision="main")) == path
+    assert hub.cached(replace(ONLY, revision="v2")) is None
+    keep(cache, OLD, "other.safetensors", b"other", ref="main")
+    with pytest.raises(ZitMergeError) as e:
+        hub.cached(ONLY)
+    assert str(e.value) == (
+        "hf:user/repo names no .safetensors file, and the repository holds 2 at its top in the local cache "
+        "(other.safetensors, style.safetensors): name the file, as in hf:user/repo/other.safetensors"
+    )
+    path.resolve().unlink()
+    assert hub.cached(ONLY) == path.parent / "other.safetensors"
+
+
+def test_the_cache_serves_the_only_file_while_the_hub_is_away(cache: Path, server: Answers):
+    path = keep(cache, OLD, ref="main")
+    server.refusals["/"] = (503, {})
+    assert hub.download(ONLY) == path
+
+
+def test_no_listing_is_one_sentence(cache: Path, server: Answers, monkeypatch: pytest.MonkeyPatch):
+    assert refused(HubFile("user/other", "")).startswith("the hub has no repository user/other, or it is private")
+    assert refused(HubFile("user/repo", "", "v9")).startswith("user/repo has no revision v9: ")
+    server.refusals["/"] = (503, {})
+    assert refused(ONLY) == "the hub does not send hf:user/repo now (HTTP status 503): run again later"
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert refused(ONLY) == (
+        "hf:user/repo is not in the local cache, and http://127.0.0.1:1 can't be reached: "
+        "check the network, or give the path of a file"
+    )
+
+
+def test_offline_says_how_to_fetch_the_repository(cache: Path):
+    text = refused(ONLY)
+    assert "hf:user/repo is not in the local cache, and HF_HUB_OFFLINE forbids fetching it" in text
+    assert text.endswith("hf download user/repo")
 
 
 def test_without_the_package_the_sentence_names_it(monkeypatch: pytest.MonkeyPatch):

@@ -475,6 +475,25 @@ def test_a_file_of_the_cache_is_merged_offline_and_pinned(work, loras, hub_cache
     assert "style" in read_metadata(made)["modelspec.merged_from"] or "musubi" in read_metadata(made)["modelspec.merged_from"]
 
 
+def test_a_repository_of_one_file_is_pinned_to_the_file_and_its_commit(work, loras, hub_cache):
+    step = FROM_HUB | {"loras": [FROM_HUB["loras"][0], {"lora": "hf:user/repo", "ratio": 0.5}]}
+    text = " ".join(work.zit("check", work.job(step)).ok().split())
+    assert "repo is not in the local cache: it is fetched from the hub when the merge runs" in text
+    path = put_into_hub_cache(hub_cache, COMMIT, "style.safetensors", loras[1].read_bytes(), "main")
+    work.zit("run", work.job(step)).ok()
+    made = work.out / "merged_cat_a.safetensors"
+    entry = yaml.safe_load(work.zit("recipe", made).ok())["steps"][0]["loras"][1]
+    raw = path.read_bytes()
+    assert entry["lora"] == f"hf:user/repo/style.safetensors@{COMMIT}"
+    assert entry["sha256"] == hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    put_into_hub_cache(hub_cache, COMMIT, "other.safetensors", b"another", "main")
+    message = work.zit("check", work.job(step)).refused()
+    assert message.startswith("process[0].steps[0].loras[1].lora: hf:user/repo names no .safetensors file")
+    assert "holds 2 at its top in the local cache (other.safetensors, style.safetensors)" in message
+    remade = work.again(work.recipe(made, ELSEWHERE), "--loras", work.folder)
+    assert remade.read_bytes() == made.read_bytes()
+
+
 @pytest.mark.parametrize("where", ["cache", "--loras", "moved branch"])
 def test_a_recipe_of_a_hub_source_runs_offline(work, loras, hub_cache, where):
     path = cache(hub_cache, loras[1])

@@ -16,12 +16,13 @@ from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.schema import Section
 from extensions_built_in.zit_merge.formats.reader import tensor_hash
 from extensions_built_in.zit_merge.merging.made import Done, Hashes
+from extensions_built_in.zit_merge.merging.readers import StepReaders, delta_reader
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.planning.context import RunContext
-from extensions_built_in.zit_merge.planning.job import Planned, make_context, plan_job
+from extensions_built_in.zit_merge.planning.job import make_context, plan_job
+from extensions_built_in.zit_merge.planning.planned import Planned
 from extensions_built_in.zit_merge.preview.grids import preview_plan
 from extensions_built_in.zit_merge.preview.plan import PreviewPlan
-from extensions_built_in.zit_merge.preview.runner import _reader
 from extensions_built_in.zit_merge.preview.settings import ImageSpec, RenderSettings
 from extensions_built_in.zit_merge.preview.variants import AdapterVariant, digest
 from extensions_built_in.zit_merge.progress import SILENT, Progress
@@ -67,7 +68,7 @@ def run(found: Planned) -> list[Done]:
 def changes(variant: AdapterVariant, progress: Progress = SILENT) -> dict[str, Delta]:
     """Module -> change of a variant, read as for its pictures."""
     with Hashes(variant.files()) as hashes:
-        return dict(variant.deltas(_reader(hashes, CPU, progress)))
+        return dict(variant.deltas(delta_reader(lambda: StepReaders(hashes, CPU, progress))))
 
 
 class Told(Progress):

@@ -11,6 +11,7 @@ from host.job import job, training
 from oracles import producers
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "examples" / "ui_merge_job.yaml"
+STUDIO = EXAMPLE.with_name("studio.yaml")
 SAMPLES = [{"prompt": "a cat"}, {"prompt": "a dog"}]
 
 
@@ -60,6 +61,15 @@ class Material:
         process["model"]["name_or_path"] = str(self.folder / "model")
         asked = {"prompts": [f"a cat {n}" for n in range(prompts)], "size": 64, "steps": steps}
         process["preview"] = asked
+        return self._write(name, config)
+
+    def studio(self, name: str) -> Path:
+        """The example of the studio, with paths that exist here and small pictures."""
+        text = STUDIO.read_text(encoding="utf-8").replace("/path/to/loras", str(self.loras))
+        config = yaml.safe_load(text.replace("my_studio", name))
+        (process,) = config["config"]["process"]
+        process |= {"shapes": "free", "model": process["model"] | {"name_or_path": str(self.folder / "model")}}
+        process["sample"] |= {"width": 128, "height": 128, "sample_steps": 2, "samples": SAMPLES}
         return self._write(name, config)
 
     def section(self, typo: bool = False) -> str:

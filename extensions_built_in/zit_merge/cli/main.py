@@ -98,6 +98,12 @@ def _preview(args: argparse.Namespace) -> None:
     preview(args)
 
 
+def _studio(args: argparse.Namespace) -> None:
+    from .studio import studio
+
+    studio(args)
+
+
 def _merge(args: argparse.Namespace) -> None:
     from .merge import merge
 
@@ -171,6 +177,7 @@ COMMANDS = {
     "demo": _demo,
     "run": _run,
     "preview": _preview,
+    "studio": _studio,
     "merge": _merge,
     "bake": _bake,
     "extract": _extract,

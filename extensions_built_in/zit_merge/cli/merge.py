@@ -12,7 +12,7 @@ from typing import Any
 from ..api import OUTPUT
 from ..api import merge as describe
 from ..errors import SettingError, counted
-from ..planning.job import Planned
+from ..planning.planned import Planned
 from ..report.progress import Bar
 from ..report.text.plan import plan_text
 from ..section import run_section, what_is_not_right

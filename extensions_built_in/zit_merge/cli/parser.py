@@ -22,6 +22,7 @@ EXAMPLES = {
     "demo": "demo",
     "run": "run config/my_char_v1.yaml --dry-run",
     "preview": "preview config/my_char_v1.yaml --dry-run",
+    "studio": "studio me.safetensors style.safetensors --model Tongyi-MAI/Z-Image-Turbo",
     "merge": 'merge me.safetensors style.safetensors -o both.safetensors --ratio 0.9 0.6 --to_q 1.1 --layers "0-9=0.5"',
     "bake": "bake me.safetensors --ratio 0.9 --base Tongyi-MAI/Z-Image-Turbo -o my_model.safetensors",
     "extract": "extract tuned.safetensors --base Tongyi-MAI/Z-Image -o tuned_lora.safetensors --rank 64",
@@ -105,6 +106,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     preview.add_argument("--dry-run", action="store_true", help="print what would be rendered, render nothing")
     preview.add_argument("--yaml", metavar="STEP:NUMBER", help="print the section that makes this picture of a step's sweep")
 
+    _studio_arguments(add("studio", "open the live merge page of LoRA files: weigh, measure, look, keep"))
     _merge_arguments(add("merge", "merge LoRA files: every weight takes one number for all files, or one for each"))
     _bake_arguments(add("bake", "write a whole model with a merge of LoRAs in it"))
     _extract_arguments(add("extract", "make a LoRA of what a fine-tuned model changed"))
@@ -155,6 +157,26 @@ def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--plot", type=Path, metavar="OUT", help="also draw it: a .png, .pdf or .svg file")
     inspect.add_argument("--methods", action="store_true", help="list the merge methods")
     inspect.add_argument("--presets", action="store_true", help="list the presets")
+
+
+def _studio_arguments(studio: argparse.ArgumentParser) -> None:
+    studio.add_argument("files", type=Path, nargs="+", metavar="FILE", help="LoRAs to compose with")
+    studio.add_argument(
+        "-o", "--out", type=Path, default=Path("output"), metavar="DIR", help="where LoRAs and pictures go (default: output)"
+    )
+    studio.add_argument("--model", metavar="PATH", help="Z-Image Turbo, for pictures: a folder or user/repo; needs AI-Toolkit")
+    studio.add_argument("--prompt", nargs="+", metavar="TEXT", help="of the pictures, one or more")
+    studio.add_argument("--size", type=int, metavar="PIXELS", help="of a side (default: 1024)")
+    studio.add_argument("--steps", type=int, metavar="N", help="of a picture, as AI-Toolkit counts them (default: 9)")
+    studio.add_argument("--quantize", action="store_true", help="load the model in 8 bits")
+    studio.add_argument("--low-vram", action="store_true", help="keep the model outside of the GPU's memory between pictures")
+    studio.add_argument(
+        "--minutes", type=float, default=30, metavar="N", help="close when nobody used it for so long (default: 30)"
+    )
+    studio.add_argument(
+        "--port", type=int, default=8866, help="of the loopback address (default: 8866, which AI-Toolkit's UI forwards)"
+    )
+    studio.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:

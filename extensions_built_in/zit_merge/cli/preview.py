@@ -14,7 +14,8 @@ from ..host.status import Status
 from ..host.toolkit import device_of, silence
 from ..host.watch import JobProgress
 from ..merging.made import made_before
-from ..planning.job import Planned, plan_job
+from ..planning.job import plan_job
+from ..planning.planned import Planned
 from ..preview.grids import preview_plan
 from ..preview.plan import PreviewPlan
 from ..preview.runner import render_section

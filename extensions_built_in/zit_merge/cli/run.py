@@ -28,4 +28,6 @@ def run(args: argparse.Namespace) -> None:
             done += run_section(planned, pages[-1], partial(say, args), Bar(args.quiet))
         if planned.section.wants_pictures:
             say(args, "pictures are rendered by AI-Toolkit in its job, or by `preview` in its folder")
+        if planned.section.studio:
+            say(args, "the studio opens in AI-Toolkit's job; for files there is `studio`")
     tell_what_is_not_right(args, what_is_not_right(done))

@@ -14,7 +14,7 @@ from .messages import setting_error
 from .plain import plain_keys
 from .presets import find_preset
 from .rules import check_method, check_names, check_step
-from .schema import PROCESS_TYPE, Ablate, Bake, Checkpoints, Extract, Lora, Preview, Save, Section, Settings, Step
+from .schema import PROCESS_TYPE, Ablate, Bake, Checkpoints, Extract, Lora, Preview, Save, Section, Settings, Step, Studio
 
 _OWNERS: Mapping[str, type[BaseModel]] = {
     "steps": Step,
@@ -25,6 +25,7 @@ _OWNERS: Mapping[str, type[BaseModel]] = {
     "ablate": Ablate,
     "bake": Bake,
     "lora": Extract,
+    "studio": Studio,
 }
 
 

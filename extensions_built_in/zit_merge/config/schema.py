@@ -289,6 +289,16 @@ class Bake(_Model):
     file: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")] | None = None  # neither . nor ..
 
 
+class Studio(_Model):
+    """The live studio, which opens when the merges of the section are done.
+
+    Attributes:
+        minutes: It closes when nobody has used it for so long.
+    """
+
+    minutes: Annotated[float, Field(gt=0, le=10_000)] = 30
+
+
 class Settings(_Model):
     """What may stand on the section or on a step; the step wins."""
 
@@ -347,6 +357,7 @@ class Section(Settings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})|mps)$")] = "auto"
     output_dir: str | None = None
     train_fixes: list[Annotated[str, _choice(("cosine_with_restarts",), "fix")]] = []
+    studio: Annotated[Studio | None, BeforeValidator(_asked)] = None
     training_folder: str | None = None
     name: str | None = None
     sqlite_db_path: Any = None

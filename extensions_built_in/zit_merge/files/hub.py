@@ -1,4 +1,4 @@
-"""LoRAs on the Hugging Face hub: hf:user/repo/path/file.safetensors[@revision].
+"""LoRAs on the Hugging Face hub: hf:user/repo/path/file.safetensors[@revision], or hf:user/repo[@revision] with one file in it.
 
 Names are read here without huggingface_hub, which is heavy and loaded only when a cache or the hub itself is asked.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +17,14 @@ from ..errors import SettingError, ZitMergeError
 from .paths import NO_PICKLES, PICKLES
 
 HUB_PREFIX = "hf:"
+_ENDING = ".safetensors"
 _MAIN = "main"  # huggingface_hub.constants.DEFAULT_REVISION
 # The file ends at the first .safetensors that is the last thing or has an @ behind it: both names may hold an @ themselves.
 _SOURCE = re.compile(rf"{HUB_PREFIX}(?P<repo>[^/@]+/[^/@]+)/(?P<file>.+?(?i:\.safetensors))(?:@(?P<revision>.*))?")
+_ONLY_FILE = re.compile(rf"{HUB_PREFIX}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.*))?")
 _PICKLE = re.compile(rf"(?i:{'|'.join(map(re.escape, PICKLES))})(@.*)?$")
 _REPO_PART = re.compile(r"\w([\w.-]*\w)?", re.ASCII)  # huggingface_hub.utils._validators.REPO_ID_REGEX, and its limit of 96
+_SHOWN = 8  # names in an error
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,7 +34,7 @@ class HubFile:
 
     Attributes:
         repo: user/repo.
-        file: Its path in the repository.
+        file: Its path in the repository; empty is the only .safetensors file at the top of it.
         revision: Branch, tag or commit; None is the main branch.
     """
 
@@ -40,16 +43,25 @@ class HubFile:
     revision: str | None = None
 
     def __str__(self) -> str:
-        return f"{HUB_PREFIX}{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
+        path = f"{self.repo}/{self.file}" if self.file else self.repo
+        return f"{HUB_PREFIX}{path}" + (f"@{self.revision}" if self.revision else "")
 
     @property
     def name(self) -> str:
-        """What the file is called. A cached path that is resolved loses it: there files are named by their hash."""
-        return self.file.rpartition("/")[2]
+        """What the file is called, or its repository where the source does not name it. A cached path that is resolved loses it:
+        there files are named by their hash."""
+        return (self.file or self.repo).rpartition("/")[2]
 
-    def pinned(self, commit: str) -> str:
-        """The source that names this very version."""
-        return str(replace(self, revision=commit))
+    def at(self, path: Path) -> HubFile:
+        """This very version of the file.
+
+        Args:
+            path: Of the file in the cache, as `cached` and `download` return it.
+
+        Raises:
+            ZitMergeError: It is not a path of the cache, or one that was resolved.
+        """
+        return HubFile(self.repo, self.file or path.name, commit_of(path))
 
 
 # What this process was given: a plan and its merge, or two steps, must not see two versions because a branch moved between them.
@@ -60,7 +72,7 @@ def parse(source: str) -> HubFile:
     """Reads a source.
 
     Args:
-        source: hf:user/repo/path/file.safetensors[@revision].
+        source: hf:user/repo/path/file.safetensors[@revision], or hf:user/repo[@revision].
 
     Raises:
         SettingError: It has another form.
@@ -68,12 +80,16 @@ def parse(source: str) -> HubFile:
     match = _SOURCE.fullmatch(source)
     if match and _is_repo(match["repo"]) and _is_path(match["file"], ":") and _is_revision(match["revision"]):
         return HubFile(match["repo"], match["file"], match["revision"])
+    only = _ONLY_FILE.fullmatch(source)
+    is_file = only and any(part.lower().endswith((_ENDING, *PICKLES)) for part in (only["repo"], source))  # a part is forgotten
+    if only and not is_file and _is_repo(only["repo"]) and _is_revision(only["revision"]):
+        return HubFile(only["repo"], "", only["revision"])
     shown = repr(source[:120])
     if not match and _PICKLE.search(source):
         raise SettingError(f"{shown} {NO_PICKLES}")
     raise SettingError(
         f"{shown} does not name a file on the Hugging Face hub: write hf:user/repo/file.safetensors, "
-        "and @revision behind it where it is not the main branch"
+        "and @revision behind it where it is not the main branch; hf:user/repo does where it holds only one such file"
     )
 
 
@@ -95,8 +111,14 @@ def _is_revision(text: str | None) -> bool:
 
 
 def cached(file: HubFile) -> Path | None:
-    """The file in the local cache, if it is there; the network is never asked."""
+    """The file in the local cache, if it is there; the network is never asked.
+
+    Raises:
+        SettingError: No file is named, and the cache holds several of the repository.
+    """
     hub = _huggingface_hub()
+    if not file.file:
+        return _only_cached(file, hub)
     try:
         found = hub.try_to_load_from_cache(file.repo, file.file, revision=_pins.get(file, file.revision))
     except (OSError, ValueError):
@@ -111,15 +133,57 @@ def download(file: HubFile) -> Path:
         file: What to fetch. Private and gated repositories need HF_TOKEN or a stored login.
 
     Raises:
-        SettingError: The hub does not have it or does not hand it out, can't be reached, or the disk has no room.
+        SettingError: The hub does not have it or does not hand it out, can't be reached, or the disk has no room; no file is
+            named, and the repository holds none or several.
     """
     hub = _huggingface_hub()
+    name = file.file or _only_listed(file, hub)
     try:
-        path = Path(hub.hf_hub_download(file.repo, file.file, revision=_pins.get(file, file.revision)))
+        path = Path(hub.hf_hub_download(file.repo, name, revision=_pins.get(file, file.revision)))
     except Exception as e:  # HTTP clients and the Rust of Xet raise what no list holds
         raise SettingError(_reason(e, file, hub)) from e
     _pins[file] = commit_of(path)
     return path
+
+
+def _only_listed(file: HubFile, hub: ModuleType) -> str:
+    """The name of the only file of a repository, from its listing; from the cache while the hub is away."""
+    errors = hub.errors
+    try:
+        found = hub.HfApi().model_info(file.repo, revision=_pins.get(file, file.revision))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as e:
+        raise SettingError(_reason(e, file, hub)) from e
+    except Exception as e:  # HTTP clients raise what no list holds
+        if path := _only_cached(file, hub):
+            return path.name
+        raise SettingError(_reason_unreached(e, file, hub)) from e
+    return _only([sibling.rfilename for sibling in found.siblings or ()], file, f"{hub.constants.ENDPOINT}/{file.repo}")
+
+
+def _only_cached(file: HubFile, hub: ModuleType) -> Path | None:
+    """The only file of a repository that the cache holds; None where it holds none."""
+    try:
+        folder = Path(
+            hub.snapshot_download(
+                file.repo, revision=_pins.get(file, file.revision), allow_patterns=[f"*{_ENDING}"], local_files_only=True
+            )
+        )
+        names = [path.name for path in folder.iterdir() if path.is_file()]  # not a link to a blob that somebody deleted
+    except (OSError, ValueError, hub.errors.LocalEntryNotFoundError):
+        return None  # nothing, or a cache that can't be read: download() says why
+    names = [name for name in names if name.lower().endswith(_ENDING)]
+    return folder / _only(names, file, "the local cache") if names else None
+
+
+def _only(paths: list[str], file: HubFile, where: str) -> str:
+    """The one .safetensors among the paths that lies at the top."""
+    names = sorted(path for path in paths if path.lower().endswith(_ENDING) and "/" not in path)
+    if len(names) == 1:
+        return names[0]
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    held = f"holds {len(names)} at its top in {where} ({shown})" if names else f"holds none at its top ({where})"
+    example = HubFile(file.repo, names[0] if names else "folder/file.safetensors", file.revision)
+    raise SettingError(f"{file} names no {_ENDING} file, and the repository {held}: name the file, as in {example}")
 
 
 def model_folder(name: str, *, may_download: bool) -> Path | None:
@@ -215,7 +279,7 @@ def _reason_unreached(cause: BaseException | None, file: HubFile, hub: ModuleTyp
     """Why the hub could not be asked about a file that is not in the cache."""
     errors, endpoint = hub.errors, hub.constants.ENDPOINT
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        command = f"hf download {file.repo} {file.file}"
+        command = f"hf download {file.repo} {file.file}".rstrip()
         return f"{file} is not in the local cache, and HF_HUB_OFFLINE forbids fetching it: unset that, or first run {command}"
     if isinstance(cause, errors.HfHubHTTPError):
         return _reason_refused(cause, file)

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import SettingError
 from ..wording import masked
 
+USUAL_PREFIX = "merged_"  # of outputs' names
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 NO_PICKLES = "is a pickled checkpoint; pickles can run code when they are opened, so only .safetensors is read"
 

@@ -72,12 +72,14 @@ class ZitMergeProcess(BaseExtensionProcess):
         try:
             self._merge()
             self._show()
+            told = self._open_studio()
         except BaseException as e:
             self._status.fail(self._sentence_first(e))
             if isinstance(e, JobStopped):
                 _say(e.row["info"])
             raise
-        self._status.complete(summary([done for process in self._ours(self.process_id + 1) for done in process.done]))
+        merged = summary([done for process in self._ours(self.process_id + 1) for done in process.done])
+        self._status.complete(", ".join(filter(None, (merged, told))))
 
     def on_error(self, e: BaseException) -> None:
         """run.py calls this for whatever ended the job, on its first process only."""
@@ -150,6 +152,36 @@ class ZitMergeProcess(BaseExtensionProcess):
         preview = preview_plan(planned.section, planned.context, [made.get(p.name, p) for p in planned.plans])
         with JobProgress(self._status, Bar()) as progress:
             render_section(preview, planned, page, _say, progress, progress.loading(ToolkitRenderer))
+
+    def _open_studio(self) -> str:
+        """Serves the merge page until it is closed, if the section asks for it. Returns why not, where it could not."""
+        planned, page, asked = self._planned, self.page, self._planned.section.studio
+        if not (asked and page):
+            return ""
+        from ..report.progress import Bar
+        from ..section import run_section
+        from ..studio.bench import Bench
+        from ..studio.run import serve_studio
+        from .render import ToolkitRenderer
+        from .watch import JobProgress
+
+        made = {done.plan.name: done.plan for done in self.done}
+        planned = replace(planned, plans=[made.get(plan.name, plan) for plan in planned.plans])
+        with JobProgress(self._status, Bar()) as progress:
+            try:
+                serve_studio(
+                    Bench(planned, self._raw),
+                    page,
+                    _say,
+                    progress,
+                    keep=lambda section, watch: list(run_section(section, None, _say, watch)),
+                    load=progress.loading(ToolkitRenderer),
+                    minutes=asked.minutes,
+                )
+            except ZitMergeError as e:
+                _say(f"NO STUDIO: {e}")
+                return f"no studio: {e}"
+        return ""
 
     def _pictures_to_come(self) -> list[str]:
         """The pictures of the section; what prevents them stops no merge."""

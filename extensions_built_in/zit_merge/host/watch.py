@@ -125,12 +125,28 @@ class JobProgress(DeferredInterrupt, Progress):
         self._retell = lambda: self._status.progress(info, done, total, pace)
         self._retell()
 
-    def _denoising_step(self) -> None:
-        """Between two steps of a picture: whoever wants the job to stop need not wait for the picture."""
+    def check(self) -> None:
+        """Raises if somebody wants the work to stop: between two steps of a picture, or while there is nothing to do.
+
+        Raises:
+            KeyboardInterrupt: Ctrl+C.
+            JobStopped: The stop button, or the queue's.
+        """
         self._stop_if_interrupted()
         if time.monotonic() - self._told >= _PAUSE:
             self._status.check()
             self._told = time.monotonic()
+
+    def say(self, info: str) -> None:
+        """Shows what is going on in the UI.
+
+        Args:
+            info: A few words.
+
+        Raises:
+            JobStopped: The stop button, or the queue's.
+        """
+        self._status.say(info)
 
     def loading(self, load: Callable[[Any], AbstractContextManager[Any]]) -> Callable[[Any], AbstractContextManager[Any]]:
         """The same loader of a model, shown in the UI, and to be stopped: a download may take an hour, nothing is left half done.
@@ -150,7 +166,7 @@ class JobProgress(DeferredInterrupt, Progress):
             with model as renderer:
                 self._stop_if_interrupted()  # some library may have lost it
                 self._retell()  # the picture that the model was loaded for
-                renderer.on_step = self._denoising_step
+                renderer.on_step = self.check
                 yield renderer
 
         return loaded

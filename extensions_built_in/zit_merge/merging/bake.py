@@ -64,9 +64,6 @@ def bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device:
     Raises:
         ZitMergeError: With no part of the model left behind.
     """
-    target, base = _target(plan)
-    if target.spec.sha256 and target.spec.sha256 != base.sha256():
-        raise other_tensors(base.path, target.spec.sha256)
     baked, remarks = else_on_cpu(lambda on: _bake(plan, steps, hashes, on, progress), device)
     return baked._replace(remarks=(*remarks, *baked.remarks))
 
@@ -86,8 +83,11 @@ def _bake(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device
                     out.write(tensor, baker.rows(tensor))
             beyond = beyond_loras(readers)
             files.close()  # raises if an input was changed
+            read, wanted = hasher.hexdigest(), target.spec.sha256
+            if wanted and read != wanted:  # known only now: to know it before would take one more reading of the whole base
+                raise other_tensors(base.path, wanted)
             verdict = baker.verdict()
-            found = {**hashes.of(plan.hashed), base.path: hasher.hexdigest()}
+            found = {**hashes.of(plan.hashed), base.path: read}
             out.finish(bake_metadata(plan, recipe, found) | verdict.metadata())
     return Baked(target.path, True, verdict, baker.shares, extraction_remarks(plan, verdict, beyond))
 

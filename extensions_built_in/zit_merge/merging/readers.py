@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..algebra.delta import Delta
 from ..formats.reader import TensorReader, load_lora
 from ..formats.reading import Reader
 from ..planning.types import Input, StepPlan
@@ -46,10 +49,20 @@ class StepReaders:
         """Reads a step's result: from its file where that is there from the same recipe, else computed."""
         if plan.spec.keep and (lora := made_file(plan, self._hashes, plan.path)):
             return self._files.enter_context(TensorReader(lora))
+        return self.result(plan, self._device, self._progress)
+
+    def result(self, plan: StepPlan, device: torch.device, progress: Progress) -> Result:
+        """A step's result, computed.
+
+        Args:
+            plan: The step.
+            device: Where the algebra runs.
+            progress: Shows the passes that are needed first.
+        """
         readers = [self.of_input(i) for i in plan.inputs]
         if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
             plan = plan.revised(inputs=tuple(map(_as_read, plan.inputs, readers)))
-        return Result(plan, readers, self._device, self._progress)
+        return Result(plan, readers, device, progress)
 
 
 def _as_read(i: Input, reader: Reader) -> Input:
@@ -59,3 +72,22 @@ def _as_read(i: Input, reader: Reader) -> Input:
     if isinstance(reader, Result):
         return replace(i, step=reader.plan, known=reader.plan.result)
     return replace(i, known=replace(i.step.result, ranks=load_lora(i.step.path).ranks))
+
+
+def delta_reader(
+    opened: Callable[[], AbstractContextManager[StepReaders]],
+) -> Callable[[Input | StepPlan], Iterator[tuple[str, Delta]]]:
+    """Reads every module of an input at strength 1, or of a step's result; the files are open until the last module.
+
+    Args:
+        opened: Opens inputs and steps.
+    """
+
+    def read(source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
+        with opened() as readers:
+            reader = readers.of_input(source) if isinstance(source, Input) else readers.of_step(source)
+            for module in source.known.ranks if isinstance(source, Input) else source.shapes:
+                scale, delta = reader.delta(module)
+                yield module, delta.times(scale)
+
+    return read

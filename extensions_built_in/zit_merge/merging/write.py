@@ -46,7 +46,7 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
 
 
 def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
-    with _threads(plan), full_precision(), contextlib.ExitStack() as files:
+    with threads_for(plan), full_precision(), contextlib.ExitStack() as files:
         readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
@@ -62,9 +62,13 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
 
 
 @contextlib.contextmanager
-def _threads(plan: StepPlan) -> Iterator[None]:
+def threads_for(plan: StepPlan) -> Iterator[None]:
     """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
-    One where nothing is decomposed: copying and scaling waits for memory."""
+    One where nothing is decomposed: copying and scaling waits for memory.
+
+    Args:
+        plan: The step.
+    """
     before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
     torch.set_num_threads(1 if is_exact else max(1, before // 2))

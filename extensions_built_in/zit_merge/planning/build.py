@@ -203,8 +203,9 @@ class _Builder:
         known = LoraSpec(lora.ranks, lora.shapes, dtype_name(lora), tuple(lora.algorithms))
         if spec.source.startswith(hub.HUB_PREFIX):
             file = hub.parse(spec.source)
-            pinned = spec.source if spec.sha256 else file.pinned(hub.commit_of(path))
-            label, source = file.name, pinned
+            if not spec.sha256:
+                file = file.at(path)
+            label, source = file.name, str(file)
         else:
             label, source = Path(spec.source).name if spec.sha256 else path.name, ""
         return Input(spec, label, known, table, path, lora, model=model, model_label=model_name, source=source, base=base)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ..config.schema import Step
 from ..errors import joined
-from ..files.paths import file_name
+from ..files.paths import USUAL_PREFIX, file_name
 from .training import Training
-from .types import USUAL_PREFIX
 
 # The first that no glob of the toolkit matches is taken; single letters get past patterns such as [!a]*.
 PREFIXES = (USUAL_PREFIX, "zit_merge_", *(f"{c}_merged_" for c in "abcdefghijklmnopqrstuvwxyz0123456789"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..config.job import Job
 from ..config.schema import Section
@@ -16,43 +14,9 @@ from .build import plan_section
 from .context import PREFIXES, RunContext
 from .device import pick_device
 from .models import baked_path
+from .planned import Planned
 from .preflight import NO_TOOLKIT, Toolkit, check_types, preflight
 from .training import Training, training_before
-from .types import StepPlan
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A section that can run.
-
-    Attributes:
-        index: Which process it is.
-        section: Validated.
-        context: Where it runs.
-        plans: Of its steps, in order.
-        placed: The device that was chosen for it; None is what its `device` is here.
-        advice: On the training before it, a sentence each.
-    """
-
-    index: int
-    section: Section
-    context: RunContext
-    plans: Sequence[StepPlan]
-    placed: torch.device | None = None
-    advice: Sequence[str] = ()
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the algebra runs."""
-        found = self.placed or pick_device(self.section.device)
-        if found.type != "mps":
-            return found
-        import torch
-
-        return torch.device("cpu")  # MPS has no float64
 
 
 def plan_job(
@@ -170,6 +134,9 @@ def _check_sections(job: Job, output_dir: str | None = None) -> None:
     owners: dict[str, tuple[int, str]] = {}  # path -> (section, location of the step)
     for index, section in job.sections():
         context = make_context(job, index, section, output_dir=output_dir)
+        if section.studio and index + 1 < len(job.processes):
+            told = f"the job would wait in the studio before {job.loc(index + 1)}: put studio on the job's last process"
+            raise SettingError(told, context.at("studio"))
         names = {step.name for step in section.steps}
         for i, step in enumerate(section.steps):
             own = index, context.at(f"steps[{i}]")

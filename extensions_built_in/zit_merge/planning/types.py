@@ -126,9 +126,6 @@ class BakeTarget:
         return sum(size_of(t.dtype, t.shape) for t in checkpoint_layout(self.base, self.spec.format, self.spec.dtype))
 
 
-USUAL_PREFIX = "merged_"  # of outputs' names
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepBasis:
     """What a step's plan follows from.

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from ..algebra.methods import METHODS
 from ..errors import counted
+from ..files.paths import USUAL_PREFIX
 from ..formats.checkpoint_writer import left_out
 from ..formats.forms import ALWAYS, why_padded
 from ..formats.metadata import base_text, bases, bases_differ
 from ..formats.names import parse_key
 from ..model.zimage import GROUPS, MODULES, canonical_component
-from .types import USUAL_PREFIX, Input, StepBasis
+from .types import Input, StepBasis
 
 
 def warnings_of(step: StepBasis, stacked: Mapping[str, int], ranks: Mapping[str, int], is_open: bool) -> tuple[str, ...]:

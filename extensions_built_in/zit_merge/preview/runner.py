@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 
 import torch
 
-from ..algebra.delta import Delta
 from ..errors import ZitMergeError, counted, joined, located
 from ..merging.made import Hashes
-from ..merging.readers import StepReaders
-from ..planning.job import Planned
-from ..planning.types import Input, StepPlan
+from ..merging.readers import StepReaders, delta_reader
+from ..planning.planned import Planned
 from ..progress import SILENT, Progress
 from ..report.page.galleries import Gallery, Measures, Preview
 from ..report.page.run import RunPage
-from .image_store import ImageStore, image_store
+from .image_store import image_store
 from .metrics import METRICS, metric
 from .outputs import GridResult, GridWriter
+from .pictures import missing_pictures, rendered_pictures
 from .plan import Picture, PictureRecords, PreviewPlan, specs_text
 from .rendering import Load, Workers
-from .variants import AdapterVariant, ReadDeltas
 
 Say = Callable[[str], None]
 
@@ -90,11 +87,11 @@ def render(
     files = {path: stamp for variant in dict.fromkeys(p.variant for p in pictures) for path, stamp in variant.files().items()}
     with Hashes(files) as hashes:
         records = PictureRecords(preview, hashes.of(files))
-        missing = _missing(pictures, records, store)
+        missing = missing_pictures(pictures, records, store)
         workers.gather([])  # all processes have looked before the first one writes
         grids = _Grids(preview, GridWriter(preview, store, records, progress), records, missing, on_grid)
-        read = _reader(hashes, device, progress)
-        rendered = _rendered(preview, workers.mine(missing), store, records, read, load, progress)
+        read = delta_reader(lambda: StepReaders(hashes, device, progress))
+        rendered = rendered_pictures(preview, workers.mine(missing), store, records, read, load, progress)
         if workers.is_alone:
             yield from grids.finished(())
             for picture in rendered:
@@ -135,52 +132,6 @@ def import_metrics(preview: PreviewPlan) -> Iterator[str]:
                 yield f"importing {name.partition(':')[0]} for metrics"
                 with located(joined(grid.plan.loc, f"ablate.metrics[{n}]")):
                     metric(name)
-
-
-def _missing(pictures: Sequence[Picture], records: PictureRecords, store: ImageStore) -> list[Picture]:
-    """The pictures that are not in the store, one for each digest."""
-    first: dict[str, Picture] = {}
-    for picture in pictures:
-        first.setdefault(records.digests[picture], picture)
-    return [picture for digest, picture in first.items() if not store.has(digest)]
-
-
-def _reader(hashes: Hashes, device: torch.device, progress: Progress) -> ReadDeltas:
-    """Reads every module of an input at strength 1, or of a step's result; the files are open until the last module."""
-
-    def read(source: Input | StepPlan) -> Iterator[tuple[str, Delta]]:
-        with StepReaders(hashes, device, progress) as readers:
-            reader = readers.of_input(source) if isinstance(source, Input) else readers.of_step(source)
-            for module in source.known.ranks if isinstance(source, Input) else source.shapes:
-                scale, delta = reader.delta(module)
-                yield module, delta.times(scale)
-
-    return read
-
-
-def _rendered(
-    preview: PreviewPlan,
-    mine: Sequence[Picture],
-    store: ImageStore,
-    records: PictureRecords,
-    read: ReadDeltas,
-    load: Load,
-    progress: Progress,
-) -> Iterator[Picture]:
-    """Renders pictures; each is stored before the next one begins. The model is loaded once, if there is anything to render."""
-    if not mine:
-        return
-    current: AdapterVariant | None = None
-    with ExitStack() as stack:
-        renderer = None
-        for picture in progress.track(mine, "pictures", "picture", describe=lambda p: p.variant.label):
-            renderer = renderer or stack.enter_context(load(preview.settings))
-            if picture.variant is not current:
-                renderer.set_adapter(picture.variant.deltas(read))
-                current = picture.variant
-            image = renderer.render(picture.spec)
-            store.save(records.digests[picture], image, records.pictures[picture])
-            yield picture
 
 
 class _Grids:

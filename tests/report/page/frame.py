@@ -122,6 +122,15 @@ class Frame:
         """A cell of a heat map."""
         return self.find(f'table[aria-label^="{label}"] td[data-module="{module}"]')
 
+    def listen(self) -> None:
+        """Notes from now on what the notice says: after an edit it tells the energy a moment later. See `heard`."""
+        note = "n => { n.heard = []; new MutationObserver(() => n.heard.push(n.textContent)).observe(n, { childList: true }); }"
+        self.find(".notice").evaluate(note)
+
+    def heard(self) -> list[str]:
+        """What the notice has said since `listen`, one text after the other."""
+        return self.find(".notice").evaluate("n => n.heard")
+
     def overflow(self) -> int:
         """By how many pixels the page is wider than the frame."""
         return self.inner.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

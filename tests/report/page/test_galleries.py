@@ -97,7 +97,7 @@ def large(frame) -> str:
 def test_pictures_stand_side_by_side_and_open_large(work, loras, show):
     frame = show(write(work, page_of(work, loras, COMPARED)), 800)
     assert frame.find(".previews tbody tr").count() == 2 and frame.find(".previews tbody img").count() == 6
-    assert frame.find(".previews tbody img").first.evaluate("image => image.naturalWidth") == 64
+    assert frame.find(".previews tbody img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
     assert frame.overflow() == 0
     frame.find(".thumb").nth(1).click()
     assert large(frame) == f"green: {CAT}"

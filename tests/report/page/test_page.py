@@ -366,9 +366,10 @@ def test_a_drag_that_begins_elsewhere_paints_nothing(work, loras, show):
 def test_the_readout_follows_what_is_painted(work, loras, show):
     frame = show(two(work))
     of(frame, 3).focus()
+    frame.listen()
     frame.page.keyboard.press("Enter")
     readout = of(frame, 3).evaluate("cell => cell.closest('.map-box').querySelector('.readout').textContent")
-    assert readout == frame.find(".notice").inner_text() == "layer 3, to_v: strength 0, painted"
+    assert readout == frame.heard()[0] == "layer 3, to_v: strength 0, painted"
 
 
 def test_numbers_as_people_type_them(work, loras, show):
@@ -423,10 +424,9 @@ def test_undo_shows_the_step_that_it_takes_back(work, loras, show):
     frame.type("1. soft", 0.2)
     frame.choose("Step in detail:", "0")
     assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 0.2]
-    notice = frame.find(".notice")  # says the energy a moment later
-    notice.evaluate("n => new MutationObserver(() => { n.said = `${n.said} ${n.textContent}`; }).observe(n, { childList: true })")
+    frame.listen()
     frame.press("Undo")
-    assert frame.number("Step in detail:").input_value() == "1" and "small" in notice.evaluate("n => n.said")
+    assert frame.number("Step in detail:").input_value() == "1" and any("small" in text for text in frame.heard())
     assert [step["loras"][0]["ratio"] for step in frame.section()["steps"]] == [0.1, 1]
     frame.press("Undo")
     assert frame.number("Step in detail:").input_value() == "0"

@@ -27,7 +27,7 @@ from ...formats.verdict import PAIRS_UP_TO, Verdict
 from ...merging.made import Done
 from ...model.strengths import Weights, factor_table
 from ...model.zimage import MODULES
-from ...planning.types import Input
+from ...planning.types import Input, StepPlan
 from ...progress import SILENT, Progress
 from ...wording import ranks_text, span
 from ..text.result import verdict_text
@@ -55,7 +55,7 @@ def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
         "made": done.made,
         "bytes": done.path.stat().st_size,
         "modules": len(plan.shapes),
-        "rank": "a LoKr as before" if plan.spec.save.keep_lokr else span(plan.ranks.values()),
+        "rank": _rank(plan),
         "dtype": plan.dtype_name,
         "format": plan.spec.save.format,
         "method": plan.spec.method,
@@ -77,6 +77,37 @@ def step_facts(done: Done, progress: Progress = SILENT) -> dict[str, Any]:
         return facts | {"details": None}
     errors = done.verdict.errors if done.verdict and plan.cut else {}
     return facts | {"details": _details(modules, [i.strengths for i in plan.inputs], result, errors)}
+
+
+def result_facts(plan: StepPlan, verdict: Verdict) -> dict[str, Any]:
+    """What a step would make, from its check alone: there need not be a file.
+
+    Args:
+        plan: The step, its ranks known.
+        verdict: Of its check, with what was measured in every module.
+    """
+    asked, got = (_told(verdict, key, len(plan.inputs)) for key in ("asked", "got"))
+    written = {module: measured.written for module, measured in verdict.modules.items()}
+    modules = {m: ModuleProducts(found.inputs, found.energies, found.gram) for m, found in verdict.modules.items()}
+    pairs = cosines(_total(modules, [i.strengths for i in plan.inputs])).tolist() if len(plan.inputs) <= PAIRS_UP_TO else None
+    return {
+        "status": verdict.status,
+        "judgement": verdict_text(plan, verdict),
+        "asked": list(map(number, asked)),
+        "got": list(map(number, got)),
+        "kept": number(verdict.kept) if plan.cut else None,
+        "error": number(verdict.error),
+        "rank": _rank(plan),
+        "bytes": plan.bytes,
+        "norm": number(sum(written.values()) ** 0.5),
+        "result": _over_modules(written),
+        "warnings": texts(plan.warnings, _NOTES),
+        "cosines": None if pairs is None else [[number(v) for v in row[:i]] for i, row in enumerate(pairs)],
+    }
+
+
+def _rank(plan: StepPlan) -> str:
+    return "a LoKr as before" if plan.spec.save.keep_lokr else span(plan.ranks.values())
 
 
 def files_facts(measured: Measurement) -> dict[str, Any]:

@@ -39,6 +39,9 @@ _SCRIPTS = [
     "viewer",
     "measures",
     "previews",
+    "studio",
+    "looks",
+    "live",
     "composer_state",
     "composer",
     "main",
@@ -60,10 +63,12 @@ class Page:
     Attributes:
         title: The job's name.
         full_paths: The section's paths stand there with the names of users.
+        studio: What the page has to know of the studio that answers it; None for a page that asks nobody.
     """
 
     title: str
     full_paths: bool = False
+    studio: Mapping[str, Any] | None = None
     _sections: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, place: str, raw: Mapping[str, Any], *, first: bool = False, alone: Mapping[str, Any] | None = None) -> None:
@@ -106,16 +111,27 @@ class Page:
     def html(self) -> str:
         """The whole file, under 5 MB: pictures shrink first; then the largest maps and pictures are left out, which it says."""
         sections = _drawable(self._sections)
-        whole = _html(self.title, sections)
+        whole = self._html(sections)
         if galleries := _galleries(sections):
             pictures = [told["pictures"] for told in _galleries(self._sections)]
             fit(pictures, galleries, min(PICTURES, LIMIT - _SPARE - len(whole.encode())))
-            whole = _html(self.title, sections)
+            whole = self._html(sections)
         for shrink in (_largest_first, _fewer_inputs, _no_weights, _no_section, _fewer_steps):
             if (excess := len(whole.encode()) - LIMIT) > 0:
                 shrink(sections, excess + _SPARE)
-                whole = _html(self.title, sections)
+                whole = self._html(sections)
         return whole
+
+    def _html(self, sections: Sequence[Mapping[str, Any]]) -> str:
+        return _html(self.title, sections, self.studio)
+
+    def replace_raw(self, raw: Mapping[str, Any]) -> None:
+        """The last section has other steps now.
+
+        Args:
+            raw: The section as a config would have it.
+        """
+        self._sections[-1]["raw"] = _repeatable(self._public(raw), first=False)
 
     def write(self, path: Path) -> None:
         """Writes the file; an older page is replaced at once or not at all.
@@ -221,12 +237,14 @@ def _plain(value: Any) -> Any:
     return value if is_number else str(value)
 
 
-def _html(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
-    facts = {"title": text(title, NAME), "version": __version__, "sections": sections, **anatomy()}
+def _html(title: str, sections: Sequence[Mapping[str, Any]], studio: Mapping[str, Any] | None) -> str:
+    facts = {"title": text(title, NAME), "version": __version__, "sections": sections, **anatomy(), "studio": studio}
     script = '"use strict";\n(() => {\n' + "\n".join(_asset(f"{name}.js") for name in _SCRIPTS) + "})();"
     style = _asset("page.css")
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
     policy += "base-uri 'none'; form-action 'none'"
+    if studio:  # whose address only the browser knows; the script allows that one alone
+        policy += "; connect-src http: https:"
     fields = {
         "POLICY": escape(policy),
         "GENERATOR": f"{_GENERATOR} {__version__}",

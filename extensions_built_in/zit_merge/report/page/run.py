@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...analysis.measure import Measurement
 from ...errors import ZitMergeError
 from ...files.paths import file_name
 from ...merging.made import Done
 from ...planning.context import RunContext
 from ...progress import Progress
 from ...wording import copyable
-from .facts import step_facts
+from .facts import files_facts, step_facts
 from .galleries import Gallery
 from .render import Page, is_ours
 from .whole_job import of_context
@@ -59,6 +60,18 @@ class RunPage:
         if not self._why_not:
             self._page.add(step_facts(done, progress))
 
+    def look_at(self, measured: Measurement) -> None:
+        """Files of a section that has merged nothing yet.
+
+        Args:
+            measured: The files.
+
+        Raises:
+            ZitMergeError: One of them is broken.
+        """
+        if not self._why_not:
+            self._page.add(files_facts(measured))
+
     def show(self, context: RunContext, step: str, gallery: Gallery) -> None:
         """Pictures of a step, whether it was merged in this run or not.
 
@@ -73,6 +86,31 @@ class RunPage:
         self.has_pictures = True
         if not self._why_not:
             self._page.show(context.loc, step, gallery)
+
+    @property
+    def why_not(self) -> str:
+        """Why there can be no page; empty where it can."""
+        return self._why_not
+
+    def studio(self, facts: Mapping[str, Any] | None) -> None:
+        """A studio answers the page from now on, or no more.
+
+        Args:
+            facts: What the page has to know of it; None for none.
+        """
+        self._page.studio = facts
+
+    def html(self) -> str:
+        """The page as far as it has come."""
+        return self._page.html()
+
+    def replace_raw(self, raw: Mapping[str, Any]) -> None:
+        """The last section has other steps now.
+
+        Args:
+            raw: The section as a config would have it.
+        """
+        self._page.replace_raw(raw)
 
     def write(self) -> str:
         """Writes the page as far as it has come; may be called again.

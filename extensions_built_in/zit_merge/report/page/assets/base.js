@@ -75,6 +75,8 @@ function sizeText(bytes) {
   return bytes >= 999.95e6 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+const isFramed = () => window.parent !== window;
+
 function sum(values) {
   return values.reduce((a, b) => a + b, 0);
 }
@@ -108,6 +110,7 @@ function copyBox(label, { tag = "h3", tell = say }, ...between) {
     tell(isDone ? "Copied." : "Selected: press Ctrl+C.");
   }
   function write(text) {
+    if (text === area.value) return; // what is selected stays so
     area.value = text;
     printed.textContent = text;
     area.rows = Math.min(Math.max(text.split("\n").length, 6), 40);
@@ -125,8 +128,12 @@ function parseNumber(text) {
   return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(dotted) && Number.isFinite(value) ? value : null;
 }
 
-/** A field for a number, moved with the up and down keys too. `write` gets what was typed, once it is a number. */
-function numberInput({ id, value = "", write = () => {}, by = STEP }) {
+/**
+ * A field for a number, moved with the up and down keys too. `write` gets what was typed, once it is a number.
+ *
+ * check(number): why it can't be, as the end of a sentence; empty if it can. isOptional: an empty field is null.
+ */
+function numberInput({ id, value = "", write = () => {}, by = STEP, check = () => "", isOptional = false }) {
   const field = el("input", { type: "text", inputmode: "decimal", autocomplete: "off", id, class: "number-field", value,
     onchange: settle, onkeydown: (e) => {
       const sign = { ArrowUp: 1, ArrowDown: -1 }[e.key];
@@ -138,10 +145,12 @@ function numberInput({ id, value = "", write = () => {}, by = STEP }) {
       e.preventDefault();
     } });
   function settle() {
+    const isEmpty = field.value.trim() === "";
     const typed = parseNumber(field.value);
-    if (typed === null) {
+    const wrong = isEmpty && isOptional ? "" : typed === null ? "is not a number: write 0.35, -1 or 1e-3" : check(typed);
+    if (wrong) {
       field.setAttribute("aria-invalid", "true");
-      say(`${field.value.trim() === "" ? "an empty field" : `"${field.value}"`} is not a number: write 0.35, -1 or 1e-3`);
+      say(`${isEmpty ? "an empty field" : `"${field.value}"`} ${wrong}`);
       return;
     }
     field.removeAttribute("aria-invalid");
@@ -150,7 +159,7 @@ function numberInput({ id, value = "", write = () => {}, by = STEP }) {
   }
   /** Shows a value that came from elsewhere. */
   field.show = (shown) => {
-    if (parseNumber(field.value) !== shown || field.getAttribute("aria-invalid")) field.value = shown;
+    if (parseNumber(field.value) !== shown || field.getAttribute("aria-invalid")) field.value = shown ?? "";
     field.removeAttribute("aria-invalid");
   };
   return field;
@@ -169,6 +178,10 @@ function choice(legend, choices, chosen, onchoose) {
   const name = freshId("choice");
   return el("fieldset", { class: "choice" }, el("legend", {}, legend), choices.map(([value, text]) => el("label", {},
     el("input", { type: "radio", name, value, checked: value === chosen, onchange: () => onchoose(value) }), text)));
+}
+
+function button(text, onclick, attributes = {}) {
+  return el("button", { type: "button", onclick, ...attributes }, text);
 }
 
 /** A select with a label. `choices`: [value, text]. */

@@ -115,16 +115,21 @@ function rangeForm(write) {
   return el("div", { class: "range-form" }, first, second, third, fourth, el("button", { type: "button", onclick: set }, "Set layers"));
 }
 
-/** The tools of one step: whose numbers, the dials, the curve, the map to paint; what would come out; the YAML. */
-function composerSection(step, s, desk, owner, showStep) {
+/**
+ * The tools of one step: whose numbers, the dials, the curve, the map to paint; what would come out; the YAML.
+ *
+ * live: of a step that a studio can compose, {studio, measuring, keeping}; else null.
+ */
+function composerSection(step, s, desk, owner, showStep, live = null) {
   const { details, inputs } = step;
   if (!step.composable || !details || !owner.raw) return null;
   let who = 0;
   const edit = (change, isFirst) => desk.edit(s, who, change, isFirst);
   const weights = () => desk.weights(s, who);
   const bench = el("div", { class: "bench" });
-  const outcome = outcomeBox(step, s, desk);
-  const yaml = yamlBox(step, s, desk, owner);
+  const outcome = outcomeBox(step, s, desk, live);
+  const yaml = yamlBox(step, s, desk, owner, live);
+  const method = live ? methodFields(live.studio.about, desk, s, inputs.length) : null;
   const ratios = inputs.map((input, i) => dial({ label: `${i + 1}. ${clip(input.label)}`,
     read: () => desk.weights(s, i).ratio, write: (v, isFirst) => desk.edit(s, i, (w) => { w.ratio = v; }, isFirst) }));
   const names = Object.keys(facts.presets);
@@ -143,8 +148,25 @@ function composerSection(step, s, desk, owner, showStep) {
   }
 
   drawBench();
-  desk.listen(() => { for (const part of [...parts.live, ...ratios, ...backs, outcome, yaml]) part.update(); });
+  desk.listen(() => {
+    live?.measuring.want(desk.setting(s));
+    for (const part of [...parts.live, ...ratios, ...backs, ...(method ? [method] : []), outcome, yaml]) part.update();
+  });
   backs.forEach((button) => button.update());
+  if (live) {
+    let wasOpen = null;
+    const follow = () => {
+      const isOpen = live.studio.isOpen();
+      live.measuring.look();
+      outcome.follow();
+      if (isOpen !== wasOpen) { method.hidden = !isOpen; yaml.update(); }
+      wasOpen = isOpen;
+    };
+    live.studio.listen("composer", follow);
+    live.keeping.listen = yaml.update;
+    live.measuring.want(desk.setting(s));
+    follow();
+  }
   const many = inputs.length > MANY_INPUTS;
   return section("Compose the next merge",
     el("p", { class: "hint" }, "Start from this step's weights. Strength of a module = ratio × component × depth, or ratio × what is painted there. ",
@@ -152,14 +174,15 @@ function composerSection(step, s, desk, owner, showStep) {
       owner.place ? " AI-Toolkit's own MERGE button, above the files in Checkpoints, applies each strength twice: use the section below." : null),
     el("h3", {}, "Ratios"),
     el("div", { class: many ? "ratios tall" : "ratios", ...(many ? { tabindex: 0, role: "region", "aria-label": "ratios" } : {}) }, ratios),
+    method,
     el("div", { class: "tools" },
       inputs.length > 1 ? select("Weigh the blocks of", inputs.map((input, i) => [i, `${i + 1}. ${clip(input.label)}`]), who, (value) => { who = Number(value); drawBench(); }) : null,
       select("Preset", names.map((name) => [name, name]), preset, (value) => { preset = value; idea.textContent = facts.presets[preset].idea; }),
       el("button", { type: "button", onclick: () => edit((w) => applyPreset(w, facts.presets[preset]), true) }, "Apply"),
       backs,
       el("button", { type: "button", onclick: () => desk.reset(s, [who]) }, "Reset this LoRA"),
-      el("button", { type: "button", onclick: () => desk.reset(s, inputs.map((_, i) => i)) }, "Reset this step")),
-    idea, bench, outcome, yaml);
+      el("button", { type: "button", onclick: () => desk.resetAll(s) }, "Reset this step")),
+    idea, live ? [outcome, bench] : [bench, outcome], yaml);
 }
 
 /** The tools for the blocks of one LoRA: what is shown, and what has to follow every change. */
@@ -209,7 +232,7 @@ function benchParts(step, who, weights, edit) {
 }
 
 /** What the weights would make: energy beside that of the start, each LoRA's share, and where it lies. */
-function outcomeBox(step, s, desk) {
+function outcomeBox(step, s, desk, live) {
   const { details, inputs } = step;
   const before = predict(details, desk.initial(s));
   let now = before;
@@ -220,8 +243,14 @@ function outcomeBox(step, s, desk) {
   const share = (n) => (now.together[n] === null ? null : now.total > 0 ? now.together[n] / now.total : 0);
   const tell = (n) => (now.together[n] === null ? `${placeName(n)}: nothing` : `${placeName(n)}: ${percent(share(n))} of the energy, ` +
     (before.together[n] > 0 ? `${show(now.together[n] / before.together[n])} times that of the start` : `norm ${show(Math.sqrt(now.together[n]))}`));
-  const map = heatMap({ label: "predicted energy of the result", value: share, shade: (v) => shadeEnergy(most)(v), tell });
-  const caveats = [step.method === "sum" ? "" : `This is a plain sum; ${step.method} will differ.`, step.cut ? "What the rank of this step cuts away is still in it." : "",
+  const predicted = { share, tell, label: "predicted energy of the result" };
+  let drawn = predicted; // what the map shows: this, or what was measured
+  const map = heatMap({ label: drawn.label, value: (n) => drawn.share(n), shade: (v) => shadeEnergy(drawn.most ?? most)(v), tell: (n) => drawn.tell(n) });
+  const [source, measured] = [el("p", { class: "source", role: "status" }), el("div", { class: "measured" })];
+  let found = null; // what was measured last
+  let answer = null; // of the studio, that is shown
+  const isLive = () => live !== null && live.studio.isOpen();
+  const caveats = () => [isLive() || step.method === "sum" ? "" : `This is a plain sum; ${step.method} will differ.`, step.cut ? "What the rank of this step cuts away is still in it." : "",
     details.unpaired ? `How the ${details.unpaired} weaker LoRAs overlap is not counted.` : ""].filter(Boolean).join(" ");
 
   function sentence() {
@@ -243,15 +272,40 @@ function outcomeBox(step, s, desk) {
     const energies = now.alone.map((own) => sum(own.map((e) => e ?? 0)));
     const apart = sum(energies);
     most = now.total > 0 ? Math.max(...now.together.map((e) => e ?? 0)) / now.total : 0;
-    line.textContent = `${sentence()} ${caveats}`;
     clearTimeout(later);
-    if (line.isConnected) later = setTimeout(() => say(sentence()), 800); // screen readers hear the last of a row of changes
+    if (line.isConnected && !isLive()) later = setTimeout(() => say(sentence()), 800); // screen readers hear the last of a row of changes
     bars.replaceChildren(...inputs.map((input, i) => el("li", {}, el("span", { class: "bar-name" }, foreign(input.label, 40)),
       el("span", { class: "bar" }, el("i", { "--at": apart > 0 ? energies[i] / apart : 0 })), el("span", { class: "number" }, apart > 0 ? percent(energies[i] / apart) : "–"))));
+    draw(answerNow());
+  }
+
+  const answerNow = () => live?.measuring.of(desk.setting(s)) ?? NOTHING_MEASURED;
+
+  /** What is measured in the place of what is predicted, as far as a studio has come with it. */
+  function draw(told) {
+    const { isPending, error } = told;
+    answer = told;
+    if (!isPending && told.found !== found) {
+      found = told.found;
+      measured.replaceChildren(...(found ? measuredList(found, inputs).filter(Boolean) : []));
+    }
+    drawn = found ? measuredMap(found) : predicted;
+    source.hidden = !isLive();
+    const words = error ? `This can't be merged: ${error}` : isPending ? (found ? "Computing… These are the numbers before the last change." :
+      "Computing… Until then this is the prediction of a plain sum.") : found ? `Measured: ${desk.how(s).method}, as the file would be.` : "";
+    if (words !== source.textContent) source.textContent = words; // screen readers hear what is new
+    source.classList.toggle("warn", error !== null);
+    line.hidden = found !== null;
+    line.textContent = `${isLive() ? "A plain sum, predicted: " : ""}${sentence()} ${caveats()}`;
+    box.classList.toggle("stale", isPending && found !== null);
+    map.rename(drawn.label);
     map.update();
   }
+
+  const box = el("div", { class: "outcome" }, el("h4", {}, "What would come out"), source, measured, line,
+    live ? el("p", { class: "hint" }, "The energy of each LoRA as it goes in, and where that of the result is:") : null, bars, map);
   update();
-  return Object.assign(el("div", { class: "outcome" }, el("h4", {}, "What would come out"), line, bars, map), { update });
+  return Object.assign(box, { update, follow: () => { if (answerNow() !== answer) draw(answerNow()); } });
 }
 
 const NEARLY_NOTHING = 1e-3; // of the energy: the energies on this page have five digits, the cosines seven
@@ -263,7 +317,7 @@ function applyPreset(w, preset) {
 }
 
 /** The section, or a job of it alone, as text to copy, and what `check` would say of it. */
-function yamlBox(step, s, desk, owner) {
+function yamlBox(step, s, desk, owner, live) {
   const labels = {
     section: owner.place ? `The section, ${owner.place} of the job: paste it there, or save it as a file for run` : "The section: paste it under process: of a job, or save it as a file for run",
     job: "A job that only merges: save it as a .yaml file; in AI-Toolkit's UI New Job, Show Advanced, Import Config",
@@ -273,10 +327,12 @@ function yamlBox(step, s, desk, owner) {
   const forms = choice("As", [["section", "the section"], ["job", "a whole job"]], form, (chosen) => { form = chosen; update(); });
   const box = copyBox(labels[form], {}, forms, warnings);
   function update() {
-    const { yaml, unknown } = form === "job" ? desk.job() : { yaml: desk.yaml(), unknown: [] };
+    const added = live?.studio.isOpen() ? { s, name: live.keeping.name() } : null;
+    const { yaml, unknown } = form === "job" ? desk.job(added) : { yaml: desk.yaml(added), unknown: [] };
     box.caption.textContent = labels[form];
     box.write(yaml);
-    const told = [...troubles(step, desk.all(s), desk.yaml()), ...unknown.map((file) => `this page does not know where ${file} is: write its whole path`)];
+    const judged = desk.how(s).method === step.method ? step : { ...step, rule: null }; // what another method asks for the studio says
+    const told = [...troubles(judged, desk.all(s), desk.yaml(added)), ...unknown.map((file) => `this page does not know where ${file} is: write its whole path`)];
     warnings.replaceChildren(...told.map((text) => el("li", {}, el("bdi", {}, text))));
   }
   update();

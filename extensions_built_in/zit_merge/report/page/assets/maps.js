@@ -5,7 +5,7 @@
  *
  * label: for screen readers. value(n): what colours module n, null where there is nothing. shade(value): {at: 0 to 1, tone}.
  * tell(n): the sentence of a module. onpick(n, kind): a cell was painted; kind is `start` of a stroke, `drag`, or `clear`.
- * Returns the element with `update()`.
+ * Returns the element with `update()` and `rename(label)`.
  */
 function heatMap({ label, value, shade, tell, mark = () => false, onpick = null }) {
   const isThere = (n) => n !== undefined && value(n) !== null;
@@ -108,7 +108,8 @@ function heatMap({ label, value, shade, tell, mark = () => false, onpick = null 
   }
   cells[0][0].tabIndex = 0;
   update();
-  return Object.assign(el("div", { class: "map-box" }, el("div", { class: "map-scroll" }, table), readout), { update });
+  const rename = (name) => table.setAttribute("aria-label", name);
+  return Object.assign(el("div", { class: "map-box" }, el("div", { class: "map-scroll" }, table), readout), { update, rename });
 }
 
 function startsSection(column) {

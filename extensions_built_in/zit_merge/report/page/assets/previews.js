@@ -49,16 +49,21 @@ function pictures(gallery) {
 
 /** Makes the buttons of an element one stop for the tab key; arrow keys walk from one to the other as they lie. Returns the element. */
 function walkable(element, buttons) {
-  const stop = (chosen) => buttons.forEach((b) => { b.tabIndex = b === chosen ? 0 : -1; });
-  stop(buttons[0]);
-  element.addEventListener("focusin", (e) => { if (buttons.includes(e.target)) stop(e.target); });
+  walkAmong(element, () => buttons).stop(buttons[0]);
+  return element;
+}
+
+/** As `walkable` with buttons that come and go. Returns {stop(button)}, which makes one of them the stop. */
+function walkAmong(element, list) {
+  const stop = (chosen) => list().forEach((b) => { b.tabIndex = b === chosen ? 0 : -1; });
+  element.addEventListener("focusin", (e) => { if (list().includes(e.target)) stop(e.target); });
   element.addEventListener("keydown", (e) => {
-    const next = neighbour(buttons, e.target, e.key);
+    const next = list().includes(e.target) ? neighbour(list(), e.target, e.key) : null;
     if (!next) return;
     next.focus();
     e.preventDefault();
   });
-  return element;
+  return { stop };
 }
 
 function neighbour(buttons, from, key) {

@@ -16,11 +16,13 @@ const OPEN_CARDS = 6;
 /** Whether it is right, first of all. */
 function verdictLine(step) {
   if (!step.status) return null;
-  const { status, judgement } = step;
+  return verdictOf(step.status, step.judgement, step.kept === null ? "" : ` ${percent(step.kept)} of the energy is kept.`);
+}
+
+function verdictOf(status, judgement, more = "") {
   const why = judgement.startsWith(status) ? judgement.slice(status.length) : `: ${judgement}`;
-  const kept = step.kept === null ? "" : ` ${percent(step.kept)} of the energy is kept.`;
   return el("p", {}, el("strong", { class: `verdict ${status === "right" ? "good" : "warn"}` }, `${status[0].toUpperCase()}${status.slice(1)}`),
-    el("bdi", {}, why), ".", kept);
+    el("bdi", {}, why), ".", more);
 }
 
 function outputLine(step) {

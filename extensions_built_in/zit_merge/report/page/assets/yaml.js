@@ -138,3 +138,34 @@ function overrideKeys(overrides) {
   }
   return keys;
 }
+
+/** The weights that strength keys spell: what `keysOf` wrote, read again. */
+function weightsFrom(keys) {
+  const w = { ratio: keys.ratio, components: COMPONENTS.map((c) => keys.blocks?.[c] ?? 1), layers: Array(N_LAYERS).fill(1), overrides: new Map() };
+  for (const name of ["noise_refiner", "context_refiner", "other"]) w[name] = keys.layers?.[name] ?? 1;
+  for (const [key, factor] of Object.entries(keys.layers ?? {})) {
+    const [first, last] = rangeOf(key);
+    for (let i = first; i <= last; i += 1) w.layers[i] = factorIn(factor, i - first, last - first + 1);
+  }
+  for (const [key, factor] of Object.entries(keys.overrides ?? {})) {
+    const [, place, component] = /^([^.]+)\.(.+)$/.exec(key);
+    const [first, last] = rangeOf(place);
+    for (let i = first; i <= last; i += 1) w.overrides.set(AT.get(`layers.${i}.${component}`), factor);
+    if (first > last) w.overrides.set(MODULES.findIndex((m) => key === (m.section === "other" ? `other.${m.component}` : `${m.section}.${m.index}.${m.component}`)), factor);
+  }
+  return w;
+}
+
+/** First and last layer of a key such as `3` or `0-9`; of any other key an empty range. */
+function rangeOf(key) {
+  const [, first, last] = /^(\d+)(?:-(\d+))?$/.exec(key) ?? [null, 1, 0];
+  return [Number(first), Number(last ?? first)];
+}
+
+/** The factor of the k-th of `count` layers: of a number, of a list with one for each, or of a gradient [first, last]. */
+function factorIn(factor, k, count) {
+  if (!Array.isArray(factor)) return factor;
+  const [first, last] = factor;
+  if (factor.length === count) return factor[k];
+  return k === count - 1 ? last : first + ((last - first) * k) / (count - 1);
+}
