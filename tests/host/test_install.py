@@ -5,7 +5,9 @@ That the real AI-Toolkit loads what was put there is in test_extension.py.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,6 +116,28 @@ def test_a_copy_made_by_hand_is_removed_as_far_as_it_is_ours(toolkit, target, ca
     (target / "errors.py").write_text("mine")
     done(capsys, "install", toolkit, "--remove")
     assert files(target) == {"errors.py.yours": b"mine"}
+
+
+def in_its_folder(toolkit: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of the extension itself, as somebody types it who has nothing but AI-Toolkit."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-m", "extensions_built_in.zit_merge", *words]
+    return subprocess.run(command, cwd=toolkit, env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_a_copy_can_remove_itself(toolkit, target, capsys):
+    done(capsys, "install", toolkit, "--copy")
+    ran = in_its_folder(toolkit, "install", ".", "--remove")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"removed {target}\n", "")
+    assert not target.exists()
+
+
+def test_a_checkout_does_not_remove_itself(toolkit, target):
+    """Somebody who works on the extension in AI-Toolkit's folder: nothing there was put there by install."""
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
+    ran = in_its_folder(toolkit, "install", ".", "--remove")
+    assert ran.returncode == 1 and "delete the folder by hand" in ran.stderr
+    assert files(target) == files(PACKAGE)
 
 
 def test_remove_refuses_what_is_not_ours(toolkit, target, capsys):

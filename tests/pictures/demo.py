@@ -32,7 +32,7 @@ import chromium  # noqa: E402
 IMAGES = ROOT / "extensions_built_in" / "zit_merge" / "docs" / "images"
 STYLE = ROOT / "extensions_built_in" / "zit_merge" / "report" / "page" / "assets" / "page.css"
 MERGE = "merge demo_face.safetensors demo_style.safetensors -o both.safetensors --ratio 0.9 0.6 --to_q 1.1"
-COLOURS, KEY = 64, "zit_merge: shows"
+COLOURS, KEY = 192, "zit_merge: shows"
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{margin: 0; background: #10141c; display: inline-block}}
 pre {{margin: 0; padding: 18px 22px; color: #d7dce5; font: 14px/1.35 "DejaVu Sans Mono", monospace}}

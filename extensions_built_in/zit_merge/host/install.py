@@ -64,15 +64,16 @@ def remove(folder: Path) -> str:
         What was done, for people; files that were changed or added stay, and are named.
 
     Raises:
-        ZitMergeError: The folder is no AI-Toolkit, there is nothing of ours, or it is this package itself.
+        ZitMergeError: The folder is no AI-Toolkit, there is nothing of ours, or it is a checkout that this command runs in.
     """
     source, target = _source(), _target(folder)
     if not target.is_symlink() and not target.exists():
         raise ZitMergeError(f"{target}: is not there: nothing to remove")
-    if not target.is_symlink() and target.resolve() == source:
-        raise ZitMergeError(f"{target}: is the zit_merge that runs this command: start it from another folder")
+    listed = _listed(target)
+    if listed is None and not target.is_symlink() and target.resolve() == source:
+        raise ZitMergeError(f"{target}: is not what install put there, but where this command runs: delete the folder by hand")
     with os_errors(target):
-        kept = _clear(target, _listed(target) or _hashes(source))
+        kept = _clear(target, _hashes(source) if listed is None else listed)
     return "\n".join([f"removed {target}", *_named(kept)])
 
 

@@ -53,7 +53,7 @@ def check_output(plan: StepPlan, context: RunContext) -> set[Path]:
         raise SettingError(
             f"{plan.path.name} would take {size_text(plan.bytes)} at rank {plan.rank}: set {cap}, "
             + ("save: {keep_lokr: true} to keep it a LoKr, " if _could_stay(plan) else "")
-            + "or confirm_size: true if you want it so"
+            + "or confirm_size: true if you want it so (see docs/ranks.md)"
         )
     if plan.spec.copy_to:
         with located("copy_to"):

@@ -106,7 +106,7 @@ def _check_rank(step: StepBasis, is_known: bool) -> None:
         raise SettingError(
             f"{other.label} is a {_what(other)}, which takes the full rank of the model to hold exactly: set rank: 64"
             + (", or save: {keep_lokr: true} to scale it alone" if alone else "")
-            + ", or confirm_size: true if you want it so",
+            + ", or confirm_size: true if you want it so (see docs/ranks.md)",
             "rank",
         )
 
