@@ -44,7 +44,7 @@ class Workshop(Protocol):
         """A look that waits, or the one that is there."""
 
     def render(self, look: Look, progress: Progress, on_load: Callable[[str], None]) -> Iterator[None]:
-        """Renders a look; yields when there is something to be shown. `on_load` gets the model's name, and "" when it is there."""
+        """Renders a look; yields when there is something to show. `on_load` is told the model's name, and "" when it is there."""
 
     def write(self) -> None:
         """Keeps the strip."""
