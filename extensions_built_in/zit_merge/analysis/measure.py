@@ -7,8 +7,9 @@ common, its singular values are drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -205,9 +206,25 @@ def same_model(loras: Sequence[LoraFile]) -> list[str]:
     return [module for module in MODULES if module in shapes]
 
 
+class _Found(NamedTuple):
+    """What was found in one module.
+
+    Attributes:
+        products: Inner products of the changes.
+        common: The directions that they have in common; None where there are not two.
+        is_leading: Only leading directions were compared.
+        spectra: Position of a file -> singular values.
+    """
+
+    products: ModuleProducts
+    common: Overlap | None
+    is_leading: bool
+    spectra: Mapping[int, Spectrum]
+
+
 @full_precision()
 def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SILENT) -> Measurement:
-    """Measures files in one pass over their modules.
+    """Measures files in one pass over their modules, in as many threads as torch has, a module in each.
 
     Args:
         loras: One or more files.
@@ -217,27 +234,43 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
     Raises:
         ZitMergeError: The files are not of one model, can't be read, or one of several holds NaN or infinity.
     """
-    modules, common, broken = dict[str, ModuleProducts](), dict[str, Overlap](), dict[str, str]()
-    leading: list[str] = []
-    values: list[dict[str, Spectrum]] = [{} for _ in loras[:spectra]]
+    found, broken = dict[str, _Found](), dict[str, str]()
     shapes = {module: shape for lora in loras for module, shape in lora.shapes.items()}
-    with Readers(loras) as readers:
-        for module in progress.track(same_model(loras), "compare" if len(loras) > 1 else loras[0].path.name):
+    modules, label = same_model(loras), "compare" if len(loras) > 1 else loras[0].path.name
+    with Readers(loras) as readers, _pool() as pool:
+        waiting = {m: pool.submit(_measured, m, readers, spectra, shapes[m]) for m in modules}
+        for module in progress.track(modules, label):
             try:
-                deltas, found = readers.condensed(module, readers.deltas(module))
-                modules[module] = found
+                found[module] = waiting.pop(module).result()
             except ZitMergeError as e:  # the rest of the file can be shown, but not compared with others
                 if len(loras) > 1:
                     raise
                 broken[module] = str(e)
-                continue
-            parts = _decomposed(deltas, spectra) if (found.energies > 0).sum() > 1 else {}
-            if parts:
-                common[module] = overlap([_compared(deltas[i], part) for i, part in parts.items()], TAU, shapes[module])
-                leading += [] if all(map(is_thin, deltas.values())) else [module]
-            for i in deltas.keys() & range(spectra):
-                values[i][module] = _spectrum(deltas[i], parts.get(i))
-    return Measurement(tuple(loras), modules, common, leading, values, broken)
+    values = [{m: f.spectra[i] for m, f in found.items() if i in f.spectra} for i in range(len(loras[:spectra]))]
+    common = {m: f.common for m, f in found.items() if f.common}
+    leading = [m for m, f in found.items() if f.is_leading]
+    return Measurement(tuple(loras), {m: f.products for m, f in found.items()}, common, leading, values, broken)
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Torch's threads, each for modules of its own: threads that share one small product mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(max_workers=before)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _measured(module: str, readers: Readers, spectra: int, shape: tuple[int, int]) -> _Found:
+    deltas, found = readers.condensed(module, readers.deltas(module))
+    parts = _decomposed(deltas, spectra) if (found.energies > 0).sum() > 1 else {}
+    common = overlap([_compared(deltas[i], part) for i, part in parts.items()], TAU, shape) if parts else None
+    is_leading = bool(parts) and not all(map(is_thin, deltas.values()))
+    return _Found(found, common, is_leading, {i: _spectrum(deltas[i], parts.get(i)) for i in deltas.keys() & range(spectra)})
 
 
 def _decomposed(deltas: Mapping[int, Delta], spectra: int) -> dict[int, Triplets]:

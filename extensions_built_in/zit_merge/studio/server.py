@@ -66,7 +66,7 @@ class Door:
             self._note.unlink(missing_ok=True)
             with os.fdopen(os.open(self._note, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
                 json.dump({"job": job, "pid": os.getpid()}, file)
-        self._threads = [threading.Thread(target=s.serve_forever, args=(0.2,), daemon=True) for s in self._servers]
+        self._threads = [threading.Thread(target=s.serve_forever, args=(0.05,), daemon=True) for s in self._servers]
         for thread in self._threads:
             thread.start()
 
