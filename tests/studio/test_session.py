@@ -18,6 +18,24 @@ SOFTER = {"ratio": 0.7, "blocks": {"to_q": 0.5}}
 TIES = {**SETTING, "loras": [SOFTER, None], "method": "ties", "params": {"density": 0.5}, "rank": 2}
 
 
+class Slow(FakeRenderer):
+    """Takes steps, each when it may."""
+
+    may, began = threading.Semaphore(0), threading.Event()
+
+    @classmethod
+    def hold(cls) -> None:
+        """No step may be taken from now on."""
+        cls.may, cls.began = threading.Semaphore(0), threading.Event()
+
+    def render(self, spec):
+        self.began.set()
+        for _ in range(spec.steps):
+            self.may.acquire()
+            self.on_step()
+        return super().render(spec)
+
+
 def state(live: Any) -> Mapping[str, Any]:
     return json.loads(ask(live, "state", {"seen": 0}).body)
 
@@ -72,8 +90,8 @@ def test_what_was_kept_is_never_replaced(work, live):
     (path,) = work.folder.rglob(first["file"])
     content = path.read_bytes()
     two = live()
-    again = kept(two, TIES, "mine")
-    assert again["status"] == "failed" and again["error"].startswith("name: merged_cat_mine.safetensors is there already")
+    again = sentence(ask(two, "keep", {"setting": TIES, "name": "mine"}))
+    assert again == "name: merged_cat_mine.safetensors is there already: choose another name"
     other = kept(two, TIES, "other")
     assert other["status"] == "done" and path.read_bytes() == content
     assert sorted(p.name for p in path.parent.glob("*_studio*.yaml")) == ["merged_cat_studio.yaml", "merged_cat_studio_2.yaml"]
@@ -144,20 +162,8 @@ def test_a_rank_that_weighs_by_the_base_is_a_rank(live):
     assert found["error"].startswith("rank.weigh: needs the model"), "there is none here"
 
 
-class Slow(FakeRenderer):
-    """Takes steps, each when it may."""
-
-    may, began = threading.Semaphore(0), threading.Event()
-
-    def render(self, spec):
-        self.began.set()
-        for _ in range(spec.steps):
-            self.may.acquire()
-            self.on_step()
-        return super().render(spec)
-
-
 def test_a_look_can_be_cancelled_and_asked_for_again(live):
+    Slow.hold()
     loader = Loader(Slow)
     one = live(load=loader)
     ask(one, "look", {"setting": SETTING})
@@ -168,6 +174,123 @@ def test_a_look_can_be_cancelled_and_asked_for_again(live):
     assert done(one, "looks")["status"] == "cancelled" and loader.pictures == []
     ask(one, "look", {"setting": SETTING})
     assert done(one, "looks")["status"] == "done" and len(loader.pictures) == 8
+
+
+def test_closing_drops_what_renders_and_keeps_what_was_promised(work, live):
+    Slow.hold()
+    loader = Loader(Slow)
+    one = live(load=loader)
+    ask(one, "look", {"setting": SETTING})
+    assert Slow.began.wait(60)
+    ask(one, "keep", {"setting": SETTING, "name": "mine"})
+    ask(one, "close", {})
+    Slow.may.release(1000)
+    one.close()
+    assert loader.pictures == [] and len(list(work.folder.rglob("merged_cat_mine.safetensors"))) == 1
+
+
+def test_a_file_and_the_next_look_come_before_base_and_inputs(live):
+    Slow.hold()
+    loader = Loader(Slow)
+    one = live(load=loader)
+    ask(one, "look", {"setting": SETTING})
+    assert Slow.began.wait(60)
+    ask(one, "look", {"setting": TIES})
+    ask(one, "keep", {"setting": SETTING, "name": "mine"})
+    Slow.may.release(4)  # one picture
+    assert done(one, "kept")["status"] == "done" and len(loader.pictures) == 1
+    Slow.may.release(1000)
+    assert done(one, "looks")["ready"] == [[True] * 4] * 2
+    until(one, lambda s: s["looks"][0]["status"] == "done")
+    order = [adapter for adapter, _ in loader.pictures]
+    assert order[0] == order[1] != order[2] == order[3] and len(set(order)) == 5 and len(order) == 10
+
+
+class Broken(FakeRenderer):
+    """Fails as no renderer should."""
+
+    def render(self, spec):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_a_library_raises_costs_one_look(live):
+    one = live(load=Loader(Broken))
+    ask(one, "look", {"setting": SETTING})
+    look = done(one, "looks")
+    assert look["status"] == "failed" and look["error"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert kept(one, SETTING, "mine")["status"] == "done"
+
+
+def test_a_number_of_many_digits_is_no_layer(live):
+    one = live()
+    for key in ("9" * 5000, f"0-{'9' * 5000}"):
+        layers = {**SETTING, "loras": [{"ratio": 1, "layers": {key: 1}}, None]}
+        number = json.loads(ask(one, "measure", {"setting": layers}).body)["id"]
+        assert (
+            "not a layer" in until(one, lambda s, n=number: s["measure"]["id"] == n and s["measure"]["error"])["measure"]["error"]
+        )
+
+
+def test_a_strip_that_can_not_be_written_costs_nothing_else(work, live):
+    one = live(load=Loader())
+    (work.out / "merged_cat_previews" / "studio.json").mkdir(parents=True)
+    ask(one, "look", {"setting": SETTING})
+    look = done(one, "looks")
+    assert look["status"] == "failed" and "studio.json" in look["error"] and look["ready"] == [[True] * 4] * 2
+    assert kept(one, SETTING, "mine")["status"] == "done"
+
+
+def test_what_can_not_be_shown_of_a_strip_stays_noted(work, live):
+    one = live(load=Loader())
+    ask(one, "look", {"setting": SETTING})
+    done(one, "looks")
+    one.close()
+    (path,) = work.folder.rglob("studio.json")
+    noted = json.loads(path.read_text())["looks"]
+    path.write_text(json.dumps({"looks": [{"of": "another version"}, *noted]}))
+    two = live(load=Loader())
+    assert len(state(two)["looks"]) == 1
+    ask(two, "look", {"setting": TIES})
+    done(two, "looks")
+    two.close()
+    assert [look.get("of") for look in json.loads(path.read_text())["looks"]] == ["another version", None, None]
+    path.write_text("{")
+    live(load=Loader())
+    assert (path.parent / "studio_old.json").read_text() == "{"
+
+
+def test_drafts_have_the_sizes_of_their_rows(live):
+    samples = {"samples": [{"prompt": "a cat", "width": 256, "height": 128}, {"prompt": "a dog", "width": 128, "height": 256}]}
+    loader = Loader()
+    one = live(load=loader, preview=None, sample=samples)
+    ask(one, "look", {"setting": SETTING, "draft": True})
+    done(one, "looks")
+    assert {(spec.width, spec.height) for _, spec in loader.pictures} == {(128, 64), (64, 128)}
+
+
+def test_a_step_that_is_not_kept_is_a_start(live):
+    one = live({**step(ME, STYLE), "keep": False})
+    facts = json.loads(one.html.split('id="facts">')[1].split("</script>")[0])
+    (shown,) = facts["sections"][0]["steps"]
+    assert shown["name"] == "soft" and shown["details"] and [i["ratio"] for i in shown["inputs"]] == [0.8, 0.5]
+    assert kept(one, SETTING, "mine")["status"] == "done"
+
+
+def test_what_was_composed_last_outlives_the_page(live):
+    one = live()
+    ask(one, "measure", {"setting": SETTING})
+    start = {**SETTING, "loras": [None, None]}  # what a page asks for when it is opened
+    ask(one, "measure", {"setting": start})
+    assert state(one)["last"] == SETTING
+
+
+def test_a_file_of_kept_steps_is_that_of_one_studio(work, live):
+    one, two = live(), live()
+    kept(one, SETTING, "mine")
+    kept(two, TIES, "yours")
+    files = sorted(work.folder.rglob("*_studio*.yaml"))
+    names = [[s["name"] for s in yaml.safe_load(path.read_text("utf-8"))[0]["steps"]] for path in files]
+    assert names == [["soft", "mine"], ["soft", "yours"]]
 
 
 def test_without_pictures_the_rest_works(live):

@@ -262,7 +262,7 @@ def test_looks_are_rendered_once_and_stay_in_the_strip(opened, tab):
     live = opened()
     frame = tab(live)
     frame.shows("No look yet.")
-    frame.find("h2").first.click()
+    frame.inner.get_by_role("button", name="Keep as a LoRA").focus()
     frame.page.keyboard.press("l")
     frame.looks(1)
     assert frame.heads() == ["base", "me.safetensors", "style.safetensors", "1. sum, 0.8 + 0.5"]
@@ -271,7 +271,7 @@ def test_looks_are_rendered_once_and_stay_in_the_strip(opened, tab):
     frame.page.keyboard.press("l")
     frame.shows("Look 1 shows these weights already.")
     frame.type("1. me.safetensors", 0.25)
-    frame.find("h2").first.click()
+    frame.inner.get_by_role("button", name="Keep as a LoRA").focus()
     frame.page.keyboard.press("l")
     frame.looks(2)
     assert frame.heads()[3:] == ["1. sum, 0.8 + 0.5", "2. sum, 0.25 + 0.5"]
@@ -289,6 +289,8 @@ def test_keys_ask_for_no_look_while_somebody_types(opened, tab):
     frame.number("1. me.safetensors").press("d")
     frame.number("Method").press("d")
     frame.page.keyboard.press("Escape")
+    frame.find("h2").first.click()
+    frame.page.keyboard.press("l")  # with the focus nowhere
     frame.measured()
     assert frame.find(".strip img, .strip .empty").count() == 0 and not any("/look" in asked for asked in frame.asked)
 
@@ -434,7 +436,7 @@ def test_without_pictures_there_are_numbers_and_files(work, opened, tab):
     frame = tab(opened(no_pictures="no model is named: add model: to the section"))
     frame.shows("There are no pictures: no model is named: add model: to the section")
     assert frame.inner.get_by_role("button", name="Look").count() == 0
-    frame.find("h2").first.click()
+    frame.inner.get_by_role("button", name="Keep as a LoRA").focus()
     frame.page.keyboard.press("l")
     assert "There are no pictures" in frame.find(".notice").inner_text()
     frame.measured()

@@ -160,23 +160,34 @@ def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
 
 
 def _studio_arguments(studio: argparse.ArgumentParser) -> None:
-    studio.add_argument("files", type=Path, nargs="+", metavar="FILE", help="LoRAs to compose with")
-    studio.add_argument(
-        "-o", "--out", type=Path, default=Path("output"), metavar="DIR", help="where LoRAs and pictures go (default: output)"
-    )
-    studio.add_argument("--model", metavar="PATH", help="Z-Image Turbo, for pictures: a folder or user/repo; needs AI-Toolkit")
-    studio.add_argument("--prompt", nargs="+", metavar="TEXT", help="of the pictures, one or more")
-    studio.add_argument("--size", type=int, metavar="PIXELS", help="of a side (default: 1024)")
-    studio.add_argument("--steps", type=int, metavar="N", help="of a picture, as AI-Toolkit counts them (default: 9)")
-    studio.add_argument("--quantize", action="store_true", help="load the model in 8 bits")
-    studio.add_argument("--low-vram", action="store_true", help="keep the model outside of the GPU's memory between pictures")
-    studio.add_argument(
-        "--minutes", type=float, default=30, metavar="N", help="close when nobody used it for so long (default: 30)"
-    )
-    studio.add_argument(
-        "--port", type=int, default=8866, help="of the loopback address (default: 8866, which AI-Toolkit's UI forwards)"
-    )
-    studio.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    add = studio.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="LoRAs to compose with")
+    add("-o", "--out", type=Path, default=Path("output"), metavar="DIR", help="where LoRAs and pictures go (default: output)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    minutes, port = _within(float, 0.1, 10_000), _within(int, 0, 65535)
+    add("--minutes", type=minutes, default=30, metavar="N", help="close when nobody used it for so long (default: 30)")
+    add("--port", type=port, default=8866, help="of the loopback address (default: 8866, which AI-Toolkit's UI forwards)")
+    pictures = studio.add_argument_group("pictures", "rendered by AI-Toolkit: run this in its folder").add_argument
+    size, steps = _within(int, 64, 4096), _within(int, 1, 200)
+    pictures("--model", metavar="PATH", help="Z-Image Turbo: a folder or user/repo")
+    pictures("--prompt", nargs="+", metavar="TEXT", help="one or more")
+    pictures("--size", type=size, metavar="PIXELS", help="of a side (default: 1024)")
+    pictures("--steps", type=steps, metavar="N", help="as AI-Toolkit counts them (default: 9)")
+    pictures("--quantize", action="store_true", help="load the model in 8 bits")
+    pictures("--low-vram", action="store_true", help="keep the model outside of the GPU's memory between pictures")
+
+
+def _within(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """The type of a number of a flag, for argparse."""
+
+    def number(word: str) -> Any:
+        value = kind(word)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {word}")
+        return value
+
+    number.__name__ = "number"  # argparse says: invalid number value
+    return number
 
 
 def _merge_arguments(merge: argparse.ArgumentParser) -> None:

@@ -57,7 +57,7 @@ def studio(args: argparse.Namespace) -> None:
             minutes=args.minutes,
             port=args.port,
             is_served=True,
-            on_open=_tell,
+            on_open=partial(_tell, args),
         )
 
 
@@ -68,13 +68,17 @@ def _planned(job: Job) -> list[Planned]:
     except SettingError as e:
         found = e.loc.removeprefix("steps[0]").lstrip(".")
         number = found.removeprefix("loras[").partition("]")[0]
-        e.loc = f"file {int(number) + 1}" if found.startswith("loras[") else {"output_dir": "--out"}.get(found, found)
+        flags = {"output_dir": "--out", "device": "--device"}
+        e.loc = f"file {int(number) + 1}" if found.startswith("loras[") else flags.get(found, found)
         raise
 
 
 def _pictures(args: argparse.Namespace) -> dict[str, Any]:
     """The keys of the section that pictures need."""
     if not args.model:
+        for flag in ("prompt", "size", "steps", "quantize", "low_vram"):
+            if getattr(args, flag):
+                raise SettingError("is about pictures, which need --model: add it, or drop this", f"--{flag.replace('_', '-')}")
         return {}
     flags = {"quantize": args.quantize, "low_vram": args.low_vram}
     model = {"name_or_path": args.model, "arch": "zimage:turbo", **{key: True for key, is_on in flags.items() if is_on}}
@@ -97,6 +101,8 @@ def _loading(args: argparse.Namespace, progress: JobProgress) -> tuple[Load | No
     return progress.loading(ToolkitRenderer), ""
 
 
-def _tell(door: Door) -> None:
-    """Whoever started it has to know the address, quiet or not."""
+def _tell(args: argparse.Namespace, door: Door) -> None:
+    """Whoever started it has to know the address, quiet or not, and why there are no pictures where some were asked for."""
+    if args.model and door.session.no_pictures:
+        show(f"NO PICTURES: {door.session.no_pictures}")
     show(f"studio open, Ctrl+C closes it:\n    http://127.0.0.1:{door.port}/open/{door.token}")

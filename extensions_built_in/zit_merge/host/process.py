@@ -71,8 +71,7 @@ class ZitMergeProcess(BaseExtensionProcess):
 
         try:
             self._merge()
-            self._show()
-            told = self._open_studio()
+            told = self._show_and_serve()
         except BaseException as e:
             self._status.fail(self._sentence_first(e))
             if isinstance(e, JobStopped):
@@ -152,6 +151,17 @@ class ZitMergeProcess(BaseExtensionProcess):
         preview = preview_plan(planned.section, planned.context, [made.get(p.name, p) for p in planned.plans])
         with JobProgress(self._status, Bar()) as progress:
             render_section(preview, planned, page, _say, progress, progress.loading(ToolkitRenderer))
+
+    def _show_and_serve(self) -> str:
+        """The pictures, then the studio, which opens without them too: a smaller one may fit there. Returns what to tell."""
+        try:
+            self._show()
+        except ZitMergeError as e:
+            if self._planned.section.studio:
+                _say(f"NO PICTURES: {self._sentence_first(e)}\n  the studio opens, then the job ends with this error")
+                self._open_studio()
+            raise
+        return self._open_studio()
 
     def _open_studio(self) -> str:
         """Serves the merge page until it is closed, if the section asks for it. Returns why not, where it could not."""

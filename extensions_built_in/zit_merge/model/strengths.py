@@ -23,7 +23,7 @@ Depth = float | Sequence[float]
 T = TypeVar("T")
 
 TABLES = ("blocks", "layers", "effects", "overrides")  # the strength keys that are tables
-_LAYERS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_LAYERS = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _overrides(overrides: Mapping[str, float]) -> dict[str, float]:
 
 def _select(key: str) -> list[Module]:
     """The modules that LAYERS.COMPONENT names."""
-    match = re.fullmatch(r"(?P<section>noise_refiner|context_refiner)(?:\.(?P<index>\d+))?\.(?P<part>.+)", key)
+    match = re.fullmatch(r"(?P<section>noise_refiner|context_refiner)(?:\.(?P<index>\d{1,9}))?\.(?P<part>.+)", key)
     if match:
         if int(match["index"] or 0) >= SECTIONS[match["section"]]:
             raise SettingError(f"{match['section']} has the layers 0 and 1", key)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config.parse import parse_section
@@ -80,7 +82,31 @@ class Bench:
             ZitMergeError: As `step`.
         """
         ratios = [f"{lora['ratio']:g}" for lora in self.step(setting, TRIED)["loras"]]
-        return f"{setting.method}, {' + '.join(ratios) if len(ratios) <= _LISTED else f'{len(ratios)} LoRAs'}"
+        return f"{setting.method}, {' + '.join(ratios[:_LISTED])}{' + ...' * (len(ratios) > _LISTED)}"
+
+    def is_start(self, setting: Setting) -> bool:
+        """Whether a setting is a step as the section has it.
+
+        Args:
+            setting: The setting.
+        """
+        plan = next((plan for plan in self.planned.plans if plan.name == setting.step), None)
+        return plan is not None and not any(setting.loras) and setting.method == plan.spec.method and not setting.params
+
+    def path(self, name: str) -> Path:
+        """The file of a step that is kept.
+
+        Args:
+            name: Of the step.
+        """
+        own = self.planned.section.steps[0].model_copy(update={"name": name, "file": None})
+        return self.planned.context.output(own)
+
+    def taken(self) -> list[str]:
+        """The names of steps whose files are there already."""
+        before, after = self.path("*").name.split("*")
+        files = self.path("*").parent.glob(f"{glob.escape(before)}*{after}")
+        return sorted(file.name.removeprefix(before).removesuffix(after) for file in files)
 
     def section(self, step: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The section as a config has it, with the steps that were kept.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -59,6 +61,7 @@ class Strip:
         self._shots = {draft: digest({"shots": [spec.record() for spec in own]}) for draft, own in self.specs.items()}
         self.looks: list[Look] = []
         self.ready: set[str] = set()
+        self._unread: list[Any] = []
         self._read()
 
     @property
@@ -66,23 +69,34 @@ class Strip:
         return self._store.folder / "studio.json"
 
     def _read(self) -> None:
-        """The strip of an earlier studio of this job, as far as its pictures are there."""
+        """The strip of an earlier studio of this job; what can't be shown, such as a look without its pictures, stays noted."""
         try:
-            found = read_json(read_limited(self._file).decode())["looks"][-MOST:]
-            for told in found:
-                digests = [[str(digest) for digest in row] for row in told["digests"]]
-                there = {digest for row in digests for digest in row if digest.isalnum() and self._store.has(digest)}
-                if not digests or not all(row and row[-1] in there for row in digests):
-                    continue
-                look = Look(len(self.looks) + 1, read_setting(told["setting"]), DONE)
-                look.label, look.draft, look.favourite = str(told["label"]), told["draft"] is True, told["favourite"] is True
-                look.columns = [(str(label), str(kind)) for label, kind in told["columns"]]
-                look.shots = str(told["shots"])
-                look.rows, look.digests = [str(row) for row in told["rows"]], digests
-                self.looks.append(look)
-                self.ready |= there
-        except (OSError, ValueError, KeyError, TypeError, ZitMergeError):
-            return  # there is none, or one of another version: the pictures themselves are safe
+            found = list(read_json(read_limited(self._file).decode())["looks"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            self._move_aside()
+            return
+        there: dict[str, bool] = {}
+        for told in found:
+            try:
+                look = _look(told)
+            except (ValueError, KeyError, TypeError, ZitMergeError):
+                self._unread.append(told)
+                continue
+            for name in {name for row in look.digests for name in row} - there.keys():
+                there[name] = name.isalnum() and self._store.path(name).is_file()
+            if not look.digests or not all(row and there[row[-1]] for row in look.digests) or len(self.looks) >= MOST:
+                self._unread.append(told)
+                continue
+            self.looks.append(replace(look, id=len(self.looks) + 1))
+            self.ready |= {name for row in look.digests for name in row if there[name]}
+
+    def _move_aside(self) -> None:
+        """A file that is no strip is nobody's to lose."""
+        aside = (self._file.with_name(f"studio_old{number or ''}.json") for number in itertools.count())
+        with contextlib.suppress(OSError):
+            self._file.rename(next(path for path in aside if not path.exists()))
 
     def write(self) -> None:
         """Keeps the strip for the next studio of this job.
@@ -90,7 +104,7 @@ class Strip:
         Raises:
             ZitMergeError: It can't be written.
         """
-        looks = [look.record() for look in self.looks if look.status == DONE]
+        looks = [*self._unread, *(look.record() for look in self.looks if look.status == DONE)]
         self._store.write(self._file.name, json.dumps({"looks": looks}, indent=1).encode())
 
     def jpeg(self, digest: str, edge: int) -> bytes:
@@ -134,8 +148,8 @@ class Strip:
                 DONE,
             ):
                 return look
-        if len(self.looks) >= MOST:
-            raise ZitMergeError(f"the strip has {MOST} looks: close the studio and move studio.json away to begin a new one")
+        if len([look for look in self.looks if look.status == DONE]) >= MOST:
+            raise ZitMergeError(f"the strip has {MOST} looks: close the studio and move {self._file} away to begin a new one")
         self.looks.append(
             Look(len(self.looks) + 1, setting, label=label + ", draft" * draft, draft=draft, shots=self._shots[draft])
         )
@@ -157,10 +171,9 @@ class Strip:
         Raises:
             ZitMergeError: It can't be planned or rendered.
         """
-        first = self.specs[look.draft][0]
-        changes = {"size": [first.width, first.height], "steps": first.steps} if look.draft else {}
-        preview = self._plan(look.setting, self._asked | changes)
-        (grid,) = preview.grids
+        preview = self._plan(look.setting, self._asked)
+        grid = replace(preview.grids[0], specs=self.specs[look.draft])
+        preview = replace(preview, grids=[grid])
         files = {path: stamp for variant in grid.variants for path, stamp in variant.files().items()}
         records = PictureRecords(preview, hashes.of(files))
         wanted = {(picture.variant, picture.spec): digest for picture, digest in records.digests.items()}
@@ -176,6 +189,22 @@ class Strip:
         for picture in rendered_pictures(preview, missing, self._store, records, read, load, progress):
             self.ready.add(records.digests[picture])
             yield
+
+
+def _look(told: Mapping[str, Any]) -> Look:
+    """A look as it was noted."""
+    return Look(
+        0,
+        read_setting(told["setting"]),
+        DONE,
+        label=str(told["label"]),
+        draft=told["draft"] is True,
+        favourite=told["favourite"] is True,
+        columns=[(str(label), str(kind)) for label, kind in told["columns"]],
+        rows=[str(row) for row in told["rows"]],
+        shots=str(told["shots"]),
+        digests=[[str(digest) for digest in row] for row in told["digests"]],
+    )
 
 
 def _draft(spec: ImageSpec) -> ImageSpec:

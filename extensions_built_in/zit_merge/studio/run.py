@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..algebra.methods import METHODS
 from ..algebra.parameters import Parameter, paragraphs
+from ..analysis.measure import measure
 from ..config.schema import Section
 from ..errors import ZitMergeError
 from ..formats.checkpoint import Checkpoint, Seen
@@ -33,7 +35,7 @@ from .session import Session
 from .setting import Setting
 from .steps import steps_file
 
-_GRACE = 2.0  # seconds in which a page may hear that its studio is closed
+_GRACE = 1.5  # seconds in which a page may hear that its studio is closed
 Keep = Callable[[Planned, Progress], Sequence[Done]]  # runs a section, tells what came of it, shows it on the page
 
 
@@ -85,6 +87,10 @@ class Studio:
     def ready(self) -> set[str]:
         """See `Workshop`."""
         return self.strip.ready if self.strip else set()
+
+    def is_start(self, setting: Setting) -> bool:
+        """See `Workshop`."""
+        return self.bench.is_start(setting)
 
     def measure(self, setting: Setting, progress: Progress) -> Mapping[str, Any]:
         """See `Workshop`.
@@ -145,8 +151,15 @@ class Studio:
         return self.strip.jpeg(digest, edge)
 
     def name(self, found: object) -> str:
-        """See `Workshop`."""
-        return self.bench.name(found)
+        """See `Workshop`.
+
+        Raises:
+            ZitMergeError: It can't be one, or is taken.
+        """
+        name = self.bench.name(found)
+        if self.bench.path(name).exists():
+            raise ZitMergeError(f"name: {self.bench.path(name).name} is there already: choose another name")
+        return name
 
     def keep(self, setting: Setting, name: str, progress: Progress) -> Mapping[str, Any]:
         """See `Workshop`.
@@ -156,16 +169,25 @@ class Studio:
         """
         step = self.bench.step(setting, name)
         section, plans = self._planned(step)
-        if any(target.exists() for target in plans[-1].targets):
+        if any(target.exists() for target in plans[-1].targets):  # since it was asked for
             raise ZitMergeError(f"name: {plans[-1].path.name} is there already: choose another name")
         *_, done = self._run(replace(self.bench.planned, section=section, plans=plans), progress)
         self.bench.kept.append(step)
-        self.steps.write(self.bench.section())
+        remark = self._note()
         self._page.replace_raw(self.bench.section())
         self._page.add(done, progress)
         self._page.write()
         facts = result_facts(done.plan, done.verdict) if done.verdict else {}
-        return {"file": done.path.name, "verdict": facts.get("status"), "judgement": facts.get("judgement")}
+        told = "; ".join(filter(None, (facts.get("judgement"), remark)))
+        return {"file": done.path.name, "verdict": facts.get("status"), "judgement": told or None}
+
+    def _note(self) -> str:
+        """Writes the file of what was kept. Returns what is wrong with it: the LoRA itself is written."""
+        try:
+            self.steps.write(self.bench.section())
+        except ZitMergeError as e:
+            return f"the section is not noted: {e}"
+        return ""
 
 
 def serve_studio(
@@ -201,7 +223,9 @@ def serve_studio(
         ZitMergeError: The port is taken, there can be no page, or an input was changed meanwhile.
     """
     if page.why_not:
-        raise ZitMergeError(f"no studio, since there is no page: {page.why_not}")
+        raise ZitMergeError(f"there is no page: {page.why_not}")
+    if not _show_starts(bench, page, progress):
+        raise ZitMergeError("no step can be composed: give one with loras, files that are there")
     studio = Studio(bench, page, keep, load, why_not)
     session = Session(studio, minutes, progress)
     try:
@@ -210,12 +234,25 @@ def serve_studio(
             say(page.write())
             on_open(door)
             session.serve()
-            session.heard.wait(_GRACE)  # the tabs that ask once more
+            time.sleep(_GRACE)  # for tabs that ask once more: a stop does not come here
     finally:
         session.close("the job ended")
         page.studio(None)
         page.write()
     say(f"studio closed: {session.closed}" + (f"\n  what was kept:\n    {copyable(studio.steps.path)}" if bench.kept else ""))
+
+
+def _show_starts(bench: Bench, page: RunPage, progress: Progress) -> bool:
+    """Shows the steps on the page that composing may start from and that were not written: those with `keep: false`.
+
+    Returns:
+        Whether there is any step to start from.
+    """
+    for plan in bench.planned.plans:
+        loras = [i.lora for i in plan.inputs]
+        if plan.name in bench.templates and not page.has(plan.name) and all(loras):
+            page.start(plan, measure([lora for lora in loras if lora], 0, progress))
+    return any(map(page.has, bench.templates)) or not bench.is_made
 
 
 def studio_facts(studio: Studio, door: Door) -> dict[str, Any]:
@@ -231,6 +268,7 @@ def studio_facts(studio: Studio, door: Door) -> dict[str, Any]:
         "port": door.port,
         "steps": list(studio.bench.templates),
         "is_made": studio.bench.is_made,
+        "taken": studio.bench.taken(),
         "no_pictures": studio.no_pictures or None,
         "prompts": strip.headings if strip else [],
         "full": strip.text(False) if strip else "",

@@ -33,7 +33,8 @@ PORT = 8866  # ui/next.config.ts of AI-Toolkit forwards /proxy-8866/* there
 HEADER = "X-Zit-Merge"
 _LONGEST = 100_000  # bytes of a request
 _CLIENTS = 32  # requests at a time
-_PATIENCE = 10.0  # seconds for a request to arrive
+_PATIENCE = 10.0  # seconds for the next byte of a request
+_LONGEST_WAIT = 20.0  # seconds for all of it
 _EDGES = (192, 512, 2048)  # pixels of a picture
 
 
@@ -105,7 +106,7 @@ def _owner(port: int) -> str:
         job, pid = str(told["job"]), int(told["pid"])
         if os.name == "posix":
             os.kill(pid, 0)  # raises where it is gone
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return "is taken by another program: stop that one, and start again"
     return f"is that of the job {message(job)[:80]} (process {pid}): close its studio or stop it, and start again"
 
@@ -153,6 +154,20 @@ class _Handler(BaseHTTPRequestHandler):
     door: ClassVar[Door]
     timeout = _PATIENCE
     server_version, sys_version = "zit_merge", ""
+
+    def handle(self) -> None:
+        """One connection, which may not take for ever, byte by byte."""
+        limit = threading.Timer(_LONGEST_WAIT, self._cut)
+        limit.daemon = True
+        limit.start()
+        try:
+            super().handle()
+        finally:
+            limit.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
 
     def do_OPTIONS(self) -> None:  # noqa: N802
         """What a browser asks before it sends our header from the frame, whose origin is `null`."""

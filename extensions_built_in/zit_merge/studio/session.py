@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -37,6 +38,9 @@ class Workshop(Protocol):
     @property
     def ready(self) -> frozenset[str] | set[str]: ...
 
+    def is_start(self, setting: Setting) -> bool:
+        """Whether nothing was composed: the step is as the section has it."""
+
     def measure(self, setting: Setting, progress: Progress) -> Mapping[str, Any]:
         """What a setting would make, for the page."""
 
@@ -63,6 +67,10 @@ class Dropped(Exception):
     """Nobody waits for this any more: a newer measure is there, or the look was cancelled."""
 
 
+class PutOff(Exception):
+    """The rest of a look waits until others have something to show."""
+
+
 class Session:
     """What the server asks and one thread does.
 
@@ -73,17 +81,21 @@ class Session:
 
     Attributes:
         closed: Why it is closed; empty while it is open.
-        heard: A page knows that it is closed.
     """
 
     def __init__(self, workshop: Workshop, minutes: float, host: Progress):
         self._shop, self._minutes, self.host, self.closed = workshop, minutes, host, ""
         self._change = threading.Condition()
-        self.heard = threading.Event()
         self._version, self._used, self._ids = 1, time.monotonic(), 0
         self._task: Mapping[str, Any] | None = None
         self._measuring: Measuring | None = None
+        self._last: Setting | None = None
         self._kept: list[Keeping] = []
+
+    @property
+    def no_pictures(self) -> str:
+        """Why there are none; empty where there are."""
+        return self._shop.no_pictures
 
     # Of the server's threads; every method returns at once.
 
@@ -94,15 +106,13 @@ class Session:
             seen: The version that the page has.
         """
         with self._change:
-            if self.closed:
-                self.heard.set()
             told = {"version": self._version, "seconds_left": round(self._left()), "closed": self.closed or None}
             if seen == self._version:
                 return told
             return told | {
                 "task": self._task,
                 "measure": self._measuring.facts() if self._measuring else None,
-                "last": self._measuring.setting.record() if self._measuring else None,
+                "last": self._last.record() if self._last else None,
                 "looks": [look.facts(self._shop.ready) for look in self._shop.looks],
                 "kept": [one.facts() for one in self._kept],
             }
@@ -111,6 +121,8 @@ class Session:
         """Measures a setting; an older measure is dropped. Returns its number."""
         with self._asked():
             self._measuring = Measuring(self._next_id(), setting)
+            if not self._shop.is_start(setting):  # as a page has it when it is opened again
+                self._last = setting
             return self._measuring.id
 
     def look(self, setting: Setting, draft: bool) -> int:
@@ -233,11 +245,14 @@ class Session:
                 if not self._left():
                     self.close(f"nobody used it for {self._minutes:g} minutes")
             self.host.check()
+        while kept := self._waiting(self._kept):  # they were promised
+            self._keep(kept[0])
 
     def _work(self) -> bool:
         """Does the next thing, if there is one: a file before a measure, a measure before a look."""
         with self._change:
-            kept, looks = self._waiting(self._kept), self._waiting(self._shop.looks)
+            kept = self._waiting(self._kept)
+            looks = sorted(self._waiting(self._shop.looks), key=lambda look: bool(look.digests))  # new ones first
         if kept:
             self._keep(kept[0])
         elif self._measured():
@@ -256,19 +271,34 @@ class Session:
         if one is None or one.status != WAITING:
             return False
         with self._running(one):
-            watch = Watch(self, "measure", one.setting.method, lambda: one is not self._measuring, Quiet(self.host))
+            watch = Watch(
+                self, "measure", one.setting.method, lambda: one is not self._measuring or self._is_over, Quiet(self.host)
+            )
             one.found = self._shop.measure(one.setting, watch)
         return True
 
+    @property
+    def _is_over(self) -> bool:
+        return bool(self.closed)
+
     def _render(self, look: Look) -> None:
-        watch = Watch(self, "look", look.label, lambda: look.status == CANCELLED, self.host)
+        """Renders a look; what it shares with others, base and inputs, waits where another look has nothing to show yet."""
+        watch = Watch(self, "look", look.label, lambda: look.status == CANCELLED or self._is_over, self.host)
         with self._running(look):
             for _ in self._shop.render(look, watch, lambda name: self.tell("load" if name else "look", name or look.label, 0, 0)):
                 with self._changing():
-                    pass
+                    kept = self._waiting(self._kept)
+                for one in kept:
+                    self._keep(one)
                 self._measured()
-        with self._change:
-            self._shop.write()
+                with self._change:
+                    is_shown = all(row[-1] in self._shop.ready for row in look.digests)
+                    others = [other for other in self._waiting(self._shop.looks) if not other.digests]
+                if is_shown and others and not self._is_over:
+                    raise PutOff
+            with self._change:
+                look.status = DONE  # in the file of the strip
+                self._shop.write()
         self.host.say(OPEN)
 
     def _keep(self, one: Keeping) -> None:
@@ -284,12 +314,17 @@ class Session:
         error, status = "", DONE
         try:
             yield
+        except PutOff:
+            status = WAITING
         except Dropped:
             status = CANCELLED
         except ZitMergeError as e:
             error, status = str(e), FAILED
+        except Exception as e:  # whatever a library raises costs this request, not the studio and the job
+            traceback.print_exc()
+            error, status = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}: the log has more", FAILED
         with self._changing():
-            one.error, one.status = error, status
+            one.error, one.status = error, CANCELLED if one.status == CANCELLED else status
 
     def tell(self, kind: str, label: str, done: int, total: int) -> None:
         """Shows how far the work is.

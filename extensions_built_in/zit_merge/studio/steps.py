@@ -17,12 +17,12 @@ from ..wording import masked
 _FROM_UI = ("sqlite_db_path", "performance_log_every")  # which the UI writes into the first process
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepsFile:
     """A section in a file of ours.
 
     Attributes:
-        path: The file.
+        path: The file; another number behind its name where there is one already, of an earlier studio or of one beside us.
         place: Of the section in its job: `process[1]`; empty where it stands alone.
         job: The job's name.
     """
@@ -30,6 +30,7 @@ class StepsFile:
     path: Path
     place: str
     job: str
+    _is_ours: bool = False
 
     def write(self, section: Mapping[str, Any]) -> None:
         """Writes the section; the file is replaced at once or not at all.
@@ -41,11 +42,23 @@ class StepsFile:
             ZitMergeError: It can't be written.
         """
         where = f"in the place of {self.place} of the job {self.job}" if self.place else "under process: of a job"
-        head = f"# What was kept in the studio: paste it {where}, or run this file.\n"
+        head = f"# What was kept in the studio: paste it {where}.\n"
         kept = {key: _public(value) for key, value in plain_keys(section).items() if key not in _FROM_UI}
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._claim()
             write_whole(self.path, [head.encode(), to_yaml([kept], unicode=True).encode()])
+
+    def _claim(self) -> None:
+        """Takes the first name that nobody has."""
+        stem, number = self.path.stem, 1
+        while not self._is_ours:
+            try:
+                self.path.open("x").close()
+                self._is_ours = True
+            except FileExistsError:
+                number += 1
+                self.path = self.path.with_name(f"{stem}_{number}.yaml")
 
 
 def _public(value: Any) -> Any:
@@ -58,11 +71,10 @@ def _public(value: Any) -> Any:
 
 
 def steps_file(context: RunContext) -> StepsFile:
-    """The file of a section, under the first name that is free: what an earlier studio kept stays."""
+    """The file of a section.
+
+    Args:
+        context: Where the section runs.
+    """
     folder = context.home.folder if context.home else context.output_dir
-    stem, number = f"{context.prefix}{file_name(context.job)}_studio", 1
-    path = folder / f"{stem}.yaml"
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}_{number}.yaml"
-    return StepsFile(path, context.loc, context.job)
+    return StepsFile(folder / f"{context.prefix}{file_name(context.job)}_studio.yaml", context.loc, context.job)

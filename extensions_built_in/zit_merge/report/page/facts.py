@@ -148,6 +148,29 @@ def files_facts(measured: Measurement) -> dict[str, Any]:
     }
 
 
+def start_facts(plan: StepPlan, measured: Measurement) -> dict[str, Any]:
+    """A step that is not written, only composed from.
+
+    Args:
+        plan: The step; its inputs are the files.
+        measured: The files.
+
+    Raises:
+        ZitMergeError: One of them is broken.
+    """
+    facts = files_facts(measured)
+    method = METHODS[plan.spec.method]
+    return facts | {
+        "name": text(plan.name, NAME),
+        "method": plan.spec.method,
+        "linear": method.is_linear,
+        "cut": bool(plan.cut),
+        "notes": texts(plan.warnings, _NOTES),
+        "inputs": [_input(i, None, None) for i in plan.inputs],
+        "details": _details(measured.modules, [i.strengths for i in plan.inputs], {}, {}),
+    }
+
+
 def _told(verdict: Verdict | None, key: str, count: int) -> list[float | None]:
     """`asked` or `got`, of the inputs whose strengths can be told apart."""
     if verdict is None:

@@ -125,6 +125,15 @@ class Page:
     def _html(self, sections: Sequence[Mapping[str, Any]]) -> str:
         return _html(self.title, sections, self.studio)
 
+    def has(self, step: str) -> bool:
+        """Whether a step of the last section can be composed here.
+
+        Args:
+            step: Its name.
+        """
+        shown = self._sections[-1]["steps"]
+        return any(one["name"] == text(step, NAME) and one["composable"] and one.get("details") for one in shown)
+
     def replace_raw(self, raw: Mapping[str, Any]) -> None:
         """The last section has other steps now.
 

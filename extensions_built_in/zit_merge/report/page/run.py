@@ -12,9 +12,10 @@ from ...errors import ZitMergeError
 from ...files.paths import file_name
 from ...merging.made import Done
 from ...planning.context import RunContext
+from ...planning.types import StepPlan
 from ...progress import Progress
 from ...wording import copyable
-from .facts import files_facts, step_facts
+from .facts import files_facts, start_facts, step_facts
 from .galleries import Gallery
 from .render import Page, is_ours
 from .whole_job import of_context
@@ -71,6 +72,23 @@ class RunPage:
         """
         if not self._why_not:
             self._page.add(files_facts(measured))
+
+    def start(self, plan: StepPlan, measured: Measurement) -> None:
+        """A step that is not written, to compose from.
+
+        Args:
+            plan: The step; its inputs are files.
+            measured: Them.
+        """
+        self._page.add(start_facts(plan, measured))
+
+    def has(self, step: str) -> bool:
+        """Whether a step of the last section is on the page, and can be composed.
+
+        Args:
+            step: Its name.
+        """
+        return self._page.has(step)
 
     def show(self, context: RunContext, step: str, gallery: Gallery) -> None:
         """Pictures of a step, whether it was merged in this run or not.

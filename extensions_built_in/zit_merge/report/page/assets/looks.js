@@ -101,7 +101,8 @@ function studioSection(studio, composed, keeping) {
   }
 
   document.addEventListener("keydown", (e) => {
-    const isElsewhere = e.target.matches?.("input[type=text], textarea, select") || document.querySelector("dialog[open]");
+    // not from the page at large: single letters are what people dictate, and what screen readers walk with
+    const isElsewhere = e.target === document.body || e.target.matches?.("input[type=text], textarea, select") || document.querySelector("dialog[open]");
     if (isElsewhere || e.repeat || e.ctrlKey || e.metaKey || e.altKey || !["l", "d"].includes(e.key.toLowerCase())) return;
     look(e.key.toLowerCase() === "d");
     e.preventDefault();
@@ -301,7 +302,7 @@ const KEEP_NAME = /^[\p{L}\p{N}_.-]+$/u;
 /** The name of what is kept next: `name()`, free of those that are taken until somebody types one. */
 function makeKeeping(studio, desk, stepName) {
   let typed = null;
-  const taken = () => [...desk.names(), ...(studio.state?.kept ?? []).filter(({ status }) => status !== "failed").map(({ name }) => name)];
+  const taken = () => [...desk.names(), ...facts.studio.taken, ...(studio.state?.kept ?? []).filter(({ status }) => status !== "failed").map(({ name }) => name)];
   function free() {
     for (let n = 2; ; n += 1) if (!taken().includes(`${stepName()}_${n}`)) return `${stepName()}_${n}`;
   }
