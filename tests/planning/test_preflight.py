@@ -207,6 +207,7 @@ def toolkit(work, monkeypatch):
     def put(**changed):
         for name, source in (TOOLKIT | changed).items():
             work.write(source, f"toolkit/{name}.py")
+        work.write("", "oyaml.py")  # its packages are here too
 
     (work.folder / "toolkit" / "util").mkdir(parents=True)
     monkeypatch.syspath_prepend(work.folder)

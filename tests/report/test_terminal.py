@@ -28,6 +28,7 @@ from extensions_built_in.zit_merge.config.job import load_job
 from extensions_built_in.zit_merge.config.presets import find_preset
 from extensions_built_in.zit_merge.config.schema import Checkpoints, Lora, Save, Step
 from extensions_built_in.zit_merge.demo import run_demo
+from extensions_built_in.zit_merge.files.paths import USUAL_PREFIX
 from extensions_built_in.zit_merge.formats.reader import load_lora
 from extensions_built_in.zit_merge.formats.spec import Layout, LoraSpec
 from extensions_built_in.zit_merge.formats.verdict import Measured, Verdict, judged
@@ -36,7 +37,7 @@ from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.model.zimage import COMPONENTS, MODULES
 from extensions_built_in.zit_merge.planning.job import plan_job
 from extensions_built_in.zit_merge.planning.step import step_plan
-from extensions_built_in.zit_merge.planning.types import USUAL_PREFIX, Input, StepPlan
+from extensions_built_in.zit_merge.planning.types import Input, StepPlan
 from extensions_built_in.zit_merge.progress import SILENT
 from extensions_built_in.zit_merge.report.text.attribution import attribution_text
 from extensions_built_in.zit_merge.report.text.catalogue import methods_text, presets_text

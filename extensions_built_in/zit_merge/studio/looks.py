@@ -98,13 +98,16 @@ class Strip:
         with contextlib.suppress(OSError):
             self._file.rename(next(path for path in aside if not path.exists()))
 
-    def write(self) -> None:
+    def write(self, done: Look | None = None) -> None:
         """Keeps the strip for the next studio of this job.
+
+        Args:
+            done: A look that has just been rendered; those that are told as done are kept anyway.
 
         Raises:
             ZitMergeError: It can't be written.
         """
-        looks = [*self._unread, *(look.record() for look in self.looks if look.status == DONE)]
+        looks = [*self._unread, *(look.record() for look in self.looks if look.status == DONE or look is done)]
         self._store.write(self._file.name, json.dumps({"looks": looks}, indent=1).encode())
 
     def jpeg(self, digest: str, edge: int) -> bytes:

@@ -140,10 +140,10 @@ class Studio:
 
         yield from self.strip.render(look, self._hashes, self._readers, loaded, progress)
 
-    def write(self) -> None:
+    def write(self, done: Look | None = None) -> None:
         """See `Workshop`."""
         if self.strip:
-            self.strip.write()
+            self.strip.write(done)
 
     def jpeg(self, digest: str, edge: int) -> bytes:
         """See `Workshop`."""

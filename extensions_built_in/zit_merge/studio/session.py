@@ -50,8 +50,8 @@ class Workshop(Protocol):
     def render(self, look: Look, progress: Progress, on_load: Callable[[str], None]) -> Iterator[None]:
         """Renders a look; yields when there is something to show. `on_load` is told the model's name, and "" when it is there."""
 
-    def write(self) -> None:
-        """Keeps the strip."""
+    def write(self, done: Look | None = None) -> None:
+        """Keeps the strip, this look of it too."""
 
     def jpeg(self, digest: str, edge: int) -> bytes:
         """A picture."""
@@ -297,8 +297,7 @@ class Session:
                 if is_shown and others and not self._is_over:
                     raise PutOff
             with self._change:
-                look.status = DONE  # in the file of the strip
-                self._shop.write()
+                self._shop.write(look)
         self.host.say(OPEN)
 
     def _keep(self, one: Keeping) -> None:
