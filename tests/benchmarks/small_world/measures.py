@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from world import (
+
+from tests.benchmarks.small_world.world import (
     CELL,
     CELLS,
     DRAWING,
@@ -33,8 +34,8 @@ from world import (
 EXPLAINED = 0.5  # share of a cell's variance that a subject explains at least
 CONTRAST = 0.4  # distance in RGB of its body from the ground at least; the world's lie at 0.6 to 0.9
 PALETTE = 0.15  # palette distance up to which a style is there; other styles' lie at 0.2 and more
-BURN = {"saturation": 0.5, "contrast": 0.6, "detail": 0.3}  # units of an excess: about the whole range of the world's pictures
-BURNED = 0.1  # excess from which a picture counts as burned
+BURN = {"saturation": 0.5, "contrast": 0.6, "detail": 1.0}  # units of an excess: about the whole range of the world's pictures
+BURNED = 0.05  # excess from which a picture counts as burned
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Training of the base by flow matching, from a seed; it can be stopped and resumed at any step.
+"""Training of the base by flow matching and of its few-step student, from a seed; both can be stopped and resumed.
 
-The loss is the mean square of the velocity's error at sigma = sigmoid(n), n normal, as in Stable Diffusion 3 (arXiv 2403.03206);
-AdamW at a constant rate after a warm-up, and an exponential average of the weights, which is the base. Step n draws its pictures,
-its times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
+The loss is the mean square of the velocity's error at sigma = sigmoid(n), n normal, as in Stable Diffusion 3 (arXiv 2403.03206).
+AdamW at a constant rate after a warm-up; the result is an exponential average of the weights. Step n draws its pictures, its
+times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import world
-from model import Size, caption_features, latents, transformer, velocity
 from torch import Tensor
+
+from tests.benchmarks.small_world import world
+from tests.benchmarks.small_world.model import Size, caption_features, latents, transformer, velocity
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Settings:
     @property
     def name(self) -> str:
         """A hash of the settings, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return _hash(self)
 
 
 def default_folder() -> Path:
@@ -100,26 +101,29 @@ def batch(pictures: world.Pictures, caption: int, seed: int) -> Batch:
     return Batch(clean, torch.randn(clean.shape, generator=random), sigma, caption_features(pictures.captions, caption))
 
 
-class Base:
-    """The base in training: weights, their average, optimizer, losses so far.
+class Training:
+    """A model in training: weights, their average, optimizer, losses so far.
 
     Args:
-        settings: Of the training.
-        folder: Where `<hash>/base.pt` is read from, if it is there, and saved.
+        path: Of the checkpoint; read if it is there.
+        model: In the state before the first step.
+        loss: Of the model in a step, a function of (model, step).
+        settings: Stored with the weights; `rate`, `warmup` and `average` are used.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.path = settings, folder / settings.name / "base.pt"
-        self.model = transformer(settings.size, settings.seed)
-        self.average = deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.rate, weight_decay=0.01)
+    def __init__(self, path: Path, model: Any, loss: Callable[[Any, int], Tensor], settings: Settings | Distillation) -> None:
+        self.path, self.model, self.loss, self.settings = path, model, loss, settings
+        self.average = deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.01)
         self.losses: list[float] = []
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
             self.losses = state["losses"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
 
     @property
     def step(self) -> int:
@@ -127,22 +131,19 @@ class Base:
         return len(self.losses)
 
     def save(self) -> None:
-        """Replaces the file at once."""
+        """Replaces the checkpoint at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {"model": self.model, "average": self.average, "optimizer": self.optimizer}
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in self._parts().items()}
         fresh = self.path.with_suffix(".new")
         torch.save({**state, "losses": self.losses, "settings": asdict(self.settings)}, fresh)
         fresh.replace(self.path)
-        (self.path.parent / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1))
+        self.path.with_suffix(".json").write_text(json.dumps(asdict(self.settings), indent=1))
 
     def advance(self) -> float:
         """One step; returns its loss."""
         settings, step = self.settings, self.step
-        pictures = world.draw(settings.batch, (settings.seed, 0, step), dropped=settings.dropped)
-        data = batch(pictures, settings.size.caption, (settings.seed << 32) + step)
         self.optimizer.param_groups[0]["lr"] = settings.rate * min(1.0, (step + 1) / settings.warmup)
-        loss = data.loss(self.model)
+        loss = self.loss(self.model, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -153,18 +154,91 @@ class Base:
         self.losses.append(loss.item())
         return self.losses[-1]
 
+    def run(self, steps: int, save_every: int, saved: Callable[[Training], None] = lambda now: None) -> None:
+        """Trains until `steps` steps are done in all.
 
-def train(base: Base, steps: int, save_every: int, saved: Callable[[Base], None] = lambda base: None) -> Iterator[float]:
-    """Trains until `steps` steps are done in all; yields the loss of each.
+        Args:
+            steps: Of all runs together.
+            save_every: Steps between two checkpoints; the last step has one too.
+            saved: Called after each checkpoint.
+        """
+        while self.step < steps:
+            self.advance()
+            if self.step % save_every == 0 or self.step == steps:
+                self.save()
+                saved(self)
+
+
+def base(settings: Settings, folder: Path) -> Training:
+    """The base, from its last checkpoint if there is one.
 
     Args:
-        base: What is trained.
-        steps: Of all runs together.
-        save_every: Steps between two saves; the last step is saved too.
-        saved: Called after each save.
+        settings: Of the training.
+        folder: `<hash of the settings>/base.pt` is below it.
     """
-    while base.step < steps:
-        yield base.advance()
-        if base.step % save_every == 0 or base.step == steps:
-            base.save()
-            saved(base)
+
+    def loss(model: Any, step: int) -> Tensor:
+        pictures = world.draw(settings.batch, (settings.seed, 0, step), dropped=settings.dropped)
+        return batch(pictures, settings.size.caption, (settings.seed << 32) + step).loss(model)
+
+    return Training(folder / settings.name / "base.pt", transformer(settings.size, settings.seed), loss, settings)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """All that a few-step student follows from, but for its teacher and the number of steps.
+
+    Attributes:
+        student: Euler steps of the student.
+        each: Steps of the teacher for each of them.
+        seed: Of pictures and noise.
+        batch: Pictures of a step.
+        rate: Of AdamW.
+        warmup: Steps over which the rate rises from 0.
+        average: Decay of the weights' average a step.
+    """
+
+    student: int = 4
+    each: int = 4
+    seed: int = 0
+    batch: int = 16
+    rate: float = 5e-4
+    warmup: int = 20
+    average: float = 0.98
+
+
+def turbo(teacher: Any, settings: Distillation, of: Settings, folder: Path) -> Training:
+    """A student that does in one Euler step what its teacher does in several, in the manner of progressive distillation.
+
+    Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), algorithm 2, with three
+    changes: flow matching's velocity takes the place of their parametrization, deterministic Euler steps that of DDIM; one stage
+    replaces `each` steps of the teacher at once where theirs halves them again and again.
+
+    Args:
+        teacher: The base; not changed.
+        settings: Of the distillation.
+        of: The base's settings.
+        folder: `<hash of the base's settings>/turbo_<student>_<hash>.pt` is below it.
+    """
+    grid = torch.linspace(1, 0, settings.student * settings.each + 1)
+
+    def loss(model: Any, step: int) -> Tensor:
+        pictures = world.draw(settings.batch, (settings.seed, 1, step), dropped=of.dropped)
+        data = batch(pictures, of.size.caption, (settings.seed << 32) + step)
+        random = torch.Generator().manual_seed((settings.seed << 32) + step)
+        first = torch.randint(settings.student, (settings.batch,), generator=random) * settings.each
+        data.sigma = grid[first]
+        start = state = data.noisy
+        with torch.no_grad():
+            for offset in range(settings.each):
+                now, following = grid[first + offset], grid[first + offset + 1]
+                state = state + (following - now)[:, None, None, None] * velocity(teacher, state, now, data.features)
+        target = (state - start) / (grid[first + settings.each] - data.sigma)[:, None, None, None]
+        return (velocity(model, start, data.sigma, data.features) - target).square().mean()
+
+    path = folder / of.name / f"turbo_{settings.student}_{_hash(settings)}.pt"
+    return Training(path, deepcopy(teacher).train().requires_grad_(True), loss, settings)
+
+
+def _hash(settings: Settings | Distillation) -> str:
+    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:12]

@@ -171,7 +171,7 @@ def draw(
     random = np.random.default_rng(seed)
     pixels, scenes, captions = np.empty((count, SIZE, SIZE, 3), np.float32), [], []
     for n in range(count):
-        subject, style, light = (options[random.integers(len(options))] for options in (subjects, styles, tuple(LIGHTS)))
+        subject, style, light = (options[int(random.integers(len(options)))] for options in (subjects, styles, tuple(LIGHTS)))
         scene = Scene(subject, style, light, LAYOUTS[random.integers(len(LAYOUTS))])
         pixels[n] = render(scene, random)
         kept = [bool(chance) for chance in random.random(4) >= dropped]
