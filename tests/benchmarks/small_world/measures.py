@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from tests.benchmarks.small_world.world import (
     DRAWING,
     GRAIN,
     LIGHTS,
-    OFFSETS,
     SIZE,
     STYLES,
     SUBJECTS,
@@ -65,10 +65,10 @@ class Reading:
 
 @cache
 def _drawings() -> tuple[np.ndarray, list[str]]:
-    """One-hot parts (drawings, 3, 64) of a cell under each subject at each offset, and the subject of each."""
+    """One-hot parts (drawings, 3, 64) of a cell under each subject at every offset, and the subject of each."""
     parts, names = [], []
     for subject in SUBJECTS:
-        for y, x in OFFSETS:
+        for y, x in product(range(CELL - DRAWING + 1), repeat=2):
             cell = np.zeros((CELL, CELL), int)
             cell[y : y + DRAWING, x : x + DRAWING] = labels(subject)
             parts.append(np.eye(3)[cell.ravel()].T)

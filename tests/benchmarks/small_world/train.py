@@ -35,6 +35,7 @@ class Settings:
         warmup: Steps over which the rate rises from 0.
         average: Decay of the weights' average a step; it rises to this as (1 + n) / (10 + n).
         dropped: Chance of a caption to lose a factor.
+        world: Version of the world.
     """
 
     size: Size = field(default_factory=Size)
@@ -44,6 +45,7 @@ class Settings:
     warmup: int = 30
     average: float = 0.99
     dropped: float = 0.05
+    world: int = world.VERSION
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ A picture has 16 x 16 pixels of RGB in [0, 1]: one subject, one to three times, 
 under one light. The base model is trained on `BASE_SUBJECTS` and `BASE_STYLES`; LoRAs add `NEW_SUBJECTS` and `NEW_STYLES`, whose
 names no base caption contains.
 
-- subject: a drawing of 6 x 6 pixels with a body and a mark at a fixed place; it lies anywhere in its cell of 8 x 8
+- subject: a drawing of 6 x 6 pixels with a body and a mark at a fixed place; it lies in any corner of its cell of 8 x 8
 - style: three colours (ground, body, mark) and a texture of the ground
 - layout: the occupied cells, hence the count
 - light: even, or falling off to one side
@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+VERSION = 1  # of the pictures that a seed gives; weights of another version have another name
 SIZE, CELL, DRAWING = 16, 8, 6  # pixels of a picture's, a cell's and a subject's side
-OFFSETS = [(y, x) for y in range(CELL - DRAWING + 1) for x in range(CELL - DRAWING + 1)]  # of a subject in its cell
+OFFSETS = [(y, x) for y in (0, 2) for x in (0, 2)]  # of a subject in its cell: on the grid of Z-Image's patches of 2 x 2
 TEXTURE = 0.08  # amplitude of a texture, in units of full brightness
 COLOUR_SPREAD = 0.02  # standard deviation of a palette's colours from picture to picture
 GRAIN = 0.01  # standard deviation of the noise of a pixel
