@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 CHANNELS = 3
+SHIFT = 3.0  # scheduler_config.json of Tongyi-MAI/Z-Image-Turbo: shift
 # Rows: brightness, red against blue, green against both; orthogonal, each scaled to about unit variance over the world
 _ROWS = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]]) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
 _SCALE = torch.tensor([[3.0], [7.5], [12.0]])
@@ -114,8 +116,27 @@ def velocity(model: Any, noisy: Tensor, sigma: Tensor, features: list[Tensor]) -
     return -torch.stack(found).squeeze(2)
 
 
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Sigmas nearer to 1, by the rule of diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    Args:
+        sigma: In [0, 1].
+        shift: 1 changes nothing.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sigmas(steps: int) -> Tensor:
+    """From 1 to 0 with Z-Image's shift of 3, (steps + 1,).
+
+    Args:
+        steps: Of Euler's method.
+    """
+    return shifted(torch.linspace(1, 0, steps + 1), SHIFT)
+
+
 @torch.no_grad()
-def sample(model: Any, features: list[Tensor], seed: int, steps: int = 16, shift: float = 1.0) -> Tensor:
+def sample(model: Any, features: list[Tensor], seed: int, steps: int = 16) -> Tensor:
     """Latents from noise by Euler's method, (n, 3, 16, 16).
 
     Args:
@@ -123,12 +144,9 @@ def sample(model: Any, features: list[Tensor], seed: int, steps: int = 16, shift
         features: Of the captions, one picture each.
         seed: Of the noise.
         steps: How many calls of the model.
-        shift: Of the sigmas, as in diffusers' `FlowMatchEulerDiscreteScheduler`: s * sigma / (1 + (s - 1) * sigma).
     """
     random = torch.Generator().manual_seed(seed)
     state = torch.randn(len(features), CHANNELS, 16, 16, generator=random)
-    sigmas = torch.linspace(1, 0, steps + 1)
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in pairwise(sigmas(steps)):
         state = state + (following - now) * velocity(model, state, now.expand(len(state)), features)
     return state

@@ -1,7 +1,7 @@
 """Training of the base by flow matching and of its few-step student, from a seed; both can be stopped and resumed.
 
 The loss is the mean square of the velocity's error at sigma = sigmoid(n), n normal, as in Stable Diffusion 3 (arXiv 2403.03206).
-AdamW at a constant rate after a warm-up; the result is an exponential average of the weights. Step n draws its pictures, its
+AdamW at a constant rate after a warm-up, at half of it later; the result is an exponential average of the weights. Step n draws its pictures, its
 times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.small_world import world
-from tests.benchmarks.small_world.model import Size, caption_features, latents, transformer, velocity
+from tests.benchmarks.small_world.model import Size, caption_features, latents, shifted, sigmas, transformer, velocity
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class Settings:
         batch: Pictures of a step.
         rate: Of AdamW.
         warmup: Steps over which the rate rises from 0.
+        halved: The first step at half the rate.
         average: Decay of the weights' average a step; it rises to this as (1 + n) / (10 + n).
         dropped: Chance of a caption to lose a factor.
+        shift: Of the sigmas, as the sampler's, so that more of them lie where subject and layout are decided.
+        shifted_from: The step with the first shifted sigmas; colours and textures are learned before.
         world: Version of the world.
     """
 
@@ -43,8 +46,11 @@ class Settings:
     batch: int = 16
     rate: float = 2e-3
     warmup: int = 30
+    halved: int = 1050
     average: float = 0.99
     dropped: float = 0.05
+    shift: float = 3.0
+    shifted_from: int = 700
     world: int = world.VERSION
 
     @property
@@ -90,16 +96,17 @@ class Batch:
         return (velocity(model, self.noisy, self.sigma, self.features) - (self.noise - self.clean)).square().mean()
 
 
-def batch(pictures: world.Pictures, caption: int, seed: int) -> Batch:
+def batch(pictures: world.Pictures, caption: int, seed: int, shift: float = 1.0) -> Batch:
     """Times and noise for pictures.
 
     Args:
         pictures: With their captions.
         caption: `Size.caption`.
         seed: Of times and noise.
+        shift: Of the times.
     """
     random, clean = torch.Generator().manual_seed(seed), latents(pictures.pixels)
-    sigma = torch.randn(len(clean), generator=random).sigmoid()
+    sigma = shifted(torch.randn(len(clean), generator=random).sigmoid(), shift)
     return Batch(clean, torch.randn(clean.shape, generator=random), sigma, caption_features(pictures.captions, caption))
 
 
@@ -110,7 +117,7 @@ class Training:
         path: Of the checkpoint; read if it is there.
         model: In the state before the first step.
         loss: Of the model in a step, a function of (model, step).
-        settings: Stored with the weights; `rate`, `warmup` and `average` are used.
+        settings: Stored with the weights; `rate`, `warmup`, `halved` and `average` are used.
     """
 
     def __init__(self, path: Path, model: Any, loss: Callable[[Any, int], Tensor], settings: Settings | Distillation) -> None:
@@ -144,7 +151,8 @@ class Training:
     def advance(self) -> float:
         """One step; returns its loss."""
         settings, step = self.settings, self.step
-        self.optimizer.param_groups[0]["lr"] = settings.rate * min(1.0, (step + 1) / settings.warmup)
+        phase = min(1.0, (step + 1) / settings.warmup) if step < settings.halved else 0.5
+        self.optimizer.param_groups[0]["lr"] = settings.rate * phase
         loss = self.loss(self.model, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -181,7 +189,8 @@ def base(settings: Settings, folder: Path) -> Training:
 
     def loss(model: Any, step: int) -> Tensor:
         pictures = world.draw(settings.batch, (settings.seed, 0, step), dropped=settings.dropped)
-        return batch(pictures, settings.size.caption, (settings.seed << 32) + step).loss(model)
+        shift = settings.shift if step >= settings.shifted_from else 1.0
+        return batch(pictures, settings.size.caption, (settings.seed << 32) + step, shift).loss(model)
 
     return Training(folder / settings.name / "base.pt", transformer(settings.size, settings.seed), loss, settings)
 
@@ -197,6 +206,7 @@ class Distillation:
         batch: Pictures of a step.
         rate: Of AdamW.
         warmup: Steps over which the rate rises from 0.
+        halved: The first step at half the rate.
         average: Decay of the weights' average a step.
     """
 
@@ -206,6 +216,7 @@ class Distillation:
     batch: int = 16
     rate: float = 5e-4
     warmup: int = 20
+    halved: int = 300
     average: float = 0.98
 
 
@@ -222,7 +233,7 @@ def turbo(teacher: Any, settings: Distillation, of: Settings, folder: Path) -> T
         of: The base's settings.
         folder: `<hash of the base's settings>/turbo_<student>_<hash>.pt` is below it.
     """
-    grid = torch.linspace(1, 0, settings.student * settings.each + 1)
+    grid = sigmas(settings.student * settings.each)
 
     def loss(model: Any, step: int) -> Tensor:
         pictures = world.draw(settings.batch, (settings.seed, 1, step), dropped=of.dropped)
