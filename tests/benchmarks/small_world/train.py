@@ -1,8 +1,8 @@
 """Training of the base by flow matching and of its few-step student, from a seed; both can be stopped and resumed.
 
 The loss is the mean square of the velocity's error at sigma = sigmoid(n), n normal, as in Stable Diffusion 3 (arXiv 2403.03206).
-AdamW at a constant rate after a warm-up, at half of it later; the result is an exponential average of the weights. Step n draws its pictures, its
-times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
+AdamW at a constant rate after a warm-up, at half of it later; the result is an exponential average of the weights. Step n draws
+its pictures, its times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Settings:
     batch: int = 16
     rate: float = 2e-3
     warmup: int = 30
-    halved: int = 1050
+    halved: int = 1100
     average: float = 0.99
     dropped: float = 0.05
     shift: float = 3.0
