@@ -115,7 +115,7 @@ def student_of(args: argparse.Namespace, base: train.Training) -> train.Training
         args: The command line.
         base: In its state of now.
     """
-    return train.turbo(base.average, train.Distillation(seed=args.seed), settings_of(args), args.folder)
+    return train.turbo(base, settings_of(args), train.Distillation(seed=args.seed))
 
 
 def run_training(trained: train.Training, sampler_steps: int, args: argparse.Namespace) -> None:
@@ -156,16 +156,16 @@ def distill(args: argparse.Namespace) -> None:
     run_training(student_of(args, base), train.Distillation().student, args)
 
 
-def lora_path(args: argparse.Namespace, recipe: loras.Recipe, adapter: bool) -> Path:
-    """Beside the base.
+def lora_path(student: train.Training, recipe: loras.Recipe, adapter: bool) -> Path:
+    """In a folder of the student's state.
 
     Args:
-        args: The command line.
+        student: What the LoRA is trained on.
         recipe: Of the LoRA.
         adapter: Whether the adapter is worn.
     """
     name = f"{recipe.what}_r{recipe.rank}_s{recipe.seed}_n{recipe.steps}{'_adapter' * adapter}.safetensors"
-    return args.folder / settings_of(args).name / "loras" / name
+    return student.path.with_suffix("") / f"step{student.step}" / name
 
 
 def train_loras(args: argparse.Namespace) -> None:
@@ -175,7 +175,7 @@ def train_loras(args: argparse.Namespace) -> None:
         raise SystemExit(f"no student at {student.path}: run distill first")
 
     def made(recipe: loras.Recipe, adapter: loras.Factors | None) -> Path:
-        path = lora_path(args, recipe, adapter is not None)
+        path = lora_path(student, recipe, adapter is not None)
         if not path.exists():
             factors, losses = loras.train_lora(student.average, recipe, args.caption, adapter)
             loras.save(path, factors)

@@ -77,15 +77,14 @@ def test_the_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["base", *where, *RUN, "--steps", "2"])
     main(["distill", *where, *RUN, "--steps", "2"])
     main(["loras", *where, *["--what", "zib", "gleb", "--seeds", "0", "--rank", "4", "--steps", "2", "--adapter"]])
-    files = sorted(tmp_path.glob("*/loras/*.safetensors"))
+    files = sorted(tmp_path.glob("*/turbo*/step2/*.safetensors"))
     assert len(files) == 3
     zib, gleb = (next(path for path in files if path.name.startswith(what)) for what in ("zib", "gleb"))
     assert len(load_lora(zib).changes) == 2 * len(loras.MODULES)
     merged = tmp_path / "merged.safetensors"
     merge([(zib, 0.7), (gleb, 0.5)], shapes="free", dtype="fp32").save(merged)
-    student = train.turbo(
-        train.base(train.Settings(TINY.size), tmp_path).average, train.Distillation(), train.Settings(TINY.size), tmp_path
-    )
+    settings = train.Settings(TINY.size)
+    student = train.turbo(train.base(settings, tmp_path), settings, train.Distillation())
     assert student.step == 2
     features = model.caption_features(["two zib northwest southeast gleb even"], TINY.size.caption)
     with loras.worn(student.average, (loras.load(zib), 0.7), (loras.load(gleb), 0.5)):

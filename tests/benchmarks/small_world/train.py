@@ -220,7 +220,7 @@ class Distillation:
     average: float = 0.98
 
 
-def turbo(teacher: Any, settings: Distillation, of: Settings, folder: Path) -> Training:
+def turbo(teacher: Training, of: Settings, settings: Distillation) -> Training:
     """A student that does in one Euler step what its teacher does in several, in the manner of progressive distillation.
 
     Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), algorithm 2, with three
@@ -228,10 +228,9 @@ def turbo(teacher: Any, settings: Distillation, of: Settings, folder: Path) -> T
     replaces `each` steps of the teacher at once where theirs halves them again and again.
 
     Args:
-        teacher: The base; not changed.
-        settings: Of the distillation.
+        teacher: The base, in its state of now; not changed. The checkpoint lies beside its own, under a name with its step.
         of: The base's settings.
-        folder: `<hash of the base's settings>/turbo_<student>_<hash>.pt` is below it.
+        settings: Of the distillation.
     """
     grid = sigmas(settings.student * settings.each)
 
@@ -245,12 +244,12 @@ def turbo(teacher: Any, settings: Distillation, of: Settings, folder: Path) -> T
         with torch.no_grad():
             for offset in range(settings.each):
                 now, following = grid[first + offset], grid[first + offset + 1]
-                state = state + (following - now)[:, None, None, None] * velocity(teacher, state, now, data.features)
+                state = state + (following - now)[:, None, None, None] * velocity(teacher.average, state, now, data.features)
         target = (state - start) / (grid[first + settings.each] - data.sigma)[:, None, None, None]
         return (velocity(model, start, data.sigma, data.features) - target).square().mean()
 
-    path = folder / of.name / f"turbo_{settings.student}_{_hash(settings)}.pt"
-    return Training(path, deepcopy(teacher).train().requires_grad_(True), loss, settings)
+    path = teacher.path.with_name(f"turbo_{settings.student}_{_hash(settings)}_base{teacher.step}.pt")
+    return Training(path, deepcopy(teacher.average).train().requires_grad_(True), loss, settings)
 
 
 def _hash(settings: Settings | Distillation) -> str:
