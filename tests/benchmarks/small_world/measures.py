@@ -109,6 +109,8 @@ def _find(cells: np.ndarray) -> _Found:
             found.fits.append(float(explained[place, best]))
             found.ground[place] = parts[best, 0] > 0
             found.bodies.append(body)
+    around = np.linalg.norm(cells - np.median(cells[found.ground], 0), axis=-1)
+    found.ground[:] &= around < CONTRAST  # without what is left of subjects that no drawing explains
     return found
 
 
