@@ -1,0 +1,264 @@
+"""A small world in which merges can be judged: pictures, measures, a base, its few-step student, LoRAs. See README.md.
+
+    python tests/benchmarks/small_world world [--count 40] [--seed 0] --out FILE.png
+    python tests/benchmarks/small_world measures [--count 1000] [--seed 1]
+    python tests/benchmarks/small_world base [--steps 2000]
+    python tests/benchmarks/small_world distill [--steps 500]
+    python tests/benchmarks/small_world loras [--what zib fland ... ] [--seeds 0 1] [--rank 8] [--steps 200] [--adapter]
+    python tests/benchmarks/small_world judge base|turbo [--lora FILE[:STRENGTH] ...] [--what zib gleb] [--out FILE.png]
+
+`base` and `distill` go on from their last checkpoint until --steps steps are done in all; each checkpoint is followed by a line
+with the mean loss since the last one, every --judge-every steps also by the measures of sampled pictures; `<name>.log` beside the
+weights keeps the lines. Weights go to --folder, by default $SMALL_WORLD or the user's cache, into a folder named by a hash of the
+base's settings. --layers and --width make a smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.benchmarks.small_world import loras, train, world
+from tests.benchmarks.small_world.measures import DAMAGE, accuracy, burn_found, judge
+from tests.benchmarks.small_world.model import Size, caption_features, pixels, sample
+
+CHUNK = 32  # pictures sampled at once
+BASE_STEPS = 16  # Euler steps of the base
+ENLARGED = 6  # pixels of a sheet for each of a picture's
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------
+
+
+def sheet(pictures: np.ndarray, columns: int = 8) -> Image.Image:
+    """Pictures in rows, enlarged.
+
+    Args:
+        pictures: (n, 16, 16, 3) in [0, 1].
+        columns: Of the sheet.
+    """
+    cells = np.pad(pictures, ((0, -len(pictures) % columns), (1, 1), (1, 1), (0, 0)), constant_values=1)
+    rows = cells.reshape(-1, columns, *cells.shape[1:]).transpose(0, 2, 1, 3, 4)
+    whole = rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
+    image = Image.fromarray((whole * 255).round().astype(np.uint8))
+    return image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.NEAREST)
+
+
+def sampled(model: Any, scenes: Sequence[world.Scene], caption: int, steps: int, seed: int) -> np.ndarray:
+    """Pictures of scenes by their captions, (n, 16, 16, 3).
+
+    Args:
+        model: The transformer.
+        scenes: One picture each.
+        caption: `Size.caption`.
+        steps: Of Euler's method.
+        seed: Of the noise.
+    """
+    features = caption_features([scene.caption for scene in scenes], caption)
+    chunks = range(0, len(scenes), CHUNK)
+    return np.concatenate([pixels(sample(model, features[n : n + CHUNK], seed + n, steps)) for n in chunks])
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """To four places.
+
+    Args:
+        values: Measures.
+    """
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------------
+
+
+def draw_world(args: argparse.Namespace) -> None:
+    """Draws pictures of all subjects and styles, and prints their captions."""
+    drawn = world.draw(args.count, args.seed, tuple(world.SUBJECTS), tuple(world.STYLES))
+    sheet(drawn.pixels).save(args.out)
+    print("\n".join(drawn.captions))
+
+
+def check_measures(args: argparse.Namespace) -> None:
+    """Prints how the measures read the world's own pictures."""
+    for noise in (0.0, 0.03, 0.06, 0.1):
+        print(json.dumps({"noise": noise, **rounded(accuracy(args.count, args.seed, noise))}), flush=True)
+    for damage in DAMAGE:
+        strengths = (4.0, 7.0, 11.0) if damage == "detail" else (1.2, 1.35, 1.5)
+        found = {strength: burn_found(args.count, args.seed, damage, strength) for strength in strengths}
+        print(json.dumps({"damage": damage, **rounded({str(key): value for key, value in found.items()})}), flush=True)
+
+
+def settings_of(args: argparse.Namespace) -> train.Settings:
+    """The base's.
+
+    Args:
+        args: The command line.
+    """
+    return train.Settings(Size(args.width, args.layers, args.refiners), args.seed)
+
+
+def student_of(args: argparse.Namespace, base: train.Training) -> train.Training:
+    """The few-step student of a base.
+
+    Args:
+        args: The command line.
+        base: In its state of now.
+    """
+    return train.turbo(base, settings_of(args), train.Distillation(seed=args.seed))
+
+
+def run_training(trained: train.Training, sampler_steps: int, args: argparse.Namespace) -> None:
+    """Trains, logs, judges.
+
+    Args:
+        trained: Base or student.
+        sampler_steps: Of Euler's method, for the pictures that are judged.
+        args: The command line.
+    """
+    print(f"{trained.path}: {trained.step} steps done", flush=True)
+    scenes = world.draw(args.count, (args.seed, 3)).scenes
+
+    def saved(now: train.Training) -> None:
+        recent = now.losses[-args.save_every :]
+        line: dict[str, float] = {"step": now.step, "loss": round(sum(recent) / len(recent), 4)}
+        if now.step % args.judge_every == 0 or now.step == args.steps:
+            pictures = sampled(now.average, scenes, args.caption, sampler_steps, args.seed)
+            line |= rounded(judge(pictures, scenes))
+            sheet(pictures).save(now.path.with_suffix(".png"))
+        with now.path.with_suffix(".log").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    trained.run(args.steps, args.save_every, saved)
+
+
+def train_base(args: argparse.Namespace) -> None:
+    """Trains the base."""
+    run_training(train.base(settings_of(args), args.folder), BASE_STEPS, args)
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Trains the student; on an untrained base it stops."""
+    base = train.base(settings_of(args), args.folder)
+    if not base.step:
+        raise SystemExit(f"no base at {base.path}: train it first")
+    run_training(student_of(args, base), train.Distillation().student, args)
+
+
+def lora_path(student: train.Training, recipe: loras.Recipe, adapter: bool) -> Path:
+    """In a folder of the student's state.
+
+    Args:
+        student: What the LoRA is trained on.
+        recipe: Of the LoRA.
+        adapter: Whether the adapter is worn.
+    """
+    name = f"{recipe.what}_r{recipe.rank}_s{recipe.seed}_n{recipe.steps}{'_adapter' * adapter}.safetensors"
+    return student.path.with_suffix("") / f"step{student.step}" / name
+
+
+def train_loras(args: argparse.Namespace) -> None:
+    """Trains LoRAs on the student; those that are there stay."""
+    student = student_of(args, train.base(settings_of(args), args.folder))
+    if not student.step:
+        raise SystemExit(f"no student at {student.path}: run distill first")
+
+    def made(recipe: loras.Recipe, adapter: loras.Factors | None) -> Path:
+        path = lora_path(student, recipe, adapter is not None)
+        if not path.exists():
+            factors, losses = loras.train_lora(student.average, recipe, args.caption, adapter)
+            loras.save(path, factors)
+            tenth = max(1, len(losses) // 10)
+            line = {"lora": path.name, "first": np.mean(losses[:tenth]), "last": np.mean(losses[-tenth:]), **asdict(recipe)}
+            path.with_suffix(".json").write_text(json.dumps(line))
+            print(json.dumps(line), flush=True)
+        return path
+
+    adapter = None
+    if args.adapter:
+        recipe = loras.Recipe(loras.ADAPTER, 16, args.seed, args.steps, pictures=1024)
+        adapter = loras.load(made(recipe, None))
+    for seed in args.seeds:
+        for what in args.what:
+            made(loras.Recipe(what, args.rank, seed, args.steps), adapter)
+
+
+def judge_model(args: argparse.Namespace) -> None:
+    """Samples from the base or the student, with LoRAs or without, and prints the measures."""
+    base = train.base(settings_of(args), args.folder)
+    student = args.model == "turbo"
+    model = (student_of(args, base) if student else base).average
+    given = []
+    for text in args.lora:
+        path, _, strength = text.partition(":")
+        given.append((loras.load(Path(path)), float(strength or 1)))
+    subjects = [name for name in args.what if name in world.SUBJECTS] or list(world.BASE_SUBJECTS)
+    styles = [name for name in args.what if name in world.STYLES] or list(world.BASE_STYLES)
+    scenes = world.draw(args.count, (args.seed, 3), subjects, styles).scenes
+    with loras.worn(model, *given):
+        steps = args.sampler_steps or (train.Distillation().student if student else BASE_STEPS)
+        pictures = sampled(model, scenes, args.caption, steps, args.seed)
+    if args.out:
+        sheet(pictures).save(args.out)
+    print(json.dumps({"model": args.model, "loras": args.lora, "what": args.what, **rounded(judge(pictures, scenes))}))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        arguments: Of the command line; those of this process by default.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Any, count: int, trains: int = 0) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=run.__doc__)
+        found.add_argument("--count", type=int, default=count, help="pictures")
+        found.add_argument("--seed", type=int, default=0)
+        found.set_defaults(run=run, caption=Size().caption)
+        if trains >= 0:
+            found.add_argument("--folder", type=Path, default=train.default_folder())
+            found.add_argument("--threads", type=int, default=1)
+            for name_, value in (("width", Size().width), ("layers", Size().layers), ("refiners", Size().refiners)):
+                found.add_argument(f"--{name_}", type=int, default=value)
+        if trains > 0:
+            found.add_argument("--steps", type=int, default=trains)
+            found.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+            found.add_argument("--judge-every", type=int, default=500, metavar="STEPS")
+        return found
+
+    command("world", draw_world, 40, -1).add_argument("--out", type=Path, required=True)
+    command("measures", check_measures, 1000, -1)
+    command("base", train_base, 64, 2000)
+    command("distill", distill, 64, 500)
+    of = command("loras", train_loras, 64, 200)
+    of.add_argument("--what", nargs="+", default=[*world.NEW_SUBJECTS, *world.NEW_STYLES])
+    of.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    of.add_argument("--rank", type=int, default=8)
+    of.add_argument("--adapter", action="store_true", help="train a training adapter first, and wear it")
+    of = command("judge", judge_model, 96)
+    of.add_argument("model", choices=["base", "turbo"])
+    of.add_argument("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]")
+    of.add_argument("--what", nargs="+", default=[], help="new subjects and styles of the captions")
+    of.add_argument("--sampler-steps", type=int)
+    of.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    if hasattr(args, "threads"):
+        torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
