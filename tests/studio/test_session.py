@@ -184,6 +184,7 @@ def test_closing_drops_what_renders_and_keeps_what_was_promised(work, live):
     assert Slow.began.wait(60)
     ask(one, "keep", {"setting": SETTING, "name": "mine"})
     ask(one, "close", {})
+    assert sentence(ask(one, "keep", {"setting": SETTING, "name": "late"})) == "the studio is closed"
     Slow.may.release(1000)
     one.close()
     assert loader.pictures == [] and len(list(work.folder.rglob("merged_cat_mine.safetensors"))) == 1

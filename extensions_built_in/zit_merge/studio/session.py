@@ -195,7 +195,7 @@ class Session:
         Args:
             why: For the page.
         """
-        with self._asked():
+        with self._changing():
             self.closed = self.closed or why
 
     def _look(self, number: object) -> Look:
@@ -210,8 +210,14 @@ class Session:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Somebody uses the studio."""
+        """Somebody uses the studio.
+
+        Raises:
+            ZitMergeError: It is closed.
+        """
         with self._changing():
+            if self.closed:
+                raise ZitMergeError("the studio is closed")
             self._used = time.monotonic()
             yield
 
