@@ -41,7 +41,16 @@ class Live:
         loader: What renders.
     """
 
-    def __init__(self, work: Workspace, *steps: Mapping[str, Any], load: Loader | None, why_not: str = "", **keys: Any):
+    def __init__(
+        self,
+        work: Workspace,
+        *steps: Mapping[str, Any],
+        load: Loader | None,
+        why_not: str = "",
+        grace: float = 0.0,
+        **keys: Any,
+    ):
+        self._grace = grace
         self.loader, self.html, self.port, self.token = load, "", 0, ""
         found = planned(work, *steps, **{"preview": PREVIEW} | keys)
         (raw,) = json.loads((work.folder / "config.json").read_text("utf-8"))["config"]["process"]
@@ -65,6 +74,7 @@ class Live:
                 why_not=why_not,
                 port=0,
                 is_served=True,
+                grace=self._grace,
                 on_open=self._open,
             )
         except BaseException as e:

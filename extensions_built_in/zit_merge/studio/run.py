@@ -35,7 +35,6 @@ from .session import Session
 from .setting import Setting
 from .steps import steps_file
 
-_GRACE = 1.5  # seconds in which a page may hear that its studio is closed
 Keep = Callable[[Planned, Progress], Sequence[Done]]  # runs a section, tells what came of it, shows it on the page
 
 
@@ -202,6 +201,7 @@ def serve_studio(
     minutes: float = 30,
     port: int = PORT,
     is_served: bool = False,
+    grace: float = 1.5,
     on_open: Callable[[Door], None] = lambda door: None,
 ) -> None:
     """Serves the page of a section until somebody closes the studio, or nobody uses it.
@@ -217,6 +217,7 @@ def serve_studio(
         minutes: Without a request after which it closes.
         port: Where it listens.
         is_served: The page is served too, under an address with the token.
+        grace: Seconds in which its tabs may hear that it is closed; a stop does not wait for them.
         on_open: Called when the studio is open.
 
     Raises:
@@ -234,7 +235,7 @@ def serve_studio(
             say(page.write())
             on_open(door)
             session.serve()
-            time.sleep(_GRACE)  # for tabs that ask once more: a stop does not come here
+            time.sleep(grace)
     finally:
         session.close("the job ended")
         page.studio(None)
