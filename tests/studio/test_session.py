@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from preview.helpers import ME, STYLE, FakeRenderer, Loader, step
+from preview.helpers import CPU, ME, STYLE, FakeRenderer, Loader, planned, same, step
 from studio.test_door import SETTING, ask, sentence
 
 from extensions_built_in.zit_merge.formats.reader import load_lora
+from extensions_built_in.zit_merge.merging.made import Hashes
+from extensions_built_in.zit_merge.merging.readers import StepReaders
+from extensions_built_in.zit_merge.studio.held import HeldReaders
 
 SOFTER = {"ratio": 0.7, "blocks": {"to_q": 0.5}}
 TIES = {**SETTING, "loras": [SOFTER, None], "method": "ties", "params": {"density": 0.5}, "rank": 2}
@@ -162,12 +165,18 @@ def test_a_rank_that_weighs_by_the_base_is_a_rank(live):
     assert found["error"].startswith("rank.weigh: needs the model"), "there is none here"
 
 
-def test_a_look_can_be_cancelled_and_asked_for_again(live):
+def rendering(live: Any) -> tuple[Any, Loader]:
+    """A studio in the midst of its first picture, and what renders."""
     Slow.hold()
     loader = Loader(Slow)
     one = live(load=loader)
     ask(one, "look", {"setting": SETTING})
     assert Slow.began.wait(60)
+    return one, loader
+
+
+def test_a_look_can_be_cancelled_and_asked_for_again(live):
+    one, loader = rendering(live)
     assert state(one)["looks"][0]["status"] == "running"
     assert ask(one, "cancel", {}).status == 200
     Slow.may.release(1000)
@@ -177,11 +186,7 @@ def test_a_look_can_be_cancelled_and_asked_for_again(live):
 
 
 def test_closing_drops_what_renders_and_keeps_what_was_promised(work, live):
-    Slow.hold()
-    loader = Loader(Slow)
-    one = live(load=loader)
-    ask(one, "look", {"setting": SETTING})
-    assert Slow.began.wait(60)
+    one, loader = rendering(live)
     ask(one, "keep", {"setting": SETTING, "name": "mine"})
     ask(one, "close", {})
     assert sentence(ask(one, "keep", {"setting": SETTING, "name": "late"})) == "the studio is closed"
@@ -191,11 +196,7 @@ def test_closing_drops_what_renders_and_keeps_what_was_promised(work, live):
 
 
 def test_a_file_and_the_next_look_come_before_base_and_inputs(live):
-    Slow.hold()
-    loader = Loader(Slow)
-    one = live(load=loader)
-    ask(one, "look", {"setting": SETTING})
-    assert Slow.began.wait(60)
+    one, loader = rendering(live)
     ask(one, "look", {"setting": TIES})
     ask(one, "keep", {"setting": SETTING, "name": "mine"})
     Slow.may.release(4)  # one picture
@@ -292,6 +293,22 @@ def test_a_file_of_kept_steps_is_that_of_one_studio(work, live):
     files = sorted(work.folder.rglob("*_studio*.yaml"))
     names = [[s["name"] for s in yaml.safe_load(path.read_text("utf-8"))[0]["steps"]] for path in files]
     assert names == [["soft", "mine"], ["soft", "yours"]]
+
+
+def test_factors_are_held_as_far_as_there_is_room(work):
+    found = planned(work, step(ME, STYLE))
+    plan = found.plans[0]
+    with Hashes(plan.hashed) as hashes, StepReaders(hashes, CPU) as plain:
+        for budget, is_held in ((0, False), (10**9, True)):
+            with HeldReaders(hashes, CPU, budget) as readers:
+                for i in plan.inputs:
+                    assert readers.of_input(i) is readers.of_input(i), "opened once"
+                    for module in i.known.ranks:
+                        scale, delta = readers.of_input(i).delta(module)
+                        wanted_scale, wanted = plain.of_input(i).delta(module)
+                        assert scale == wanted_scale and same(delta, wanted)
+                        assert (readers.of_input(i).delta(module)[1] is delta) == is_held
+                assert (readers.left < budget) == is_held
 
 
 def test_without_pictures_the_rest_works(live):

@@ -315,7 +315,8 @@ class Session:
     def _running(self, one: Entry) -> Iterator[None]:
         """One request; what is wrong with it is told to the page, and the studio goes on."""
         with self._changing():
-            one.status = RUNNING
+            if one.status == WAITING:  # else it was cancelled just now
+                one.status = RUNNING
         error, status = "", DONE
         try:
             yield
