@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -48,6 +49,7 @@ from extensions_built_in.zit_merge.formats import checkpoint_writer, safetensors
 from extensions_built_in.zit_merge.formats.checkpoint import open_checkpoint
 from extensions_built_in.zit_merge.formats.metadata import RECIPE_KEY
 from extensions_built_in.zit_merge.merging.runner import run_plans
+from extensions_built_in.zit_merge.planning import outputs
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -973,6 +975,35 @@ def test_two_runs_at_once(work, job, form):
     assert all(code == 0 or "another run is writing this file now" in text for code, text in zip(codes, said, strict=True)), said
     again = work.zit("run", config)
     assert again.code == 0
+    assert everything(work.out) == sorted([path.name, *([f"{OUT}/config.json", f"{OUT}/{ONE}"] if path.is_dir() else [])])
+
+
+@posix
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_another_run_replaces_the_model_while_it_is_looked_at(work, job, form, held, monkeypatch):
+    """It is away between two renames: nobody takes it for somebody else's."""
+    config, path = job(format=form), made_by(work, form)
+    work.zit("run", config).ok()
+    away, part, looks = work.folder / "away", atomic.part_path(path), []
+
+    def read(file, **options):
+        looks.append(file)
+        with contextlib.ExitStack() as other:
+            if len(looks) == 1:
+                path.rename(away)
+                other.callback(away.rename, path)
+            return open_checkpoint(file, **options)
+
+    with atomic.open_exclusively(part) if held else contextlib.nullcontext():
+        monkeypatch.setattr(outputs, "open_checkpoint", read)
+        run = work.zit("run", config)
+        if held:
+            assert "another run is writing this file now: wait for it or stop it" in run.refused()
+            part.unlink()
+        else:
+            run.ok()
+            assert len(looks) == 2
     assert everything(work.out) == sorted([path.name, *([f"{OUT}/config.json", f"{OUT}/{ONE}"] if path.is_dir() else [])])
 
 

@@ -37,6 +37,13 @@ def check_part(path: Path) -> None:
         _check_ours(part, part_path(path))
 
 
+def check_unused(path: Path) -> None:
+    """Raises if another run is writing a file now."""
+    with contextlib.suppress(OSError), contextlib.closing(_open_part(part_path(path))) as part:
+        if _lock(part) is False:
+            raise _in_use(part_path(path))
+
+
 def remove_part(path: Path) -> None:
     """Removes what a killed run left of a file; a part that another run is writing now stays, and stops this one in its turn."""
     _remove_ours(part_path(path))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import SettingError, ZitMergeError, located
-from ..files.atomic import check_part, part_path
+from ..files.atomic import check_part, check_unused, part_path
 from ..files.paths import check_writable, system_path
 from ..formats import lokr
 from ..formats.checkpoint import open_checkpoint
@@ -118,12 +119,8 @@ def _check_bake(plan: StepPlan, bake: BakeTarget, context: RunContext) -> bool:
                 wanted = " x ".join(map(str, plan.shapes[module]))
                 raise SettingError(f"{module} is {told} in {bake.label}, {wanted} in the LoRAs: give their own model", "base")
     check_part(path)
-    metadata = _metadata_of(path, plan) if os.path.lexists(path) else {}
-    if os.path.lexists(path) and made_by(metadata) != (public_name(plan.job), public_name(plan.name)):
-        raise SettingError(
-            f"{path} exists and was not written by this step of this job: move it away, or give the step another name"
-        )
-    if path.is_dir() and (others := sorted(p.name for p in path.iterdir() if not is_checkpoint_file(p.name))):
+    metadata = _metadata_of_ours(path, plan, lambda: open_checkpoint(path, shapes=plan.spec.shapes, quantized=True).metadata)
+    if others := sorted(p.name for p in path.glob("*") if not is_checkpoint_file(p.name)):
         raise SettingError(f"{path} is replaced as a whole and holds {others[0]}, which zit_merge did not write: move it away")
     return bool(metadata and base) and _would_be_the_same(plan, metadata)
 
@@ -135,25 +132,31 @@ def _would_be_the_same(plan: StepPlan, metadata: Mapping[str, str]) -> bool:
     return found == bake_metadata(plan, bake_recipe(plan))
 
 
-def _metadata_of(path: Path, plan: StepPlan) -> Mapping[str, str]:
-    try:
-        return open_checkpoint(path, shapes=plan.spec.shapes, quantized=True).metadata
-    except ZitMergeError:
-        return {}
+def _metadata_of_ours(path: Path, plan: StepPlan, read: Callable[[], Mapping[str, str]]) -> Mapping[str, str]:
+    """What the metadata of an output say; none where nothing is. One that this step of this job wrote may be replaced, no other.
+
+    Args:
+        path: Its path.
+        plan: Of the step.
+        read: Reads it.
+    """
+    for is_first in (True, False):
+        if not os.path.lexists(path):
+            return {}
+        with contextlib.suppress(ZitMergeError):
+            metadata = read()
+            if made_by(metadata) == (public_name(plan.job), public_name(plan.name)):
+                return metadata
+        if is_first:  # another run may be replacing it just now, or was between the two looks
+            check_unused(path)
+    raise SettingError(f"{path} exists and was not written by this step of this job: move it away, or give the step another name")
 
 
 def _check_ours(target: Path, plan: StepPlan) -> bool:
-    """Whether a target is there as the step would make it. One that this step of this job wrote may be replaced, no other."""
-    if not os.path.lexists(target):
+    """Whether a target is there as the step would make it."""
+    metadata = _metadata_of_ours(target, plan, lambda: load_lora(target).metadata if target.is_file() else {})
+    if not metadata:
         return False
-    try:
-        metadata = load_lora(target).metadata if target.is_file() else {}
-    except ZitMergeError:
-        metadata = {}
-    if made_by(metadata) != (public_name(plan.job), public_name(plan.name)):
-        raise SettingError(
-            f"{target} exists and was not written by this step of this job: move it away, or give the step another name"
-        )
     paths = [
         value
         for step in plan.recipe["steps"]
