@@ -6,6 +6,7 @@
     python tests/benchmarks/small_world distill [--steps 500]
     python tests/benchmarks/small_world loras [--what zib fland ... ] [--seeds 0 1] [--rank 8] [--steps 200] [--adapter]
     python tests/benchmarks/small_world judge base|turbo [--lora FILE[:STRENGTH] ...] [--what zib gleb] [--out FILE.png]
+    python tests/benchmarks/small_world ask alone shared stacked ... [--out FILE.md]
 
 `base` and `distill` go on from their last checkpoint until --steps steps are done in all; each checkpoint is followed by a line
 with the mean loss since the last one, every --judge-every steps also by the measures of sampled pictures; `<name>.log` beside the
@@ -29,11 +30,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.benchmarks.small_world import loras, train, world
+from tests.benchmarks.small_world import compare, loras, questions, train, world
 from tests.benchmarks.small_world.measures import DAMAGE, accuracy, burn_found, judge
-from tests.benchmarks.small_world.model import Size, caption_features, pixels, sample
+from tests.benchmarks.small_world.model import Size
 
-CHUNK = 32  # pictures sampled at once
 BASE_STEPS = 16  # Euler steps of the base
 ENLARGED = 6  # pixels of a sheet for each of a picture's
 
@@ -65,9 +65,7 @@ def sampled(model: Any, scenes: Sequence[world.Scene], caption: int, steps: int,
         steps: Of Euler's method.
         seed: Of the noise.
     """
-    features = caption_features([scene.caption for scene in scenes], caption)
-    chunks = range(0, len(scenes), CHUNK)
-    return np.concatenate([pixels(sample(model, features[n : n + CHUNK], seed + n, steps)) for n in chunks])
+    return compare.Bench(model, caption, steps, Path(), len(scenes), seed).pictures(scenes)
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
@@ -105,7 +103,7 @@ def settings_of(args: argparse.Namespace) -> train.Settings:
     Args:
         args: The command line.
     """
-    return train.Settings(Size(args.width, args.layers, args.refiners), args.seed)
+    return train.Settings(Size(args.width, args.layers, args.refiners), seed=args.seed)
 
 
 def student_of(args: argparse.Namespace, base: train.Training) -> train.Training:
@@ -177,7 +175,12 @@ def train_loras(args: argparse.Namespace) -> None:
     def made(recipe: loras.Recipe, adapter: loras.Factors | None) -> Path:
         path = lora_path(student, recipe, adapter is not None)
         if not path.exists():
-            factors, losses = loras.train_lora(student.average, recipe, args.caption, adapter)
+
+            def stepped(step: int, factors: loras.Factors) -> None:
+                if args.save_every and step % args.save_every == 0 and step < recipe.steps:
+                    loras.save(path.with_name("saves") / f"{path.stem}_{step:09d}.safetensors", factors)
+
+            factors, losses = loras.train_lora(student.average, recipe, args.caption, adapter, stepped)
             loras.save(path, factors)
             tenth = max(1, len(losses) // 10)
             line = {"lora": path.name, "first": np.mean(losses[:tenth]), "last": np.mean(losses[-tenth:]), **asdict(recipe)}
@@ -214,6 +217,22 @@ def judge_model(args: argparse.Namespace) -> None:
     print(json.dumps({"model": args.model, "loras": args.lora, "what": args.what, **rounded(judge(pictures, scenes))}))
 
 
+def ask(args: argparse.Namespace) -> None:
+    """Answers questions about merges of the LoRAs that are there; judgements that are there are not made again."""
+    student = student_of(args, train.base(settings_of(args), args.folder))
+    bench = compare.Bench(
+        student.average, args.caption, student.settings.student, student.path.with_suffix("") / "judged", args.count
+    )
+    folder = lora_path(student, loras.Recipe("", args.rank, 0, args.lora_steps), False).parent
+    asked = questions.Asked(bench, folder, f"_n{args.lora_steps}", args.rank, tuple(args.seeds))
+    for name in args.questions:
+        found = questions.text(list(questions.QUESTIONS[name](asked)))
+        print(found, flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(found + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command.
 
@@ -248,6 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     of.add_argument("--rank", type=int, default=8)
     of.add_argument("--adapter", action="store_true", help="train a training adapter first, and wear it")
+    of.set_defaults(save_every=0)
+    of = command("ask", ask, 32)
+    of.add_argument("questions", nargs="+", choices=list(questions.QUESTIONS))
+    of.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the LoRAs")
+    of.add_argument("--rank", type=int, default=8, help="of the LoRAs")
+    of.add_argument("--lora-steps", type=int, default=200, help="of the LoRAs")
+    of.add_argument("--out", type=Path, help="tables are added to this file")
     of = command("judge", judge_model, 96)
     of.add_argument("model", choices=["base", "turbo"])
     of.add_argument("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]")

@@ -7,7 +7,8 @@ starts like those of PEFT and AI-Toolkit: down uniform (Kaiming, a = sqrt 5), up
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.benchmarks.small_world import world
+from tests.benchmarks.small_world.model import SHIFT
 from tests.benchmarks.small_world.train import batch
 
 PREFIX = "diffusion_model."
@@ -50,7 +52,7 @@ class Recipe:
     steps: int = 200
     pictures: int = 32
     batch: int = 8
-    rate: float = 2e-3
+    rate: float = 5e-3
 
     def draw(self) -> world.Pictures:
         """The pictures: the new subject in the base's styles, or the base's subjects in the new style."""
@@ -97,7 +99,13 @@ def worn(model: Any, *loras: tuple[Factors, float]) -> Iterator[None]:
             hook.remove()
 
 
-def train_lora(model: Any, recipe: Recipe, caption: int, adapter: Factors | None = None) -> tuple[dict, list[float]]:
+def train_lora(
+    model: Any,
+    recipe: Recipe,
+    caption: int,
+    adapter: Factors | None = None,
+    stepped: Callable[[int, Factors], None] = lambda step, factors: None,
+) -> tuple[dict, list[float]]:
     """Trains a LoRA on a model, whose own weights stay; returns its factors and the loss of each step.
 
     Args:
@@ -105,8 +113,9 @@ def train_lora(model: Any, recipe: Recipe, caption: int, adapter: Factors | None
         recipe: How.
         caption: `Size.caption`.
         adapter: Worn at strength 1 during the training, and not part of the result.
+        stepped: Called after each step with the number of steps done and the factors, which go on changing.
     """
-    random = torch.Generator().manual_seed(recipe.seed)
+    random = torch.Generator().manual_seed(zlib.crc32(f"{recipe.what} {recipe.seed}".encode()))
     model.requires_grad_(False)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, linear in targets(model).items():
@@ -123,12 +132,13 @@ def train_lora(model: Any, recipe: Recipe, caption: int, adapter: Factors | None
             some = world.Pictures(
                 pictures.pixels[chosen], [pictures.scenes[n] for n in chosen], [pictures.captions[n] for n in chosen]
             )
-            loss = batch(some, caption, (recipe.seed << 32) + step).loss(model)
+            loss = batch(some, caption, (recipe.seed << 32) + step, SHIFT).loss(model)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            stepped(step + 1, {name: (up.detach(), down.detach()) for name, (up, down) in factors.items()})
     return {name: (up.detach(), down.detach()) for name, (up, down) in factors.items()}, losses
 
 

@@ -217,12 +217,8 @@ def burn(pictures: np.ndarray, styles: Sequence[str] = ()) -> np.ndarray:
 # --- judging -------------------------------------------------------------------------------------------------------------------
 
 
-def judge(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
-    """How well pictures follow what was asked for; means over the pictures, 0 to 1, but for burn.
-
-    `subject`: the asked subject stands in the asked cells (share of them). `layout`: exactly the asked cells are occupied.
-    `count`: as many as asked. `style`: ground and body have the palette. `texture`, `light`: as they read. `burn_...`: mean
-    excess over the range of the asked style; `burned`: share of pictures with an excess above `BURNED` in any of them.
+def judged(pictures: np.ndarray, scenes: Sequence[Scene]) -> list[dict[str, float]]:
+    """How well each picture follows what was asked for, 0 to 1: `subject`, `layout`, `count`, `style`, `texture`, `light`.
 
     Args:
         pictures: (n, 16, 16, 3) in [0, 1].
@@ -242,6 +238,21 @@ def judge(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
                 "light": seen.light == asked.light,
             }
         )
+    return rows
+
+
+def judge(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+    """How well pictures follow what was asked for; means over the pictures, 0 to 1, but for burn.
+
+    `subject`: the asked subject stands in the asked cells (share of them). `layout`: exactly the asked cells are occupied.
+    `count`: as many as asked. `style`: ground and body have the palette. `texture`, `light`: as they read. `burn_...`: mean
+    excess over the range of the asked style; `burned`: share of pictures with an excess above `BURNED` in any of them.
+
+    Args:
+        pictures: (n, 16, 16, 3) in [0, 1].
+        scenes: What was asked for, one each.
+    """
+    rows = judged(pictures, scenes)
     excess = burn(pictures, [scene.style for scene in scenes])
     found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     found |= {f"burn_{name}": float(value) for name, value in zip(BURN, excess.mean(0), strict=True)}

@@ -1,8 +1,9 @@
 """Training of the base by flow matching and of its few-step student, from a seed; both can be stopped and resumed.
 
 The loss is the mean square of the velocity's error at sigma = sigmoid(n), n normal, as in Stable Diffusion 3 (arXiv 2403.03206).
-AdamW at a constant rate after a warm-up, at half of it later; the result is an exponential average of the weights. Step n draws
-its pictures, its times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
+AdamW at a constant rate after a warm-up, at half of it later; then Muon (https://kellerjordan.github.io/posts/muon) takes over
+the matrices of the blocks, at a rate that falls to 0. The result is an exponential average of the weights. Step n draws its
+pictures, its times and its noise from (seed, n) alone, so that a resumed run takes the steps that an unbroken one takes.
 """
 
 from __future__ import annotations
@@ -24,17 +25,48 @@ from tests.benchmarks.small_world.model import Size, caption_features, latents, 
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How the weights of a training change.
+
+    Attributes:
+        rate: Of AdamW.
+        warmup: Steps over which the rate rises from 0.
+        halved: The first step at half the rate.
+        average: Decay of the weights' average a step; it rises to this as (1 + n) / (10 + n).
+        muon: Rate of Muon.
+        muon_from: Its first step.
+        falls: Steps from and to which all rates fall linearly, to 0.
+    """
+
+    rate: float
+    warmup: int
+    halved: int
+    average: float
+    muon: float = 0.0
+    muon_from: int = 1 << 30
+    falls: tuple[int, int] = (1 << 30, 1 << 31)
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Of AdamW and Muon.
+
+        Args:
+            step: Steps done.
+        """
+        first, last = self.falls
+        fall = min(1.0, max(0.0, (last - step) / (last - first)))
+        phase = min(1.0, (step + 1) / self.warmup) if step < self.halved else 0.5
+        return self.rate * phase * fall, self.muon * fall
+
+
+@dataclass(frozen=True)
 class Settings:
     """All that the base's weights follow from, but for the number of steps.
 
     Attributes:
         size: Of the model.
+        schedule: Of the weights.
         seed: Of weights, pictures and noise.
         batch: Pictures of a step.
-        rate: Of AdamW.
-        warmup: Steps over which the rate rises from 0.
-        halved: The first step at half the rate.
-        average: Decay of the weights' average a step; it rises to this as (1 + n) / (10 + n).
         dropped: Chance of a caption to lose a factor.
         shift: Of the sigmas, as the sampler's, so that more of them lie where subject and layout are decided.
         shifted_from: The step with the first shifted sigmas; colours and textures are learned before.
@@ -42,12 +74,9 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
+    schedule: Schedule = field(default_factory=lambda: Schedule(2e-3, 30, 1100, 0.99, 2e-3, 4450, (5500, 7000)))
     seed: int = 0
     batch: int = 16
-    rate: float = 2e-3
-    warmup: int = 30
-    halved: int = 1100
-    average: float = 0.99
     dropped: float = 0.05
     shift: float = 3.0
     shifted_from: int = 700
@@ -117,22 +146,26 @@ class Training:
         path: Of the checkpoint; read if it is there.
         model: In the state before the first step.
         loss: Of the model in a step, a function of (model, step).
-        settings: Stored with the weights; `rate`, `warmup`, `halved` and `average` are used.
+        settings: Stored with the weights.
     """
 
     def __init__(self, path: Path, model: Any, loss: Callable[[Any, int], Tensor], settings: Settings | Distillation) -> None:
-        self.path, self.model, self.loss, self.settings = path, model, loss, settings
+        self.path, self.model, self.loss, self.settings, self.schedule = path, model, loss, settings, settings.schedule
         self.average = deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        self.matrices = [
+            p for name, p in model.named_parameters() if p.dim() == 2 and {"attention", "feed_forward"} & {*name.split(".")}
+        ]
+        self.muon = torch.optim.Muon(self.matrices, weight_decay=0.0)
         self.losses: list[float] = []
         if path.exists():
             state = torch.load(path, weights_only=True)
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.get(name) or part.state_dict())
             self.losses = state["losses"]
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "muon": self.muon}
 
     @property
     def step(self) -> int:
@@ -150,15 +183,17 @@ class Training:
 
     def advance(self) -> float:
         """One step; returns its loss."""
-        settings, step = self.settings, self.step
-        phase = min(1.0, (step + 1) / settings.warmup) if step < settings.halved else 0.5
-        self.optimizer.param_groups[0]["lr"] = settings.rate * phase
+        schedule, step = self.schedule, self.step
+        self.optimizer.param_groups[0]["lr"], self.muon.param_groups[0]["lr"] = schedule.rates(step)
         loss = self.loss(self.model, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if step >= schedule.muon_from:
+            self.muon.step()
+            self.muon.zero_grad()  # AdamW leaves alone what has no gradient
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        weight = 1 - min(settings.average, (1 + step) / (10 + step))
+        self.model.zero_grad()
+        weight = 1 - min(schedule.average, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
         self.losses.append(loss.item())
@@ -204,20 +239,14 @@ class Distillation:
         each: Steps of the teacher for each of them.
         seed: Of pictures and noise.
         batch: Pictures of a step.
-        rate: Of AdamW.
-        warmup: Steps over which the rate rises from 0.
-        halved: The first step at half the rate.
-        average: Decay of the weights' average a step.
+        schedule: Of the weights.
     """
 
     student: int = 4
     each: int = 4
     seed: int = 0
     batch: int = 16
-    rate: float = 5e-4
-    warmup: int = 20
-    halved: int = 300
-    average: float = 0.98
+    schedule: Schedule = field(default_factory=lambda: Schedule(5e-4, 20, 300, 0.98))
 
 
 def turbo(teacher: Training, of: Settings, settings: Distillation) -> Training:

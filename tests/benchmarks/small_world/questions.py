@@ -1,0 +1,575 @@
+"""The questions that are asked of the small world, each answered by tables in Markdown: what they hold stands beside them.
+
+Differences are paired: same sets, scenes and noise. `[a, b]` is the 95 % interval of a bootstrap over sets and pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
+from tests.benchmarks.small_world import loras, world
+from tests.benchmarks.small_world.compare import MEASURES, Bench, Merge, Merged, best, common, spread, what_of
+from tests.benchmarks.small_world.ssr import Ssr
+
+SUM = Merged()
+SUBJECTS, STYLES = tuple(world.NEW_SUBJECTS), tuple(world.NEW_STYLES)
+STRENGTHS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25)
+BANDS = 6  # of layers, in the maps
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the questions are asked of.
+
+    Attributes:
+        bench: The student.
+        folder: Of the LoRAs.
+        ending: Of their names, between the seed and the file's ending, such as `_n200`.
+        rank: Of the LoRAs.
+        seeds: Of the LoRAs.
+    """
+
+    bench: Bench
+    folder: Path
+    ending: str
+    rank: int = 8
+    seeds: tuple[int, ...] = (0, 1)
+
+    def path(self, what: str, seed: int, ending: str = "") -> Path:
+        """Of a LoRA.
+
+        Args:
+            what: A new subject or style.
+            seed: Of its training.
+            ending: Another one.
+        """
+        return self.folder / f"{what}_r{self.rank}_s{seed}{ending or self.ending}.safetensors"
+
+    def sets(self, subjects: int, styles: int, ending: str = "") -> list[list[Path]]:
+        """LoRAs that are merged: every choice of subjects with one of styles in turn, seeds in turn.
+
+        Args:
+            subjects: In each set.
+            styles: In each set.
+            ending: Of the files' names.
+        """
+        chosen = list(product(combinations(SUBJECTS, subjects), combinations(STYLES, styles)))
+        if subjects + styles > 2:  # as many as there are choices of subjects
+            chosen = [one for n, one in enumerate(chosen) if n % len(STYLES) == n // len(STYLES) % len(STYLES)]
+        turns = [[self.seeds[(n + k) % len(self.seeds)] for k in range(subjects + styles)] for n in range(len(chosen))]
+        if subjects and styles:
+            turns = [[*turn[:-1], self.seeds[n // 2 % len(self.seeds)]] for n, turn in enumerate(turns)]
+        return [
+            [self.path(what, seed, ending) for what, seed in zip((*some, *others), turn, strict=True)]
+            for (some, others), turn in zip(chosen, turns, strict=True)
+        ]
+
+
+KINDS = {"subject + style": (1, 1), "two subjects": (2, 0), "two subjects + style": (2, 1), "two subjects + two styles": (2, 2)}
+
+
+# --- words for tables ----------------------------------------------------------------------------------------------------------
+
+
+def _of(curves: np.ndarray, measure: str) -> np.ndarray:
+    return curves[..., MEASURES.index(measure)]
+
+
+def _plain(values: np.ndarray) -> str:
+    return f"{values.mean():.2f}"
+
+
+def _spread(values: np.ndarray) -> str:
+    mean, low, high = spread(values)
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _change(values: np.ndarray) -> str:
+    mean, low, high = spread(values)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _curves(asked: Asked, sets: Sequence[Sequence[Path]], merged: Merge, strengths: Sequence[float] = STRENGTHS) -> np.ndarray:
+    """(sets, strengths, pictures, measures)."""
+    return np.stack([asked.bench.curve(paths, merged, strengths) for paths in sets])
+
+
+def _best_common(curves: np.ndarray) -> str:
+    """The strength that is best for all sets."""
+    return f"{STRENGTHS[_of(curves, 'score').mean((0, 2)).argmax()]:g}"
+
+
+# --- 0: what the LoRAs do alone ------------------------------------------------------------------------------------------------
+
+
+def alone(asked: Asked) -> Iterator[Table]:
+    """Each LoRA by itself, and the student without one."""
+    rows = []
+    for name, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
+        sets = [[asked.path(what, seed)] for what in whats for seed in asked.seeds]
+        curves = _curves(asked, sets, SUM)
+        for n, strength in enumerate(STRENGTHS):
+            found = curves[:, n]
+            rows.append([name, f"{strength:g}", *(_spread(_of(found, measure)) for measure in MEASURES if measure != "excess")])
+    bare = np.stack([asked.bench.judged([], f"the student, {n}", dict) for n in range(1)])
+    rows.append(["none, the base's words", "", *(_spread(_of(bare, measure)) for measure in MEASURES if measure != "excess")])
+    yield "One LoRA", ["LoRAs", "strength", *(measure for measure in MEASURES if measure != "excess")], rows
+
+
+# --- 1: shared directions ------------------------------------------------------------------------------------------------------
+
+
+def _cosine(one: loras.Factors, other: loras.Factors) -> float:
+    products, norms = 0.0, [0.0, 0.0]
+    for module in one:
+        a, b = (up @ down for up, down in (one[module], other[module]))
+        products += float((a * b).sum())
+        norms = [norms[0] + float(a.square().sum()), norms[1] + float(b.square().sum())]
+    return products / (norms[0] * norms[1]) ** 0.5
+
+
+def _turned(one: loras.Factors, seed: int) -> loras.Factors:
+    """Of the same spectrum in other directions: both sides of every module turned at random."""
+    random, found = torch.Generator().manual_seed(seed), {}
+    for module, (up, down) in one.items():
+        left, right = (torch.linalg.qr(torch.randn(n, n, generator=random))[0] for n in (len(up), down.shape[1]))
+        found[module] = left @ up, down @ right
+    return found
+
+
+def _overlap(one: loras.Factors, other: loras.Factors) -> tuple[float, float]:
+    """Mean over modules of the share of a LoRA's column and row space that lies in the other's."""
+    found = []
+    for module in one:
+        bases = [
+            [torch.linalg.svd(of, full_matrices=False)[0] for of in (up, down.T)] for up, down in (one[module], other[module])
+        ]
+        found.append([float((a.T @ b).square().sum()) / a.shape[1] for a, b in zip(*bases, strict=True)])
+    columns, rows = np.mean(found, 0)
+    return float(columns), float(rows)
+
+
+def shared(asked: Asked) -> Iterator[Table]:
+    """Question 1: do LoRAs share directions beyond chance, and does the training adapter lessen it?"""
+    rows = []
+    for name, ending in (("on the student", asked.ending), ("wearing the training adapter", f"{asked.ending}_adapter")):
+        paths = [asked.path(what, seed, ending) for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
+        if not all(path.exists() for path in paths):
+            continue
+        given = {path: loras.load(path) for path in paths}
+        turned = {path: _turned(factors, n) for n, (path, factors) in enumerate(given.items())}
+        pairs = list(combinations(paths, 2))
+        kinds: dict[str, Callable[[str, str], bool]] = {
+            "one subject or style, two seeds": lambda a, b: a == b,
+            "two subjects": lambda a, b: a != b and {a, b} <= {*SUBJECTS},
+            "two styles": lambda a, b: a != b and {a, b} <= {*STYLES},
+            "subject and style": lambda a, b: len({a, b} & {*SUBJECTS}) == 1 and len({a, b} & {*STYLES}) == 1,
+        }
+        for kind, fits in kinds.items():
+            some = [pair for pair in pairs if fits(what_of(pair[0]), what_of(pair[1]))]
+            cosines = np.array([[_cosine(given[a], given[b])] for a, b in some])
+            chance = np.array([_cosine(given[a], turned[b]) for a, b in some])
+            spaces = np.array([_overlap(given[a], given[b]) for a, b in some])
+            by_chance = np.array([_overlap(given[a], turned[b]) for a, b in some])
+            rows.append(
+                [
+                    name,
+                    kind,
+                    str(len(some)),
+                    _change(cosines),
+                    f"{chance.mean():+.3f} ± {chance.std():.3f}",
+                    f"{spaces[:, 0].mean():.2f} ({by_chance[:, 0].mean():.2f})",
+                    f"{spaces[:, 1].mean():.2f} ({by_chance[:, 1].mean():.2f})",
+                ]
+            )
+    header = ["trained", "pair", "pairs", "cosine", "after a random turn", "column space (by chance)", "row space (by chance)"]
+    yield "Shared directions", header, rows
+
+
+# --- 2: where a sum burns, and what keeps more ---------------------------------------------------------------------------------
+
+
+def methods_of(size: int) -> list[Merged]:
+    """Those that are compared beside the sum.
+
+    Args:
+        size: LoRAs in a set.
+    """
+    found = [
+        Merged("normalize"),
+        Merged("normalize", (("per", "layer"),)),
+        Merged("average"),
+        Merged("tsv"),
+        Merged("shared_once"),
+        Merged("ties", (("density", 0.2),)),
+        Merged("ties", (("density", 0.5),)),
+    ]
+    if size == 2:
+        found += [Merged("project", (("yields", side),)) for side in ("first", "second", "both")]
+    return found
+
+
+METHOD_HEADER = ["method", "score as it is", "burned as it is", "best strength", "score there", "burned there"]
+METHOD_HEADER += ["against the sum at its best common strength", "each set at its own best strength, against the sum's"]
+SCALES = ("normalize", "average")  # the sum times one number: of the same curve, as far as strengths are chosen freely
+
+
+def stacked(asked: Asked) -> Iterator[Table]:
+    """Question 2: where sums of 2, 3, 4 LoRAs burn, and which method keeps more at its best strength."""
+    burning = []
+    for kind, (subjects, styles) in KINDS.items():
+        curves = _curves(asked, asked.sets(subjects, styles), SUM)
+        for measure in ("score", "burned"):
+            burning.append([kind, measure, *(_spread(_of(curves[:, n], measure)) for n in range(len(STRENGTHS)))])
+    yield "The sum over its common strength", ["set", "measure", *(f"{strength:g}" for strength in STRENGTHS)], burning
+    for kind, (subjects, styles) in KINDS.items():
+        sets = asked.sets(subjects, styles)
+        of_sum = _curves(asked, sets, SUM)
+        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
+        at_one = STRENGTHS.index(1.0)
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
+        for merged in methods_of(subjects + styles):
+            if merged.method in SCALES and not merged.params:
+                rows.append(_method_row(merged.name, _curves(asked, sets, merged, (1.0,))[:, 0], None, base, own))
+            else:
+                curves = _curves(asked, sets, merged)
+                rows.append(_method_row(merged.name, curves[:, at_one], curves, base, own))
+        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+
+
+def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray, own: np.ndarray) -> list[str]:
+    row = [name, _spread(_of(at_one, "score")), _plain(_of(at_one, "burned"))]
+    if curves is None:
+        return [*row, "–", "–", "–", f"as it is: {_change(_of(at_one, 'score') - _of(base, 'score'))}", "as the sum"]
+    found, each = common(curves), np.stack([best(curve) for curve in curves])
+    row += [_best_common(curves), _spread(_of(found, "score")), _plain(_of(found, "burned"))]
+    if name == "sum":
+        return [*row, "–", f"{_change(_of(own, 'score') - _of(base, 'score'))} (against one strength for all)"]
+    return [*row, _change(_of(found, "score") - _of(base, "score")), _change(_of(each, "score") - _of(own, "score"))]
+
+
+# --- 3: core space and full space ----------------------------------------------------------------------------------------------
+
+
+def spaces(asked: Asked) -> Iterator[Table]:
+    """Question 3: TIES and DARE in the core space and on the whole matrices."""
+    sets, rows = asked.sets(1, 1), []
+    base = common(_curves(asked, sets, SUM))
+    for density in (0.2, 0.5):
+        for rule, core in (("ties", "ties"), ("dare", "dare_linear")):
+            found = {}
+            for where, method in (("core", core), ("full", f"full_{rule}")):
+                curves = _curves(asked, sets, Merged(method, (("density", density),)))
+                found[where] = common(curves)
+                scores = [_best_common(curves), _spread(_of(found[where], "score")), _plain(_of(found[where], "burned"))]
+                rows.append([rule, f"{density:g}", where, *scores, _change(_of(found[where], "score") - _of(base, "score"))])
+            rows.append([rule, f"{density:g}", "core − full", "", "", "", _change(_of(found["core"] - found["full"], "score"))])
+    header = ["rule", "density", "space", "best strength", "score there", "burned there", "against the sum at its best"]
+    yield f"TIES and DARE, subject + style: {len(sets)} sets", header, rows
+
+
+# --- 4: rank -------------------------------------------------------------------------------------------------------------------
+
+
+def _norm(factors: loras.Factors) -> float:
+    return sum(float((up @ down).square().sum()) for up, down in factors.values())
+
+
+def ranks(asked: Asked) -> Iterator[Table]:
+    """Question 4: how much rank a merge needs."""
+    sets, rows = asked.sets(1, 1), []
+    exact = _curves(asked, sets, SUM)
+    strength = STRENGTHS.index(float(_best_common(exact)))
+    whole = [_norm(SUM.factors(paths)) for paths in sets]
+    for rank in (1, 2, 3, 4, 6, 8, 12):
+        merged = replace(SUM, rank=rank)
+        kept = np.array([_norm(merged.factors(paths)) / energy for paths, energy in zip(sets, whole, strict=True)])
+        found = _curves(asked, sets, merged, (STRENGTHS[strength],))[:, 0]
+        change = [_change(_of(found - exact[:, strength], measure)) for measure in ("subject", "style", "score")]
+        rows.append(
+            [str(rank), f"{kept.mean():.3f} ({kept.min():.3f} to {kept.max():.3f})", _spread(_of(found, "score")), *change]
+        )
+    header = ["rank", "energy kept (range over sets)", "score", "subject, against exact", "style", "score"]
+    title = f"Two LoRAs of rank {asked.rank} at strength {STRENGTHS[strength]:g}, cut: {len(sets)} sets"
+    yield title, header, rows
+
+
+# --- 5: maps -------------------------------------------------------------------------------------------------------------------
+
+
+def groups() -> Mapping[str, Callable[[str], bool]]:
+    """Name -> whether a module belongs to it: bands of layers, and components."""
+
+    def band(first: int, last: int) -> Callable[[str], bool]:
+        return lambda module: first <= int(module.split(".")[1]) <= last
+
+    width = 30 // BANDS
+    found = {f"layers {n * width} to {n * width + width - 1}": band(n * width, n * width + width - 1) for n in range(BANDS)}
+    for part in loras.MODULES:
+        found[part.removesuffix(".0")] = lambda module, part=part: module.endswith(part)
+    return found
+
+
+def _without(path: Path, dropped: Sequence[str]) -> loras.Factors:
+    tests = groups()
+    return {module: pair for module, pair in loras.load(path).items() if not any(tests[name](module) for name in dropped)}
+
+
+def _loss(asked: Asked, path: Path, dropped: Sequence[str], bench: Bench | None = None) -> np.ndarray:
+    """What a LoRA's own measure loses picture by picture without some groups, (pictures,)."""
+    bench, what = bench or asked.bench, what_of(path)
+    measure = MEASURES.index("subject" if what in SUBJECTS else "style")
+    whole = bench.judged([what], f"alone {path.parent.name}/{path.stem}", lambda: loras.load(path))
+    name = f"{path.parent.name}/{path.stem} without {', '.join(dropped)}"
+    return (whole - bench.judged([what], name, lambda: _without(path, dropped)))[:, measure]
+
+
+def _maps(asked: Asked, bench: Bench | None = None) -> dict[Path, np.ndarray]:
+    """LoRA -> (groups, pictures)."""
+    paths = [asked.path(what, seed) for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
+    return {path: np.stack([_loss(asked, path, [name], bench) for name in groups()]) for path in paths}
+
+
+def maps(asked: Asked) -> Iterator[Table]:
+    """Question 5: ablation by layers and components, and how far it can be trusted."""
+    found, names = _maps(asked), list(groups())
+    rows = []
+    for n, name in enumerate(names):
+        rows.append(
+            [
+                name,
+                *(
+                    _change(np.stack([loss[n] for path, loss in found.items() if what_of(path) in whats]))
+                    for whats in (SUBJECTS, STYLES)
+                ),
+            ]
+        )
+    yield "What is lost without a group", ["group", "subject LoRAs: subject", "style LoRAs: style"], rows
+
+    def correlation(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.corrcoef(one, other)[0, 1]) if one.std() > 0 and other.std() > 0 else 0.0
+
+    random, rows = np.random.default_rng(0), []
+    for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
+        some = [loss for path, loss in found.items() if what_of(path) in whats]
+        for pictures in (2, 4, 8, 16, 32):
+            agreed = []
+            for loss in some:
+                for _ in range(100):
+                    chosen = random.permutation(loss.shape[1])
+                    halves = chosen[:pictures], chosen[pictures : 2 * pictures]
+                    if len(halves[1]) == pictures:
+                        agreed.append(correlation(*(loss[:, half].mean(1) for half in halves)))
+            if agreed:
+                low, high = np.percentile(agreed, [2.5, 97.5])
+                rows.append([kind, str(pictures), f"{np.mean(agreed):.2f} [{low:.2f}, {high:.2f}]"])
+    yield (
+        "Correlation of two maps of one LoRA from different pictures",
+        ["LoRAs", "pictures of each", "correlation [95 % of draws]"],
+        rows,
+    )
+
+    rows = []
+    relations: dict[str, Callable[[Path, Path], bool]] = {
+        "one subject, two seeds": lambda a, b: what_of(a) == what_of(b) and what_of(a) in SUBJECTS,
+        "one style, two seeds": lambda a, b: what_of(a) == what_of(b) and what_of(a) in STYLES,
+        "two subjects": lambda a, b: what_of(a) != what_of(b) and {what_of(a), what_of(b)} <= {*SUBJECTS},
+        "two styles": lambda a, b: what_of(a) != what_of(b) and {what_of(a), what_of(b)} <= {*STYLES},
+        "subject and style": lambda a, b: (what_of(a) in SUBJECTS) != (what_of(b) in SUBJECTS),
+    }
+    for relation, fits in relations.items():
+        values = np.array([[correlation(found[a].mean(1), found[b].mean(1))] for a, b in combinations(found, 2) if fits(a, b)])
+        rows.append([relation, str(len(values)), _change(values)])
+    yield "Correlation of the maps of two LoRAs", ["LoRAs", "pairs", "correlation"], rows
+
+    rows = []
+    fresh = replace(asked.bench, seed=asked.bench.seed + 1)
+    for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
+        kept: dict[str, list[np.ndarray]] = {"least": [], "most": [], "at random": []}
+        for n, what in enumerate(whats):
+            for seed, other in ((0, 1), (1, 0)):
+                bands = names[:BANDS]
+                order = list(np.argsort(found[asked.path(what, seed)][:BANDS].mean(1)))
+                drawn = list(np.random.default_rng(10 * n + seed).permutation(BANDS))
+                for choice, chosen in (
+                    ("least", order[: BANDS // 2]),
+                    ("most", order[BANDS // 2 :]),
+                    ("at random", drawn[: BANDS // 2]),
+                ):
+                    dropped = [bands[k] for k in sorted(chosen)]
+                    kept[choice].append(_loss(asked, asked.path(what, other), dropped, fresh))
+        for choice, losses in kept.items():
+            rows.append([kind, choice, _change(-np.stack(losses))])
+    title = "Half of the layers dropped by the map of another seed's LoRA, on other pictures"
+    yield title, ["LoRAs", "dropped bands: those that matter", "change of subject or style"], rows
+
+
+# --- 6: averages over checkpoints ----------------------------------------------------------------------------------------------
+
+
+def averages(asked: Asked) -> Iterator[Table]:
+    """Question 6: averages over the last saves of a training."""
+    rows = []
+    for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
+        finals = [asked.path(what, seed) for what in whats for seed in asked.seeds]
+        base = _curves(asked, [[path] for path in finals], SUM)
+        for sigma in (0.05, 0.1, 0.2, 0.2887):
+            curves = []
+            for path in finals:
+                saves = [*sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors")), path]
+                steps = [int(save.stem.rsplit("_", 1)[1]) for save in saves[:-1]]
+                saves, steps = saves[-4:], [*steps, int(path.stem.split("_n")[1].split("_")[0])][-4:]
+                weights = profile(steps, gamma_of(sigma))
+                what, merged = what_of(path), Merged("sum", rank=asked.rank)
+                made: list[loras.Factors] = []
+
+                def worn(made=made, merged=merged, saves=saves, weights=weights) -> loras.Factors:
+                    if not made:
+                        made.append(merged.factors(saves, weights))
+                    return made[0]
+
+                name = f"average of {path.parent.name}/{path.stem} {sigma}"
+                curves.append(np.stack([asked.bench.judged([what], name, worn, strength) for strength in STRENGTHS]))
+            found = np.stack(curves)
+            at_one = STRENGTHS.index(1.0)
+            rows.append(
+                [
+                    kind,
+                    f"{sigma:g}",
+                    _change(_of(found[:, at_one] - base[:, at_one], "score")),
+                    _change(_of(common(found) - common(base), "score")),
+                    _change(_of(common(found) - common(base), "burned")),
+                ]
+            )
+    header = [
+        "LoRAs",
+        "sigma_rel",
+        "score at strength 1, against the last save",
+        "score, each at its best strength",
+        "burned there",
+    ]
+    yield "Averages over the last four saves", header, rows
+
+
+# --- 7: what foretells burn ----------------------------------------------------------------------------------------------------
+
+
+def _predictors(weights: Mapping[str, torch.Tensor], paths: Sequence[Path], strength: float) -> dict[str, float]:
+    """Numbers of a sum that need no picture."""
+    given, factors = [loras.load(path) for path in paths], SUM.factors(paths)
+    growth, change, size, alone_ = [], 0.0, 0.0, 0.0
+    for module, (up, down) in factors.items():
+        delta, weight = strength * (up @ down), weights[module]
+        growth.append(float(torch.linalg.matrix_norm(weight + delta, 2) / torch.linalg.matrix_norm(weight, 2)))
+        change, size = change + float(delta.square().sum()), size + float(weight.square().sum())
+        alone_ += sum(float((strength * (one[module][0] @ one[module][1])).square().sum()) for one in given)
+    tops = [float(torch.linalg.matrix_norm(strength * (up @ down), 2)) for up, down in factors.values()]
+    of_base = [float(torch.linalg.matrix_norm(weights[module], 2)) for module in factors]
+    return {
+        "sum of strengths": strength * len(paths),
+        "norm of the change / norm of the base": (change / size) ** 0.5,
+        "largest singular value of the change / the base's, mean": float(np.mean(np.array(tops) / of_base)),
+        "largest singular value of the change / the base's, largest": float(np.max(np.array(tops) / of_base)),
+        "growth of the base's largest singular value, mean": float(np.mean(growth)),
+        "growth of the base's largest singular value, largest": float(np.max(growth)),
+        "norm of the sum / root of the sum of squared norms": (change / alone_) ** 0.5,
+    }
+
+
+def _ranks_of(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties at their mean."""
+    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[at]
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation.
+
+    Args:
+        one: Values.
+        other: As many.
+    """
+    a, b = _ranks_of(one), _ranks_of(other)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+def predictors(asked: Asked) -> Iterator[Table]:
+    """Question 7: is there a predictor of burn that needs no picture?"""
+    weights = {name: module.weight.detach() for name, module in loras.targets(asked.bench.model).items()}
+    singles = [[asked.path(what, seed)] for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
+    sets = singles + [paths for subjects, styles in KINDS.values() for paths in asked.sets(subjects, styles)]
+    curves = _curves(asked, sets, SUM)
+    burned, lost = _of(curves, "excess").mean(2), -_of(curves, "score").mean(2)
+    table = [[_predictors(weights, paths, strength) for strength in STRENGTHS] for paths in sets]
+    at_one, random, rows = STRENGTHS.index(1.0), np.random.default_rng(0), []
+    for name in table[0][0]:
+        values = np.array([[cell[name] for cell in row] for row in table])
+        row = [name]
+        for target in (burned, lost):
+            for some in (slice(None), slice(at_one, at_one + 1)):
+                drawn = [
+                    spearman(values[chosen][:, some].ravel(), target[chosen][:, some].ravel())
+                    for chosen in random.integers(len(sets), size=(500, len(sets)))
+                ]
+                low, high = np.percentile(drawn, [2.5, 97.5])
+                row.append(f"{spearman(values[:, some].ravel(), target[:, some].ravel()):+.2f} [{low:+.2f}, {high:+.2f}]")
+        rows.append(row)
+    header = ["number", "burn, all strengths", "burn, strength 1", "loss of score, all strengths", "loss of score, strength 1"]
+    yield f"Rank correlation over {len(sets)} sums of one to four LoRAs", header, rows
+
+
+# --- SSR -----------------------------------------------------------------------------------------------------------------------
+
+
+def calibrated(asked: Asked) -> Iterator[Table]:
+    """SSR beside the methods that need no model."""
+    for kind in ("subject + style", "two subjects"):
+        sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
+        of_sum = _curves(asked, sets, SUM)
+        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
+        ways: list[Merge] = [
+            Merged("tsv"),
+            Ssr(asked.bench, 1),
+            Ssr(asked.bench, 8),
+            Ssr(asked.bench, 8, worn=False),
+            Ssr(asked.bench, 8, whole=True),
+        ]
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
+        for way in ways:
+            curves = _curves(asked, sets, way)
+            rows.append(_method_row(way.name, curves[:, at_one], curves, base, own))
+        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+
+
+QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {
+    "alone": alone,
+    "shared": shared,
+    "stacked": stacked,
+    "spaces": spaces,
+    "ranks": ranks,
+    "maps": maps,
+    "averages": averages,
+    "predictors": predictors,
+    "ssr": calibrated,
+}
+
+
+def text(tables: Sequence[Table]) -> str:
+    """Markdown.
+
+    Args:
+        tables: One after another.
+    """
+    parts = []
+    for title, header, rows in tables:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+        parts.append("\n".join([f"### {title}", "", *lines]))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,181 @@
+"""The comparison: choices and spreads on numbers with known answers, SSR against least squares, the questions at a tiny size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import methods
+
+from tests.benchmarks.small_world import compare, loras, model, questions, ssr, train
+
+SIZE = model.Size(24, 30, 1)  # all 30 layers: the questions take them in bands
+BASE = train.Settings(model.Size(24, 2, 1))
+
+
+def curves(scores: np.ndarray) -> np.ndarray:
+    """Judgements with these scores."""
+    found = np.zeros((*scores.shape, len(compare.MEASURES)))
+    found[..., -1] = scores
+    return found
+
+
+def test_a_choice_by_chance_gains_nothing():
+    """Scores of pure noise: the best of many strengths is no better than any of them."""
+    noise = curves(np.random.default_rng(0).normal(size=(200, 10, 40)))
+    for chosen in (compare.common(noise), np.stack([compare.best(curve) for curve in noise])):
+        mean, low, high = compare.spread(chosen[..., -1])
+        assert low < 0 < high
+        assert abs(mean) < 0.05
+
+
+def test_the_best_strength_is_found():
+    scores = np.random.default_rng(1).normal(size=(6, 3, 8), scale=0.1)
+    scores[:, 1] += 1
+    assert np.array_equal(compare.common(curves(scores))[..., -1], scores[:, 1])
+    assert np.array_equal(compare.best(curves(scores)[0])[:, -1], scores[0, 1])
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    """Sets that differ, pictures that differ: 95 % of the intervals hold 0, as far as 12 sets can tell."""
+    random, held = np.random.default_rng(2), 0
+    for n in range(200):
+        values = random.normal(size=(12, 1)) + random.normal(size=(12, 32))
+        _, low, high = compare.spread(values, n, 400)
+        held += low <= 0 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_rank_correlation():
+    assert questions.spearman(np.array([1, 2, 3, 9]), np.array([0, 5, 6, 7])) == pytest.approx(1)
+    assert questions.spearman(np.array([1, 1, 2, 2]), np.array([4, 4, 3, 3])) == pytest.approx(-1)
+    assert questions.spearman(np.ones(4), np.arange(4)) == 0
+
+
+def factors(seed: int, rank: int = 2) -> loras.Factors:
+    """A random LoRA of one layer."""
+    random = torch.Generator().manual_seed(seed)
+    made = model.transformer(BASE.size, 0)
+    return {
+        name: (torch.randn(one.out_features, rank, generator=random), torch.randn(rank, one.in_features, generator=random))
+        for name, one in loras.targets(made).items()
+    }
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two LoRAs with names of the small world."""
+    paths = [tmp_path / f"{what}_r2_s0_n1.safetensors" for what in ("zib", "gleb")]
+    for n, path in enumerate(paths):
+        loras.save(path, factors(n))
+    return paths
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> compare.Bench:
+    """An untrained student."""
+    made = model.transformer(BASE.size, 0).eval().requires_grad_(False)
+    return compare.Bench(made, BASE.size.caption, 2, tmp_path / "judged", 4)
+
+
+@pytest.mark.parametrize(("method", "rule"), [("full_ties", lambda d: methods.elect([methods.trim(x, 0.5) for x in d]))])
+def test_rules_on_whole_matrices(files, method, rule):
+    found = compare.Merged(method, (("density", 0.5),)).factors(files)
+    given = [loras.load(path) for path in files]
+    for module in list(found)[:3]:
+        wanted = rule([(one[module][0] @ one[module][1]).double() for one in given])
+        assert torch.allclose((found[module][0] @ found[module][1]).double(), wanted, atol=1e-5)
+
+
+def test_a_judgement_is_made_once(bench, files):
+    first = bench.curve(files, compare.Merged(), (0.5, 1.0))
+    assert first.shape == (2, 4, len(compare.MEASURES))
+    again = replace(bench, model=None)  # which could draw nothing
+    assert np.array_equal(again.curve(files, compare.Merged(), (0.5, 1.0)), first)
+    with pytest.raises(AttributeError):
+        again.curve(files, compare.Merged(), (0.7,))
+
+
+def activations(bench: compare.Bench, files: list[Path], pictures: int) -> list[dict[str, torch.Tensor]]:
+    """All inputs of every module for each LoRA, (n, in)."""
+    calm, found = replace(bench, count=pictures, seed=bench.seed + 1000), []
+    for path in files:
+        seen: dict[str, list[torch.Tensor]] = {}
+        hooks = [
+            linear.register_forward_pre_hook(
+                lambda _, x, name=name, seen=seen: seen.setdefault(name, []).append(x[0].flatten(0, -2).double())
+            )
+            for name, linear in loras.targets(bench.model).items()
+        ]
+        with loras.worn(bench.model, (loras.load(path), 1.0)):
+            calm.pictures(calm.scenes([compare.what_of(path)]))
+        for hook in hooks:
+            hook.remove()
+        found.append({name: torch.cat(parts) for name, parts in seen.items()})
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_ssr_is_the_least_squares_fit(bench, files, whole):
+    """Against a dense least-squares solver on all activations, ridge and all."""
+    way = ssr.Ssr(bench, 3, 1e-2, whole)
+    found, seen, given = way.factors(files), activations(bench, files, 3), [loras.load(path) for path in files]
+    for module in list(found)[:8]:
+        inputs = [one[module] for one in seen]
+        ups, downs = zip(*[[part.double() for part in one[module]] for one in given], strict=True)
+        side = torch.eye(downs[0].shape[1]).double() if whole else torch.cat(downs)
+        inside = [x @ side.T for x in inputs]
+        if whole:
+            wanted = [x @ (up @ down).T for x, up, down in zip(inputs, ups, downs, strict=True)]
+        else:  # each LoRA's own coordinates, the others' zero
+            wanted = [torch.zeros_like(z) for z in inside]
+            for n, z in enumerate(inside):
+                wanted[n][:, 2 * n : 2 * n + 2] = z[:, 2 * n : 2 * n + 2]
+        rows, targets = torch.cat(inside), torch.cat(wanted)
+        ridge = (1e-2 * rows.square().sum() / rows.shape[1]) ** 0.5 * torch.eye(rows.shape[1]).double()
+        zeros = torch.zeros(rows.shape[1], targets.shape[1]).double()
+        solution = torch.linalg.lstsq(torch.cat([rows, ridge]), torch.cat([targets, zeros]), driver="gelsd").solution.T
+        expected = solution if whole else torch.cat(ups, 1) @ solution @ side
+        error = ((found[module][0] @ found[module][1]).double() - expected).norm() / expected.norm()
+        assert error < 1e-4, module
+
+
+def test_ssr_of_unrelated_activations_is_the_sum():
+    """Z_1 and Z_2 that share nothing: M is the identity."""
+    one, other = torch.zeros(4, 4), torch.zeros(4, 4)
+    one[:2, :2], other[2:, 2:] = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.eye(2)
+    assert torch.allclose(ssr.solve([one, other], [2, 2], 0.0), torch.eye(4).double(), atol=1e-12)
+
+
+def test_ssr_of_equal_activations_is_the_mean():
+    """The trap of the method: the same activations for both make an average."""
+    random = torch.randn(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same = random @ random.T
+    assert torch.allclose(ssr.solve([same, same], [2, 2], 0.0), torch.eye(4).double() / 2, atol=1e-12)
+
+
+def test_questions_can_be_asked(tmp_path: Path):
+    """Every question but the long ones, of an untrained student with random LoRAs: tables with as many cells as headers."""
+    made = model.transformer(SIZE, 0).eval().requires_grad_(False)
+    bench = compare.Bench(made, SIZE.caption, 1, tmp_path / "judged", 2)
+    random = torch.Generator().manual_seed(0)
+    for what in (*questions.SUBJECTS, *questions.STYLES):
+        one = {
+            name: (
+                torch.randn(linear.out_features, 1, generator=random) * 0.01,
+                torch.randn(1, linear.in_features, generator=random),
+            )
+            for name, linear in loras.targets(made).items()
+        }
+        for seed in (0, 1):
+            loras.save(tmp_path / f"{what}_r1_s{seed}_n1.safetensors", one)
+    asked = questions.Asked(bench, tmp_path, "_n1", 1)
+    for name in ("alone", "shared"):
+        for title, header, rows in questions.QUESTIONS[name](asked):
+            assert title
+            assert rows
+            assert all(len(row) == len(header) for row in rows)
+    for subjects, styles in questions.KINDS.values():
+        for paths in asked.sets(subjects, styles):
+            assert len(set(paths)) == subjects + styles
