@@ -22,8 +22,8 @@ from PIL import Image
 from tests.benchmarks.small_world import world
 from tests.benchmarks.small_world.loras import Recipe
 from tests.benchmarks.small_world.pipeline import REDUCED, enlarged
+from tests.host.shim import SHIM
 
-SHIM = Path(__file__).parents[2] / "host" / "cpu_shim"  # lets a CPU-only torch import AI-Toolkit's other packages
 ASKED = (
     "import importlib.util as u, torch; print(bool(torch.version.cuda), all(map(u.find_spec, ('oyaml', 'optimum', 'diffusers'))))"
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.benchmarks.small_world import world
 from tests.benchmarks.small_world.model import BACK, CHANNELS, COLOURS, MIDDLE, SHIFT, caption_features
@@ -50,7 +50,7 @@ def _signed(matrix: Tensor) -> Tensor:
     return torch.cat([matrix, -matrix, torch.zeros(2, matrix.shape[1])])
 
 
-def _point(conv: nn.Module, weight: Tensor, bias: Tensor | None = None, tap: int = 1) -> None:
+def _point(conv: Any, weight: Tensor, bias: Tensor | None = None, tap: int = 1) -> None:
     """Makes a convolution look at one pixel only.
 
     Args:
@@ -103,7 +103,7 @@ def vae() -> Any:
     """
     from diffusers import AutoencoderKL
 
-    made = AutoencoderKL(
+    made: Any = AutoencoderKL(
         latent_channels=CHANNELS,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -183,10 +183,11 @@ def export(transformer: Any, folder: Path) -> None:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-    ZImagePipeline(
+    whole: Any = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=SHIFT),
         vae=vae(),
         text_encoder=text_encoder(transformer.config.cap_feat_dim),
         tokenizer=tokenizer(),
         transformer=transformer,
-    ).save_pretrained(folder)
+    )
+    whole.save_pretrained(folder)

@@ -188,6 +188,7 @@ def test_the_command_with_a_training_adapter(_there, tmp_path: Path):
     main(["toolkit-loras", *where, "--what", "gleb", "--seeds", "3", "--rank", "2", "--steps", "2", "--adapter"])
     (path,) = tmp_path.glob("*/turbo*/step1/gleb_r2_s3_n2_adapter_toolkit.safetensors")
     (adapter,) = tmp_path.glob("*/turbo*/step1/training_adapter*.safetensors")
+    assert "Merging in assistant LoRA" in path.with_suffix(".log").read_text(encoding="utf-8")
     main(["export", "turbo", *where, "--out", str(tmp_path / "pipeline")])
     settings = train.Settings(SIZE)
     student = train.turbo(train.base(settings, tmp_path), settings, train.Distillation()).average

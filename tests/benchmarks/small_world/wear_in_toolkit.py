@@ -15,8 +15,8 @@ from toolkit.lora_special import LoRASpecialNetwork
 from toolkit.prompt_utils import PromptEmbeds
 from toolkit.util.get_model import get_model_class
 
-pipeline, lora, given, out, adapter = [*sys.argv[1:], None][:5]
-config = ModelConfig(name_or_path=pipeline, arch="zimage:turbo", dtype="fp32", assistant_lora_path=adapter)
+pipeline, lora, given, out, *adapter = sys.argv[1:]
+config = ModelConfig(name_or_path=pipeline, arch="zimage:turbo", dtype="fp32", assistant_lora_path=next(iter(adapter), None))
 Model = get_model_class(config)
 sd = Model(device=get_accelerator().device, model_config=config, dtype="fp32", noise_scheduler=Model.get_train_scheduler())
 sd.load_model()
