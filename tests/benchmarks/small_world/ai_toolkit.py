@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -159,7 +160,9 @@ def train_lora(
     path.parent.mkdir(parents=True, exist_ok=True)
     run([str(root() / "run.py"), str(work / "job.json")], work, path.with_suffix(".log"), recipe.seed)
     made = work / "output" / "trained"
-    (made / "trained.safetensors").replace(path)
+    fresh = path.with_suffix(".new")
+    shutil.copyfile(made / "trained.safetensors", fresh)  # `work` may lie on another disk
+    fresh.replace(path)
     with closing(sqlite3.connect(made / "loss_log.db")) as base:
         rows = base.execute("SELECT value_real FROM metrics WHERE key = 'loss/loss' ORDER BY step").fetchall()
     return [loss for (loss,) in rows]
