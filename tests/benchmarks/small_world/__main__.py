@@ -5,6 +5,8 @@
     python tests/benchmarks/small_world base [--steps 2000]
     python tests/benchmarks/small_world distill [--steps 500]
     python tests/benchmarks/small_world loras [--what zib fland ... ] [--seeds 0 1] [--rank 8] [--steps 200] [--adapter]
+    python tests/benchmarks/small_world toolkit-loras ...          the same in the real AI-Toolkit
+    python tests/benchmarks/small_world export base|turbo --out FOLDER
     python tests/benchmarks/small_world judge base|turbo [--lora FILE[:STRENGTH] ...] [--what zib gleb] [--out FILE.png]
     python tests/benchmarks/small_world ask alone shared stacked ... [--out FILE.md]
 
@@ -22,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.benchmarks.small_world import compare, loras, questions, train, world
+from tests.benchmarks.small_world import ai_toolkit, compare, loras, pipeline, questions, train, world
 from tests.benchmarks.small_world.measures import DAMAGE, accuracy, burn_found, judge
 from tests.benchmarks.small_world.model import Size
 
@@ -154,47 +157,114 @@ def distill(args: argparse.Namespace) -> None:
     run_training(student_of(args, base), train.Distillation().student, args)
 
 
-def lora_path(student: train.Training, recipe: loras.Recipe, adapter: bool) -> Path:
-    """In a folder of the student's state.
+def lora_path(model: train.Training, recipe: loras.Recipe, adapter: bool, suffix: str = "") -> Path:
+    """In a folder of the model's state.
 
     Args:
-        student: What the LoRA is trained on.
+        model: What the LoRA is trained on.
         recipe: Of the LoRA.
         adapter: Whether the adapter is worn.
+        suffix: Of the name.
     """
-    name = f"{recipe.what}_r{recipe.rank}_s{recipe.seed}_n{recipe.steps}{'_adapter' * adapter}.safetensors"
-    return student.path.with_suffix("") / f"step{student.step}" / name
+    name = f"{recipe.what}_r{recipe.rank}_s{recipe.seed}_n{recipe.steps}{'_adapter' * adapter}{suffix}.safetensors"
+    return model.path.with_suffix("") / f"step{model.step}" / name
+
+
+def note_lora(path: Path, recipe: loras.Recipe, losses: Sequence[float]) -> None:
+    """Writes down how a LoRA was trained, beside it, and prints it.
+
+    Args:
+        path: Of the LoRA.
+        recipe: Its.
+        losses: Of its steps.
+    """
+    tenth = max(1, len(losses) // 10)
+    line = {"lora": path.name, "first": np.mean(losses[:tenth]), "last": np.mean(losses[-tenth:]), **asdict(recipe)}
+    path.with_suffix(".json").write_text(json.dumps(line))
+    print(json.dumps(line), flush=True)
+
+
+def made_lora(model: train.Training, recipe: loras.Recipe, adapter: Path | None, args: argparse.Namespace) -> Path:
+    """A LoRA of our own training; one that is there stays.
+
+    Args:
+        model: What it is trained on.
+        recipe: How.
+        adapter: Worn.
+        args: The command line.
+    """
+    path = lora_path(model, recipe, adapter is not None)
+    if not path.exists():
+        worn = loras.load(adapter) if adapter else None
+
+        def stepped(step: int, factors: loras.Factors) -> None:
+            if args.save_every and step % args.save_every == 0 and step < recipe.steps:
+                loras.save(path.with_name("saves") / f"{path.stem}_{step:09d}.safetensors", factors)
+
+        factors, losses = loras.train_lora(model.average, recipe, args.caption, worn, stepped)
+        loras.save(path, factors)
+        note_lora(path, recipe, losses)
+    return path
+
+
+def adapter_of(model: train.Training, args: argparse.Namespace) -> Path | None:
+    """The training adapter, trained if it is not there; None unless it is asked for.
+
+    Args:
+        model: What it is trained on.
+        args: The command line.
+    """
+    if not args.adapter:
+        return None
+    return made_lora(model, loras.Recipe(loras.ADAPTER, 16, args.seed, args.steps, pictures=1024), None, args)
+
+
+def trained_model(args: argparse.Namespace) -> train.Training:
+    """Base or student by `args.model`.
+
+    Args:
+        args: The command line.
+
+    Raises:
+        SystemExit: It is not trained.
+    """
+    base = train.base(settings_of(args), args.folder)
+    found = base if args.model == "base" else student_of(args, base)
+    if not found.step:
+        raise SystemExit(f"nothing at {found.path}: run {'base' if args.model == 'base' else 'distill'} first")
+    return found
 
 
 def train_loras(args: argparse.Namespace) -> None:
-    """Trains LoRAs on the student; those that are there stay."""
-    student = student_of(args, train.base(settings_of(args), args.folder))
-    if not student.step:
-        raise SystemExit(f"no student at {student.path}: run distill first")
-
-    def made(recipe: loras.Recipe, adapter: loras.Factors | None) -> Path:
-        path = lora_path(student, recipe, adapter is not None)
-        if not path.exists():
-
-            def stepped(step: int, factors: loras.Factors) -> None:
-                if args.save_every and step % args.save_every == 0 and step < recipe.steps:
-                    loras.save(path.with_name("saves") / f"{path.stem}_{step:09d}.safetensors", factors)
-
-            factors, losses = loras.train_lora(student.average, recipe, args.caption, adapter, stepped)
-            loras.save(path, factors)
-            tenth = max(1, len(losses) // 10)
-            line = {"lora": path.name, "first": np.mean(losses[:tenth]), "last": np.mean(losses[-tenth:]), **asdict(recipe)}
-            path.with_suffix(".json").write_text(json.dumps(line))
-            print(json.dumps(line), flush=True)
-        return path
-
-    adapter = None
-    if args.adapter:
-        recipe = loras.Recipe(loras.ADAPTER, 16, args.seed, args.steps, pictures=1024)
-        adapter = loras.load(made(recipe, None))
+    """Trains LoRAs on the student, or on the base; those that are there stay."""
+    model = trained_model(args)
+    adapter = adapter_of(model, args)
     for seed in args.seeds:
         for what in args.what:
-            made(loras.Recipe(what, args.rank, seed, args.steps), adapter)
+            made_lora(model, loras.Recipe(what, args.rank, seed, args.steps), adapter, args)
+
+
+def train_toolkit_loras(args: argparse.Namespace) -> None:
+    """Trains LoRAs in the real AI-Toolkit; those that are there stay."""
+    if lacking := ai_toolkit.missing():
+        raise SystemExit(lacking)
+    model = trained_model(args)
+    adapter = adapter_of(model, args)
+    with TemporaryDirectory() as folder:
+        pipeline.export(model.average, Path(folder) / "pipeline")
+        for seed in args.seeds:
+            for what in args.what:
+                recipe = loras.Recipe(what, args.rank, seed, args.steps)
+                path = lora_path(model, recipe, args.adapter, "_toolkit" + "_weighted" * (args.times == "weighted"))
+                if not path.exists():
+                    work = Path(folder) / path.stem
+                    losses = ai_toolkit.train_lora(recipe, Path(folder) / "pipeline", path, work, adapter, args.times)
+                    note_lora(path, recipe, losses)
+
+
+def export_pipeline(args: argparse.Namespace) -> None:
+    """Writes base or student as a folder that diffusers and AI-Toolkit load as a Z-Image."""
+    pipeline.export(trained_model(args).average, args.out)
 
 
 def judge_model(args: argparse.Namespace) -> None:
@@ -224,7 +294,7 @@ def ask(args: argparse.Namespace) -> None:
         student.average, args.caption, student.settings.student, student.path.with_suffix("") / "judged", args.count
     )
     folder = lora_path(student, loras.Recipe("", args.rank, 0, args.lora_steps), False).parent
-    asked = questions.Asked(bench, folder, f"_n{args.lora_steps}", args.rank, tuple(args.seeds))
+    asked = questions.Asked(bench, folder, f"_n{args.lora_steps}{args.ending}", args.rank, tuple(args.seeds))
     for name in args.questions:
         found = questions.text(list(questions.QUESTIONS[name](asked)))
         print(found, flush=True)
@@ -262,17 +332,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command("measures", check_measures, 1000, -1)
     command("base", train_base, 64, 2000)
     command("distill", distill, 64, 500)
-    of = command("loras", train_loras, 64, 200)
-    of.add_argument("--what", nargs="+", default=[*world.NEW_SUBJECTS, *world.NEW_STYLES])
-    of.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    of.add_argument("--rank", type=int, default=8)
-    of.add_argument("--adapter", action="store_true", help="train a training adapter first, and wear it")
-    of.set_defaults(save_every=0)
+    for name, run in (("loras", train_loras), ("toolkit-loras", train_toolkit_loras)):
+        of = command(name, run, 64, 200)
+        of.add_argument("--what", nargs="+", default=[*world.NEW_SUBJECTS, *world.NEW_STYLES])
+        of.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+        of.add_argument("--rank", type=int, default=8)
+        of.add_argument("--adapter", action="store_true", help="train a training adapter first, and wear it")
+        of.add_argument("--model", choices=["base", "turbo"], default="turbo", help="what they are trained on")
+        of.set_defaults(save_every=0)
+    of.add_argument("--times", choices=["sigmoid", "weighted"], default="sigmoid", help="AI-Toolkit's timestep_type")
+    of = command("export", export_pipeline, 0)
+    of.add_argument("model", choices=["base", "turbo"])
+    of.add_argument("--out", type=Path, required=True)
     of = command("ask", ask, 32)
     of.add_argument("questions", nargs="+", choices=list(questions.QUESTIONS))
     of.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the LoRAs")
     of.add_argument("--rank", type=int, default=8, help="of the LoRAs")
     of.add_argument("--lora-steps", type=int, default=200, help="of the LoRAs")
+    of.add_argument("--ending", default="", help="of the LoRAs' names, such as _toolkit")
     of.add_argument("--out", type=Path, help="tables are added to this file")
     of = command("judge", judge_model, 96)
     of.add_argument("model", choices=["base", "turbo"])
