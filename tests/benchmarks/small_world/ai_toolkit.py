@@ -148,7 +148,7 @@ def train_lora(
         path: Of the LoRA, which `loras.load` reads. Its log lies beside it.
         work: An empty folder for pictures, caches and the toolkit's output.
         adapter: File of a training adapter.
-        times: `sigmoid` as in our own training but without its shift, or `weighted`, what AI-Toolkit's UI writes for `zimage:turbo`.
+        times: `sigmoid` as in our own training but without its shift, or `weighted` as AI-Toolkit's UI writes.
 
     Raises:
         RuntimeError: The toolkit failed; the message has the end of its output.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,8 +145,10 @@ class Bench:
         styles = [what for what in whats if what in world.NEW_STYLES] or list(world.BASE_STYLES)
         return world.draw(self.count, (self.seed, 5), subjects, styles).scenes
 
-    def judged(self, whats: Sequence[str], what: str, worn: Callable[[], loras.Factors], strength: float = 1.0) -> np.ndarray:
-        """The measures of each picture, (count, len(MEASURES)).
+    def drawn(
+        self, whats: Sequence[str], what: str, worn: Callable[[], loras.Factors], strength: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The measures of each picture, (count, len(MEASURES)), and the pictures, (count, 16, 16, 3) in [0, 1] in 255 steps.
 
         Args:
             whats: What is asked for.
@@ -153,19 +156,22 @@ class Bench:
             worn: Gives what is worn; not called where the judgement is there.
             strength: Of it.
         """
-        key = hashlib.sha256(json.dumps([self.count, self.seed, self.steps, sorted(whats), what, strength]).encode()).hexdigest()[
-            :24
-        ]
-        path = self.folder / f"{key}.npy"
+        asked = [self.count, self.seed, self.steps, sorted(whats), what, strength]
+        path = self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.npz"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             scenes = self.scenes(whats)
             with loras.worn(self.model, (worn(), strength)):
-                found = measured(self.pictures(scenes), scenes)
-            fresh = path.with_suffix(".new.npy")
-            np.save(fresh, found)
+                pictures = self.pictures(scenes)
+            fresh = path.with_suffix(f".{os.getpid()}.npz")
+            np.savez(fresh, found=measured(pictures, scenes), pictures=(pictures * 255).round().astype(np.uint8))
             fresh.replace(path)
-        return np.load(path)
+        with np.load(path) as there:
+            return there["found"], there["pictures"].astype(np.float32) / 255
+
+    def judged(self, whats: Sequence[str], what: str, worn: Callable[[], loras.Factors], strength: float = 1.0) -> np.ndarray:
+        """The measures alone: see `drawn`."""
+        return self.drawn(whats, what, worn, strength)[0]
 
     def pictures(self, scenes: Sequence[world.Scene]) -> np.ndarray:
         """Of the model as it is, (n, 16, 16, 3).

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
+from extensions_built_in.zit_merge.preview.metrics import colour, detail, pixels, structure
 from tests.benchmarks.small_world import loras, world
 from tests.benchmarks.small_world.compare import MEASURES, Bench, Merge, Merged, best, common, spread, what_of
 from tests.benchmarks.small_world.ssr import Ssr
@@ -332,10 +333,22 @@ def _loss(asked: Asked, path: Path, dropped: Sequence[str], bench: Bench | None 
     return (whole - bench.judged([what], name, lambda: _without(path, dropped)))[:, measure]
 
 
-def _maps(asked: Asked, bench: Bench | None = None) -> dict[Path, np.ndarray]:
+def _maps(asked: Asked) -> dict[Path, np.ndarray]:
     """LoRA -> (groups, pictures)."""
     paths = [asked.path(what, seed) for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
-    return {path: np.stack([_loss(asked, path, [name], bench) for name in groups()]) for path in paths}
+    return {path: np.stack([_loss(asked, path, [name]) for name in groups()]) for path in paths}
+
+
+def _distances(asked: Asked, path: Path, metric: Callable[[torch.Tensor, torch.Tensor], float]) -> np.ndarray:
+    """How far the pictures without a group are from the whole LoRA's, as `ablate` measures it, (groups, pictures)."""
+    what, name = what_of(path), f"{path.parent.name}/{path.stem}"
+    whole = asked.bench.drawn([what], f"alone {name}", lambda: loras.load(path))[1]
+    found = []
+    for group in groups():
+        others = asked.bench.drawn([what], f"{name} without {group}", lambda group=group: _without(path, [group]))[1]
+        pairs = zip(torch.from_numpy(others).movedim(-1, 1), torch.from_numpy(whole).movedim(-1, 1), strict=True)
+        found.append([metric(other, one) for other, one in pairs])
+    return np.array(found)
 
 
 def maps(asked: Asked) -> Iterator[Table]:
@@ -357,25 +370,33 @@ def maps(asked: Asked) -> Iterator[Table]:
     def correlation(one: np.ndarray, other: np.ndarray) -> float:
         return float(np.corrcoef(one, other)[0, 1]) if one.std() > 0 and other.std() > 0 else 0.0
 
+    metrics = (pixels, structure, colour, detail)
+    told = {metric.__name__: {path: _distances(asked, path, metric) for path in found} for metric in metrics}
+    sizes = [pictures for pictures in (1, 2, 4, 8, 16) if 2 * pictures <= asked.bench.count]
     random, rows = np.random.default_rng(0), []
     for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
-        some = [loss for path, loss in found.items() if what_of(path) in whats]
-        for pictures in (2, 4, 8, 16, 32):
-            agreed = []
-            for loss in some:
-                for _ in range(100):
-                    chosen = random.permutation(loss.shape[1])
-                    halves = chosen[:pictures], chosen[pictures : 2 * pictures]
-                    if len(halves[1]) == pictures:
-                        agreed.append(correlation(*(loss[:, half].mean(1) for half in halves)))
-            if agreed:
-                low, high = np.percentile(agreed, [2.5, 97.5])
-                rows.append([kind, str(pictures), f"{np.mean(agreed):.2f} [{low:.2f}, {high:.2f}]"])
-    yield (
-        "Correlation of two maps of one LoRA from different pictures",
-        ["LoRAs", "pictures of each", "correlation [95 % of draws]"],
-        rows,
-    )
+        for measure, of in {"what is asked for": found, **told}.items():
+            some = [loss for path, loss in of.items() if what_of(path) in whats]
+            row = [kind, measure]
+            for pictures in sizes:
+                agreed = []
+                for loss in some:
+                    for _ in range(100):
+                        chosen = random.permutation(loss.shape[1])
+                        one, other = (loss[:, half].mean(1) for half in (chosen[:pictures], chosen[pictures : 2 * pictures]))
+                        agreed.append(correlation(one, other))
+                row.append(f"{np.mean(agreed):.2f} ({np.percentile(agreed, 5):.2f})")
+            rows.append(row)
+    header = ["LoRAs", "measure", *(f"{pictures} each" for pictures in sizes)]
+    yield "Correlation of two maps of one LoRA from different pictures: mean (5th percentile of draws)", header, rows
+
+    rows = []
+    for metric, of in told.items():
+        for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
+            values = [[correlation(of[path].mean(1), found[path].mean(1))] for path in found if what_of(path) in whats]
+            rows.append([metric, kind, _change(np.array(values))])
+    header = ["metric of `ablate`", "LoRAs", "correlation with the loss of what is asked for"]
+    yield "Does a map by distances show what carries the subject or the style?", header, rows
 
     rows = []
     relations: dict[str, Callable[[Path, Path], bool]] = {
@@ -462,22 +483,28 @@ def averages(asked: Asked) -> Iterator[Table]:
 # --- 7: what foretells burn ----------------------------------------------------------------------------------------------------
 
 
+def _largest(matrix: torch.Tensor) -> float:
+    """Its largest singular value."""
+    side = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    return max(0.0, float(torch.linalg.eigvalsh(side @ side.T)[-1])) ** 0.5
+
+
 def _predictors(weights: Mapping[str, torch.Tensor], paths: Sequence[Path], strength: float) -> dict[str, float]:
     """Numbers of a sum that need no picture."""
     given, factors = [loras.load(path) for path in paths], SUM.factors(paths)
-    growth, change, size, alone_ = [], 0.0, 0.0, 0.0
+    growth, tops, of_base, change, size, alone_ = [], [], [], 0.0, 0.0, 0.0
     for module, (up, down) in factors.items():
         delta, weight = strength * (up @ down), weights[module]
-        growth.append(float(torch.linalg.matrix_norm(weight + delta, 2) / torch.linalg.matrix_norm(weight, 2)))
+        of_base.append(_largest(weight))
+        tops.append(_largest(delta))
+        growth.append(_largest(weight + delta) / of_base[-1])
         change, size = change + float(delta.square().sum()), size + float(weight.square().sum())
         alone_ += sum(float((strength * (one[module][0] @ one[module][1])).square().sum()) for one in given)
-    tops = [float(torch.linalg.matrix_norm(strength * (up @ down), 2)) for up, down in factors.values()]
-    of_base = [float(torch.linalg.matrix_norm(weights[module], 2)) for module in factors]
     return {
         "sum of strengths": strength * len(paths),
         "norm of the change / norm of the base": (change / size) ** 0.5,
-        "largest singular value of the change / the base's, mean": float(np.mean(np.array(tops) / of_base)),
-        "largest singular value of the change / the base's, largest": float(np.max(np.array(tops) / of_base)),
+        "largest singular value of the change / the base's, mean": float(np.mean(np.array(tops) / np.array(of_base))),
+        "largest singular value of the change / the base's, largest": float(np.max(np.array(tops) / np.array(of_base))),
         "growth of the base's largest singular value, mean": float(np.mean(growth)),
         "growth of the base's largest singular value, largest": float(np.max(growth)),
         "norm of the sum / root of the sum of squared norms": (change / alone_) ** 0.5,
