@@ -15,8 +15,8 @@ truncation that follows throws most of the rest away (see docs/methods.md for th
 
 Everything follows from the Gram matrices of all components, (R, R): through their Cholesky factors, or their eigenvectors where
 components depend on each other. Beyond 128 components those of different deltas are multiplied in float32, if a bound on the
-condition allows it; each delta by itself always is in float64. `condensed` gives such a space without its axes, for questions
-that need none.
+condition allows it; each delta by itself always is in float64. Rules and questions that look at directions need no axes, which
+they turn with: `condensed` has none.
 
 Core space merging: Panariello et al. 2025, arXiv 2509.17786, whose reference axes come from the stacked factors instead.
 """
@@ -73,12 +73,13 @@ class Core(NamedTuple):
         return Framed(up, left, core, right, down)
 
 
-def core_space(deltas: Sequence[Delta]) -> Core:
-    """The common core space in its principal axes.
+def core_space(deltas: Sequence[Delta], in_axes: bool = True) -> Core:
+    """The common core space.
 
     Args:
         deltas: Changes of one weight, (out, in) each. Factors stay thin; a LoKr or a difference of full rank makes the cores as
             large as the weight.
+        in_axes: In its principal axes; else in any, which is enough for what looks at no entry and takes less time.
     """
     parts = [d.expand() for d in deltas]
     ranks = [p.rank for p in parts]
@@ -91,11 +92,14 @@ def core_space(deltas: Sequence[Delta]) -> Core:
     lengths = norms.repeat_interleave(torch.tensor(ranks)).to(level.device)
     unit = torch.where(lengths > 0, lengths.rsqrt(), 0.0)
     ups, downs = left.roots * (level * unit), right.roots * (torch.where(level > 0, 1 / level, 0.0) * unit)
-    turn_left, turn_right = _principal(ups, downs, ranks), _principal(downs, ups, ranks)
-    pairs = zip((turn_left.T @ ups).split(ranks, 1), (turn_right.T @ downs).split(ranks, 1), strict=True)
-    cores = [Factors(x * n, y.T) for (x, y), n in zip(pairs, norms.tolist(), strict=True)]
-    up, down = Factors(single(left.long), left.unroot @ turn_left), Factors((right.unroot @ turn_right).T, single(right.long).T)
-    return Core((up, down), cores)
+    unroots = left.unroot, right.unroot
+    if in_axes:
+        turns = _principal(ups, downs, ranks), _principal(downs, ups, ranks)
+        unroots = unroots[0] @ turns[0], unroots[1] @ turns[1]
+        ups, downs = turns[0].T @ ups, turns[1].T @ downs
+    pairs = zip(ups.split(ranks, 1), downs.split(ranks, 1), norms.tolist(), strict=True)
+    frames = Factors(single(left.long), unroots[0]), Factors(unroots[1].T, single(right.long).T)
+    return Core(frames, [Factors(x * n, y.T) for x, y, n in pairs])
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ def _spans(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _principal(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Tensor:
     """The left singular vectors of [x_1 y_1' ... x_N y_N'], without those of rounding: (p, R), (q, R) -> (p, p')."""
-    pieces = (a @ (b.T @ b) @ a.T for a, b in zip(x.split(ranks, 1), y.split(ranks, 1), strict=True))
-    values, vectors = torch.linalg.eigh(sum(pieces))
+    pieces = [a @ (b.T @ b) for a, b in zip(x.split(ranks, 1), y.split(ranks, 1), strict=True)]
+    values, vectors = torch.linalg.eigh(torch.cat(pieces, 1) @ x.T)
     values, vectors = values.flip(0), vectors.flip(1)
     return vectors[:, : max(1, int((values > FAINT**2 * values[0]).sum()))]  # a share of entries must not depend on padding
