@@ -36,7 +36,7 @@ from .delta import Delta, Framed
 from .factors import Factors, gramian, roots, single, wide
 
 _FEW = 128  # components up to which all sums are in float64
-_ROWS = 1024  # of all changes together that are cast at once
+_ROWS = 4096  # of all changes together that are cast at once
 _SURE = {torch.float32: 1e-3, torch.float64: 1e-9}  # eps times the condition of the components: what an angle may be off by
 FAINT = 1e-6  # of the largest singular value: what is fainter is the rounding of float32 factors, nothing that was trained
 
