@@ -5,7 +5,7 @@ import torch
 from algebra.operands import dense, draw, kron
 from oracles import methods as oracle
 
-from extensions_built_in.zit_merge.algebra.core import core_space
+from extensions_built_in.zit_merge.algebra.core import condensed, core_space
 from extensions_built_in.zit_merge.algebra.delta import Kron, Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, pad, stack, whole
 
@@ -192,3 +192,34 @@ def test_a_faint_lora_keeps_its_own_precision():
     faint = B.times(1e-9)
     space = core_space([A, faint])
     assert error(space.left @ space.cores[1] @ space.right, dense(faint), dense(faint).norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "is_full"),
+    [
+        (A, True),
+        (Factors(A.up * 1e6, A.down / 1e6), True),
+        (A.times(1e-9), True),
+        (pad(A, 9), False),
+        (Factors(A.up[:, [0, 1, 1, 2]], A.down[[0, 1, 1, 2]]), False),
+        (Factors(A.up * torch.tensor([1, 1, 1, 1e-8], dtype=F64), A.down), False),
+        (A.times(0.0), False),
+        (lora(35, 5), False),
+    ],
+    ids=["drawn", "lopsided", "small", "padded", "repeated", "one faint", "zero", "more components than columns"],
+)
+def test_a_change_is_full_where_it_surely_has_as_many_directions_as_components(x, is_full):
+    for deltas, place in ([x], 0), ([x, B], 0), ([B, x], 1):
+        found = condensed(deltas, exactly=True)
+        assert found and found.is_full(place) is is_full
+
+
+def test_small_changes_have_the_inner_products_of_the_long_ones_in_float64():
+    deltas = [draw(400, 300, 50, seed, torch.bfloat16) for seed in range(3)]
+    deltas.append(stack(deltas))  # depends on the others
+    found = condensed(deltas, exactly=True)
+    rows = torch.stack([dense(d).flatten() for d in deltas])
+    assert found
+    short = torch.stack([dense(d).flatten() for d in found.deltas])
+    for small in (found.inner, short @ short.T):
+        torch.testing.assert_close(small, rows @ rows.T, rtol=1e-9, atol=1e-9 * float(rows.norm()) ** 2)

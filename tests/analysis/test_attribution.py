@@ -187,6 +187,18 @@ def test_weights_by_block_and_truncated(tmp_path):
     assert facts["modules"][W2] == pytest.approx([1, 2], abs=1e-3)
 
 
+def test_a_cut_that_cost_hardly_anything_is_told_beside_modules_that_are_whole(tmp_path):
+    # its rank is filled up with zeros to that of the sum
+    whole = of((ONE, 1.0), (TWO, 1e-3))
+    assert traced(tmp_path, whole, ONE, TWO)["before_cut"] is None
+    left = cut({Q: whole[Q]}, 8)[Q]
+    padded = Pair(torch.nn.functional.pad(left.up, (0, 8)), torch.nn.functional.pad(left.down, (0, 0, 0, 8)))
+    facts = traced(tmp_path, whole | {Q: padded}, ONE, TWO)
+    assert facts["kind"] == "strengths" and facts["strengths"][1] < 0.95e-3  # the plain answer is low
+    assert facts["before_cut"]["strengths"] == pytest.approx([1, 1e-3], abs=1e-5)
+    assert facts["before_cut"]["kept"] == pytest.approx(1, abs=1e-5)
+
+
 def test_few_numbers_prove_no_truncation(tmp_path):
     # of rank 2 in each module anything is a cut sum with strengths of its own: 4 numbers for 2 unknowns
     facts = traced(tmp_path, lora(2, 9), ONE, TWO)

@@ -14,18 +14,24 @@ from workspace import FEW, Workspace
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(p.name for p in (ROOT / "config/examples").glob("*.yaml") if "type: diffusion_trainer" in p.read_text("utf-8"))
 HEAVY = ("torch", "numpy", "safetensors", "PIL", "matplotlib", "huggingface_hub", "diffusers")
+SCHEMA = "pydantic"
 SCRIPT = f"""\
 import sys
 from extensions_built_in.zit_merge.cli.main import main
 
 code = main(sys.argv[1:])
-print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
+print("loaded:", *(name for name in {(*HEAVY, SCHEMA)} if name in sys.modules))
 sys.exit(code)
 """
 
 
 def loaded(*words: object, folder: Path, code: int = 0) -> list[str]:
     """What of HEAVY a command has imported when it is done."""
+    return [name for name in all_loaded(*words, folder=folder, code=code) if name != SCHEMA]
+
+
+def all_loaded(*words: object, folder: Path, code: int = 0) -> list[str]:
+    """The same, and the package that knows configs."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, words)],
         cwd=folder,
@@ -113,3 +119,8 @@ def test_a_recipe(work):
     work.lora("me.safetensors", "musubi")
     work.zit("run", work.job(SOFT)).ok()
     assert loaded("recipe", work.out / "merged_cat_soft.safetensors", folder=work.folder) == []
+
+
+def test_a_look_at_a_file_without_a_recipe_needs_no_schema_of_one(work):
+    work.lora("me.safetensors")
+    assert all_loaded("inspect", "me.safetensors", folder=work.folder) == ["torch", "numpy"]

@@ -34,7 +34,7 @@ def ties(deltas: Sequence[Delta], *, density: Density = 0.2) -> Delta:
         deltas: One change of the weight for each LoRA, strength included.
         density: Share of the entries that is kept.
     """
-    return _in_core(deltas, lambda cores: _disjoint_mean(torch.stack([_trim(c, density) for c in cores])))
+    return _in_core(deltas, lambda cores: _disjoint_mean(_trim(cores, density)))
 
 
 def dare_linear(deltas: Sequence[Delta], *, density: Density = 0.5, seed: Seed = 0) -> Delta:
@@ -109,18 +109,18 @@ def _in_core(deltas: Sequence[Delta], rule: Callable[[Tensor], Tensor]) -> Delta
     return space.back(rule(space.cores))
 
 
-def _trim(core: Tensor, density: float) -> Tensor:
-    """The `density` largest entries by size, at least one; the others zero."""
-    count = max(1, int(density * core.numel()))
-    kept = core.abs().flatten().topk(count, sorted=False).indices
-    return torch.zeros_like(core).view(-1).scatter(0, kept, core.flatten()[kept]).view_as(core)
+def _trim(cores: Tensor, density: float) -> Tensor:
+    """(N, p, q): of each the `density` largest entries by size, at least one; the others zero."""
+    entries = cores.flatten(1)
+    kept = entries.abs().topk(max(1, int(density * entries.shape[1])), sorted=False).indices
+    return torch.zeros_like(entries).scatter(1, kept, entries.gather(1, kept)).view_as(cores)
 
 
 def _disjoint_mean(cores: Tensor) -> Tensor:
     """(N, p, q) -> (p, q): the mean of the entries whose sign is that of the sum; what is zero has no vote, a draw gives zero."""
     sizes, total = cores.flatten(1).norm(dim=1), cores.sum(0)
     elected = torch.where(total.abs() > _NOTHING * sizes.max(), total.sign(), 0.0)
-    agrees = (cores.abs() > _NOTHING * sizes[:, None, None]) & (cores.sign() == elected)
+    agrees = (cores * elected > _NOTHING * sizes[:, None, None]).to(cores)
     return (cores * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 

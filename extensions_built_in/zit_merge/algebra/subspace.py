@@ -27,7 +27,7 @@ def tsv(deltas: Sequence[Delta]) -> Delta:
     """
     if len(deltas) == 1:
         return deltas[0]
-    space = core_space(deltas)
+    space = core_space(deltas, in_axes=False)
     parts = [triplets(p) for p in space.parts]
     if not any(len(s) for _, s, _ in parts):
         return add(deltas)
@@ -91,7 +91,7 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
     """
     if len(deltas) == 1:
         return deltas[0]
-    space = core_space(deltas)
+    space = core_space(deltas, in_axes=False)
     own = [t for t in map(triplets, space.parts) if len(t[1])]  # a zero change holds no direction and is not counted
     if len(own) < 2:
         return add(deltas)

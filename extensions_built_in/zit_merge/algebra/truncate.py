@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Framed, Kron, as_dense
-from .factors import Factors, balance, fold, gramian, roots, wide
+from .factors import Factors, balance, fold, gramian, lengths, roots, wide
 from .krylov import leading
 
 # The core's R x R decompositions against Krylov's passes: on 3840 x 3840 and 10240 x 3840 the core was the faster way up to 1024
@@ -73,7 +73,7 @@ def truncate(x: Delta, rank: int, dtype: torch.dtype = torch.float64) -> Factors
 
 def _combined(long: Tensor, few: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """long @ few, orthonormal, times the roots of sigma: (n, R), (R, p), (p,); in float64 where large terms cancel in it."""
-    spread = float((wide(torch.linalg.vector_norm(long, dim=0))[:, None] * few).norm(dim=0).max())
+    spread = float((lengths(long)[:, None] * few).norm(dim=0).max())
     sums = dtype if spread * torch.finfo(dtype).eps < _CANCELLING else torch.float64
     return long.to(sums) @ (few * sigma.sqrt()).to(sums)
 

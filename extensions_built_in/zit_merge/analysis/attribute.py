@@ -7,8 +7,10 @@ applies: is the file a truncated sum, do the strengths differ from module to mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from ..formats.metadata import read_recipe
 from ..formats.reader import LoraFile
 from ..progress import SILENT, Progress
 from .attribution import AddedFactors, Attribution, BeforeCut, verdict
-from .fit import Fit
-from .measure import ModuleProducts, Readers, outline, same_model
+from .fit import Fit, Fitted, fitted
+from .measure import Readers, outline, same_model, threads
 
 ROUNDING = 0.01  # |rest| / |file| that bfloat16 explains; two to three times what it leaves (measured)
 INSIDE = 0.99  # share of a file's energy in the spaces of its sources from which on nothing else need be in it
@@ -42,10 +44,10 @@ def attribute(lora: LoraFile, sources: Sequence[LoraFile], progress: Progress = 
         ZitMergeError: The files are not of one model, or can't be read.
     """
     modules, found = same_model([lora, *sources]), _Evidence(len(sources), _rounding(lora))
-    with Readers([lora, *sources]) as readers:
+    with Readers([lora, *sources]) as readers, threads() as pool:
+        waiting = {m: pool.submit(_looked, m, readers, found.rounding) for m in modules}
         for module in progress.track(modules, "sources"):
-            deltas = readers.deltas(module)
-            found.add(module, deltas, *readers.condensed(module, deltas))
+            found.add(module, waiting.pop(module).result())
     plain, kind, energy = found.plain, found.kind(), sum(found.energies.values())
     fit = found.cut if found.cut and kind.startswith("truncated") else plain
     unknown = [m for m in found.energies if m not in plain.strengths]
@@ -79,6 +81,72 @@ def _rounding(lora: LoraFile) -> float:
     return max(ROUNDING, *(torch.finfo(c.dtype).eps for changes in lora.changes.values() for c in changes))
 
 
+class _Looked(NamedTuple):
+    """What was found in one module.
+
+    Attributes:
+        energies: Number -> squared norm; the file's change has the number 0, that of source i the number i + 1.
+        area: How many numbers the weight has.
+        plain: The file in its sources; None, as all that follows, where not both the file and a source change the module.
+        cut: The same within the file's own columns and rows; None where its rank is too high for that.
+        is_cut: The file is of a lower rank than its sources together.
+        within: Its energy in the directions of the sources; None where a rank is too high for that.
+        factors: Its up in those of the sources, its down in theirs; None where they can't add up.
+    """
+
+    energies: Mapping[int, float]
+    area: int
+    plain: Fitted | None = None
+    cut: Fitted | None = None
+    is_cut: bool = False
+    within: float | None = None
+    factors: tuple[Fitted, Fitted] | None = None
+
+
+def _looked(module: str, readers: Readers, rounding: float) -> _Looked:
+    """Looks at a module.
+
+    Args:
+        module: Its name.
+        readers: Of the file and of its sources.
+        rounding: What the rounding of the file's own numbers may leave.
+    """
+    deltas = readers.deltas(module)
+    small, products = readers.condensed(module, deltas, exactly=True)
+    found = _Looked(dict(zip(deltas, products.energies.tolist(), strict=True)), math.prod(next(iter(deltas.values())).shape))
+    here = [i - 1 for i in deltas if i]
+    if 0 not in deltas or not here:
+        return found
+    file, *others = deltas.values()
+    plain = fitted(here, products.gram.roll((-1, -1), (0, 1)), found.area)
+    found = found._replace(plain=plain, factors=_added_factors(here, [*others, file]))
+    # a sum of the sources, known to rounding, lies in their directions
+    within = plain.explained if plain.explained >= (1 - rounding**2) * found.energies[0] else None
+    if within is not None and small and file.rank >= min(sum(d.rank for d in others), *file.shape) and small.is_full(0):
+        return found._replace(cut=plain._replace(data=file.rank**2), within=within)  # and fills them: there is nothing beside it
+    if not is_thin(file):
+        return found
+    short: Sequence[Delta] = small.deltas if small else [*deltas.values()]
+    file, *others = short
+    x = directions(file)
+    cores = torch.cat([projected(x, others), x.sigma.diag()[None]]).flatten(1)
+    if not all(map(is_thin, others)):
+        within = None
+    elif within is None:
+        within = inside(x, [directions(d) for d in others])
+    is_cut = len(x.sigma) < min(sum(d.rank for d in others), *file.shape)
+    return found._replace(cut=fitted(here, cores @ cores.T, len(x.sigma) ** 2), is_cut=is_cut, within=within)
+
+
+def _added_factors(here: Sequence[int], deltas: Sequence[Delta]) -> tuple[Fitted, Fitted] | None:
+    """The factors of the last change in those of the others."""
+    pairs = [pair for d in deltas if (pair := _two_factors(d)) is not None]
+    if len(pairs) < len(deltas) or not _may_add_up(pairs):
+        return None
+    ups, downs = ([pair[side] for pair in pairs] for side in (0, 1))
+    return fitted(here, factor_products(ups), ups[-1].numel()), fitted(here, factor_products(downs), downs[-1].numel())
+
+
 class _Evidence:
     """What one pass over the modules finds.
 
@@ -100,69 +168,30 @@ class _Evidence:
         self.energies: dict[str, float] = {}
         self.owned = torch.zeros(count, dtype=torch.float64)
         self.by_chance = torch.zeros(count, dtype=torch.float64)  # mean square of <file, source> in random directions
-        self._factors: tuple[Fit, Fit] | None = (Fit(count), Fit(count))  # its up in those of the sources, its down in theirs
-        self._within: float | None = 0.0  # its energy in the directions of the sources
-        self._is_cut = False  # it is of a lower rank than its sources together
+        self._factors: tuple[Fit, Fit] | None = (Fit(count), Fit(count))
+        self._within: float | None = 0.0
+        self._is_cut = False
 
-    def add(self, module: str, deltas: Mapping[int, Delta], small: Mapping[int, Delta], products: ModuleProducts) -> None:
-        """Adds a module.
-
-        Args:
-            module: Its name.
-            deltas: The changes; the file's has the number 0, that of source i the number i + 1.
-            small: The same, condensed.
-            products: Of them.
-        """
-        energies = dict(zip(deltas, products.energies.tolist(), strict=True))
-        here = [i - 1 for i in deltas if i]
-        for i in here:
-            self.owned[i] += energies[i + 1]
-        if 0 not in deltas:
+    def add(self, module: str, part: _Looked) -> None:
+        """Adds a module."""
+        for number, energy in part.energies.items():
+            if number:
+                self.owned[number - 1] += energy
+        if 0 in part.energies:
+            self.energies[module] = part.energies[0]
+        if not part.plain:
             return
-        self.energies[module] = energies[0]
-        if not here:
-            return
-        file, *others = deltas.values()
-        for i in here:
-            self.by_chance[i] += energies[0] * energies[i + 1] / (file.shape[0] * file.shape[1])
-        explained = self.plain.add(module, here, products.gram.roll((-1, -1), (0, 1)), file.shape[0] * file.shape[1])
-        is_explained = explained >= (1 - self.rounding**2) * energies[0]
-        condensed, *rest = small.values()
-        self._add_directions(module, here, condensed, rest, explained if is_explained else None)
-        self._add_factors(module, here, [*others, file])
-
-    def _add_directions(
-        self, module: str, here: Sequence[int], file: Delta, others: Sequence[Delta], explained: float | None
-    ) -> None:
-        """What of the sources is in the directions of the file, and what of the file in theirs.
-
-        Args:
-            module: Its name.
-            here: The sources that change it.
-            file: The file's change.
-            others: The sources' changes.
-            explained: The file's energy where a sum of the sources explains it, so that it lies in their directions.
-        """
-        if not is_thin(file):
-            self.cut, self._within = None, None
-        if self.cut is None:
-            return
-        x = directions(file)
-        self._is_cut |= len(x.sigma) < min(sum(d.rank for d in others), *file.shape)
-        cores = torch.cat([projected(x, others), x.sigma.diag()[None]]).flatten(1)
-        self.cut.add(module, here, cores @ cores.T, len(x.sigma) ** 2)
-        if not all(map(is_thin, others)):
-            self._within = None
-        if self._within is not None:
-            self._within += inside(x, [directions(d) for d in others]) if explained is None else explained
-
-    def _add_factors(self, module: str, here: Sequence[int], deltas: Sequence[Delta]) -> None:
-        pairs = [pair for d in deltas if (pair := _two_factors(d)) is not None]
-        if len(pairs) < len(deltas) or not _may_add_up(pairs):
-            self._factors = None
-        for side, fit in enumerate(self._factors or ()):
-            factors = [pair[side] for pair in pairs]
-            fit.add(module, here, factor_products(factors), factors[-1].numel())
+        for i in part.plain.here:
+            self.by_chance[i] += part.energies[0] * part.energies[i + 1] / part.area
+        self.plain.add(module, part.plain)
+        self._is_cut |= part.is_cut
+        self._within = None if self._within is None or part.within is None else self._within + part.within
+        self.cut = self.cut if part.cut else None
+        if self.cut and part.cut:
+            self.cut.add(module, part.cut)
+        self._factors = self._factors if part.factors else None
+        for fit, factors in zip(self._factors or (), part.factors or (), strict=False):
+            fit.add(module, factors)
 
     def shared(self, products: Tensor) -> list[float | None]:
         """Inner products with the file as cosines; None where a length is zero."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config.recipe import only_recipe
 from ..formats.forms import why_padded
 from ..formats.header import DTYPES
 from ..formats.metadata import bases, read_check, read_recipe, trigger_words
@@ -112,9 +111,18 @@ def describe(measured: Measurement) -> Description:
         trigger_words=trigger_words(lora.metadata),
         base_model=lora.metadata.get("ss_base_model_version") or lora.metadata.get("modelspec.architecture"),
         base=bases(lora.metadata),
-        recipe=recipe and only_recipe(recipe)[0],
+        recipe=_kept(recipe),
         check=read_check(lora.metadata),
     )
+
+
+def _kept(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What of it is a recipe; most files have none, and need no schema of one."""
+    if not recipe:
+        return recipe
+    from ..config.recipe import only_recipe
+
+    return only_recipe(recipe)[0]
 
 
 def _finite(number: float) -> float | None:

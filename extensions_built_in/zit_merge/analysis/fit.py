@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,34 @@ from ..algebra.least_squares import groups, least_squares
 _DATA = 10  # numbers for each unknown before strengths that fit a module say something
 
 Strengths = tuple["float | None", ...]
+
+
+class Fitted(NamedTuple):
+    """The n sources that change one module, in the file's change there.
+
+    Attributes:
+        here: Which sources they are.
+        own: Strength of each.
+        explained: The energy of the file that these explain.
+        untold: Sources whose strengths can't be told from each other.
+        found: (n + 1, n + 1): inner products of the changes, the file's own change last.
+        data: How many numbers were fitted.
+    """
+
+    here: Sequence[int]
+    own: Strengths
+    explained: float
+    untold: list[int]
+    found: Tensor
+    data: int
+
+
+def fitted(here: Sequence[int], found: Tensor, data: int) -> Fitted:
+    """Fits one module; the arguments are as in `Fitted`."""
+    gram, products = found[:-1, :-1], found[:-1, -1]
+    own = least_squares(gram, products)
+    untold = [here[i] for group in groups(gram) for i in group]
+    return Fitted(here, own, _explained(own, products), untold, found, data)
 
 
 @dataclass
@@ -41,33 +70,19 @@ class Fit:
         self.gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         self.products = torch.zeros(self.count, dtype=torch.float64)
 
-    def add(self, module: str, here: Sequence[int], found: Tensor, data: int) -> float:
-        """Adds a module.
-
-        Args:
-            module: Its name.
-            here: The n sources that change it.
-            found: (n + 1, n + 1): inner products of their changes there, the file's own change last.
-            data: How many numbers are fitted.
-
-        Returns:
-            The energy of the file that strengths of its own explain there.
-        """
-        at = torch.tensor(here)
-        gram, products = found[:-1, :-1], found[:-1, -1]
-        own = least_squares(gram, products)
-        explained = _explained(own, products)
-        self.gram[at[:, None], at] += gram
-        self.products[at] += products
-        self.energy += float(found[-1, -1])
-        self._own += explained
-        if data:  # a module without any change decides nothing
-            self._data = min(self._data, data / len(here))
-        strengths = dict(zip(here, own, strict=True))
+    def add(self, module: str, part: Fitted) -> None:
+        """Adds a module."""
+        at = torch.tensor(part.here)
+        self.gram[at[:, None], at] += part.found[:-1, :-1]
+        self.products[at] += part.found[:-1, -1]
+        self.energy += float(part.found[-1, -1])
+        self._own += part.explained
+        if part.data:  # a module without any change decides nothing
+            self._data = min(self._data, part.data / len(part.here))
+        strengths = dict(zip(part.here, part.own, strict=True))
         self.strengths[module] = tuple(strengths.get(i) for i in range(self.count))
-        if untold := [here[i] for group in groups(gram) for i in group]:
-            self.untold[module] = untold
-        return explained
+        if part.untold:
+            self.untold[module] = part.untold
 
     @property
     def whole(self) -> Strengths:

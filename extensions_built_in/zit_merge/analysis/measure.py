@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.core import FAINT, condensed
+from ..algebra.core import FAINT, Condensed, condensed
 from ..algebra.delta import Delta, Kron, energy, gram
 from ..algebra.factors import Factors
 from ..algebra.least_squares import cosines
@@ -54,18 +54,21 @@ class Readers(ExitStack):
                 found[i] = delta.times(scale)
         return found
 
-    def condensed(self, module: str, deltas: Mapping[int, Delta]) -> tuple[Mapping[int, Delta], ModuleProducts]:
-        """Thin changes in a space as small as they are, others as they are; and their inner products, in float64.
+    def condensed(
+        self, module: str, deltas: Mapping[int, Delta], exactly: bool = False
+    ) -> tuple[Condensed | None, ModuleProducts]:
+        """Thin changes in a space as small as they are, None where one is not thin; and their inner products, in float64.
 
         Args:
             module: Its name.
             deltas: From `deltas`, at least one.
+            exactly: As `core.condensed` has it.
 
         Raises:
             ZitMergeError: One is too large for a number.
         """
         thin = [d for d in deltas.values() if isinstance(d, Factors) and is_thin(d)]
-        small = condensed(thin) if len(thin) == len(deltas) > 1 else None
+        small = condensed(thin, exactly) if len(thin) == len(deltas) > 1 else None
         if len(deltas) == 1:
             found = torch.tensor([[energy(d) for d in deltas.values()]], dtype=torch.float64)
         else:
@@ -76,8 +79,7 @@ class Readers(ExitStack):
                     f"{self._loras[i].path}: {module}: the norm of its change is too large for a number, the LoRA is broken: "
                     "use an earlier checkpoint of it"
                 )
-        products = ModuleProducts(tuple(deltas), found.diagonal().clamp(min=0), found)
-        return dict(zip(deltas, small.deltas, strict=True)) if small else deltas, products
+        return small, ModuleProducts(tuple(deltas), found.diagonal().clamp(min=0), found)
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
     found, broken = dict[str, _Found](), dict[str, str]()
     shapes = {module: shape for lora in loras for module, shape in lora.shapes.items()}
     modules, label = same_model(loras), "compare" if len(loras) > 1 else loras[0].path.name
-    with Readers(loras) as readers, _pool() as pool:
+    with Readers(loras) as readers, threads() as pool:
         waiting = {m: pool.submit(_measured, m, readers, spectra, shapes[m]) for m in modules}
         for module in progress.track(modules, label):
             try:
@@ -253,7 +255,7 @@ def measure(loras: Sequence[LoraFile], spectra: int = 0, progress: Progress = SI
 
 
 @contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
+def threads() -> Iterator[ThreadPoolExecutor]:
     """Torch's threads, each for modules of its own: threads that share one small product mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -266,7 +268,9 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _measured(module: str, readers: Readers, spectra: int, shape: tuple[int, int]) -> _Found:
-    deltas, found = readers.condensed(module, readers.deltas(module))
+    deltas: Mapping[int, Delta] = readers.deltas(module)
+    small, found = readers.condensed(module, deltas)
+    deltas = dict(zip(deltas, small.deltas, strict=True)) if small else deltas
     parts = _decomposed(deltas, spectra) if (found.energies > 0).sum() > 1 else {}
     common = overlap([_compared(deltas[i], part) for i, part in parts.items()], TAU, shape) if parts else None
     is_leading = bool(parts) and not all(map(is_thin, deltas.values()))

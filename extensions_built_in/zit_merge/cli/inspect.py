@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config.recipe import only_recipe
 from ..errors import ZitMergeError
 from ..files import hub
 from ..files.adapters import ADAPTERS
@@ -17,7 +15,6 @@ from ..formats.checkpoint import is_checkpoint, open_checkpoint
 from ..formats.metadata import read_recipe
 from ..formats.reader import load_lora
 from ..report.progress import Bar
-from ..report.text.catalogue import methods_facts, methods_text, presets_text
 from ..wording import message
 from .console import say, show, show_json, show_yaml
 
@@ -25,13 +22,8 @@ from .console import say, show, show_json, show_yaml
 def inspect(args: argparse.Namespace) -> None:
     """Shows what is in a file, what several have in common, or which sources a file holds."""
     _check_drawn(args)
-    if args.methods and args.json and not args.presets:
-        show_json(methods_facts())
-        return
     if args.methods or args.presets:
-        if args.json:
-            raise ZitMergeError("inspect --presets: prints no JSON: leave one of the two out")
-        show("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
+        _show_catalogue(args)
         return
     if not args.files:
         raise ZitMergeError("inspect: name a LoRA file" + (" before --sources" if args.sources else ""))
@@ -46,6 +38,18 @@ def inspect(args: argparse.Namespace) -> None:
         _look_at_sources(args)
     else:
         _look_at_files(args)
+
+
+def _show_catalogue(args: argparse.Namespace) -> None:
+    """The methods, the presets, or both."""
+    from ..report.text.catalogue import methods_facts, methods_text, presets_text
+
+    if args.json and args.presets:
+        raise ZitMergeError("inspect --presets: prints no JSON: leave one of the two out")
+    if args.json:
+        show_json(methods_facts())
+        return
+    show("\n\n".join([*([methods_text()] if args.methods else []), *([presets_text()] if args.presets else [])]))
 
 
 def _check_drawn(args: argparse.Namespace) -> None:
@@ -114,9 +118,7 @@ def _look_at_files(args: argparse.Namespace) -> None:
     from ..analysis.compare import compare
     from ..analysis.describe import describe
     from ..analysis.measure import measure
-    from ..report.page.files import write_page
     from ..report.plots.data import SHOWN
-    from ..report.plots.write import write_plot
     from ..report.text.compare import comparison_text
     from ..report.text.describe import description_text
 
@@ -125,11 +127,21 @@ def _look_at_files(args: argparse.Namespace) -> None:
         _print_found(args, compare(measured), comparison_text)
     else:
         _print_found(args, describe(measured), description_text)
-    for path, write in ((args.plot, write_plot), (args.html, partial(write_page, full_paths=args.full_paths))):
-        if path:
-            write(measured, path)
-            if not args.json:  # stdout is one object
-                say(args, f"wrote {path}")
+    if args.plot:
+        from ..report.plots.write import write_plot
+
+        write_plot(measured, args.plot)
+        _say_written(args, args.plot)
+    if args.html:
+        from ..report.page.files import write_page
+
+        write_page(measured, args.html, full_paths=args.full_paths)
+        _say_written(args, args.html)
+
+
+def _say_written(args: argparse.Namespace, path: Path) -> None:
+    if not args.json:  # stdout is one object
+        say(args, f"wrote {path}")
 
 
 def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> None:
@@ -142,6 +154,8 @@ def _print_found(args: argparse.Namespace, found: Any, text: Callable[[Any], str
 
 def recipe(args: argparse.Namespace) -> None:
     """Prints the section that made a file: whoever wrote the file, nothing but a recipe."""
+    from ..config.recipe import only_recipe
+
     source = open_checkpoint(args.file, shapes="free", quantized=True) if is_checkpoint(args.file) else load_lora(args.file)
     found = read_recipe(source.metadata)
     if found is None:
