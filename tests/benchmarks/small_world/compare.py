@@ -105,7 +105,7 @@ def _full(rule: Callable[..., Tensor], paths: Sequence[Path], ratios: Sequence[f
 
 
 def _ties(deltas: Tensor, density: float) -> Tensor:
-    return _disjoint_mean(torch.stack([_trim(delta, density) for delta in deltas]))
+    return _disjoint_mean(_trim(deltas, density))
 
 
 def _dare(deltas: Tensor, density: float, seed: int = 0) -> Tensor:
