@@ -329,8 +329,8 @@ def test_numbers():
 
 def test_few_pictures_are_said_to_be_few():
     assert any("One picture of each part says little" in note for note in many("layers", 2, specs=1).notes())
-    assert any("7 pictures of each part are few" in note for note in many("layers", 2, specs=7).notes())
-    assert not any("few" in note or "little" in note for note in many("layers", 2, specs=8).notes())
+    assert any("15 pictures of each part are few" in note for note in many("layers", 2, specs=15).notes())
+    assert not any("few" in note or "little" in note for note in many("layers", 2, specs=16).notes())
 
 
 def test_what_a_file_is_called_does_not_steer_the_terminal():

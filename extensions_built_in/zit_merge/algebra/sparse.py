@@ -42,7 +42,8 @@ def dare_linear(deltas: Sequence[Delta], *, density: Density = 0.5, seed: Seed =
 
     Formula: sum_i mask_i * core_i / density, each entry of mask_i 1 with probability `density`
     Source: DARE (Yu et al. 2024, arXiv 2311.03099), which drops half of the entries and more; in the core space
-    Use: an experiment. The expected result is the plain sum, what is added is noise.
+    Use: an experiment. The expected result is the plain sum, what is added is noise: on LoRAs trained in a small world it was
+        worse than the sum (docs/evidence.md).
 
     Args:
         deltas: One change of the weight for each LoRA, strength included.

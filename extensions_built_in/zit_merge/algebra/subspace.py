@@ -81,7 +81,8 @@ def shared_once(deltas: Sequence[Delta], *, tau: Annotated[float, Within(0, 1)] 
     Formula: sum_i (delta_i - UU' delta_i VV') + sum_i w_i UU' delta_i VV'; the columns of U are the eigenvectors of sum_i P_i
         whose eigenvalues, which count the LoRAs that hold a direction, are above 1 + tau (N - 1); P_i is the projector on the
         column space of delta_i, V the same for the row spaces; w_i is the size of UU' delta_i VV' as a share of all of them
-    Source: our own proposal, shown on synthetic LoRAs only: Z-Image Turbo LoRAs are thought to lose its distillation alike
+    Source: our own proposal: Z-Image Turbo LoRAs are thought to lose its distillation alike. Shown on synthetic LoRAs only; on
+        LoRAs trained in a small world it did what the sum does (docs/evidence.md)
     Use: to try when a stack of LoRAs burns although each one alone is fine. Without common directions it is the plain sum; in a
         narrow weight some are common by chance: two unrelated LoRAs of rank 32 reach 1.66 on the 256 inputs of adaLN.
 

@@ -83,7 +83,7 @@ def of_cosines(pairs: Mapping[tuple[int, int], float], growth: float) -> Iterato
     if alike:
         yield (
             "alike",
-            f"{_pairs(alike, pairs)}: alike, as saves, seeds or versions of one subject are; a sum counts what they share once "
+            f"{_pairs(alike, pairs)}: alike, as saves of one training are; a sum counts what they share once "
             f"for each: method: average or {mean}, or for saves of one training a checkpoints step",
         )
     if opposed:
@@ -101,11 +101,11 @@ def of_cosines(pairs: Mapping[tuple[int, int], float], growth: float) -> Iterato
     rest = [v for v in pairs.values() if abs(v) <= RELATED]
     if rest and len(rest) < len(pairs):
         who = "the other pair is" if len(rest) == 1 else "all other pairs are"
-        yield "unrelated", f"{who} unrelated (cosine {_range(rest)}): in a sum these keep their effect"
+        yield "unrelated", f"{who} unrelated (cosine {_range(rest)}): a sum adds these up as they are"
     elif rest:
         yield (
             "unrelated",
-            f"they are unrelated (cosine {_range(rest)}): method: sum keeps the effect of each; its norm grows with the root of "
+            f"they are unrelated (cosine {_range(rest)}): method: sum adds them up as they are; its norm grows with the root of "
             f"their number, here to {growth:.2f} times the strongest one" + _if_too_strong(growth),
         )
 
@@ -113,7 +113,10 @@ def of_cosines(pairs: Mapping[tuple[int, int], float], growth: float) -> Iterato
 def _if_too_strong(growth: float) -> str:
     if growth <= GROWS:
         return ""
-    return f"; if that is too much, method: normalize, or ratios of about {1 / growth:.2f}"
+    return (
+        f"; where pictures suffer, smaller ratios, about {1 / growth:.2f} (method: normalize takes that); compare ratios with a "
+        "sweep before methods"
+    )
 
 
 def _of_directions(common: Sequence[Overlap], energy: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:

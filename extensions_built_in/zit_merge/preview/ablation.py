@@ -23,7 +23,7 @@ from .settings import ImageSpec
 _UNCHANGED = 0.5 / 255  # root mean square of a difference that is only rounding to 8 bits
 _FAINT = 0.01  # share of a metric's largest distance of full from base below which a picture has no ratio of its own
 NAME = 60  # letters of the LoRA's name
-_FEW = 8  # pictures below which one or two of them decide the order
+_ENOUGH = 16  # pictures from which on two maps of one LoRA agree, from other prompts and seeds: see docs/evidence.md
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,12 @@ class Ablation:
             found.append("The LoRA changes none of the pictures, so there is no share to tell.")
         elif still := [n + 1 for n, changed in enumerate(self.is_changed) if not changed]:
             found.append(f"The LoRA changes nothing in picture{'s' * (len(still) > 1)} {ranges(still)} of {len(self.specs)}.")
-        if len(self.specs) < _FEW:
+        if len(self.specs) < _ENOUGH:
             several = f"{len(self.specs)} pictures of each part are few"
             few = several if len(self.specs) > 1 else "One picture of each part says little"
-            found.append(f"{few}: small differences mean nothing; more prompts and seeds show which ones last.")
+            found.append(
+                f"{few}: small differences mean nothing; {_ENOUGH}, such as 4 prompts with 4 seeds each, show which ones last."
+            )
         return found
 
     def facts(self) -> dict[str, Any]:

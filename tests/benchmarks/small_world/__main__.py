@@ -1,14 +1,16 @@
 """A small world in which merges can be judged: pictures, measures, a base, its few-step student, LoRAs. See README.md.
 
+    python tests/benchmarks/small_world everything --out FOLDER    all that follows, in hours
     python tests/benchmarks/small_world world [--count 40] [--seed 0] --out FILE.png
     python tests/benchmarks/small_world measures [--count 1000] [--seed 1]
-    python tests/benchmarks/small_world base [--steps 2000]
-    python tests/benchmarks/small_world distill [--steps 500]
+    python tests/benchmarks/small_world base [--steps 7000]
+    python tests/benchmarks/small_world distill [--steps 400]
     python tests/benchmarks/small_world loras [--what zib fland ... ] [--seeds 0 1] [--rank 8] [--steps 200] [--adapter]
     python tests/benchmarks/small_world toolkit-loras ...          the same in the real AI-Toolkit
     python tests/benchmarks/small_world export base|turbo --out FOLDER
     python tests/benchmarks/small_world judge base|turbo [--lora FILE[:STRENGTH] ...] [--what zib gleb] [--out FILE.png]
     python tests/benchmarks/small_world ask alone shared stacked ... [--out FILE.md]
+    python tests/benchmarks/small_world figure --out FILE.png
 
 `base` and `distill` go on from their last checkpoint until --steps steps are done in all; each checkpoint is followed by a line
 with the mean loss since the last one, every --judge-every steps also by the measures of sampled pictures; `<name>.log` beside the
@@ -267,6 +269,13 @@ def export_pipeline(args: argparse.Namespace) -> None:
     pipeline.export(trained_model(args).average, args.out)
 
 
+def draw_figure(args: argparse.Namespace) -> None:
+    """Draws the figure of the evidence."""
+    from tests.benchmarks.small_world import figure  # matplotlib
+
+    figure.draw(asked_of(args), args.out)
+
+
 def judge_model(args: argparse.Namespace) -> None:
     """Samples from the base or the student, with LoRAs or without, and prints the measures."""
     base = train.base(settings_of(args), args.folder)
@@ -287,20 +296,44 @@ def judge_model(args: argparse.Namespace) -> None:
     print(json.dumps({"model": args.model, "loras": args.lora, "what": args.what, **rounded(judge(pictures, scenes))}))
 
 
-def ask(args: argparse.Namespace) -> None:
-    """Answers questions about merges of the LoRAs that are there; judgements that are there are not made again."""
+def asked_of(args: argparse.Namespace) -> questions.Asked:
+    """The student with the LoRAs that are there.
+
+    Args:
+        args: The command line.
+    """
     student = student_of(args, train.base(settings_of(args), args.folder))
     bench = compare.Bench(
         student.average, args.caption, student.settings.student, student.path.with_suffix("") / "judged", args.count
     )
     folder = lora_path(student, loras.Recipe("", args.rank, 0, args.lora_steps), False).parent
-    asked = questions.Asked(bench, folder, f"_n{args.lora_steps}{args.ending}", args.rank, tuple(args.seeds))
+    return questions.Asked(bench, folder, f"_n{args.lora_steps}{args.ending}", args.rank, tuple(args.seeds))
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Answers questions about merges of the LoRAs that are there; judgements that are there are not made again."""
+    asked = asked_of(args)
     for name in args.questions:
         found = questions.text(list(questions.QUESTIONS[name](asked)))
         print(found, flush=True)
         if args.out:
             with args.out.open("a") as file:
                 file.write(found + "\n")
+
+
+def everything(args: argparse.Namespace) -> None:
+    """Makes all of it from seeds, in hours: base, student, LoRAs, answers in answers.md, figure.png."""
+    where = ["--folder", str(args.folder), "--threads", str(args.threads), "--seed", str(args.seed)]
+    where += [text for name in ("width", "layers", "refiners") for text in (f"--{name}", str(getattr(args, name)))]
+    main(["base", *where, "--steps", str(args.base_steps)])
+    main(["distill", *where, "--steps", str(args.student_steps)])
+    of = ["--steps", str(args.lora_steps)]
+    main(["loras", *where, *of, "--save-every", str(max(1, args.lora_steps // 8))])
+    main(["loras", *where, *of, "--adapter"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    of = ["--lora-steps", str(args.lora_steps), "--count", str(args.count)]
+    main(["ask", *where, *of, *(args.questions or questions.QUESTIONS), "--out", str(args.out / "answers.md")])
+    main(["figure", *where, *of, "--out", str(args.out / "figure.png")])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -330,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     command("world", draw_world, 40, -1).add_argument("--out", type=Path, required=True)
     command("measures", check_measures, 1000, -1)
-    command("base", train_base, 64, 2000)
-    command("distill", distill, 64, 500)
+    command("base", train_base, 64, 7000)
+    command("distill", distill, 64, 400)
     for name, run in (("loras", train_loras), ("toolkit-loras", train_toolkit_loras)):
         of = command(name, run, 64, 200)
         of.add_argument("--what", nargs="+", default=[*world.NEW_SUBJECTS, *world.NEW_STYLES])
@@ -344,13 +377,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of = command("export", export_pipeline, 0)
     of.add_argument("model", choices=["base", "turbo"])
     of.add_argument("--out", type=Path, required=True)
-    of = command("ask", ask, 32)
-    of.add_argument("questions", nargs="+", choices=list(questions.QUESTIONS))
-    of.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the LoRAs")
-    of.add_argument("--rank", type=int, default=8, help="of the LoRAs")
-    of.add_argument("--lora-steps", type=int, default=200, help="of the LoRAs")
-    of.add_argument("--ending", default="", help="of the LoRAs' names, such as _toolkit")
-    of.add_argument("--out", type=Path, help="tables are added to this file")
+    of = command("everything", everything, 32)
+    of.add_argument("--base-steps", type=int, default=7000)
+    of.add_argument("--student-steps", type=int, default=400)
+    of.add_argument("--lora-steps", type=int, default=200)
+    of.add_argument("--questions", nargs="+", choices=list(questions.QUESTIONS), help="all by default")
+    of.add_argument("--out", type=Path, required=True, help="a folder")
+    for name, run in (("ask", ask), ("figure", draw_figure)):
+        of = command(name, run, 32)
+        of.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the LoRAs")
+        of.add_argument("--rank", type=int, default=8, help="of the LoRAs")
+        of.add_argument("--lora-steps", type=int, default=200, help="of the LoRAs")
+        of.add_argument("--ending", default="", help="of the LoRAs' names, such as _toolkit")
+        of.add_argument("--out", type=Path, required=name == "figure", help="tables are added to this file; the picture")
+        if name == "ask":
+            of.add_argument("questions", nargs="+", choices=list(questions.QUESTIONS))
     of = command("judge", judge_model, 96)
     of.add_argument("model", choices=["base", "turbo"])
     of.add_argument("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]")

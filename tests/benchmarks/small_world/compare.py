@@ -71,12 +71,12 @@ class Merged:
         params = ", ".join(f"{key} {value}" for key, value in self.params)
         return self.method + (f" ({params})" if params else "") + (f", rank {self.rank}" if self.rank != "exact" else "")
 
-    def factors(self, paths: Sequence[Path], ratios: Sequence[float] = ()) -> loras.Factors:
+    def factors(self, paths: Sequence[Path], ratios: Sequence[Any] = ()) -> loras.Factors:
         """What the merge adds to the model.
 
         Args:
             paths: LoRAs.
-            ratios: Of each; 1 by default.
+            ratios: Of each, or all keys of a strength; 1 by default.
         """
         ratios = ratios or [1.0] * len(paths)
         if self.method in FULL:
@@ -167,7 +167,7 @@ class Bench:
             np.savez(fresh, found=measured(pictures, scenes), pictures=(pictures * 255).round().astype(np.uint8))
             fresh.replace(path)
         with np.load(path) as there:
-            return there["found"], there["pictures"].astype(np.float32) / 255
+            return scored(there["found"], whats), there["pictures"].astype(np.float32) / 255
 
     def judged(self, whats: Sequence[str], what: str, worn: Callable[[], loras.Factors], strength: float = 1.0) -> np.ndarray:
         """The measures alone: see `drawn`."""
@@ -213,9 +213,7 @@ def what_of(path: Path) -> str:
 
 
 def measured(pictures: np.ndarray, scenes: Sequence[world.Scene]) -> np.ndarray:
-    """(n, len(MEASURES)): subject, style (0 to 1), prompt (layout, count and light), burned (0 or 1), excess of burn, score.
-
-    The score is what was asked for and is there, in a picture that has not burned: the mean of subject, style and prompt, or 0.
+    """(n, len(MEASURES)): subject, style (0 to 1), prompt (layout, count and light), burned (0 or 1), excess of burn, 0.
 
     Args:
         pictures: (n, 16, 16, 3).
@@ -225,7 +223,22 @@ def measured(pictures: np.ndarray, scenes: Sequence[world.Scene]) -> np.ndarray:
     prompt = [np.mean([row["layout"], row["count"], row["light"]]) for row in rows]
     found = np.array([[row["subject"], row["style"]] for row in rows], float)
     found = np.column_stack([found, prompt, excess > BURNED, excess])
-    return np.column_stack([found, found[:, :3].mean(1) * (1 - found[:, 3])])
+    return np.column_stack([found, np.zeros(len(found))])
+
+
+def scored(found: np.ndarray, whats: Sequence[str]) -> np.ndarray:
+    """The measures with a score, 0 to 1: half for what the LoRAs are there for, half for the rest; 0 for a burned picture.
+
+    A subject LoRA is there for the subject, a style LoRA for the style; the prompt is always of the rest.
+
+    Args:
+        found: (n, len(MEASURES)).
+        whats: What the LoRAs hold.
+    """
+    held = [any(what in names for what in whats) for names in (world.NEW_SUBJECTS, world.NEW_STYLES)] + [False]
+    halves = [found[:, :3][:, np.array(held) == side] for side in (True, False)]
+    score = np.mean([half.mean(1) for half in halves if half.shape[1]], 0) * (1 - found[:, 3])
+    return np.column_stack([found[:, :-1], score])
 
 
 def best(curve: np.ndarray) -> np.ndarray:

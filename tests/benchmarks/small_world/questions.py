@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
+from extensions_built_in.zit_merge.config import presets as shipped
 from extensions_built_in.zit_merge.preview.metrics import colour, detail, pixels, structure
 from tests.benchmarks.small_world import loras, world
 from tests.benchmarks.small_world.compare import MEASURES, Bench, Merge, Merged, best, common, spread, what_of
@@ -21,7 +22,7 @@ from tests.benchmarks.small_world.ssr import Ssr
 
 SUM = Merged()
 SUBJECTS, STYLES = tuple(world.NEW_SUBJECTS), tuple(world.NEW_STYLES)
-STRENGTHS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25)
+STRENGTHS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
 BANDS = 6  # of layers, in the maps
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
 
@@ -166,20 +167,27 @@ def shared(asked: Asked) -> Iterator[Table]:
         if not all(path.exists() for path in paths):
             continue
         given = {path: loras.load(path) for path in paths}
-        turned = {path: _turned(factors, n) for n, (path, factors) in enumerate(given.items())}
-        pairs = list(combinations(paths, 2))
-        kinds: dict[str, Callable[[str, str], bool]] = {
-            "one subject or style, two seeds": lambda a, b: a == b,
-            "two subjects": lambda a, b: a != b and {a, b} <= {*SUBJECTS},
-            "two styles": lambda a, b: a != b and {a, b} <= {*STYLES},
-            "subject and style": lambda a, b: len({a, b} & {*SUBJECTS}) == 1 and len({a, b} & {*STYLES}) == 1,
+        turned: dict[Path, loras.Factors] = {}
+        for path in paths:
+            saves = sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors"))
+            given |= {save: loras.load(save) for save in saves[-2:-1]}
+            turned[path] = _turned(given[path], len(turned))
+        pairs = list(combinations(given, 2))
+        kinds: dict[str, Callable[[Path, Path], bool]] = {
+            "two saves of one training": lambda a, b: b.stem.startswith(a.stem) and a != b,
+            "one subject or style, two seeds": lambda a, b: what_of(a) == what_of(b),
+            "two subjects": lambda a, b: what_of(a) != what_of(b) and {what_of(a), what_of(b)} <= {*SUBJECTS},
+            "two styles": lambda a, b: what_of(a) != what_of(b) and {what_of(a), what_of(b)} <= {*STYLES},
+            "subject and style": lambda a, b: (what_of(a) in SUBJECTS) != (what_of(b) in SUBJECTS),
         }
         for kind, fits in kinds.items():
-            some = [pair for pair in pairs if fits(what_of(pair[0]), what_of(pair[1]))]
+            some = [(a, b) for a, b in pairs if fits(a, b) and (b in turned or kind.startswith("two saves"))]
+            if not some:
+                continue
             cosines = np.array([[_cosine(given[a], given[b])] for a, b in some])
-            chance = np.array([_cosine(given[a], turned[b]) for a, b in some])
+            chance = np.array([_cosine(given[b], turned[a]) for a, b in some])
             spaces = np.array([_overlap(given[a], given[b]) for a, b in some])
-            by_chance = np.array([_overlap(given[a], turned[b]) for a, b in some])
+            by_chance = np.array([_overlap(given[b], turned[a]) for a, b in some])
             rows.append(
                 [
                     name,
@@ -218,7 +226,7 @@ def methods_of(size: int) -> list[Merged]:
     return found
 
 
-METHOD_HEADER = ["method", "score as it is", "burned as it is", "best strength", "score there", "burned there"]
+METHOD_HEADER = ["method", "score as it is", "best strength", "subject there", "style there", "prompt there", "burned there"]
 METHOD_HEADER += ["against the sum at its best common strength", "each set at its own best strength, against the sum's"]
 SCALES = ("normalize", "average")  # the sum times one number: of the same curve, as far as strengths are chosen freely
 
@@ -247,14 +255,47 @@ def stacked(asked: Asked) -> Iterator[Table]:
 
 
 def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray, own: np.ndarray) -> list[str]:
-    row = [name, _spread(_of(at_one, "score")), _plain(_of(at_one, "burned"))]
+    row = [name, _spread(_of(at_one, "score"))]
     if curves is None:
-        return [*row, "–", "–", "–", f"as it is: {_change(_of(at_one, 'score') - _of(base, 'score'))}", "as the sum"]
+        return [*row, *["–"] * 5, f"as it is: {_change(_of(at_one, 'score') - _of(base, 'score'))}", "as the sum"]
     found, each = common(curves), np.stack([best(curve) for curve in curves])
-    row += [_best_common(curves), _spread(_of(found, "score")), _plain(_of(found, "burned"))]
+    row += [_best_common(curves), *(_plain(_of(found, measure)) for measure in ("subject", "style", "prompt", "burned"))]
     if name == "sum":
-        return [*row, "–", f"{_change(_of(own, 'score') - _of(base, 'score'))} (against one strength for all)"]
+        return [
+            *row,
+            f"– (its own score: {_spread(_of(found, 'score'))})",
+            f"{_change(_of(own, 'score') - _of(base, 'score'))} (against one for all)",
+        ]
     return [*row, _change(_of(found, "score") - _of(base, "score")), _change(_of(each, "score") - _of(own, "score"))]
+
+
+def seeds(asked: Asked) -> Iterator[Table]:
+    """Two LoRAs of one subject or style from two seeds, and the last two saves of one training, beside the better one alone."""
+    whats = (*SUBJECTS, *STYLES)
+    pairs = {"two seeds": [[asked.path(what, seed) for seed in asked.seeds[:2]] for what in whats]}
+    finals = [asked.path(what, seed) for what in whats for seed in asked.seeds]
+    saves = [[*sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors"))[-1:], path] for path in finals]
+    pairs["two saves"] = [pair for pair in saves if len(pair) == 2]
+    at_one = STRENGTHS.index(1.0)
+    for kind, sets in pairs.items():
+        if not sets:
+            continue
+        single = [_curves(asked, [[paths[k]] for paths in sets], SUM) for k in (0, 1)]
+        alone_ = np.stack([common(curves) for curves in single]).mean(0)
+        as_is = np.stack([curves[:, at_one] for curves in single])
+        rows = [["one of them, mean of both", _plain(_of(as_is, "score")), "", _spread(_of(alone_, "score")), "–"]]
+        for merged in (SUM, Merged("average"), Merged("slerp"), Merged("ties"))[: 4 if kind == "two seeds" else 3]:
+            if merged.method == "average":  # of the sum's curve, at half of its strengths
+                found = _curves(asked, sets, merged, (1.0,))
+                rows.append(["average", _plain(_of(found[:, 0], "score")), "", "as the sum", "as the sum"])
+                continue
+            curves = _curves(asked, sets, merged)
+            found = common(curves)
+            change = _change(_of(found, "score") - _of(alone_, "score"))
+            row = [_plain(_of(curves[:, at_one], "score")), _best_common(curves), _spread(_of(found, "score")), change]
+            rows.append([merged.name, *row])
+        header = ["method", "score as it is", "best strength", "score there", "against one of them at its best"]
+        yield f"One subject or style, {kind}: {len(sets)} sets", header, rows
 
 
 # --- 3: core space and full space ----------------------------------------------------------------------------------------------
@@ -433,6 +474,27 @@ def maps(asked: Asked) -> Iterator[Table]:
     yield title, ["LoRAs", "dropped bands: those that matter", "change of subject or style"], rows
 
 
+def presets(asked: Asked) -> Iterator[Table]:
+    """What the shipped presets leave of a LoRA."""
+    rows, measures = [], ("subject", "style", "prompt")
+    for name in shipped.presets():
+        row = [name]
+        for whats, own in ((SUBJECTS, "subject"), (STYLES, "style")):
+            paths = [asked.path(what, seed) for what in whats for seed in asked.seeds]
+            whole, kept = [], []
+            for path in paths:
+                of, text = [what_of(path)], f"{path.parent.name}/{path.stem}"
+                made = lambda path=path, name=name: SUM.factors([path], [{"ratio": 1.0, "preset": name}])  # noqa: E731
+                whole.append(asked.bench.judged(of, f"alone {text}", lambda path=path: loras.load(path)))
+                kept.append(asked.bench.judged(of, f"{text} with preset {name}", made))
+            row += [_plain(_of(np.stack(kept), measure)) for measure in measures]
+            row.append(_change(_of(np.stack(kept) - np.stack(whole), own)))
+        rows.append(row)
+    header = ["preset", *(f"subject LoRAs: {measure}" for measure in measures), "subject, against no preset"]
+    header += [*(f"style LoRAs: {measure}" for measure in measures), "style, against no preset"]
+    yield "Shipped presets at ratio 1", header, rows
+
+
 # --- 6: averages over checkpoints ----------------------------------------------------------------------------------------------
 
 
@@ -441,7 +503,8 @@ def averages(asked: Asked) -> Iterator[Table]:
     rows = []
     for kind, whats in (("subjects", SUBJECTS), ("styles", STYLES)):
         finals = [asked.path(what, seed) for what in whats for seed in asked.seeds]
-        base = _curves(asked, [[path] for path in finals], SUM)
+        strengths = STRENGTHS[2:5]
+        base, at_one = _curves(asked, [[path] for path in finals], SUM, strengths), strengths.index(1.0)
         for sigma in (0.05, 0.1, 0.2, 0.2887):
             curves = []
             for path in finals:
@@ -458,9 +521,8 @@ def averages(asked: Asked) -> Iterator[Table]:
                     return made[0]
 
                 name = f"average of {path.parent.name}/{path.stem} {sigma}"
-                curves.append(np.stack([asked.bench.judged([what], name, worn, strength) for strength in STRENGTHS]))
+                curves.append(np.stack([asked.bench.judged([what], name, worn, strength) for strength in strengths]))
             found = np.stack(curves)
-            at_one = STRENGTHS.index(1.0)
             rows.append(
                 [
                     kind,
@@ -489,26 +551,28 @@ def _largest(matrix: torch.Tensor) -> float:
     return max(0.0, float(torch.linalg.eigvalsh(side @ side.T)[-1])) ** 0.5
 
 
-def _predictors(weights: Mapping[str, torch.Tensor], paths: Sequence[Path], strength: float) -> dict[str, float]:
-    """Numbers of a sum that need no picture."""
+def _predictors(weights: Mapping[str, torch.Tensor], paths: Sequence[Path]) -> list[dict[str, float]]:
+    """Numbers of a sum that need no picture, at every strength."""
     given, factors = [loras.load(path) for path in paths], SUM.factors(paths)
-    growth, tops, of_base, change, size, alone_ = [], [], [], 0.0, 0.0, 0.0
-    for module, (up, down) in factors.items():
-        delta, weight = strength * (up @ down), weights[module]
-        of_base.append(_largest(weight))
-        tops.append(_largest(delta))
-        growth.append(_largest(weight + delta) / of_base[-1])
-        change, size = change + float(delta.square().sum()), size + float(weight.square().sum())
-        alone_ += sum(float((strength * (one[module][0] @ one[module][1])).square().sum()) for one in given)
-    return {
-        "sum of strengths": strength * len(paths),
-        "norm of the change / norm of the base": (change / size) ** 0.5,
-        "largest singular value of the change / the base's, mean": float(np.mean(np.array(tops) / np.array(of_base))),
-        "largest singular value of the change / the base's, largest": float(np.max(np.array(tops) / np.array(of_base))),
-        "growth of the base's largest singular value, mean": float(np.mean(growth)),
-        "growth of the base's largest singular value, largest": float(np.max(growth)),
-        "norm of the sum / root of the sum of squared norms": (change / alone_) ** 0.5,
-    }
+    deltas = {module: up @ down for module, (up, down) in factors.items()}
+    of_base, tops = (np.array([_largest(of[module]) for module in deltas]) for of in (weights, deltas))
+    change, size = (sum(float(of[module].square().sum()) for module in deltas) for of in (deltas, weights))
+    apart = sum(float((up @ down).square().sum()) for one in given for up, down in one.values())
+    found = []
+    for strength in STRENGTHS:
+        grown = np.array([_largest(weights[module] + strength * delta) for module, delta in deltas.items()]) / of_base
+        found.append(
+            {
+                "sum of strengths": strength * len(paths),
+                "norm of the change / norm of the base": strength * (change / size) ** 0.5,
+                "largest singular value of the change / the base's, mean": float(np.mean(strength * tops / of_base)),
+                "largest singular value of the change / the base's, largest": float(np.max(strength * tops / of_base)),
+                "growth of the base's largest singular value, mean": float(np.mean(grown)),
+                "growth of the base's largest singular value, largest": float(np.max(grown)),
+                "norm of the sum / root of the sum of squared norms": (change / apart) ** 0.5,
+            }
+        )
+    return found
 
 
 def _ranks_of(values: np.ndarray) -> np.ndarray:
@@ -535,7 +599,7 @@ def predictors(asked: Asked) -> Iterator[Table]:
     sets = singles + [paths for subjects, styles in KINDS.values() for paths in asked.sets(subjects, styles)]
     curves = _curves(asked, sets, SUM)
     burned, lost = _of(curves, "excess").mean(2), -_of(curves, "score").mean(2)
-    table = [[_predictors(weights, paths, strength) for strength in STRENGTHS] for paths in sets]
+    table = [_predictors(weights, paths) for paths in sets]
     at_one, random, rows = STRENGTHS.index(1.0), np.random.default_rng(0), []
     for name in table[0][0]:
         values = np.array([[cell[name] for cell in row] for row in table])
@@ -580,9 +644,11 @@ QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {
     "alone": alone,
     "shared": shared,
     "stacked": stacked,
+    "seeds": seeds,
     "spaces": spaces,
     "ranks": ranks,
     "maps": maps,
+    "presets": presets,
     "averages": averages,
     "predictors": predictors,
     "ssr": calibrated,
