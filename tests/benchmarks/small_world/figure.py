@@ -36,8 +36,7 @@ def _over_strength(asked: questions.Asked, axes: pyplot.Axes) -> None:
     """Score with its interval over the common strength of a sum; burned dashed."""
     single = [[asked.path(what, seed)] for what in (*questions.SUBJECTS, *questions.STYLES) for seed in asked.seeds]
     kinds = {"one LoRA": single} | {kind: asked.sets(*sizes) for kind, sizes in questions.KINDS.items()}
-    kinds.pop("two subjects")
-    for (kind, sets), colour in zip(kinds.items(), COLOURS, strict=True):
+    for (kind, sets), colour in zip(kinds.items(), ("0.35", *COLOURS), strict=True):
         curves = np.stack([asked.bench.curve(paths, questions.SUM, questions.STRENGTHS) for paths in sets])
         points = [spread(curves[:, n, :, MEASURES.index("score")]) for n in range(len(questions.STRENGTHS))]
         middle, low, high = np.array(points).T
