@@ -254,6 +254,19 @@ def stacked(asked: Asked) -> Iterator[Table]:
         yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
 
 
+def again(asked: Asked) -> Iterator[Table]:
+    """The main comparison in short, for LoRAs of another training."""
+    for kind in ("subject + style", "two subjects"):
+        sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
+        of_sum = _curves(asked, sets, SUM)
+        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
+        rows.append(_method_row("normalize", _curves(asked, sets, Merged("normalize"), (1.0,))[:, 0], None, base, own))
+        curves = _curves(asked, sets, Merged("tsv"))
+        rows.append(_method_row("tsv", curves[:, at_one], curves, base, own))
+        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+
+
 def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray, own: np.ndarray) -> list[str]:
     row = [name, _spread(_of(at_one, "score"))]
     if curves is None:
@@ -644,6 +657,7 @@ QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {
     "alone": alone,
     "shared": shared,
     "stacked": stacked,
+    "again": again,
     "seeds": seeds,
     "spaces": spaces,
     "ranks": ranks,
