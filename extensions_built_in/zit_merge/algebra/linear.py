@@ -58,7 +58,7 @@ def average(gram: Tensor, weights: Tensor) -> Tensor:
 
     Formula: sum_i ratio_i delta_i / sum_i ratio_i
     Source: model soups (Wortsman et al. 2022, arXiv 2203.05482)
-    Use: LoRAs of one subject, such as seeds or checkpoints. Unrelated LoRAs end up at a fraction of their strength each.
+    Use: saves of one training, or versions of one LoRA. Unrelated LoRAs end up at a fraction of their strength each.
 
     Raises:
         ValueError: The weights sum to zero.

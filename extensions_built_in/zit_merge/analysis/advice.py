@@ -115,7 +115,7 @@ def _if_too_strong(growth: float) -> str:
         return ""
     return (
         f"; where pictures suffer, smaller ratios, about {1 / growth:.2f} (method: normalize takes that); compare ratios with a "
-        "sweep before methods"
+        "sweep before methods (docs/evidence.md)"
     )
 
 

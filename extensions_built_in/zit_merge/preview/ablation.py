@@ -23,7 +23,7 @@ from .settings import ImageSpec
 _UNCHANGED = 0.5 / 255  # root mean square of a difference that is only rounding to 8 bits
 _FAINT = 0.01  # share of a metric's largest distance of full from base below which a picture has no ratio of its own
 NAME = 60  # letters of the LoRA's name
-_ENOUGH = 16  # pictures from which on two maps of one LoRA agree, from other prompts and seeds: see docs/evidence.md
+_ENOUGH = 16  # pictures from which on two maps of one LoRA mostly agreed: see docs/evidence.md
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Ablation:
             several = f"{len(self.specs)} pictures of each part are few"
             few = several if len(self.specs) > 1 else "One picture of each part says little"
             found.append(
-                f"{few}: small differences mean nothing; {_ENOUGH}, such as 4 prompts with 4 seeds each, show which ones last."
+                f"{few}: small differences mean nothing; take {_ENOUGH} or more, of several prompts and seeds (docs/evidence.md)."
             )
         return found
 

@@ -5,7 +5,9 @@ it has none of a kind. All merges of a set are asked for the same scenes from th
 writes it, and worn at several strengths; as every method here is homogeneous (k times the inputs, k times the result), a common
 factor on the ratios is the same as a strength of the result, and every method gets the strength at which it is best.
 
-The best strength is chosen on one half of the pictures and judged on the other, both ways: a choice by chance gains nothing.
+The best strength is chosen on one half of the sets and judged on the other, both ways: a choice by chance gains nothing.
+
+Judgements are kept by names: after training LoRAs of a name again, or with another merge of a name, remove their folder.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,7 @@ from torch import Tensor
 from extensions_built_in.zit_merge import merge
 from extensions_built_in.zit_merge.algebra.sparse import _disjoint_mean, _drop, _trim  # the rules, without the core space
 from tests.benchmarks.small_world import loras, world
-from tests.benchmarks.small_world.measures import BURNED, burn, judged
+from tests.benchmarks.small_world.measures import BURNED, breakdown, judged
 from tests.benchmarks.small_world.model import caption_features, pixels, sample
 
 CHUNK = 32  # pictures sampled at once
@@ -100,7 +103,7 @@ def _full(rule: Callable[..., Tensor], paths: Sequence[Path], ratios: Sequence[f
     found = {}
     for module in given[0]:
         deltas = [ratio * (one[module][0] @ one[module][1]) for ratio, one in zip(ratios, given, strict=True)]
-        found[module] = rule(torch.stack(deltas), **params), torch.eye(deltas[0].shape[1])
+        found[module] = rule(torch.stack(deltas), **_seeded(params, module)), torch.eye(deltas[0].shape[1])
     return found
 
 
@@ -110,6 +113,11 @@ def _ties(deltas: Tensor, density: float) -> Tensor:
 
 def _dare(deltas: Tensor, density: float, seed: int = 0) -> Tensor:
     return _drop(deltas, torch.full_like(deltas, density), seed).sum(0)
+
+
+def _seeded(params: dict[str, Any], module: str) -> dict[str, Any]:
+    """Other draws in every module, as in zit_merge."""
+    return {**params, "seed": zlib.crc32(f"{params['seed']} {module}".encode())} if "seed" in params else params
 
 
 FULL: Mapping[str, Callable[..., Tensor]] = {"full_ties": _ties, "full_dare": _dare}
@@ -164,10 +172,11 @@ class Bench:
             with loras.worn(self.model, (worn(), strength)):
                 pictures = self.pictures(scenes)
             fresh = path.with_suffix(f".{os.getpid()}.npz")
-            np.savez(fresh, found=measured(pictures, scenes), pictures=(pictures * 255).round().astype(np.uint8))
+            np.savez(fresh, found=followed(pictures, scenes), pictures=(pictures * 255).round().astype(np.uint8))
             fresh.replace(path)
         with np.load(path) as there:
-            return scored(there["found"], whats), there["pictures"].astype(np.float32) / 255
+            pictures = there["pictures"].astype(np.float32) / 255
+            return measured(there["found"][:, :3], pictures), pictures
 
     def judged(self, whats: Sequence[str], what: str, worn: Callable[[], loras.Factors], strength: float = 1.0) -> np.ndarray:
         """The measures alone: see `drawn`."""
@@ -212,50 +221,34 @@ def what_of(path: Path) -> str:
     return path.name.split("_r")[0]
 
 
-def measured(pictures: np.ndarray, scenes: Sequence[world.Scene]) -> np.ndarray:
-    """(n, len(MEASURES)): subject, style (0 to 1), prompt (layout, count and light), burned (0 or 1), excess of burn, 0.
+def followed(pictures: np.ndarray, scenes: Sequence[world.Scene]) -> np.ndarray:
+    """How well pictures follow what was asked for, (n, 3): subject, style, prompt (mean of layout, count and light), 0 to 1.
 
     Args:
         pictures: (n, 16, 16, 3).
         scenes: What was asked for.
     """
-    rows, excess = judged(pictures, scenes), burn(pictures, [scene.style for scene in scenes]).max(1)
+    rows = judged(pictures, scenes)
     prompt = [np.mean([row["layout"], row["count"], row["light"]]) for row in rows]
-    found = np.array([[row["subject"], row["style"]] for row in rows], float)
-    found = np.column_stack([found, prompt, excess > BURNED, excess])
-    return np.column_stack([found, np.zeros(len(found))])
+    return np.column_stack([[row["subject"] for row in rows], [row["style"] for row in rows], prompt])
 
 
-def scored(found: np.ndarray, whats: Sequence[str]) -> np.ndarray:
-    """The measures with a score, 0 to 1: half for what the LoRAs are there for, half for the rest; 0 for a burned picture.
+def measured(found: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """(n, len(MEASURES)): subject, style, prompt, burned (0 or 1), excess of burn, score.
 
-    A subject LoRA is there for the subject, a style LoRA for the style; the prompt is always of the rest.
+    The score is subject x style x prompt in a picture that has not burned, else 0: nothing makes up for what is missing.
 
     Args:
-        found: (n, len(MEASURES)).
-        whats: What the LoRAs hold.
+        found: Of `followed`.
+        pictures: (n, 16, 16, 3).
     """
-    held = [any(what in names for what in whats) for names in (world.NEW_SUBJECTS, world.NEW_STYLES)] + [False]
-    halves = [found[:, :3][:, np.array(held) == side] for side in (True, False)]
-    score = np.mean([half.mean(1) for half in halves if half.shape[1]], 0) * (1 - found[:, 3])
-    return np.column_stack([found[:, :-1], score])
-
-
-def best(curve: np.ndarray) -> np.ndarray:
-    """Judgements at the best strength of a set, chosen on the other half of its pictures, (count, len(MEASURES)).
-
-    Args:
-        curve: (strengths, count, len(MEASURES)).
-    """
-    found = np.empty_like(curve[0])
-    halves = np.arange(curve.shape[1]) % 2
-    for half in (0, 1):
-        found[halves == half] = curve[curve[:, halves != half, -1].mean(1).argmax(), halves == half]
-    return found
+    excess = breakdown(pictures)
+    burned = excess > BURNED
+    return np.column_stack([found, burned, excess, found.prod(1) * ~burned])
 
 
 def common(curves: np.ndarray) -> np.ndarray:
-    """The same at one strength for all sets, chosen on the other half of the sets, (sets, count, len(MEASURES)).
+    """Judgements at one strength for all sets, chosen on the other half of the sets, (sets, count, len(MEASURES)).
 
     Args:
         curves: (sets, strengths, count, len(MEASURES)).
@@ -269,9 +262,10 @@ def common(curves: np.ndarray) -> np.ndarray:
 
 
 def spread(values: np.ndarray, seed: int = 0, draws: int = 4000) -> tuple[float, float, float]:
-    """Mean over sets and pictures, with the 2.5th and 97.5th percentile of a bootstrap over sets, and over pictures in each.
+    """Mean over sets and pictures, with the 2.5th and 97.5th percentile of a bootstrap over sets and over pictures.
 
-    For a difference, give the differences: that makes it a paired one.
+    All sets are asked for the same scenes from the same noise, so a picture is drawn for all sets at once. For a difference, give
+    the differences: that makes it a paired one.
 
     Args:
         values: (sets, pictures).
@@ -280,8 +274,8 @@ def spread(values: np.ndarray, seed: int = 0, draws: int = 4000) -> tuple[float,
     """
     random = np.random.default_rng(seed)
     sets, pictures = values.shape
-    chosen = random.integers(sets, size=(draws, sets))
-    drawn = random.integers(pictures, size=(draws, sets, pictures))
-    means = values[chosen[:, :, None], drawn].mean((1, 2))
+    of_sets = np.apply_along_axis(np.bincount, 1, random.integers(sets, size=(draws, sets)), minlength=sets) / sets
+    of_pictures = np.apply_along_axis(np.bincount, 1, random.integers(pictures, size=(draws, pictures)), minlength=pictures)
+    means = np.einsum("ds,sp,dp->d", of_sets, values, of_pictures / pictures, optimize=True)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)

@@ -214,6 +214,18 @@ def burn(pictures: np.ndarray, styles: Sequence[str] = ()) -> np.ndarray:
     return ((burn_values(pictures) - ranges) / np.array(list(BURN.values()))).clip(0)
 
 
+def breakdown(pictures: np.ndarray) -> np.ndarray:
+    """How far pictures go beyond the range of the style that they fit best, in any of the three, (n,); 0 within.
+
+    Unlike `burn` by the asked style, a picture in another style is no breakdown.
+
+    Args:
+        pictures: (n, 16, 16, 3) in [0, 1].
+    """
+    values, units = burn_values(pictures), np.array(list(BURN.values()))
+    return np.min([((values - world_range(style)) / units).clip(0).max(1) for style in STYLES], 0)
+
+
 # --- judging -------------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from extensions_built_in.zit_merge.algebra.ema import gamma_of, profile
 from extensions_built_in.zit_merge.config import presets as shipped
 from extensions_built_in.zit_merge.preview.metrics import colour, detail, pixels, structure
 from tests.benchmarks.small_world import loras, world
-from tests.benchmarks.small_world.compare import MEASURES, Bench, Merge, Merged, best, common, spread, what_of
+from tests.benchmarks.small_world.compare import MEASURES, Bench, Merge, Merged, common, spread, what_of
 from tests.benchmarks.small_world.ssr import Ssr
 
 SUM = Merged()
@@ -99,14 +99,21 @@ def _change(values: np.ndarray) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def _saves(path: Path) -> list[Path]:
+    """The saves of a LoRA's training but the last, in order."""
+    return sorted((path.parent / "saves").glob(f"{path.stem}_{'[0-9]' * 9}.safetensors"))
+
+
 def _curves(asked: Asked, sets: Sequence[Sequence[Path]], merged: Merge, strengths: Sequence[float] = STRENGTHS) -> np.ndarray:
     """(sets, strengths, pictures, measures)."""
     return np.stack([asked.bench.curve(paths, merged, strengths) for paths in sets])
 
 
 def _best_common(curves: np.ndarray) -> str:
-    """The strength that is best for all sets."""
-    return f"{STRENGTHS[_of(curves, 'score').mean((0, 2)).argmax()]:g}"
+    """The strengths that are best for one half of the sets and for the other: see `common`."""
+    halves = np.arange(len(curves)) % 2
+    found = [STRENGTHS[_of(curves[halves == half], "score").mean((0, 2)).argmax()] for half in (0, 1)]
+    return " and ".join(f"{strength:g}" for strength in dict.fromkeys(found))
 
 
 # --- 0: what the LoRAs do alone ------------------------------------------------------------------------------------------------
@@ -162,14 +169,20 @@ def _overlap(one: loras.Factors, other: loras.Factors) -> tuple[float, float]:
 def shared(asked: Asked) -> Iterator[Table]:
     """Question 1: do LoRAs share directions beyond chance, and does the training adapter lessen it?"""
     rows = []
-    for name, ending in (("on the student", asked.ending), ("wearing the training adapter", f"{asked.ending}_adapter")):
+    for name, ending in (
+        ("on the student", asked.ending),
+        (
+            "wearing the training adapter",
+            asked.ending.replace("_toolkit", "") + "_adapter" + "_toolkit" * ("_toolkit" in asked.ending),
+        ),
+    ):
         paths = [asked.path(what, seed, ending) for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
         if not all(path.exists() for path in paths):
             continue
         given = {path: loras.load(path) for path in paths}
         turned: dict[Path, loras.Factors] = {}
         for path in paths:
-            saves = sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors"))
+            saves = _saves(path)
             given |= {save: loras.load(save) for save in saves[-2:-1]}
             turned[path] = _turned(given[path], len(turned))
         pairs = list(combinations(given, 2))
@@ -226,8 +239,8 @@ def methods_of(size: int) -> list[Merged]:
     return found
 
 
-METHOD_HEADER = ["method", "score as it is", "best strength", "subject there", "style there", "prompt there", "burned there"]
-METHOD_HEADER += ["against the sum at its best common strength", "each set at its own best strength, against the sum's"]
+METHOD_HEADER = ["method", "score as it is", "against the best sum", "best strengths", "score there", "burned there"]
+METHOD_HEADER += [f"{measure}, against the best sum" for measure in ("score", "subject", "style", "prompt")]
 SCALES = ("normalize", "average")  # the sum times one number: of the same curve, as far as strengths are chosen freely
 
 
@@ -242,15 +255,15 @@ def stacked(asked: Asked) -> Iterator[Table]:
     for kind, (subjects, styles) in KINDS.items():
         sets = asked.sets(subjects, styles)
         of_sum = _curves(asked, sets, SUM)
-        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
+        base = common(of_sum)
         at_one = STRENGTHS.index(1.0)
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
         for merged in methods_of(subjects + styles):
             if merged.method in SCALES and not merged.params:
-                rows.append(_method_row(merged.name, _curves(asked, sets, merged, (1.0,))[:, 0], None, base, own))
+                rows.append(_method_row(merged.name, _curves(asked, sets, merged, (1.0,))[:, 0], None, base))
             else:
                 curves = _curves(asked, sets, merged)
-                rows.append(_method_row(merged.name, curves[:, at_one], curves, base, own))
+                rows.append(_method_row(merged.name, curves[:, at_one], curves, base))
         yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
 
 
@@ -259,27 +272,24 @@ def again(asked: Asked) -> Iterator[Table]:
     for kind in ("subject + style", "two subjects"):
         sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
         of_sum = _curves(asked, sets, SUM)
-        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
-        rows.append(_method_row("normalize", _curves(asked, sets, Merged("normalize"), (1.0,))[:, 0], None, base, own))
+        base = common(of_sum)
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
+        rows.append(_method_row("normalize", _curves(asked, sets, Merged("normalize"), (1.0,))[:, 0], None, base))
         curves = _curves(asked, sets, Merged("tsv"))
-        rows.append(_method_row("tsv", curves[:, at_one], curves, base, own))
+        rows.append(_method_row("tsv", curves[:, at_one], curves, base))
         yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
 
 
-def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray, own: np.ndarray) -> list[str]:
-    row = [name, _spread(_of(at_one, "score"))]
+def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray) -> list[str]:
+    """A method as it is, and at its best common strength, beside the sum at its own."""
+    row = [name, _spread(_of(at_one, "score")), _change(_of(at_one, "score") - _of(base, "score"))]
     if curves is None:
-        return [*row, *["–"] * 5, f"as it is: {_change(_of(at_one, 'score') - _of(base, 'score'))}", "as the sum"]
-    found, each = common(curves), np.stack([best(curve) for curve in curves])
-    row += [_best_common(curves), *(_plain(_of(found, measure)) for measure in ("subject", "style", "prompt", "burned"))]
+        return [*row, *["as the sum"] * 7]
+    found = common(curves)
+    row += [_best_common(curves), _spread(_of(found, "score")), _plain(_of(found, "burned"))]
     if name == "sum":
-        return [
-            *row,
-            f"– (its own score: {_spread(_of(found, 'score'))})",
-            f"{_change(_of(own, 'score') - _of(base, 'score'))} (against one for all)",
-        ]
-    return [*row, _change(_of(found, "score") - _of(base, "score")), _change(_of(each, "score") - _of(own, "score"))]
+        return [*row, "–", *(f"({_plain(_of(found, measure))})" for measure in ("subject", "style", "prompt"))]
+    return [*row, *(_change(_of(found, measure) - _of(base, measure)) for measure in ("score", "subject", "style", "prompt"))]
 
 
 def seeds(asked: Asked) -> Iterator[Table]:
@@ -287,7 +297,7 @@ def seeds(asked: Asked) -> Iterator[Table]:
     whats = (*SUBJECTS, *STYLES)
     pairs = {"two seeds": [[asked.path(what, seed) for seed in asked.seeds[:2]] for what in whats]}
     finals = [asked.path(what, seed) for what in whats for seed in asked.seeds]
-    saves = [[*sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors"))[-1:], path] for path in finals]
+    saves = [[*_saves(path)[-1:], path] for path in finals]
     pairs["two saves"] = [pair for pair in saves if len(pair) == 2]
     at_one = STRENGTHS.index(1.0)
     for kind, sets in pairs.items():
@@ -322,7 +332,8 @@ def spaces(asked: Asked) -> Iterator[Table]:
         for rule, core in (("ties", "ties"), ("dare", "dare_linear")):
             found = {}
             for where, method in (("core", core), ("full", f"full_{rule}")):
-                curves = _curves(asked, sets, Merged(method, (("density", density),)))
+                draw = (("seed", 0),) if method == "full_dare" else ()
+                curves = _curves(asked, sets, Merged(method, (("density", density), *draw)))
                 found[where] = common(curves)
                 scores = [_best_common(curves), _spread(_of(found[where], "score")), _plain(_of(found[where], "burned"))]
                 rows.append([rule, f"{density:g}", where, *scores, _change(_of(found[where], "score") - _of(base, "score"))])
@@ -342,7 +353,7 @@ def ranks(asked: Asked) -> Iterator[Table]:
     """Question 4: how much rank a merge needs."""
     sets, rows = asked.sets(1, 1), []
     exact = _curves(asked, sets, SUM)
-    strength = STRENGTHS.index(float(_best_common(exact)))
+    strength = int(_of(exact, "score").mean((0, 2)).argmax())
     whole = [_norm(SUM.factors(paths)) for paths in sets]
     for rank in (1, 2, 3, 4, 6, 8, 12):
         merged = replace(SUM, rank=rank)
@@ -521,7 +532,9 @@ def averages(asked: Asked) -> Iterator[Table]:
         for sigma in (0.05, 0.1, 0.2, 0.2887):
             curves = []
             for path in finals:
-                saves = [*sorted((path.parent / "saves").glob(f"{path.stem}_*.safetensors")), path]
+                saves = [*_saves(path), path]
+                if len(saves) < 4:
+                    raise SystemExit(f"{path.name} has no saves: remove it, and train it with loras --save-every")
                 steps = [int(save.stem.rsplit("_", 1)[1]) for save in saves[:-1]]
                 saves, steps = saves[-4:], [*steps, int(path.stem.split("_n")[1].split("_")[0])][-4:]
                 weights = profile(steps, gamma_of(sigma))
@@ -610,23 +623,35 @@ def predictors(asked: Asked) -> Iterator[Table]:
     weights = {name: module.weight.detach() for name, module in loras.targets(asked.bench.model).items()}
     singles = [[asked.path(what, seed)] for what in (*SUBJECTS, *STYLES) for seed in asked.seeds]
     sets = singles + [paths for subjects, styles in KINDS.values() for paths in asked.sets(subjects, styles)]
-    curves = _curves(asked, sets, SUM)
-    burned, lost = _of(curves, "excess").mean(2), -_of(curves, "score").mean(2)
+    kinds = np.repeat(range(1 + len(KINDS)), [len(singles), *(len(asked.sets(*sizes)) for sizes in KINDS.values())])
+    curves, at_one = _curves(asked, sets, SUM), STRENGTHS.index(1.0)
+    burned, scores = _of(curves, "excess").mean(2), _of(curves, "score").mean(2)
+    lost = scores.max(1) - scores[:, at_one]  # at strength 1, of what the set can reach
     table = [_predictors(weights, paths) for paths in sets]
-    at_one, random, rows = STRENGTHS.index(1.0), np.random.default_rng(0), []
+    random, rows = np.random.default_rng(0), []
+
+    def within(values: np.ndarray, chosen: np.ndarray) -> float:
+        """The mean over kinds of the rank correlation among sets of one kind."""
+        of = [chosen[kinds[chosen] == kind] for kind in set(kinds)]
+        return float(np.mean([spearman(values[some], lost[some]) for some in of if len(some) > 2]))
+
+    def told(value: Callable[[np.ndarray], float]) -> str:
+        drawn = [value(chosen) for chosen in random.integers(len(sets), size=(500, len(sets)))]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return f"{value(np.arange(len(sets))):+.2f} [{low:+.2f}, {high:+.2f}]"
+
     for name in table[0][0]:
         values = np.array([[cell[name] for cell in row] for row in table])
-        row = [name]
-        for target in (burned, lost):
-            for some in (slice(None), slice(at_one, at_one + 1)):
-                drawn = [
-                    spearman(values[chosen][:, some].ravel(), target[chosen][:, some].ravel())
-                    for chosen in random.integers(len(sets), size=(500, len(sets)))
-                ]
-                low, high = np.percentile(drawn, [2.5, 97.5])
-                row.append(f"{spearman(values[:, some].ravel(), target[:, some].ravel()):+.2f} [{low:+.2f}, {high:+.2f}]")
-        rows.append(row)
-    header = ["number", "burn, all strengths", "burn, strength 1", "loss of score, all strengths", "loss of score, strength 1"]
+        one = values[:, at_one]
+        rows.append(
+            [
+                name,
+                told(lambda chosen, values=values: spearman(values[chosen].ravel(), burned[chosen].ravel())),
+                told(lambda chosen, one=one: spearman(one[chosen], lost[chosen])),
+                told(lambda chosen, one=one: within(one, chosen)),
+            ]
+        )
+    header = ["number", "burn, all strengths", "lost at strength 1, all sets", "lost at strength 1, within a kind"]
     yield f"Rank correlation over {len(sets)} sums of one to four LoRAs", header, rows
 
 
@@ -638,7 +663,7 @@ def calibrated(asked: Asked) -> Iterator[Table]:
     for kind in ("subject + style", "two subjects"):
         sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
         of_sum = _curves(asked, sets, SUM)
-        base, own = common(of_sum), np.stack([best(curve) for curve in of_sum])
+        base = common(of_sum)
         ways: list[Merge] = [
             Merged("tsv"),
             Ssr(asked.bench, 1),
@@ -646,10 +671,10 @@ def calibrated(asked: Asked) -> Iterator[Table]:
             Ssr(asked.bench, 8, worn=False),
             Ssr(asked.bench, 8, whole=True),
         ]
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base, own)]
+        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
         for way in ways:
             curves = _curves(asked, sets, way)
-            rows.append(_method_row(way.name, curves[:, at_one], curves, base, own))
+            rows.append(_method_row(way.name, curves[:, at_one], curves, base))
         yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
 
 
