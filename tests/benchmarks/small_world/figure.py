@@ -44,7 +44,7 @@ def _over_strength(asked: questions.Asked, axes: pyplot.Axes) -> None:
         axes.fill_between(questions.STRENGTHS, low, high, color=colour, alpha=0.15, linewidth=0)
         burned = curves[..., MEASURES.index("burned")].mean((0, 2))
         axes.plot(questions.STRENGTHS, burned, color=colour, linestyle="--", linewidth=1)
-    axes.set(xlabel="strength of every LoRA in a plain sum", ylim=(0, 1), title="score (dashed: share of burned pictures)")
+    axes.set(xlabel="strength of every LoRA in a plain sum", ylim=(0, 0.6), title="score (dashed: share of burned pictures)")
     axes.legend(frameon=False)
 
 
