@@ -56,7 +56,7 @@ def _beside_the_sum(asked: questions.Asked, axes: pyplot.Axes) -> None:
         sets = asked.sets(*sizes)
         base = common(np.stack([asked.bench.curve(paths, questions.SUM, questions.STRENGTHS) for paths in sets]))
         for merged in questions.methods_of(sum(sizes)):
-            if merged.method in questions.SCALES and not merged.params:
+            if merged.name in questions.SCALES:
                 continue
             if merged.name not in names:
                 names.append(merged.name)

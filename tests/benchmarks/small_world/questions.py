@@ -252,32 +252,29 @@ def stacked(asked: Asked) -> Iterator[Table]:
         for measure in ("score", "burned"):
             burning.append([kind, measure, *(_spread(_of(curves[:, n], measure)) for n in range(len(STRENGTHS)))])
     yield "The sum over its common strength", ["set", "measure", *(f"{strength:g}" for strength in STRENGTHS)], burning
-    for kind, (subjects, styles) in KINDS.items():
-        sets = asked.sets(subjects, styles)
-        of_sum = _curves(asked, sets, SUM)
-        base = common(of_sum)
-        at_one = STRENGTHS.index(1.0)
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
-        for merged in methods_of(subjects + styles):
-            if merged.method in SCALES and not merged.params:
-                rows.append(_method_row(merged.name, _curves(asked, sets, merged, (1.0,))[:, 0], None, base))
-            else:
-                curves = _curves(asked, sets, merged)
-                rows.append(_method_row(merged.name, curves[:, at_one], curves, base))
-        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+    for kind, sizes in KINDS.items():
+        yield _beside_the_sum(asked, kind, methods_of(sum(sizes)))
+
+
+def _beside_the_sum(asked: Asked, kind: str, ways: Sequence[Merge]) -> Table:
+    """Ways to merge sets of a kind, as they are and at their best common strength, beside the sum."""
+    sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
+    of_sum = _curves(asked, sets, SUM)
+    base = common(of_sum)
+    rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
+    for way in ways:
+        if way.name in SCALES:
+            rows.append(_method_row(way.name, _curves(asked, sets, way, (1.0,))[:, 0], None, base))
+        else:
+            curves = _curves(asked, sets, way)
+            rows.append(_method_row(way.name, curves[:, at_one], curves, base))
+    return f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
 
 
 def again(asked: Asked) -> Iterator[Table]:
     """The main comparison in short, for LoRAs of another training."""
     for kind in ("subject + style", "two subjects"):
-        sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
-        of_sum = _curves(asked, sets, SUM)
-        base = common(of_sum)
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
-        rows.append(_method_row("normalize", _curves(asked, sets, Merged("normalize"), (1.0,))[:, 0], None, base))
-        curves = _curves(asked, sets, Merged("tsv"))
-        rows.append(_method_row("tsv", curves[:, at_one], curves, base))
-        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+        yield _beside_the_sum(asked, kind, [Merged("normalize"), Merged("tsv")])
 
 
 def _method_row(name: str, at_one: np.ndarray, curves: np.ndarray | None, base: np.ndarray) -> list[str]:
@@ -660,22 +657,10 @@ def predictors(asked: Asked) -> Iterator[Table]:
 
 def calibrated(asked: Asked) -> Iterator[Table]:
     """SSR beside the methods that need no model."""
+    bench = asked.bench
+    ways = [Merged("tsv"), Ssr(bench, 1), Ssr(bench, 8), Ssr(bench, 8, worn=False), Ssr(bench, 8, whole=True)]
     for kind in ("subject + style", "two subjects"):
-        sets, at_one = asked.sets(*KINDS[kind]), STRENGTHS.index(1.0)
-        of_sum = _curves(asked, sets, SUM)
-        base = common(of_sum)
-        ways: list[Merge] = [
-            Merged("tsv"),
-            Ssr(asked.bench, 1),
-            Ssr(asked.bench, 8),
-            Ssr(asked.bench, 8, worn=False),
-            Ssr(asked.bench, 8, whole=True),
-        ]
-        rows = [_method_row("sum", of_sum[:, at_one], of_sum, base)]
-        for way in ways:
-            curves = _curves(asked, sets, way)
-            rows.append(_method_row(way.name, curves[:, at_one], curves, base))
-        yield f"{kind}: {len(sets)} sets", METHOD_HEADER, rows
+        yield _beside_the_sum(asked, kind, ways)
 
 
 QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {

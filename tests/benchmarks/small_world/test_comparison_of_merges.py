@@ -100,6 +100,19 @@ def test_rules_on_whole_matrices(files, method, rule):
         assert torch.allclose((found[module][0] @ found[module][1]).double(), wanted, atol=1e-5)
 
 
+def test_dare_on_whole_matrices_draws_anew_in_every_module(tmp_path):
+    """Two modules with the same change keep other entries; what is kept is divided by the density."""
+    one, (a, b) = factors(0), [f"layers.{n}.attention.to_q" for n in (0, 1)]
+    path = tmp_path / "zib_r2_s0_n1.safetensors"
+    loras.save(path, {**one, b: one[a]})
+    found = compare.Merged("full_dare", (("density", 0.5), ("seed", 0))).factors([path])
+    whole, kept = one[a][0] @ one[a][1], [found[module][0] for module in (a, b)]
+    assert not torch.equal(*((part != 0) for part in kept))
+    for part in kept:
+        assert torch.allclose(part[part != 0], 2 * whole[part != 0], rtol=1e-5)
+        assert 0.4 < (part != 0).float().mean() < 0.6
+
+
 def test_a_judgement_is_made_once(bench, files):
     first = bench.curve(files, compare.Merged(), (0.5, 1.0))
     assert first.shape == (2, 4, len(compare.MEASURES))
