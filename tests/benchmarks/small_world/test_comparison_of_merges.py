@@ -104,7 +104,7 @@ def test_dare_on_whole_matrices_draws_anew_in_every_module(tmp_path):
     """Two modules with the same change keep other entries; what is kept is divided by the density."""
     one, (a, b) = factors(0), [f"layers.{n}.attention.to_q" for n in (0, 1)]
     path = tmp_path / "zib_r2_s0_n1.safetensors"
-    loras.save(path, {**one, b: one[a]})
+    loras.save(path, {**one, b: tuple(part.clone() for part in one[a])})
     found = compare.Merged("full_dare", (("density", 0.5), ("seed", 0))).factors([path])
     whole, kept = one[a][0] @ one[a][1], [found[module][0] for module in (a, b)]
     assert not torch.equal(*((part != 0) for part in kept))
