@@ -24,7 +24,7 @@ LEVELS = (
     ("studio",),
     ("demo",),
     ("host",),
-    ("cli",),
+    ("cli", "experiments"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,23 @@ class ToolkitRenderer:
             for module, delta in deltas:
                 if any(bool(factor.any()) for factor in _ups(delta)):
                     self._hooks.append(self._linear(module, delta).register_forward_hook(adding(delta, self.device)))
+
+    @contextmanager
+    def watching(self, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+        """Shows what enters linear layers while pictures are rendered.
+
+        Args:
+            see: Module -> called with each of its inputs, (tokens, in), in the dtype of the model.
+        """
+        hooks = [
+            self._linears[module].register_forward_pre_hook(lambda _, args, call=call: call(args[0].flatten(0, -2)))
+            for module, call in see.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _linear(self, module: str, delta: Delta) -> nn.Module:
         linear = self._linears.get(module)

@@ -141,43 +141,33 @@ def activations(bench: compare.Bench, files: list[Path], pictures: int) -> list[
     return found
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_ssr_is_the_least_squares_fit(bench, files, whole):
-    """Against a dense least-squares solver on all activations, ridge and all."""
-    way = ssr.Ssr(bench, 3, 1e-2, whole)
-    found, seen, given = way.factors(files), activations(bench, files, 3), [loras.load(path) for path in files]
+def test_regmean_is_the_least_squares_fit(bench, files):
+    """Against a dense least-squares solver on all activations, ridge and all; SSR has tests/algebra/test_activations.py."""
+    found = ssr.Ssr(bench, 3, 1e-2, whole=True).factors(files)
+    seen, given = activations(bench, files, 3), [loras.load(path) for path in files]
     for module in list(found)[:8]:
         inputs = [one[module] for one in seen]
-        ups, downs = zip(*[[part.double() for part in one[module]] for one in given], strict=True)
-        side = torch.eye(downs[0].shape[1]).double() if whole else torch.cat(downs)
-        inside = [x @ side.T for x in inputs]
-        if whole:
-            wanted = [x @ (up @ down).T for x, up, down in zip(inputs, ups, downs, strict=True)]
-        else:  # each LoRA's own coordinates, the others' zero
-            wanted = [torch.zeros_like(z) for z in inside]
-            for n, z in enumerate(inside):
-                wanted[n][:, 2 * n : 2 * n + 2] = z[:, 2 * n : 2 * n + 2]
-        rows, targets = torch.cat(inside), torch.cat(wanted)
+        deltas = [up.double() @ down.double() for up, down in (one[module] for one in given)]
+        rows = torch.cat(inputs)
+        targets = torch.cat([x @ delta.T for x, delta in zip(inputs, deltas, strict=True)])
         ridge = (1e-2 * rows.square().sum() / rows.shape[1]) ** 0.5 * torch.eye(rows.shape[1]).double()
         zeros = torch.zeros(rows.shape[1], targets.shape[1]).double()
-        solution = torch.linalg.lstsq(torch.cat([rows, ridge]), torch.cat([targets, zeros]), driver="gelsd").solution.T
-        expected = solution if whole else torch.cat(ups, 1) @ solution @ side
+        expected = torch.linalg.lstsq(torch.cat([rows, ridge]), torch.cat([targets, zeros]), driver="gelsd").solution.T
         error = ((found[module][0] @ found[module][1]).double() - expected).norm() / expected.norm()
         assert error < 1e-4, module
 
 
-def test_ssr_of_unrelated_activations_is_the_sum():
-    """Z_1 and Z_2 that share nothing: M is the identity."""
-    one, other = torch.zeros(4, 4), torch.zeros(4, 4)
-    one[:2, :2], other[2:, 2:] = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.eye(2)
-    assert torch.allclose(ssr.solve([one, other], [2, 2], 0.0), torch.eye(4).double(), atol=1e-12)
-
-
-def test_ssr_of_equal_activations_is_the_mean():
-    """The trap of the method: the same activations for both make an average."""
-    random = torch.randn(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    same = random @ random.T
-    assert torch.allclose(ssr.solve([same, same], [2, 2], 0.0), torch.eye(4).double() / 2, atol=1e-12)
+def test_ssr_fits_what_each_lora_does_on_its_own_activations(bench, files):
+    """Nearer to it than the sum, on the very activations that it was fitted to, and as strong there as it says."""
+    way = ssr.Ssr(bench, 3, 1e-6)
+    found, seen, given = way.factors(files), activations(bench, files, 3), [loras.load(path) for path in files]
+    misses, strengths = torch.zeros(2), way.strengths(files)
+    for module, (up, down) in found.items():
+        deltas = [(one[module][0] @ one[module][1]).double() for one in given]
+        for merged, n in (((up @ down).double(), 0), (sum(deltas), 1)):
+            misses[n] += sum(float((x[module] @ (merged - d).T).square().sum()) for x, d in zip(seen, deltas, strict=True))
+    assert misses[0] < misses[1]
+    assert strengths.diagonal().sum() > strengths.fliplr().diagonal().sum(), "more on its own activations than on the other's"
 
 
 def test_questions_can_be_asked(tmp_path: Path):

@@ -1,0 +1,1 @@
+"""What was tried and did not beat the plain sum where it could be judged (docs/evidence.md), for those who try it again."""
