@@ -109,10 +109,10 @@ def _curves(asked: Asked, sets: Sequence[Sequence[Path]], merged: Merge, strengt
     return np.stack([asked.bench.curve(paths, merged, strengths) for paths in sets])
 
 
-def _best_common(curves: np.ndarray) -> str:
+def _best_common(curves: np.ndarray, strengths: Sequence[float] = STRENGTHS) -> str:
     """The strengths that are best for one half of the sets and for the other: see `common`."""
     halves = np.arange(len(curves)) % 2
-    found = [STRENGTHS[_of(curves[halves == half], "score").mean((0, 2)).argmax()] for half in (0, 1)]
+    found = [strengths[_of(curves[halves == half], "score").mean((0, 2)).argmax()] for half in (0, 1)]
     return " and ".join(f"{strength:g}" for strength in dict.fromkeys(found))
 
 
@@ -495,25 +495,93 @@ def maps(asked: Asked) -> Iterator[Table]:
     yield title, ["LoRAs", "dropped bands: those that matter", "change of subject or style"], rows
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A LoRA with a preset, to be compared as a merge is."""
+
+    preset: str
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"preset {self.preset}"
+
+    def factors(self, paths: Sequence[Path]) -> loras.Factors:
+        """What it adds to the model.
+
+        Args:
+            paths: One LoRA.
+        """
+        return SUM.factors(paths, [{"ratio": 1.0, "preset": self.preset}])
+
+
 def presets(asked: Asked) -> Iterator[Table]:
-    """What the shipped presets leave of a LoRA."""
-    rows, measures = [], ("subject", "style", "prompt")
+    """What the shipped presets leave of a LoRA, at ratio 1 and at the ratio that is best."""
+    ratios, measures = STRENGTHS[STRENGTHS.index(1.0) :], ("subject", "style", "prompt")
+    at_one, at_best = [], []
     for name in shipped.presets():
-        row = [name]
+        first, second = [name], [name]
         for whats, own in ((SUBJECTS, "subject"), (STYLES, "style")):
-            paths = [asked.path(what, seed) for what in whats for seed in asked.seeds]
-            whole, kept = [], []
-            for path in paths:
-                of, text = [what_of(path)], f"{path.parent.name}/{path.stem}"
-                made = lambda path=path, name=name: SUM.factors([path], [{"ratio": 1.0, "preset": name}])  # noqa: E731
-                whole.append(asked.bench.judged(of, f"alone {text}", lambda path=path: loras.load(path)))
-                kept.append(asked.bench.judged(of, f"{text} with preset {name}", made))
-            row += [_plain(_of(np.stack(kept), measure)) for measure in measures]
-            row.append(_change(_of(np.stack(kept) - np.stack(whole), own)))
-        rows.append(row)
+            sets = [[asked.path(what, seed)] for what in whats for seed in asked.seeds]
+            whole, kept = _curves(asked, sets, SUM), _curves(asked, sets, Preset(name), ratios)
+            first += [_plain(_of(kept[:, 0], measure)) for measure in measures]
+            first.append(_change(_of(kept[:, 0] - whole[:, STRENGTHS.index(1.0)], own)))
+            second += [_best_common(kept, ratios), _spread(_of(common(kept), "score"))]
+            second.append(_change(_of(common(kept) - common(whole), "score")))
+        at_one.append(first)
+        at_best.append(second)
     header = ["preset", *(f"subject LoRAs: {measure}" for measure in measures), "subject, against no preset"]
     header += [*(f"style LoRAs: {measure}" for measure in measures), "style, against no preset"]
-    yield "Shipped presets at ratio 1", header, rows
+    yield "Shipped presets at ratio 1", header, at_one
+    header = [
+        f"{kind}: {value}" for kind in ("subject LoRAs", "style LoRAs") for value in ("best ratio", "score", "against no preset")
+    ]
+    yield "Shipped presets at their best ratio from 1, against the whole LoRA at its own", ["preset", *header], at_best
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A subject and a style that share the layers by maps of other seeds' LoRAs.
+
+    Attributes:
+        asked: For the maps.
+        name: For tables.
+        leaves: How many of the bands that matter most to the style the subject's LoRA leaves to it.
+        keeps: In how many of the bands that matter most to it the style's LoRA stays.
+    """
+
+    asked: Asked
+    name: str
+    leaves: int = 0
+    keeps: int = BANDS
+
+    def factors(self, paths: Sequence[Path]) -> loras.Factors:
+        """What the sum adds to the model.
+
+        Args:
+            paths: A subject and a style.
+        """
+        subject, style = paths
+        (other,) = {self.asked.path(what_of(style), seed) for seed in self.asked.seeds} - {style}
+        bands = list(groups())[:BANDS]
+        order = np.argsort([-_loss(self.asked, other, [band]).mean() for band in bands], kind="stable")
+        without = [{bands[n] for n in order[: self.leaves]}, {bands[n] for n in order[self.keeps :]}]
+        ratios = []
+        for dropped in without:
+            layers = {band.removeprefix("layers ").replace(" to ", "-"): 0.0 for band in sorted(dropped)}
+            ratios.append({"ratio": 1.0, "layers": layers})
+        return SUM.factors([subject, style], ratios)
+
+
+def divided(asked: Asked) -> Iterator[Table]:
+    """Does a map help a merge: the style alone in the layers that carry it, the subject in the others?"""
+    ways = [
+        Divided(asked, "style in its best half of the layers", keeps=BANDS // 2),
+        Divided(asked, "subject without the style's best sixth", leaves=1),
+        Divided(asked, "subject without the style's best third", leaves=2),
+        Divided(asked, "style in its best half, subject without the best sixth", leaves=1, keeps=BANDS // 2),
+    ]
+    yield _beside_the_sum(asked, "subject + style", ways)
 
 
 # --- 6: averages over checkpoints ----------------------------------------------------------------------------------------------
@@ -657,10 +725,16 @@ def predictors(asked: Asked) -> Iterator[Table]:
 
 def calibrated(asked: Asked) -> Iterator[Table]:
     """SSR beside the methods that need no model."""
-    bench = asked.bench
+    bench, rows = asked.bench, []
     ways = [Merged("tsv"), Ssr(bench, 1), Ssr(bench, 8), Ssr(bench, 8, worn=False), Ssr(bench, 8, whole=True)]
     for kind in ("subject + style", "two subjects"):
         yield _beside_the_sum(asked, kind, ways)
+        found = np.stack([Ssr(bench, 8).strengths(paths).numpy() for paths in asked.sets(*KINDS[kind])])
+        for name, j, k in (("first on its own", 0, 0), ("first on the second's", 0, 1), ("second on the first's", 1, 0)):
+            rows.append([kind, name, _spread(found[:, [j], k])])
+        rows.append([kind, "second on its own", _spread(found[:, [1], 1])])
+    header = ["set", "LoRA on activations", "strength"]
+    yield "How strong the LoRAs are in SSR's merge (8 pictures), as it is", header, rows
 
 
 QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {
@@ -673,6 +747,7 @@ QUESTIONS: Mapping[str, Callable[[Asked], Iterator[Table]]] = {
     "ranks": ranks,
     "maps": maps,
     "presets": presets,
+    "divided": divided,
     "averages": averages,
     "predictors": predictors,
     "ssr": calibrated,
