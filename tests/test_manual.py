@@ -22,6 +22,7 @@ from extensions_built_in.zit_merge.config import schema
 from extensions_built_in.zit_merge.config.job import job_of
 from extensions_built_in.zit_merge.config.parse import parse_section
 from extensions_built_in.zit_merge.config.presets import find_preset, presets
+from extensions_built_in.zit_merge.experiments import ssr
 from extensions_built_in.zit_merge.model.strengths import Weights, factors
 from extensions_built_in.zit_merge.report.text.catalogue import methods_facts
 
@@ -159,7 +160,9 @@ def commands(block: Block) -> Iterator[list[str]]:
 @pytest.mark.parametrize("block", of_kind("sh"))
 def test_commands_are_what_the_parser_takes(block):
     for words in commands(block):
-        if words:
+        if words and words[0] == ".experiments.ssr":
+            assert ssr.arguments(words[1:]).prompts
+        elif words:
             assert build_parser(COMMANDS).parse_args(words).command in COMMANDS.values()
         else:
             assert block.page.startswith("README"), "only the first steps call it without a command"

@@ -263,7 +263,12 @@ def _write(
     return Judged(torch.where(sizes > 0, inner / sizes, 0.0), len(products))
 
 
-def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process where it is wrong, as argparse does.
+
+    Args:
+        words: See `main`.
+    """
     prog, form = "python -m extensions_built_in.zit_merge.experiments.ssr", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=form)
     parser.add_argument("config", type=Path, help="a job with a section of zit_merge")
@@ -286,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the input or the config is wrong, 2 usage, 130 interrupted.
     """
-    args = _arguments(words)
+    args = arguments(words)
     try:
         planned = next(plan_job(load_job(args.config), only=args.step, may_download=True))
         with JobProgress(Status(), Bar()) as progress:
