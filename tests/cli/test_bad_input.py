@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 
@@ -261,6 +262,28 @@ def test_two_loras_of_different_models(work):
     assert message.startswith("process[0].steps[0]: other.safetensors") and "12 x 12" in message and "8 x 8" in message
 
 
+@pytest.mark.parametrize(
+    ("more", "flags", "advice"),
+    [
+        (pair("diffusion_model.layers.0.attention.to_qq"), ["--allow-unmatched"], "set --allow-unmatched to merge the rest"),
+        (
+            {"diffusion_model.layers.0.attention_norm1.diff": torch.ones(8)},
+            ["--drop", "norm"],
+            "set --drop norm to merge the rest",
+        ),
+        ({Q + ".alpha": torch.tensor(float("nan"))}, ["--alpha", "none"], "or set --alpha none (alpha is the rank)"),
+    ],
+    ids=["unmatched", "norm", "alpha"],
+)
+def test_on_the_command_line_advice_names_flags_that_help(work, more, flags, advice):
+    write(work, pair(Q) | more)
+    words = ("merge", work.folder / "me.safetensors", "-o", work.folder / "out.safetensors", "--ratio", 1, "--shapes", "free")
+    message = refused(work, *words)
+    assert advice in message
+    assert not re.search(r"\b[a-z_]+: (true|none|\[)", message), message
+    work.zit(*words, *flags).ok()
+
+
 def test_a_key_that_no_rule_explains(work):
     write(work, pair(Q) | pair("diffusion_model.layers.0.attention.to_qq"))
     message = refused_lora(work)
@@ -396,7 +419,7 @@ def test_a_device_that_is_not_there(work, loras, device, monkeypatch):
 
 SPOILERS: dict[str, Callable[[Workspace], None]] = {
     "NaN": lambda work: work.lora("bad.safetensors", change=lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan"))),
-    "truncated": lambda work: (work.folder / "bad.safetensors").write_bytes(b"x" * 50),
+    "truncated": lambda work: (work.folder / "me.safetensors").write_bytes(b"x" * 50),
     "missing": lambda work: None,
 }
 

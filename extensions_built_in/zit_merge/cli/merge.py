@@ -11,7 +11,7 @@ from typing import Any
 
 from ..api import OUTPUT
 from ..api import merge as describe
-from ..errors import SettingError, counted
+from ..errors import SettingError, ZitMergeError, counted
 from ..planning.planned import Planned
 from ..report.progress import Bar
 from ..report.text.plan import plan_text
@@ -65,12 +65,24 @@ def _run(args: argparse.Namespace, planned: Planned) -> None:
 
 @contextmanager
 def _as_flags(count: int) -> Iterator[None]:
-    """Locations in the words of the command line: `rank` as --rank, `loras[1].blocks.to_q` as --to_q (file 2)."""
+    """Errors in the words of the command line: `loras[1].blocks.to_q` as --to_q (file 2), `set rank: 64` as --rank 64."""
     try:
         yield
     except SettingError as e:
-        e.loc = _flag(e.loc, count)
+        e.loc, e.message = _flag(e.loc, count), _advice(e.message)
         raise
+    except ZitMergeError as e:
+        e.args = (_advice(e.args[0]),)
+        raise
+
+
+def _advice(text: str) -> str:
+    """A sentence with flags in the place of keys and values: `drop: [norm, bias]` as --drop norm bias."""
+    text = re.sub(r"\bsave: \{(.+?)\}", r"\1", text)
+    text = re.sub(r"\brank: \{(.+?)\}", lambda rule: f"--rank {rule[1].replace(': ', '=').replace(', ', ',')}", text)
+    text = re.sub(r"\b(allow_unmatched|confirm_size|keep_lokr): true", lambda flag: f"--{flag[1].replace('_', '-')}", text)
+    text = re.sub(r"\bdrop: \[(.+?)\]", lambda vectors: f"--drop {vectors[1].replace(',', '')}", text)
+    return re.sub(r"\b(alpha|base|dtype|format|qkv|rank|rounding|shapes|uniform): (?=\w)", r"--\1 ", text)
 
 
 def _flag(loc: str, count: int) -> str:
