@@ -76,22 +76,31 @@ def test_without_activations_nothing_is_left():
     assert not mixing([torch.zeros(5, 5)] * 2, [3, 2], 1e-3).any()
 
 
-def test_effects_are_strengths_on_the_activations():
+@pytest.mark.parametrize("rank", [None, 3])
+def test_effects_are_strengths_on_the_activations(rank):
     parts = [orthonormal(delta) for delta in deltas()]
     whole, inputs, ranks = stack(parts), activations(), [p.rank for p in parts]
     products = [(whole.down @ x) @ (whole.down @ x).T for x in inputs]
     mixed = mixing(products, ranks, 1e-3)
-    inner, sizes = effects(whole.up, mixed, products, ranks)
+    frame = truncate_seen(Factors(whole.up @ mixed, whole.down), sum(products), rank).up if rank else None
+    inner, sizes = effects(whole.up, mixed, products, ranks, frame)
     first = 0
     for j, part in enumerate(parts):
         rows = slice(first, first + part.rank)
         first += part.rank
         for k, x in enumerate(inputs):
             alone, there = dense(part) @ x, part.up @ mixed[rows] @ whole.down @ x
+            there = there if frame is None else frame @ (frame.T @ there)
             assert inner[j, k] == pytest.approx(float((alone * there).sum()))
             assert sizes[j, k] == pytest.approx(float(alone.square().sum()))
-    inner, sizes = effects(whole.up, torch.eye(9, dtype=F64), products, ranks)
-    assert torch.allclose(inner, sizes), "the plain sum has every LoRA at its strength everywhere"
+
+
+def test_effects_of_the_plain_sum_are_1_everywhere():
+    parts = [orthonormal(delta) for delta in deltas()]
+    whole = stack(parts)
+    products = [(whole.down @ x) @ (whole.down @ x).T for x in activations()]
+    inner, sizes = effects(whole.up, torch.eye(9, dtype=F64), products, [p.rank for p in parts])
+    assert torch.allclose(inner, sizes)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])

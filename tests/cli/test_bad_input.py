@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from workspace import Workspace
 
+from extensions_built_in.zit_merge.cli.merge import _advice
 from extensions_built_in.zit_merge.files import atomic
 
 ME = {"lora": "me.safetensors", "ratio": 1.0}
@@ -284,6 +285,27 @@ def test_on_the_command_line_advice_names_flags_that_help(work, more, flags, adv
     work.zit(*words, *flags).ok()
 
 
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("set rank: 64, save: {keep_lokr: true} to keep it", "set --rank 64, --keep-lokr to keep it"),
+        ("set rank: {energy: 0.99, max: 64}, or confirm_size: true", "set --rank energy=0.99,max=64, or --confirm-size"),
+        ("a whole number from 1, {energy: 0.99} or {size_mb: 150}", "a whole number from 1, energy=0.99 or size_mb=150"),
+        ("set drop: [norm, bias] to merge", "set --drop norm bias to merge"),
+        ("set base: to the model that", "set --base to the model that"),
+        ("use method: sum, or other ratios", "use --method sum, or other ratios"),
+        ("set save: {uniform: false}, or drop it", "set --uniform false, or drop it"),
+        ("without method, rank, format or uniform: drop them", "without method, rank, format or uniform: drop them"),
+        ("is no LoRA of low rank: ties works", "is no LoRA of low rank: ties works"),
+        ("/a/rank: 5/x.safetensors and my base: sdxl/x.safetensors", "/a/rank: 5/x.safetensors and my base: sdxl/x.safetensors"),
+        ("/loras/alpha: none.safetensors is not there", "/loras/alpha: none.safetensors is not there"),
+        ("no base: the model", "no base: the model"),
+    ],
+)
+def test_sentences_of_a_config_in_the_words_of_the_command_line(told, wanted):
+    assert _advice(told) == wanted
+
+
 def test_a_key_that_no_rule_explains(work):
     write(work, pair(Q) | pair("diffusion_model.layers.0.attention.to_qq"))
     message = refused_lora(work)
@@ -419,7 +441,7 @@ def test_a_device_that_is_not_there(work, loras, device, monkeypatch):
 
 SPOILERS: dict[str, Callable[[Workspace], None]] = {
     "NaN": lambda work: work.lora("bad.safetensors", change=lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan"))),
-    "truncated": lambda work: (work.folder / "me.safetensors").write_bytes(b"x" * 50),
+    "truncated": lambda work: (work.folder / "bad.safetensors").write_bytes(b"x" * 50),
     "missing": lambda work: None,
 }
 

@@ -11,7 +11,7 @@ import torch
 from extensions_built_in.zit_merge.experiments import ssr
 from extensions_built_in.zit_merge.host.render import ToolkitRenderer
 
-KEPT = ("layers.0.attention.to_q", "layers.0.attention.to_v", "layers.3.feed_forward.w2", "layers.7.adaLN_modulation.0")
+KEPT = ("layers.0.attention.to_q", "layers.0.attention.to_v", "layers.3.feed_forward.w2", "layers.7.attention.to_out.0")
 inputs: list[dict[str, torch.Tensor]] = []  # of each LoRA: module -> (tokens, in)
 
 
@@ -23,7 +23,7 @@ class Kept(ToolkitRenderer):
         inputs.append({})
 
     @contextmanager
-    def watching(self, see):
+    def watching(self, see, shapes):
         def keep(module):
             def call(x):
                 before = inputs[-1].get(module, x[:0].double())
@@ -31,7 +31,7 @@ class Kept(ToolkitRenderer):
 
             return call
 
-        with super().watching(see), super().watching({module: keep(module) for module in KEPT}):
+        with super().watching(see, shapes), super().watching({module: keep(module) for module in KEPT}, shapes):
             yield
 
 

@@ -1,6 +1,7 @@
 """The experiment `ssr` in the real AI-Toolkit, on the tiny Z-Image, plain and quantized, against dense least squares."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from host import tiny_zimage
 from oracles import producers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from extensions_built_in.zit_merge.formats.reader import TensorReader, load_lora
 
 SCRIPT = Path(__file__).with_name("ssr_in_toolkit.py")
 PROMPTS = ["a photo of a cat", "a drawing of a dog"]
@@ -70,6 +73,9 @@ def test_it_is_the_least_squares_fit(made):
         expected = up @ torch.linalg.lstsq(torch.cat([rows, ridge]), targets).solution.T @ down
         assert (change(found, module) - expected).norm() < 1e-4 * expected.norm(), module
         assert (change(found, module) - sum(deltas)).norm() > 1e-2 * expected.norm(), f"{module} is no sum"
+    module = "layers.7.adaLN_modulation.0"
+    total = sum(change(lora, module) * ratio for lora, ratio in zip(loras, RATIOS, strict=True))
+    assert (change(found, module) - total).norm() < 1e-5 * total.norm(), "what sees the time alone is summed"
 
 
 def test_what_it_was_made_from_stands_in_the_file(made):
@@ -81,12 +87,13 @@ def test_what_it_was_made_from_stands_in_the_file(made):
         [(prompt, seed) for seed in (3, 4)] for prompt in PROMPTS
     ]
     assert (record["method"], record["ridge"]) == ("ssr", RIDGE)
-    assert record["model"]["files"]
+    assert record["model"]["name"] == "model", "no path of this machine"
     (step,) = record["of"]["steps"]
     assert [(lora["ratio"], len(lora["sha256"])) for lora in step["loras"]] == [(ratio, 64) for ratio in RATIOS]
     assert "zit_merge.recipe" not in metadata, "no recipe of a sum: it would make another file"
-    assert "LoRA 1: at" in told
-    assert "LoRA 2: at" in told
+    own = [float(number) for number in re.findall(r"LoRA [12]: at (\d\.\d\d) of its strength on its own prompt", told)]
+    assert len(own) == 2
+    assert all(0.4 < number < 1 for number in own)
 
 
 def test_its_file_is_read_and_not_replaced(made, run_python):
@@ -98,19 +105,30 @@ def test_its_file_is_read_and_not_replaced(made, run_python):
     assert (folder / "ssr.safetensors").read_bytes() == before
     shown = run_python("-m", "extensions_built_in.zit_merge", "inspect", folder / "ssr.safetensors")
     assert shown.returncode == 0, shown.stderr
+    assert "the experiment ssr" in shown.stdout
 
 
-def test_equal_prompts_are_called_an_average(made, run_python):
-    folder, _, _, words = made
-    same = [PROMPTS[0] if word == PROMPTS[1] else word for word in words]
-    done = run_python(SCRIPT, folder / "other.pt", *same, "-o", folder / "same.safetensors")
+def test_a_cut_in_another_form_and_a_lora_that_shares_nothing(made, run_python):
+    """Less strong than exact, and the third LoRA whole: it alone changes the refiner."""
+    folder, told, _, words = made
+    alone = {"diffusion_model.noise_refiner.0.attention.to_q.lora_A.weight": torch.randn(3, tiny_zimage.DIM)}
+    alone["diffusion_model.noise_refiner.0.attention.to_q.lora_B.weight"] = torch.randn(tiny_zimage.DIM, 3)
+    save_file(alone, folder / "alone.safetensors")
+    job = json.loads((folder / "job.json").read_text())
+    (step,) = job["config"]["process"][0]["steps"]
+    step["loras"].append({"lora": str(folder / "alone.safetensors"), "ratio": -0.5})
+    step |= {"rank": 3, "save": {"dtype": "bf16", "format": "comfyui"}}
+    (folder / "cut.json").write_text(json.dumps(job))
+    words = [folder / "cut.json", *words[1:], "a third"]
+    done = run_python(SCRIPT, folder / "other.pt", *words, "-o", folder / "cut.safetensors")
     assert done.returncode == 0, done.stderr
-    assert "close to an average" in done.stdout
-
-
-def test_one_prompt_for_each_lora(made, run_python):
-    folder, _, _, words = made
-    done = run_python(SCRIPT, folder / "other.pt", *words[:-1], "-o", folder / "other.safetensors")
-    assert done.returncode == 1
-    assert "--prompts: got 1 prompt for 2 LoRAs" in done.stderr
-    assert not (folder / "other.safetensors").exists()
+    assert "LoRA 3: as in a sum" in done.stdout
+    exact, cut = (sum(float(x) for x in re.findall(r"at (\d\.\d+) of its", text)) for text in (told, done.stdout))
+    assert 0 < cut < exact, "the strengths are those of the file"
+    found = load_lora(folder / "cut.safetensors")
+    with TensorReader(found) as reader:
+        scale, delta = reader.delta("noise_refiner.0.attention.to_q")
+    assert found.ranks["layers.0.attention.to_out.0"] == 3
+    wanted = -0.5 * change(alone, "noise_refiner.0.attention.to_q")
+    expanded = delta.expand()
+    assert (scale * expanded.up.double() @ expanded.down.double() - wanted).norm() < 0.01 * wanted.norm()

@@ -73,7 +73,7 @@ def test_the_recipe_names_the_model(files):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rank", "energy=0.5,weigh=base"], "--rank weigh: needs the model: set base: trainer or a path"),
+        (["--rank", "energy=0.5,weigh=base"], "--rank weigh: needs the model: set base to its path"),
         (["--rank", "energy=0.5,weigh=bass", "--base", "base"], "takes weigh: base, not 'bass'"),
         (["--rank", "energy=0.5,weight=base"], "has no weight (did you mean weigh?)"),
         (["--rank", "weigh=base", "--base", "base"], "needs either energy"),

@@ -7,7 +7,8 @@ a module while the model draws what LoRA k was trained for, and Z_k = D X_k:
     G = sum_k S_k,    Q = sum_k E_k S_k,    S_k = Z_k Z_k' (R, R),    E_k the identity on the rows of D_k, else 0
 
 S_k is all that is kept of the activations. Activations that share nothing give M = I, the sum; equal ones M = I / N, the mean.
-The rows of each D_k are orthonormal, so that the ridge does not depend on the gauge of a file's factors.
+The rows of each D_k are orthonormal, so that the ridge does not depend on the gauge of a file's factors. The sums are over the
+LoRAs that change the module.
 
 Source: SSR, arXiv 2606.10617, whose ridge is not scaled by the trace. RegMean (arXiv 2212.09849) in the space of the LoRAs.
 """
@@ -41,7 +42,7 @@ def mixing(products: Sequence[Tensor], ranks: Sequence[int], ridge: float) -> Te
     Args:
         products: S_k of each LoRA, (R, R).
         ranks: r_k of each; they add up to R.
-        ridge: Relative to the mean of the diagonal of G; above 0 where activations may lie in fewer than R dimensions.
+        ridge: Above 0; relative to the mean of the diagonal of G.
     """
     gram = torch.stack([wide(product) for product in products]).sum(0)
     wanted = torch.cat([wide(product)[a:b] for product, (a, b) in zip(products, _spans(ranks), strict=True)])
@@ -49,7 +50,7 @@ def mixing(products: Sequence[Tensor], ranks: Sequence[int], ridge: float) -> Te
     return torch.linalg.solve(gram + level * torch.eye(len(gram)).to(gram), wanted.T).T
 
 
-def effects(ups: Tensor, mixed: Tensor, products: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def effects(ups: Tensor, mixed: Tensor, products: Sequence[Tensor], ranks: Sequence[int], frame: Tensor | None = None) -> Tensor:
     """How strong each LoRA is in the merge, on its own activations and on those of the others.
 
     Args:
@@ -57,18 +58,21 @@ def effects(ups: Tensor, mixed: Tensor, products: Sequence[Tensor], ranks: Seque
         mixed: M, (R, R).
         products: S_k of each LoRA, (R, R).
         ranks: r_k of each.
+        frame: P of `truncate_seen`, where the merge is cut to P P' U M D; (out, r).
 
     Returns:
-        (N, N) and (N, N) in float64: at [j, k] <U_j M_j Z_k, U_j D_j X_k> and |U_j D_j X_k|^2, with the rows j of M. Summed over
-        modules and divided, they are strengths: the identity is ideal, 1 / N everywhere an average.
+        (2, N, N) in float64: at [0, j, k] <U_j M_j Z_k, U_j D_j X_k> with the rows j of M, at [1, j, k] |U_j D_j X_k|^2. Summed
+        over modules and divided, they are strengths: the identity is ideal, 1 / N everywhere an average.
     """
-    inner, sizes = (torch.zeros(len(ranks), len(ranks), dtype=torch.float64) for _ in range(2))
+    found = torch.zeros(2, len(ranks), len(ranks), dtype=torch.float64)
     for j, (a, b) in enumerate(_spans(ranks)):
-        gram = wide(ups[:, a:b]).T @ wide(ups[:, a:b])
+        up = wide(ups[:, a:b])
+        gram = up.T @ up
+        kept = gram if frame is None else (up.T @ wide(frame)) @ (wide(frame).T @ up)
         for k, product in enumerate(map(wide, products)):
-            inner[j, k] = (gram * (mixed[a:b].to(gram) @ product[:, a:b])).sum()
-            sizes[j, k] = (gram * product[a:b, a:b]).sum()
-    return inner, sizes
+            found[0, j, k] = (kept * (mixed[a:b] @ product[:, a:b])).sum()
+            found[1, j, k] = (gram * product[a:b, a:b]).sum()
+    return found
 
 
 def truncate_seen(x: Factors, gram: Tensor, rank: int) -> Factors:
@@ -81,6 +85,9 @@ def truncate_seen(x: Factors, gram: Tensor, rank: int) -> Factors:
         x: up (out, R), down D (R, in).
         gram: G, (R, R).
         rank: Of the result.
+
+    Returns:
+        P as up, (out, rank), and P' up D as down, in float64.
     """
     values, vectors = torch.linalg.eigh(wide(gram))
     up = wide(x.up)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..formats.changes import Change
 from ..formats.forms import complete
-from ..formats.metadata import RECIPE_KEY
+from ..formats.metadata import VERSION_KEY
 from ..formats.reader import LoraFile
 from ..formats.scales import ADAPTER_KEY
 from ..formats.trainers import TOOLKIT_SCRIPT, Trainer, usual_modules
@@ -27,7 +27,7 @@ def padding(lora: LoraFile, norms: Mapping[str, float | None]) -> frozenset[str]
         lora: The file.
         norms: Module -> norm of its change, None where it is broken.
     """
-    if RECIPE_KEY not in lora.metadata:
+    if VERSION_KEY not in lora.metadata:
         return frozenset()
     changed = {m for m in lora if norms[m] != 0}
     return frozenset(m for m in complete(changed, zimage.REAL_SIZES) if m in lora and m not in changed)

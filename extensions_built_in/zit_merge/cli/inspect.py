@@ -12,7 +12,7 @@ from ..errors import ZitMergeError
 from ..files import hub
 from ..files.adapters import ADAPTERS
 from ..formats.checkpoint import is_checkpoint, open_checkpoint
-from ..formats.metadata import read_recipe
+from ..formats.metadata import EXPERIMENT_KEY, read_recipe
 from ..formats.reader import load_lora
 from ..report.progress import Bar
 from ..wording import message
@@ -159,7 +159,9 @@ def recipe(args: argparse.Namespace) -> None:
     source = open_checkpoint(args.file, shapes="free", quantized=True) if is_checkpoint(args.file) else load_lora(args.file)
     found = read_recipe(source.metadata)
     if found is None:
-        raise ZitMergeError(f"{args.file}: has no recipe, zit_merge did not make it")
+        is_ours = EXPERIMENT_KEY in source.metadata
+        told = f"an experiment made it, see {EXPERIMENT_KEY} in its metadata" if is_ours else "zit_merge did not make it"
+        raise ZitMergeError(f"{args.file}: has no recipe, {told}")
     kept, others = only_recipe(found)
     show_yaml(kept)
     if others:

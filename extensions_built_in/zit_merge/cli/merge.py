@@ -76,13 +76,27 @@ def _as_flags(count: int) -> Iterator[None]:
         raise
 
 
+# What messages advise, `key: value` as in a config, and the same as flags. Only values that they advise: paths may hold anything.
+_KEYS = re.compile(
+    r"\b(?:(?P<bare>allow_unmatched|confirm_size|keep_lokr): true|drop: \[(?P<drop>(?:norm|bias|, )+)\]"
+    r"|(?P<key>alpha|base|dtype|format|method|qkv|rank|rounding|shapes|uniform): "
+    r"(?P<value>none|key|metadata|to|bf16|fp16|fp32|comfyui|diffusers|sum|average|split|fused|\d+|stochastic|free|false))(?![\w/\\.-])"
+)
+_RULE = re.compile(r"(?:\brank: )?\{(?P<rule>(?:energy|size_mb|weigh|max)[^}]*)\}")
+
+
 def _advice(text: str) -> str:
-    """A sentence with flags in the place of keys and values: `drop: [norm, bias]` as --drop norm bias."""
-    text = re.sub(r"\bsave: \{(.+?)\}", r"\1", text)
-    text = re.sub(r"\brank: \{(.+?)\}", lambda rule: f"--rank {rule[1].replace(': ', '=').replace(', ', ',')}", text)
-    text = re.sub(r"\b(allow_unmatched|confirm_size|keep_lokr): true", lambda flag: f"--{flag[1].replace('_', '-')}", text)
-    text = re.sub(r"\bdrop: \[(.+?)\]", lambda vectors: f"--drop {vectors[1].replace(',', '')}", text)
-    return re.sub(r"\b(alpha|base|dtype|format|qkv|rank|rounding|shapes|uniform): (?=\w)", r"--\1 ", text)
+    """A sentence with flags in the place of keys and values: `set drop: [norm, bias]` as `set --drop norm bias`."""
+
+    def flag(found: re.Match[str]) -> str:
+        if found["bare"]:
+            return f"--{found['bare'].replace('_', '-')}"
+        return f"--drop {found['drop'].replace(',', '')}" if found["drop"] else f"--{found['key']} {found['value']}"
+
+    def rule(found: re.Match[str]) -> str:
+        return "--rank " * found[0].startswith("rank") + found["rule"].replace(": ", "=").replace(", ", ",")
+
+    return _KEYS.sub(flag, _RULE.sub(rule, re.sub(r"\bsave: \{(\w+: \w+)\}", r"\1", text)))
 
 
 def _flag(loc: str, count: int) -> str:

@@ -4,18 +4,21 @@
     python -m extensions_built_in.zit_merge.experiments.ssr CONFIG.yaml --step both -o both_ssr.safetensors \\
         --prompts "portrait of zoe" "a street in the style of gleb"
 
-The step says which LoRAs at which strengths, `rank` (a number, same or exact), `save`, and in `preview` size, steps and guidance
-of the pictures; the model is that of the section or of the training before it, loaded as for previews, quantized or not. Formula:
-`algebra.activations`. In the small world this lost to the plain sum (docs/evidence.md).
+The step says which LoRAs at which strengths, `rank` (a number, same or exact), `save`, and in `preview` seed, size and steps of
+the pictures, which are drawn without guidance. The model is that of the section or of the training before it, loaded as for
+previews, quantized or not. Formula: `algebra.activations`. Modules that one LoRA changes, or that see the time alone whatever the
+prompt (adaLN, the time's embedder), are summed. In the small world this did not beat the plain sum (docs/evidence.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,38 +28,40 @@ from torch import Tensor
 
 from ..algebra.activations import effects, mixing, orthonormal, truncate_seen
 from ..algebra.delta import Delta
-from ..algebra.factors import Factors, pad, stack
-from ..algebra.precision import full_precision
-from ..algebra.rounding import to_dtype
+from ..algebra.factors import Factors, stack
 from ..config.job import load_job
 from ..config.schema import Preview
 from ..errors import SettingError, ZitMergeError, counted, located
-from ..formats.forms import fuse
-from ..formats.metadata import CHECK_KEY, RECIPE_KEY, dumps
+from ..formats.metadata import CHECK_KEY, EXPERIMENT_KEY, RECIPE_KEY, dumps
 from ..formats.reading import Reader
 from ..formats.safetensors_writer import SafetensorsWriter
 from ..host.render import ToolkitRenderer
 from ..host.status import Status
 from ..host.watch import JobProgress
 from ..merging.made import Hashes
+from ..merging.merger import Merged, Merger
 from ..merging.readers import StepReaders
+from ..merging.results import Result
+from ..merging.write import write_lora
 from ..model.zimage import MODULES
 from ..planning.job import plan_job
+from ..planning.outputs import NAME_LIMIT, check_output, check_room
 from ..planning.planned import Planned
 from ..planning.types import StepPlan, with_hashes
 from ..preview.samples import settings_of, specs_of
 from ..preview.settings import ImageSpec, RenderSettings
 from ..progress import Progress
 from ..report.progress import Bar
+from ..wording import public_name
 
-EXPERIMENT_KEY = "zit_merge.experiment"
 RIDGE = 1e-3
+LIMIT = 1024  # ranks of a step's LoRAs together: a module takes 8 LIMIT^2 bytes for each LoRA
 _SAME_INPUT = {"to_q": "to_q", "to_k": "to_q", "to_v": "to_q", "w1": "w1", "w3": "w1"}  # component -> whose input it shares
+_OF_TIME = ("adaLN", "t_embedder")  # in the names of modules that see the time alone
 _AVERAGE = 0.2  # own strength less the others': below it the result is close to an average
+_CPU = torch.device("cpu")  # where the algebra runs: the model has the GPU's memory
 
-Parts = Mapping[int, Factors]  # number of a LoRA -> its change of one module, strength included, orthonormal rows
-Products = Mapping[int, Tensor]  # number of a LoRA -> S_k of `algebra.activations`, of one module
-Load = Callable[[RenderSettings], AbstractContextManager[ToolkitRenderer]]
+Loads = Callable[[RenderSettings], AbstractContextManager[ToolkitRenderer]]
 
 
 @dataclass(frozen=True)
@@ -77,64 +82,33 @@ class Asked:
 
 
 class Judged(NamedTuple):
-    """What came out.
+    """How strong LoRAs are in the modules that they share.
 
     Attributes:
-        strengths: (N, N), at [j, k] of LoRA j on the activations of LoRA k: see `effects`.
-        shared: How many modules are changed by more than one LoRA, which the activations decide.
+        inner: (N, N), see `effects`, summed over modules.
+        sizes: (N, N), likewise; 0 for a pair that shares no module.
     """
 
-    strengths: Tensor
-    shared: int
+    inner: Tensor
+    sizes: Tensor
 
     @property
     def text(self) -> str:
         """For people."""
-        count, own = len(self.strengths), self.strengths.diagonal()
-        if not self.shared:
-            return "the LoRAs change different modules: this is their sum"
-        others = (self.strengths.sum(1) - own) / (count - 1)
-        lines = [
-            f"LoRA {n + 1}: at {mine:.2f} of its strength on its own prompt, at {foreign:.2f} on the others'"
-            for n, (mine, foreign) in enumerate(zip(own.tolist(), others.tolist(), strict=True))
-        ]
-        if float(own.mean() - others.mean()) < _AVERAGE:
+        strengths = torch.where(self.sizes > 0, self.inner / self.sizes, torch.nan)
+        own, lines = strengths.diagonal(), []
+        others = strengths.masked_fill(torch.eye(len(own), dtype=torch.bool), torch.nan).nanmean(1)
+        for n, (mine, foreign) in enumerate(zip(own.tolist(), others.tolist(), strict=True)):
+            told = f"at {mine:.2f} of its strength on its own prompt, at {foreign:.2f} on the others'"
+            lines.append(f"LoRA {n + 1}: {'as in a sum' if math.isnan(mine) else told}")
+        if float((own - others).nanmean()) < _AVERAGE:
             lines.append(
-                "The model sees nearly the same with all prompts, so that this is close to an average: give prompts that differ "
-                "more, each with its LoRA's trigger word"
+                "This is close to an average of the LoRAs: prompts that differ more, each with its LoRA's trigger word, may help"
             )
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """The LoRAs of a step.
-
-    Attributes:
-        plan: The step.
-        readers: Of its inputs, opened.
-        device: Where the algebra runs.
-    """
-
-    plan: StepPlan
-    readers: Sequence[Reader]
-    device: torch.device
-
-    def change(self, n: int, module: str) -> Delta:
-        """What LoRA n adds to a module at its strength."""
-        scale, stored = self.readers[n].delta(module)
-        return stored.map(lambda t: t.to(self.device)).times(scale * self.plan.inputs[n].strengths[module])
-
-    def changes(self, n: int) -> Iterator[tuple[str, Delta]]:
-        """(module, delta) of LoRA n."""
-        yield from ((module, self.change(n, module)) for module in self.plan.shapes if self.plan.inputs[n].counts(module))
-
-    def parts(self, module: str) -> Parts:
-        """What all of them add to a module, ready for `mixing`."""
-        return {n: orthonormal(self.change(n, module)) for n, i in enumerate(self.plan.inputs) if i.counts(module)}
-
-
-def merge(planned: Planned, asked: Asked, load: Load, progress: Progress) -> Judged:
+def merge(planned: Planned, asked: Asked, load: Loads, progress: Progress) -> Judged:
     """Draws, solves, writes.
 
     Args:
@@ -146,121 +120,197 @@ def merge(planned: Planned, asked: Asked, load: Load, progress: Progress) -> Jud
     Raises:
         ZitMergeError: Settings don't fit, a file can't be read or written, or the model can't be loaded.
     """
-    plan = planned.plans[-1]
-    settings, specs = _settings(planned, plan, asked)
-    with Hashes(plan.hashed) as hashes, StepReaders(hashes, planned.device, progress) as readers, full_precision():
-        inputs = _Inputs(plan, [readers.of_input(i) for i in plan.inputs], planned.device)
+    plan = _checked(planned, asked)
+    settings, specs = settings_of(planned.section, planned.context), _specs(planned, plan, asked)
+    with Hashes(plan.hashed) as hashes, StepReaders(hashes, _CPU, progress) as readers:
+        inputs = [readers.of_input(i) for i in plan.inputs]
+        merger = _Merger(plan, inputs, asked.ridge)
         with load(settings) as model:
-            products = _gathered(model, inputs, specs, progress)
+            merger.products = _gathered(model, plan, merger, specs, progress)
+        metadata = {key: text for key, text in plan.draft.items() if key not in (RECIPE_KEY, CHECK_KEY)}
         record = {
             "method": "ssr",
             "ridge": asked.ridge,
-            "pictures": [[spec.record() for spec in of_lora] for of_lora in specs],
-            "model": settings.record(),
+            "pictures": [[_public(spec) for spec in of_lora] for of_lora in specs],
+            "model": {
+                "name": public_name(settings.name),
+                "dtype": settings.dtype,
+                "quantize": bool(settings.model.get("quantize")),
+            },
             "of": with_hashes(plan.recipe, hashes.of(plan.hashed)),
         }
-        return _write(inputs, asked, products, record, progress)
+        metadata |= {EXPERIMENT_KEY: dumps(record)}
+        with SafetensorsWriter(plan.path, plan.layout, metadata) as file:
+            write_lora(Result(plan, inputs, _CPU, progress, merger), file, lambda made: None, progress)
+            if os.path.lexists(plan.path):
+                raise SettingError(f"{plan.path} was written by somebody else meanwhile: give another name", "--out")
+            file.finish(metadata)
+    return merger.judged
 
 
-def _settings(planned: Planned, plan: StepPlan, asked: Asked) -> tuple[RenderSettings, list[tuple[ImageSpec, ...]]]:
-    """The model, and the pictures of each LoRA."""
+def _public(spec: ImageSpec) -> dict[str, Any]:
+    return spec.record() | {"prompt": public_name(spec.prompt)}
+
+
+def _checked(planned: Planned, asked: Asked) -> StepPlan:
+    """The step with the file that is asked for in the place of its own.
+
+    Raises:
+        SettingError: Something does not fit, or the file can't be written.
+    """
+    plan, context = planned.plans[-1], planned.context
+    with located(plan.loc):
+        if plan.spec.method != "sum":
+            raise SettingError(f"is {plan.spec.method}, and SSR a method of its own: set method: sum", "method")
+        if plan.is_open or not plan.layout:
+            raise SettingError("follows from numbers that SSR does not have: set a number, same or exact", "rank")
+        if plan.kept_lokr:
+            raise SettingError("a merge of several LoRAs is no LoKr: drop it", "save.keep_lokr")
+        ranks = max(plan.stacked.values())
+        if ranks > LIMIT:
+            raise SettingError(f"the ranks of its LoRAs add up to {ranks}, SSR takes {LIMIT}: merge LoRAs of lower rank", "loras")
+        if not _shared(plan):
+            raise SettingError("no two of its LoRAs change one module that sees the prompt: run the step as it is", "loras")
     if len(asked.prompts) != len(plan.inputs):
         told = f"got {counted(len(asked.prompts), 'prompt')} for {counted(len(plan.inputs), 'LoRA')}: give one for each"
         raise SettingError(told, "--prompts")
-    if asked.out.suffix != ".safetensors" or asked.out.exists():
-        raise SettingError(f"{asked.out} exists or is no .safetensors: give a new name", "--out")
-    with located(plan.loc):
-        if plan.is_open or plan.spec.save.keep_lokr or not plan.layout:
-            raise SettingError("must be a number, same or exact here, of a step that keeps no LoKr", "rank")
-    settings = settings_of(planned.section, planned.context)
-    wanted = {"seed": list(asked.seeds)} if asked.seeds else {}
-    own = plan.spec.preview or Preview()
-    return settings, [
-        specs_of(
-            own.model_copy(update={"prompts": [text], **wanted}), settings, planned.context, f"{plan.loc}.preview", "--prompts"
+    with located("--out"):
+        if asked.out.suffix != ".safetensors":
+            raise SettingError(f"{asked.out.name} is no name of a LoRA: end it with .safetensors")
+        if context.claims(asked.out):
+            raise SettingError(f"AI-Toolkit would take {asked.out} for a checkpoint of {plan.job}: give another folder or name")
+        spec = plan.spec.model_copy(update={"copy_to": None, "bake": None, "keep": True})
+        plan = plan.revised(spec=spec, bake=None, path=asked.out, loc="")
+        if len(os.fsencode(f"{asked.out.name}.part")) > NAME_LIMIT:
+            raise SettingError(f"{asked.out.name[:60]}... is too long for a file name: shorten it")
+        if os.path.lexists(asked.out):
+            raise SettingError(f"{asked.out} exists: move it away, or give another name")
+        check_output(plan, context)
+        check_room([plan], replace(context, output_dir=asked.out.absolute().parent), ())
+    return plan
+
+
+def _shared(plan: StepPlan) -> list[str]:
+    """The modules that SSR decides on."""
+    return [m for m in plan.shapes if sum(i.counts(m) for i in plan.inputs) > 1 and not any(word in m for word in _OF_TIME)]
+
+
+def _specs(planned: Planned, plan: StepPlan, asked: Asked) -> list[tuple[ImageSpec, ...]]:
+    """The pictures of each LoRA; none of one that shares no module."""
+    settings, own = settings_of(planned.section, planned.context), plan.spec.preview or Preview()
+    found = []
+    for text, i in zip(asked.prompts, plan.inputs, strict=True):
+        wanted = own.model_copy(
+            update={"prompts": [text], "guidance": 1.0} | ({"seed": list(asked.seeds)} if asked.seeds else {})
         )
-        for text in asked.prompts
-    ]
+        specs = specs_of(wanted, settings, planned.context, "--prompts", "--prompts")
+        is_seen = any(i.counts(module) for module in _shared(plan))
+        found.append(tuple(replace(spec, guidance=1.0, negative="") for spec in specs) if is_seen else ())
+    return found
+
+
+class _Merger(Merger):
+    """Merges as SSR does where it has seen activations, else as the step's method.
+
+    Args:
+        plan: The step.
+        readers: Of its inputs, opened.
+        ridge: See `mixing`.
+
+    Attributes:
+        products: Module -> number of a LoRA -> S_k of `algebra.activations`.
+        judged: The strengths in the modules that were merged so far.
+    """
+
+    def __init__(self, plan: StepPlan, readers: Sequence[Reader], ridge: float):
+        super().__init__(plan, readers, _CPU)
+        self._ridge, self.products = ridge, dict[str, dict[int, Tensor]]()
+        self.judged = Judged(*torch.zeros(2, len(plan.inputs), len(plan.inputs), dtype=torch.float64))
+
+    def changes(self, n: int) -> Iterator[tuple[str, Delta]]:
+        """(module, delta) of LoRA n at its strength."""
+        for module in self._plan.shapes:
+            if part := self._parts(module).get(n):
+                yield module, part.weighted(part.ratio)
+
+    def parts(self, module: str) -> dict[int, Factors]:
+        """Number of a LoRA -> its change at its strength, ready for `mixing`."""
+        with self._plan.computing(module):
+            return {n: orthonormal(part.weighted(part.ratio)) for n, part in self._parts(module).items()}
+
+    def of(self, module: str) -> Merged:
+        if module not in self.products:
+            return super().of(module)
+        found, seen, rank = self.parts(module), self.products[module], self._plan.ranks[module]
+        ranks, whole, grams = [f.rank for f in found.values()], stack(list(found.values())), [seen[n] for n in found]
+        mixed = mixing(grams, ranks, self._ridge)
+        merged, is_cut = Factors(whole.up @ mixed, whole.down), whole.rank > rank
+        if is_cut:
+            merged = truncate_seen(merged, torch.stack(grams).sum(0), rank)
+        at = torch.tensor(list(found))
+        more = effects(whole.up, mixed, grams, ranks, merged.up if is_cut else None)
+        for total, part in zip(self.judged, more, strict=True):
+            total[at[:, None], at] += part
+        return Merged(module, {}, None, merged)
 
 
 def _gathered(
-    model: ToolkitRenderer, inputs: _Inputs, specs: Sequence[Sequence[ImageSpec]], progress: Progress
-) -> Mapping[str, Products]:
-    """The statistics of the modules that several LoRAs change, each LoRA by itself on the model."""
-    downs: dict[str, dict[str, Tensor]] = {}  # first module of those that share an input -> module -> D
-    for module in progress.track(list(inputs.plan.shapes), f"reading {inputs.plan.name}"):
-        found = inputs.parts(module)
-        if len(found) > 1:
-            first = next((m for m in downs if _see_the_same(m, module)), module)
-            downs.setdefault(first, {})[module] = torch.cat([f.down for f in found.values()]).float().to(model.device)
-    products: dict[str, dict[int, Tensor]] = {module: {} for together in downs.values() for module in together}
+    model: ToolkitRenderer, plan: StepPlan, merger: _Merger, specs: Sequence[Sequence[ImageSpec]], progress: Progress
+) -> dict[str, dict[int, Tensor]]:
+    """What the modules that SSR decides on see, each LoRA by itself on the model at its strengths."""
+    shared = _shared(plan)
+    downs = {}
+    for module in progress.track(shared, f"reading {plan.name}"):
+        downs[module] = torch.cat([part.down for part in merger.parts(module).values()]).float()
+    products: dict[str, dict[int, Tensor]] = {module: {} for module in shared}
     worn, pictures = -1, [(n, spec) for n, of_lora in enumerate(specs) for spec in of_lora]
     for n, spec in progress.track(pictures, "pictures", "picture", describe=lambda p: f"LoRA {p[0] + 1}"):
         if n != worn:
-            model.set_adapter(inputs.changes(n))
+            model.set_adapter(merger.changes(n))
             worn = n
-        with model.watching({first: partial(_add, products, together, n) for first, together in downs.items()}):
+        own = _by_input([module for module in shared if plan.inputs[n].counts(module)])
+        see = {first: partial(_add, products, {m: downs[m] for m in together}, n) for first, together in own.items()}
+        with model.watching(see, plan.shapes):
             model.render(spec)
+    for module, seen in products.items():
+        for n, product in seen.items():
+            if not bool(torch.isfinite(product).all()):
+                raise ZitMergeError(
+                    f"{module} sees numbers that are not finite while LoRA {n + 1} is drawn: use a smaller strength, or another "
+                    "dtype of the model"
+                )
     return products
 
 
-def _see_the_same(one: str, other: str) -> bool:
-    a, b = MODULES[one], MODULES[other]
-    same = _SAME_INPUT.get(a.component) == _SAME_INPUT.get(b.component) is not None
-    return same and (a.section, a.index) == (b.section, b.index)
+def _by_input(modules: Sequence[str]) -> dict[str, list[str]]:
+    """First of those that share an input -> all of them."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in modules:
+        m = MODULES[name]
+        groups.setdefault((m.section, m.index, _SAME_INPUT.get(m.component, m.component)), []).append(name)
+    return {together[0]: together for together in groups.values()}
 
 
 def _add(products: Mapping[str, dict[int, Tensor]], downs: Mapping[str, Tensor], n: int, inputs: Tensor) -> None:
     inputs = inputs.float()
     for module, down in downs.items():
-        seen = inputs @ down.T
+        seen = inputs @ down.to(inputs.device).T
         gram = (seen.T @ seen).cpu().double()
         products[module][n] = products[module][n] + gram if n in products[module] else gram
 
 
-def _merged(found: Parts, seen: Products, ridge: float, rank: int) -> tuple[Factors, tuple[Tensor, Tensor]]:
-    """A module that several LoRAs change, and its `effects`."""
-    ranks, whole = [f.rank for f in found.values()], stack(list(found.values())).map(Tensor.cpu)
-    grams = [seen[n] for n in found]
-    mixed = mixing(grams, ranks, ridge)
-    merged = Factors(whole.up @ mixed, whole.down)
-    if merged.rank > rank:
-        merged = truncate_seen(merged, torch.stack(grams).sum(0), rank)
-    return merged, effects(whole.up, mixed, grams, ranks)
+def _ridge(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return value
 
 
-def _write(
-    inputs: _Inputs, asked: Asked, products: Mapping[str, Products], record: Mapping[str, Any], progress: Progress
-) -> Judged:
-    plan, count = inputs.plan, len(inputs.plan.inputs)
-    inner, sizes = torch.zeros(2, count, count, dtype=torch.float64)
-
-    def made(module: str) -> Factors:
-        rank, found = plan.ranks[module], inputs.parts(module)
-        merged = Factors(torch.zeros(plan.shapes[module][0], 1), torch.zeros(1, plan.shapes[module][1]))
-        if len(found) > 1:
-            merged, more = _merged(found, products[module], asked.ridge, rank)
-            at = torch.tensor(list(found))
-            inner[at[:, None], at] += more[0]
-            sizes[at[:, None], at] += more[1]
-        elif found:
-            (alone,) = found.values()  # the largest singular values first
-            merged = Factors(alone.up[:, :rank], alone.down[:rank])
-        return pad(to_dtype(merged.map(lambda t: t.float().cpu()), plan.dtype), rank)
-
-    metadata = {key: text for key, text in plan.draft.items() if key not in (RECIPE_KEY, CHECK_KEY)}
-    metadata |= {"ss_output_name": asked.out.stem, "modelspec.title": asked.out.stem, EXPERIMENT_KEY: dumps(record)}
-    units = plan.form.units(plan.ranks)
-    with SafetensorsWriter(asked.out, plan.layout, metadata) as file:
-        if plan.form.alpha:
-            for stem, modules in units.items():
-                file.write(f"{stem}.alpha", torch.tensor(float(sum(plan.ranks[m] for m in modules))))
-        for stem, modules in progress.track(list(units.items()), plan.name):
-            whole = fuse([made(module) for module in modules])
-            file.write(stem + plan.form.down, whole.down)
-            file.write(stem + plan.form.up, whole.up)
-        file.finish(metadata)
-    return Judged(torch.where(sizes > 0, inner / sizes, 0.0), len(products))
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a whole number from 0")
+    return value
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -274,9 +324,11 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="a job with a section of zit_merge")
     parser.add_argument("--step", required=True, help="whose LoRAs are merged")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="TEXT", help="one for each LoRA, in the step's order")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="of the pictures, for each prompt")
     parser.add_argument(
-        "--ridge", type=float, default=RIDGE, help=f"relative to the mean of the activations' squares ({RIDGE:g})"
+        "--seeds", nargs="+", type=_seed, default=[], help="of the pictures (default: those of the step's preview)"
+    )
+    parser.add_argument(
+        "--ridge", type=_ridge, default=RIDGE, help="relative to the mean square of the activations (%(default)s)"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="a new .safetensors")
     return parser.parse_args(words)

@@ -23,6 +23,7 @@ else:
 RECIPE_KEY = "zit_merge.recipe"
 VERSION_KEY = "zit_merge.version"
 CHECK_KEY = "zit_merge.check"
+EXPERIMENT_KEY = "zit_merge.experiment"  # in the place of a recipe: what an experiment made the file from
 BASE_KEY = "zit_merge.base"  # [{model, arch, adapter}, ...]: what the LoRAs that went in were trained on, each only once
 
 OF_RANKS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")  # what follows from the ranks

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ..files.extent import read_json
 from ..model.zimage import COMPONENTS, MODULES
 from .algorithms import FULL
-from .metadata import RECIPE_KEY, VERSION_KEY
+from .metadata import EXPERIMENT_KEY, RECIPE_KEY, VERSION_KEY
 from .reader import LoraFile
 from .scales import ENDLESS
 
@@ -70,6 +70,7 @@ _DIFFUSERS = "diffusers' training script or SimpleTuner"
 _DIFFSYNTH = "DiffSynth-Studio, ModelScope or Z-Image-i2L"
 
 _MARKS: tuple[_Mark, ...] = (
+    _Mark("zit_merge (the experiment ssr)", EXPERIMENT_KEY, '"method":"ssr"', version=VERSION_KEY),
     _Mark("zit_merge", RECIPE_KEY, version=VERSION_KEY),  # ours: metadata.merged_metadata
     _Mark("zit_merge", VERSION_KEY, version=VERSION_KEY),
     # ui_scripts/merge_loras.py keeps `software` of its first input and drops training_info, which every save of a training has

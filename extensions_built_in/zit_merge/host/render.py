@@ -85,17 +85,23 @@ class ToolkitRenderer:
         with _memory(self._settings, "while a LoRA was put on the model"):
             for module, delta in deltas:
                 if any(bool(factor.any()) for factor in _ups(delta)):
-                    self._hooks.append(self._linear(module, delta).register_forward_hook(adding(delta, self.device)))
+                    self._hooks.append(self._linear(module, delta.shape).register_forward_hook(adding(delta, self.device)))
 
     @contextmanager
-    def watching(self, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    def watching(self, see: Mapping[str, Callable[[Tensor], None]], shapes: Mapping[str, tuple[int, int]]) -> Iterator[None]:
         """Shows what enters linear layers while pictures are rendered.
 
         Args:
             see: Module -> called with each of its inputs, (tokens, in), in the dtype of the model.
+            shapes: Module -> (out, in).
+
+        Raises:
+            ZitMergeError: The model lacks a module, or it has another shape.
         """
         hooks = [
-            self._linears[module].register_forward_pre_hook(lambda _, args, call=call: call(args[0].flatten(0, -2)))
+            self._linear(module, shapes[module]).register_forward_pre_hook(
+                lambda _, args, call=call: call(args[0].flatten(0, -2))
+            )
             for module, call in see.items()
         ]
         try:
@@ -104,13 +110,13 @@ class ToolkitRenderer:
             for hook in hooks:
                 hook.remove()
 
-    def _linear(self, module: str, delta: Delta) -> nn.Module:
+    def _linear(self, module: str, shape: tuple[int, int]) -> nn.Module:
         linear = self._linears.get(module)
         have = (linear.out_features, linear.in_features) if linear else None
-        if linear is None or have != delta.shape:
+        if linear is None or have != shape:
             what = f"{have[0]} x {have[1]}" if have else "missing"
             raise ZitMergeError(
-                f"{self._settings.loc}.name_or_path: {module} is {what} in this model, {delta.shape[0]} x {delta.shape[1]} in "
+                f"{self._settings.loc}.name_or_path: {module} is {what} in this model, {shape[0]} x {shape[1]} in "
                 "the LoRA: give the model that it was trained on"
             )
         return linear

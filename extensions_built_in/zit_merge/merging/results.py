@@ -34,13 +34,21 @@ class Result:
         readers: Of its inputs, opened.
         device: Where the algebra runs.
         progress: Shows the passes that are needed first.
+        merger: What is merged by another way than the step's method.
 
     Attributes:
         plan: With the ranks that follow from the numbers, if they do.
     """
 
-    def __init__(self, plan: StepPlan, readers: Sequence[Reader], device: torch.device, progress: Progress = SILENT):
-        self._readers, self._merger = readers, Merger(plan, readers, device, progress)
+    def __init__(
+        self,
+        plan: StepPlan,
+        readers: Sequence[Reader],
+        device: torch.device,
+        progress: Progress = SILENT,
+        merger: Merger | None = None,
+    ):
+        self._readers, self._merger = readers, merger or Merger(plan, readers, device, progress)
         merged = self._merger.each(progress, f"ranks of {plan.name}")
         self.plan = ranked(plan, merged) if plan.is_open else plan
 

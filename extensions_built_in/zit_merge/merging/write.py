@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ..progress import Progress
 from .extraction import beyond_loras, extraction_remarks
 from .fallback import else_on_cpu
 from .made import Done, Hashes
+from .merger import Made
 from .opened import open_input
 from .results import Result
 from .verify import Verifier
@@ -49,10 +50,10 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
     with threads_for(plan), full_precision(), contextlib.ExitStack() as files:
         readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
         result = Result(plan, readers, device, progress)
-        plan, write = result.plan, _write_lokr if plan.kept_lokr else _write_lora
+        plan, write = result.plan, _write_lokr if plan.kept_lokr else write_lora
         with SafetensorsWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
-                write(result, out, verifier, progress)
+                write(result, out, verifier.add, progress)
             beyond = beyond_loras(readers)
             files.close()  # raises if an input was changed; and Windows replaces no open file
             verdict = verifier.verdict()
@@ -78,20 +79,28 @@ def threads_for(plan: StepPlan) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_lora(result: Result, out: SafetensorsWriter, verifier: Verifier, progress: Progress) -> None:
+def write_lora(result: Result, out: SafetensorsWriter, add: Callable[[Made], object], progress: Progress) -> None:
+    """Writes what a step makes, module by module.
+
+    Args:
+        result: Of the step.
+        out: Open, with the layout of the step's plan.
+        add: Called with each module before it is written.
+        progress: Shows how far it is.
+    """
     form, ranks = result.plan.form, result.plan.ranks
     if form.alpha:
         for stem, modules in form.units(ranks).items():
             out.write(f"{stem}.alpha", torch.tensor(float(sum(ranks[m] for m in modules))))
     for stem, made in result.units(progress):
         for one in made:
-            verifier.add(one)
+            add(one)
         whole = fuse([one.written.expand() for one in made])
         out.write(stem + form.down, whole.down)
         out.write(stem + form.up, whole.up)
 
 
-def _write_lokr(result: Result, out: SafetensorsWriter, verifier: Verifier, progress: Progress) -> None:
+def _write_lokr(result: Result, out: SafetensorsWriter, add: Callable[[Made], object], progress: Progress) -> None:
     """Writes a LoKr that stays one."""
     changes = result.plan.kept_lokr.changes if result.plan.kept_lokr else {}
     for key, module in lokr.alpha_keys(changes).items():
@@ -99,4 +108,4 @@ def _write_lokr(result: Result, out: SafetensorsWriter, verifier: Verifier, prog
     for _, (made,) in result.units(progress):
         for key, tensor in lokr.named(made.merged.module, made.tensors):
             out.write(key, tensor)
-        verifier.add(made)
+        add(made)

@@ -137,7 +137,9 @@ class _Builder:
         source = step.base or (step.bake.base if step.bake else None)
         with located(loc):
             if source is None:
-                raise SettingError("needs the model: set base: trainer or a path (--base on the command line)", "rank.weigh")
+                raise SettingError(
+                    "needs the model: set base to its path or to trainer (--base PATH on the command line)", "rank.weigh"
+                )
             with located("base"):
                 model = self._open(source, step)
                 if model and step.base_sha256 and model.sha256() != step.base_sha256:

@@ -3,6 +3,8 @@
 `whole` drops the restriction to the LoRAs' spaces (RegMean, arXiv 2212.09849): with C_k = X_k X_k'
 
     merged = (sum_k delta_k C_k) (sum_k C_k + ridge tr / in I)^-1
+
+Modules that see the time alone are summed, as the experiment does.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Ssr:
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{'regmean' if self.whole else 'ssr'}, {self.pictures} pictures{'' if self.worn else ', not worn'}"
+        return f"{'RegMean' if self.whole else 'SSR'} ({self.pictures} pictures{'' if self.worn else ', not worn'})"
 
     def factors(self, paths: Sequence[Path]) -> loras.Factors:
         """What the merge adds to the model.
@@ -95,13 +97,15 @@ class Ssr:
         given, products = self._seen(paths)
         found = {}
         for module, parts in given.items():
-            down, seen = stack(parts).down, products[module]
-            if self.whole:
+            whole, seen = stack(parts), products.get(module)
+            if seen is None:
+                found[module] = whole.up.float(), whole.down.float()
+            elif self.whole:
                 merged = regmean([part.up @ part.down for part in parts], seen, self.ridge)
-                found[module] = merged.float(), torch.eye(down.shape[1])
+                found[module] = merged.float(), torch.eye(whole.down.shape[1])
             else:
-                up = stack(parts).up @ mixing(seen, [part.rank for part in parts], self.ridge)
-                found[module] = up.float(), down.float()
+                mixed = mixing(seen, [part.rank for part in parts], self.ridge)
+                found[module] = (whole.up @ mixed).float(), whole.down.float()
         return found
 
     def strengths(self, paths: Sequence[Path]) -> Tensor:
@@ -112,20 +116,21 @@ class Ssr:
         """
         given, products = self._seen(paths)
         sums = torch.zeros(2, len(paths), len(paths), dtype=torch.float64)
-        for module, parts in given.items():
+        for module, seen in products.items():
+            parts = given[module]
             ranks = [part.rank for part in parts]
-            mixed = mixing(products[module], ranks, self.ridge)
-            sums += torch.stack(effects(stack(parts).up, mixed, products[module], ranks))
+            sums += effects(stack(parts).up, mixing(seen, ranks, self.ridge), seen, ranks)
         return sums[0] / sums[1]
 
     def _seen(self, paths: Sequence[Path]) -> tuple[dict[str, list[Factors]], dict[str, list[Tensor]]]:
-        """Module -> the LoRAs' changes with orthonormal rows, and module -> the products of each LoRA's activations."""
+        """The LoRAs' changes with orthonormal rows, and the products of activations where a module sees more than the time."""
         given = [loras.load(path) for path in paths]
         parts = {module: [orthonormal(Factors(*one[module])) for one in given] for module in given[0]}
-        sides = {m: torch.eye(some[0].shape[1]) if self.whole else stack(some).down.float() for m, some in parts.items()}
+        asked = {module: some for module, some in parts.items() if "adaLN" not in module}
+        sides = {m: torch.eye(some[0].shape[1]) if self.whole else stack(some).down.float() for m, some in asked.items()}
         calm, seen = replace(self.bench, count=self.pictures, seed=self.bench.seed + 1000), []
         for path, one in zip(paths, given, strict=True):
             with loras.worn(self.bench.model, (one, float(self.worn))), gathered(self.bench.model, sides) as products:
                 calm.pictures(calm.scenes([what_of(path)]))
             seen.append(products)
-        return parts, {module: [one[module] for one in seen] for module in parts}
+        return parts, {module: [one[module] for one in seen] for module in asked}
