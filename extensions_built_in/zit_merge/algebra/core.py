@@ -204,7 +204,7 @@ def _side(sides: Sequence[Tensor], ranks: Sequence[int], exactly: bool = False) 
         long, eye = wide(long), torch.eye(long.shape[0], dtype=torch.float64, device=long.device)
         return _Side(eye, gramian(long), (eye, long))
     if long.shape[1] > _FEW and not exactly:
-        gram = gramian(map(torch.Tensor.float, long.split(_ROWS)))
+        gram = gramian(map(torch.Tensor.float, long.split(_ROWS)), [b for a, b in _spans(ranks) for _ in range(a, b)])
         for (a, b), x in zip(_spans(ranks), sides, strict=True):
             gram[a:b, a:b] = gramian(map(wide, x.split(_ROWS)))
         if known := _rooted(gram, torch.float32):

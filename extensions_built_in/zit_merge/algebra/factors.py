@@ -205,22 +205,26 @@ def balance(x: Factors) -> Factors:
     return Factors(x.up[:, alive] * ratio, x.down[alive] / ratio[:, None])
 
 
-_COLUMNS = 32  # of a Gram matrix at a time
+_COLUMNS = {torch.float32: 64, torch.float64: 24}  # of a Gram matrix at a time: whole widths of a matrix product's kernel
 
 
-def gramian(x: Tensor | Iterable[Tensor]) -> Tensor:
-    """x'x in float64, summed in the dtype of x: (n, R) -> (R, R). What lies below the diagonal is not computed twice.
+def gramian(x: Tensor | Iterable[Tensor], others: Sequence[int] = ()) -> Tensor:
+    """x'x in float64, summed in the dtype of x: (n, R) -> (R, R). What lies above the diagonal is not computed twice.
 
     Args:
         x: (n, R), or some rows of it at a time.
+        others: (R,) for each column the first one behind it whose product with it is asked for, in ascending order; products with
+            those between may be left out, as zeros. By default all are asked for.
     """
     found = torch.empty(0)
     for rows in [x] if isinstance(x, Tensor) else x:
         found = found if len(found) else rows.new_zeros(rows.shape[1], rows.shape[1])
-        for i in range(0, rows.shape[1], _COLUMNS):
-            found[i : i + _COLUMNS, i:].addmm_(rows[:, i : i + _COLUMNS].T, rows[:, i:])
-    found = found.double().triu()
-    return found + found.triu(1).T
+        step = _COLUMNS[rows.dtype]
+        for i in range(0, rows.shape[1], step):
+            first = others[i] if others else i
+            found[first:, i : i + step].addmm_(rows[:, first:].T, rows[:, i : i + step])
+    found = found.double().tril()
+    return found + found.tril(-1).T
 
 
 def roots(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -209,11 +209,13 @@ def _shortened(x: Tensor, side: int) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     folds = -(-rows // _SHORT)
     if x.is_contiguous():
-        signed = x.new_zeros(folds * _SHORT, columns, dtype=dtype)
+        signed = x.new_empty(folds * _SHORT, columns, dtype=dtype)
         torch.mul(x, signs, out=signed[:rows])
+        signed[rows:] = 0
         return signed.view(folds, _SHORT, columns).sum(0)
-    signed = x.new_zeros(columns, folds * _SHORT, dtype=dtype)
+    signed = x.new_empty(columns, folds * _SHORT, dtype=dtype)
     torch.mul(x.T, signs.T, out=signed[:, :rows])
+    signed[:, rows:] = 0
     return signed.view(columns, folds, _SHORT).sum(1).T
 
 

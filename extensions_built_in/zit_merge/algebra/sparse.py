@@ -114,15 +114,16 @@ def _trim(cores: Tensor, density: float) -> Tensor:
     """(N, p, q): of each the `density` largest entries by size, at least one; the others zero."""
     entries = cores.flatten(1)
     kept = entries.abs().topk(max(1, int(density * entries.shape[1])), sorted=False).indices
-    return torch.zeros_like(entries).scatter(1, kept, entries.gather(1, kept)).view_as(cores)
+    return torch.zeros_like(entries).scatter_(1, kept, entries.gather(1, kept)).view_as(cores)
 
 
 def _disjoint_mean(cores: Tensor) -> Tensor:
     """(N, p, q) -> (p, q): the mean of the entries whose sign is that of the sum; what is zero has no vote, a draw gives zero."""
     sizes, total = cores.flatten(1).norm(dim=1), cores.sum(0)
     elected = torch.where(total.abs() > _NOTHING * sizes.max(), total.sign(), 0.0)
-    agrees = (cores * elected > _NOTHING * sizes[:, None, None]).to(cores)
-    return (cores * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    agrees = (cores * elected).gt_(_NOTHING * sizes[:, None, None])  # 1 or 0
+    count = agrees.sum(0).clamp(min=1)
+    return agrees.mul_(cores).sum(0) / count
 
 
 def _drop(cores: Tensor, keep: Tensor, seed: int) -> Tensor:
