@@ -93,8 +93,8 @@ def test_the_prefix_of_the_base_stays(files, base):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-o", "out", "--rounding", "stochastic"], "--dtype: fp8 is a form of ComfyUI's: set format: comfyui"),
-        (["-o", "out.safetensors"], "--dtype: fp8 rounds most of a LoRA away to the nearest number: set rounding: stochastic"),
+        (["-o", "out", "--rounding", "stochastic"], "--dtype: fp8 is a form of ComfyUI's: set --format comfyui"),
+        (["-o", "out.safetensors"], "--dtype: fp8 rounds most of a LoRA away to the nearest number: set --rounding stochastic"),
     ],
 )
 def test_what_is_refused(files, words, said):
