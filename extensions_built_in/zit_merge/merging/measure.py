@@ -31,8 +31,8 @@ def measure_step(plan: StepPlan, readers: StepReaders, device: torch.device, pro
     """
 
     def measured(on: torch.device) -> tuple[StepPlan, Verdict]:
-        with threads_for(plan), full_precision():
-            result = readers.result(plan, on, progress)
+        with threads_for(plan, on) as workers, full_precision():
+            result = readers.result(plan, on, progress, workers)
             with Verifier(result.plan) as verifier:
                 for _, made in result.units(progress):
                     for one in made:

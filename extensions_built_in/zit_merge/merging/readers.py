@@ -51,18 +51,19 @@ class StepReaders:
             return self._files.enter_context(TensorReader(lora))
         return self.result(plan, self._device, self._progress)
 
-    def result(self, plan: StepPlan, device: torch.device, progress: Progress) -> Result:
+    def result(self, plan: StepPlan, device: torch.device, progress: Progress, workers: int = 1) -> Result:
         """A step's result, computed.
 
         Args:
             plan: The step.
             device: Where the algebra runs.
             progress: Shows the passes that are needed first.
+            workers: See `Result`.
         """
         readers = [self.of_input(i) for i in plan.inputs]
         if any(i.step and i.step.follows_from_numbers for i in plan.inputs):
             plan = plan.revised(inputs=tuple(map(_as_read, plan.inputs, readers)))
-        return Result(plan, readers, device, progress)
+        return Result(plan, readers, device, progress, workers=workers)
 
 
 def _as_read(i: Input, reader: Reader) -> Input:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+import contextlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ class Result:
         device: Where the algebra runs.
         progress: Shows the passes that are needed first.
         merger: What is merged by another way than the step's method.
+        workers: How many modules `units` makes at a time.
 
     Attributes:
         plan: With the ranks that follow from the numbers, if they do.
@@ -47,8 +50,10 @@ class Result:
         device: torch.device,
         progress: Progress = SILENT,
         merger: Merger | None = None,
+        workers: int = 1,
     ):
         self._readers, self._merger = readers, merger or Merger(plan, readers, device, progress)
+        self._workers = workers
         merged = self._merger.each(progress, f"ranks of {plan.name}")
         self.plan = ranked(plan, merged) if plan.is_open else plan
 
@@ -60,11 +65,30 @@ class Result:
         """
         units = self.plan.form.units(self.plan.shapes)
         stems, made = {modules[-1]: stem for stem, modules in units.items()}, list[Made]()
-        for module in progress.track([m for modules in units.values() for m in modules], self.plan.name):
-            made.append(self.made(module))
-            if module in stems:
-                yield stems[module], made
-                made = []
+        order = [m for modules in units.values() for m in modules]
+        with contextlib.closing(self._in_order(order)) as ahead:
+            for module in progress.track(order, self.plan.name):
+                made.append(next(ahead))
+                if module in stems:
+                    yield stems[module], made
+                    made = []
+
+    def _in_order(self, modules: Sequence[str]) -> Generator[Made, None, None]:
+        """Each module in its turn; as many at a time as there are workers, since the steps of one leave cores idle."""
+        if self._workers == 1:
+            yield from map(self.made, modules)
+            return
+        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        waiting = deque[Future[Made]]()
+        try:
+            for module in modules:
+                waiting.append(pool.submit(self.made, module))
+                if len(waiting) == self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def made(self, module: str) -> Made:
         """One module.
@@ -124,7 +148,7 @@ def ranked(plan: StepPlan, merged: Iterable[Merged]) -> StepPlan:
         merged: Every module that it writes.
     """
     rule, spectra, total = plan.spec.rank_rule or RankRule(), dict[str, torch.Tensor](), 0.0
-    with CheckpointReader(plan.weights) if plan.weights else nullcontext() as weights:
+    with CheckpointReader(plan.weights) if plan.weights else contextlib.nullcontext() as weights:
         lengths = {m: weights.norm(m) for m in plan.shapes if m in weights} if weights else {}
 
     def fits(chosen: Mapping[str, int]) -> bool:

@@ -28,6 +28,9 @@ from .opened import open_input
 from .results import Result
 from .verify import Verifier
 
+_SMALL = 512  # components of a module up to which several are merged at a time
+_WORKERS = 4  # the check, one module after the other, keeps up with so many
+
 
 def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
     """Makes a step's file; on the CPU from the start again where a GPU runs out of memory.
@@ -47,9 +50,9 @@ def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, d
 
 
 def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
-    with threads_for(plan), full_precision(), contextlib.ExitStack() as files:
+    with threads_for(plan, device) as workers, full_precision(), contextlib.ExitStack() as files:
         readers = [open_input(i, files, steps.get(i.path)) for i in plan.inputs]
-        result = Result(plan, readers, device, progress)
+        result = Result(plan, readers, device, progress, workers=workers)
         plan, write = result.plan, _write_lokr if plan.kept_lokr else write_lora
         with SafetensorsWriter(plan.path, plan.layout, plan.draft, publish=plan.spec.keep) as out:
             with Verifier(plan) as verifier:
@@ -63,18 +66,24 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
 
 
 @contextlib.contextmanager
-def threads_for(plan: StepPlan) -> Iterator[None]:
-    """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
-    One where nothing is decomposed: copying and scaling waits for memory.
+def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
+    """Divides torch's threads between modules that are merged side by side, and the check beside them: threads that share one
+    small product mostly wait for each other. One where nothing is decomposed: copying and scaling waits for memory.
 
     Args:
         plan: The step.
+        device: Where the algebra runs.
+
+    Yields:
+        How many modules are merged at a time. One on a GPU, and where a module takes much memory.
     """
     before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
-    torch.set_num_threads(1 if is_exact else max(1, before // 2))
+    is_small = max(plan.stacked.values(), default=0) <= _SMALL and not any(i.pair or i.model for i in plan.inputs)
+    workers = min(before, _WORKERS) if is_small and not is_exact and device.type == "cpu" else 1
+    torch.set_num_threads(1 if is_exact else max(1, before // max(2, workers)))
     try:
-        yield
+        yield workers
     finally:
         torch.set_num_threads(before)
 
