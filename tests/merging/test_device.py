@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from workspace import FEW, Workspace
 from extensions_built_in.zit_merge import merge
 from extensions_built_in.zit_merge.algebra import probes, truncate
 from extensions_built_in.zit_merge.api import Weighed
+from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 from extensions_built_in.zit_merge.merging import verify
-from extensions_built_in.zit_merge.merging.merger import Made, Merger, Parts
+from extensions_built_in.zit_merge.merging.merger import Made, Merged, Merger, Parts
 from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.report.text.result import done_text
 
@@ -139,3 +141,40 @@ def test_a_check_casts_and_multiplies_each_input_once(work, two, monkeypatch):
     path = merge(two, shapes="free").save(work.folder / "out.safetensors")
     changed = [m for m in FEW if any(m in key for key in load_file(two[0][0]))]
     assert path.exists() and len(images) == 3 * len(changed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_merged_side_by_side_are_those_merged_in_turn(work, two, way):
+    """With one, two and many threads of torch: the same bytes, and its setting is what it was."""
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            made.append(merge(two, shapes="free", **WAYS[way]).save(work.folder / "out.safetensors").read_bytes())
+            (work.folder / "out.safetensors").unlink()
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1] == made[2]
+
+
+def test_a_module_that_fails_beside_others_leaves_nothing(work, two, monkeypatch):
+    of = Merger.of
+
+    def broken(self: Merger, module: str) -> Merged:
+        if module == last:
+            raise ZitMergeError("this one fails")
+        return of(self, module)
+
+    plan = merge(two, shapes="free", rank=2).plan(work.folder / "out.safetensors")
+    *_, last = plan.shapes
+    monkeypatch.setattr(Merger, "of", broken)
+    before, threads = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises(ZitMergeError, match="this one fails"):
+            list(run_plans([plan], CPU))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert not list(work.folder.glob("out*")) and threading.active_count() == threads
