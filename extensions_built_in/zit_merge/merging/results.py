@@ -83,7 +83,7 @@ class Result:
         try:
             for module in modules:
                 waiting.append(pool.submit(self.made, module))
-                if len(waiting) == self._workers:
+                if len(waiting) > self._workers:  # one waits, so that no worker does
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, norm
-from ..algebra.factors import Factors, wide
+from ..algebra.factors import Factors, lengths, wide
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.probes import Difference, Probed
 from ..config.schema import RankRule
@@ -175,8 +175,9 @@ class Verifier:
         for sums in self._precisions(module, scales):
             probed = Probed.of(vectors, sums)
             energy, wanted = _energies(probed.inner, want, scales)
-            missing = probed.difference(want, written)
-            column, got = probed.products(written)
+            read = written.map(_to(sums))
+            missing = probed.difference(want, read)
+            column, got = probed.products(read)
             crossed = float(want @ column)
             if probed.is_exact:
                 missed = max(wanted - 2 * crossed + got, 0.0)
@@ -190,8 +191,9 @@ class Verifier:
                 break
         self._check_finite(module, parts, probed.inner, energy)
         self._check_size(module, got)
-        rounding = self._judge(module, beyond, wanted**0.5, noise, 0.0, written)
-        _check_cut(f"{self._file}: {module}", missing, written, rounding)
+        sizes = _sizes(written)
+        rounding = self._judge(module, beyond, wanted**0.5, noise, float(sizes.norm()), written)
+        _check_cut(f"{self._file}: {module}", missing, float(sizes.min()), rounding)
         return _bordered(probed.inner, column, got), wanted, missed
 
     def _precisions(self, module: str, scales: Tensor) -> tuple[torch.dtype, ...]:
@@ -241,6 +243,10 @@ class Verifier:
         raise ZitMergeError(f"{self._file}: {module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
 
 
+def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype)
+
+
 def _is_plain(scales: Tensor) -> bool:
     return bool(((scales.abs() <= _PLAIN) & (scales.abs() >= 1 / _PLAIN)).all())
 
@@ -262,10 +268,9 @@ def _bordered(found: Tensor, column: Tensor, corner: float) -> Tensor:
     return torch.cat([torch.cat([found, column[:, None]], 1), row[None]])
 
 
-def _check_cut(name: str, difference: Difference, written: Delta, rounding: float) -> None:
-    """Raises if a truncation left out something larger than the smallest component that it kept."""
+def _check_cut(name: str, difference: Difference, kept: float, rounding: float) -> None:
+    """Raises if a truncation left out something larger than `kept`, the smallest component that it kept."""
     left_out = difference.largest()
-    kept = float(_sizes(written).min())
     if left_out > 1.001 * kept + rounding:
         raise ZitMergeError(
             f"{name}: what was written differs from what was wanted by more than the truncation, which left out a component "
@@ -289,5 +294,4 @@ def _coherent(written: Delta) -> float:
 def _sizes(written: Delta) -> Tensor:
     """|up_k| |down_k| of each component: the singular values of what `truncate` made."""
     up, down = written.expand()
-    ups, downs = (torch.linalg.vector_norm(wide(t), dim=d) for t, d in ((up, 0), (down, 1)))
-    return ups * downs
+    return lengths(up) * torch.linalg.vector_norm(wide(down), dim=1)

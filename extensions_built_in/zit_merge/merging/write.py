@@ -28,7 +28,7 @@ from .opened import open_input
 from .results import Result
 from .verify import Verifier
 
-_SMALL = 512  # components of a module up to which several are merged at a time
+_AT_ONCE = 1024  # components of the modules that are merged at a time: some 0.8 GB in the core space
 _WORKERS = 4  # the check, one module after the other, keeps up with so many
 
 
@@ -79,8 +79,9 @@ def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
     """
     before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
-    is_small = max(plan.stacked.values(), default=0) <= _SMALL and not any(i.pair or i.model for i in plan.inputs)
-    workers = min(before, _WORKERS) if is_small and not is_exact and device.type == "cpu" else 1
+    is_alone = is_exact or device.type != "cpu" or any(i.pair or i.model for i in plan.inputs)
+    fitting = _AT_ONCE // max((1, *plan.stacked.values()))
+    workers = 1 if is_alone else max(1, min(before, _WORKERS, fitting))
     torch.set_num_threads(1 if is_exact else max(1, before // max(2, workers)))
     try:
         yield workers
