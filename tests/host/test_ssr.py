@@ -132,3 +132,12 @@ def test_a_cut_in_another_form_and_a_lora_that_shares_nothing(made, run_python):
     wanted = -0.5 * change(alone, "noise_refiner.0.attention.to_q")
     expanded = delta.expand()
     assert (scale * expanded.up.double() @ expanded.down.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_an_input_that_changes_meanwhile_leaves_no_file(made, run_python):
+    folder, _, _, words = made
+    out, zoe = folder / "changed.safetensors", folder / "zoe.safetensors"
+    done = run_python(SCRIPT, folder / "other.pt", *words, "-o", out, TOUCHED=str(zoe))
+    assert done.returncode == 1
+    assert "was changed while it was used" in done.stderr
+    assert not list(folder.glob("changed*"))

@@ -101,7 +101,7 @@ def peak(x: Tensor) -> float:
 def lengths(x: Tensor) -> Tensor:
     """(n, R) -> (R,) lengths of the columns in float64, in a third of the time of torch's norm where rows are contiguous."""
     if not x.is_contiguous():
-        return wide(torch.linalg.vector_norm(x, dim=0))
+        return wide(torch.linalg.vector_norm(x, dim=0, dtype=torch.promote_types(x.dtype, torch.float32)))
     return torch.stack([wide(rows).square().sum(0) for rows in x.split(_ROWS)]).sum(0).sqrt()
 
 

@@ -13,6 +13,7 @@ prompt (adaLN, the time's embedder), are summed. In the small world this did not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ..algebra.activations import effects, mixing, orthonormal, truncate_seen
 from ..algebra.delta import Delta
-from ..algebra.factors import Factors, stack
+from ..algebra.factors import Factors, stack, wide
 from ..config.job import load_job
 from ..config.schema import Preview
 from ..errors import SettingError, ZitMergeError, counted, located
@@ -52,10 +53,10 @@ from ..preview.samples import settings_of, specs_of
 from ..preview.settings import ImageSpec, RenderSettings
 from ..progress import Progress
 from ..report.progress import Bar
-from ..wording import public_name
+from ..wording import public_name, size_text
 
 RIDGE = 1e-3
-LIMIT = 1024  # ranks of a step's LoRAs together: a module takes 8 LIMIT^2 bytes for each LoRA
+MEMORY = 4e9  # bytes that what is kept of the activations may take
 _SAME_INPUT = {"to_q": "to_q", "to_k": "to_q", "to_v": "to_q", "w1": "w1", "w3": "w1"}  # component -> whose input it shares
 _OF_TIME = ("adaLN", "t_embedder")  # in the names of modules that see the time alone
 _AVERAGE = 0.2  # own strength less the others': below it the result is close to an average
@@ -122,7 +123,8 @@ def merge(planned: Planned, asked: Asked, load: Loads, progress: Progress) -> Ju
     """
     plan = _checked(planned, asked)
     settings, specs = settings_of(planned.section, planned.context), _specs(planned, plan, asked)
-    with Hashes(plan.hashed) as hashes, StepReaders(hashes, _CPU, progress) as readers:
+    with Hashes(plan.hashed) as hashes, contextlib.ExitStack() as files:
+        readers = files.enter_context(StepReaders(hashes, _CPU, progress))
         inputs = [readers.of_input(i) for i in plan.inputs]
         merger = _Merger(plan, inputs, asked.ridge)
         with load(settings) as model:
@@ -142,6 +144,7 @@ def merge(planned: Planned, asked: Asked, load: Loads, progress: Progress) -> Ju
         metadata |= {EXPERIMENT_KEY: dumps(record)}
         with SafetensorsWriter(plan.path, plan.layout, metadata) as file:
             write_lora(Result(plan, inputs, _CPU, progress, merger), file, lambda made: None, progress)
+            files.close()  # raises if an input was changed
             if os.path.lexists(plan.path):
                 raise SettingError(f"{plan.path} was written by somebody else meanwhile: give another name", "--out")
             file.finish(metadata)
@@ -166,11 +169,11 @@ def _checked(planned: Planned, asked: Asked) -> StepPlan:
             raise SettingError("follows from numbers that SSR does not have: set a number, same or exact", "rank")
         if plan.kept_lokr:
             raise SettingError("a merge of several LoRAs is no LoKr: drop it", "save.keep_lokr")
-        ranks = max(plan.stacked.values())
-        if ranks > LIMIT:
-            raise SettingError(f"the ranks of its LoRAs add up to {ranks}, SSR takes {LIMIT}: merge LoRAs of lower rank", "loras")
         if not _shared(plan):
             raise SettingError("no two of its LoRAs change one module that sees the prompt: run the step as it is", "loras")
+        if (taken := sum(_kept(plan, module) for module in _shared(plan))) > MEMORY:
+            told = f"would take {size_text(round(taken))} of memory, at most {size_text(int(MEMORY))} are used"
+            raise SettingError(f"{told}: merge fewer LoRAs, or LoRAs of lower rank", "loras")
     if len(asked.prompts) != len(plan.inputs):
         told = f"got {counted(len(asked.prompts), 'prompt')} for {counted(len(plan.inputs), 'LoRA')}: give one for each"
         raise SettingError(told, "--prompts")
@@ -193,6 +196,12 @@ def _checked(planned: Planned, asked: Asked) -> StepPlan:
 def _shared(plan: StepPlan) -> list[str]:
     """The modules that SSR decides on."""
     return [m for m in plan.shapes if sum(i.counts(m) for i in plan.inputs) > 1 and not any(word in m for word in _OF_TIME)]
+
+
+def _kept(plan: StepPlan, module: str) -> int:
+    """Bytes of D in float32 and of S_k in float64."""
+    ranks = [i.known.ranks[module] for i in plan.inputs if i.counts(module)]
+    return 4 * sum(ranks) * plan.shapes[module][1] + 8 * len(ranks) * sum(ranks) ** 2
 
 
 def _specs(planned: Planned, plan: StepPlan, asked: Asked) -> list[tuple[ImageSpec, ...]]:
@@ -218,13 +227,15 @@ class _Merger(Merger):
         ridge: See `mixing`.
 
     Attributes:
-        products: Module -> number of a LoRA -> S_k of `algebra.activations`.
+        downs: Module -> number of a LoRA -> D_k of `algebra.activations`, in float32.
+        products: Module -> number of a LoRA -> S_k.
         judged: The strengths in the modules that were merged so far.
     """
 
     def __init__(self, plan: StepPlan, readers: Sequence[Reader], ridge: float):
         super().__init__(plan, readers, _CPU)
-        self._ridge, self.products = ridge, dict[str, dict[int, Tensor]]()
+        self._ridge = ridge
+        self.downs, self.products = dict[str, dict[int, Tensor]](), dict[str, dict[int, Tensor]]()
         self.judged = Judged(*torch.zeros(2, len(plan.inputs), len(plan.inputs), dtype=torch.float64))
 
     def changes(self, n: int) -> Iterator[tuple[str, Delta]]:
@@ -233,16 +244,19 @@ class _Merger(Merger):
             if part := self._parts(module).get(n):
                 yield module, part.weighted(part.ratio)
 
-    def parts(self, module: str) -> dict[int, Factors]:
-        """Number of a LoRA -> its change at its strength, ready for `mixing`."""
+    def look(self, module: str) -> None:
+        """Chooses the D_k of a module."""
         with self._plan.computing(module):
-            return {n: orthonormal(part.weighted(part.ratio)) for n, part in self._parts(module).items()}
+            parts = self._parts(module).items()
+            self.downs[module] = {n: orthonormal(part.weighted(part.ratio)).down.float() for n, part in parts}
 
     def of(self, module: str) -> Merged:
         if module not in self.products:
             return super().of(module)
-        found, seen, rank = self.parts(module), self.products[module], self._plan.ranks[module]
-        ranks, whole, grams = [f.rank for f in found.values()], stack(list(found.values())), [seen[n] for n in found]
+        found, rank = self.downs[module], self._plan.ranks[module]
+        changes = {n: part.weighted(part.ratio).map(wide) for n, part in self._parts(module).items()}
+        whole = stack([Factors(changes[n] @ wide(down.T), wide(down)) for n, down in found.items()])
+        ranks, grams = [len(down) for down in found.values()], [self.products[module][n] for n in found]
         mixed = mixing(grams, ranks, self._ridge)
         merged, is_cut = Factors(whole.up @ mixed, whole.down), whole.rank > rank
         if is_cut:
@@ -259,9 +273,9 @@ def _gathered(
 ) -> dict[str, dict[int, Tensor]]:
     """What the modules that SSR decides on see, each LoRA by itself on the model at its strengths."""
     shared = _shared(plan)
-    downs = {}
     for module in progress.track(shared, f"reading {plan.name}"):
-        downs[module] = torch.cat([part.down for part in merger.parts(module).values()]).float()
+        merger.look(module)
+    downs = {module: torch.cat(list(found.values())) for module, found in merger.downs.items()}
     products: dict[str, dict[int, Tensor]] = {module: {} for module in shared}
     worn, pictures = -1, [(n, spec) for n, of_lora in enumerate(specs) for spec in of_lora]
     for n, spec in progress.track(pictures, "pictures", "picture", describe=lambda p: f"LoRA {p[0] + 1}"):

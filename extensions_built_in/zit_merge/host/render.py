@@ -98,13 +98,11 @@ class ToolkitRenderer:
         Raises:
             ZitMergeError: The model lacks a module, or it has another shape.
         """
-        hooks = [
-            self._linear(module, shapes[module]).register_forward_pre_hook(
-                lambda _, args, call=call: call(args[0].flatten(0, -2))
-            )
-            for module, call in see.items()
-        ]
+        hooks = []
         try:
+            for module, call in see.items():
+                linear = self._linear(module, shapes[module])
+                hooks.append(linear.register_forward_pre_hook(lambda _, args, call=call: call(args[0].flatten(0, -2))))
             yield
         finally:
             for hook in hooks:

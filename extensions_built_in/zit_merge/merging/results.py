@@ -74,10 +74,13 @@ class Result:
                     made = []
 
     def _in_order(self, modules: Sequence[str]) -> Generator[Made, None, None]:
-        """Each module in its turn; as many at a time as there are workers, since the steps of one leave cores idle."""
+        """Each module in its turn; as many at a time as there are workers: threads that share one small product mostly wait for
+        each other."""
         if self._workers == 1:
             yield from map(self.made, modules)
             return
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, 2 * before // (self._workers + 1)))  # the check has the last of these shares
         pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         waiting = deque[Future[Made]]()
         try:
@@ -89,6 +92,7 @@ class Result:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
 
     def made(self, module: str) -> Made:
         """One module.

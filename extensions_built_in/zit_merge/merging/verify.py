@@ -51,7 +51,7 @@ _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
-_LARGE = 1 << 24  # bytes of a module beside which no other one is merged
+_LARGE = 1 << 24  # bytes of a module that is checked before the next one is handed over
 _FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
 
 
@@ -118,7 +118,7 @@ class Verifier:
         return self
 
     def add(self, made: Made) -> None:
-        """Hands a module over; waits while one is pending, or for a large one, so that memory stays at three small modules."""
+        """Hands a module over; waits while one is pending, or for a large one, so that few are in memory."""
         size = sum(made.written.shape) * made.written.rank * self._dtype.itemsize
         self._pending.append(self._pool.submit(self.check, made))
         while len(self._pending) > (size <= _LARGE):

@@ -67,8 +67,8 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
 
 @contextlib.contextmanager
 def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
-    """Divides torch's threads between modules that are merged side by side, and the check beside them: threads that share one
-    small product mostly wait for each other. One where nothing is decomposed: copying and scaling waits for memory.
+    """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
+    One where nothing is decomposed: copying and scaling waits for memory.
 
     Args:
         plan: The step.
@@ -79,14 +79,23 @@ def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
     """
     before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
-    is_alone = is_exact or device.type != "cpu" or any(i.pair or i.model for i in plan.inputs)
-    fitting = _AT_ONCE // max((1, *plan.stacked.values()))
-    workers = 1 if is_alone else max(1, min(before, _WORKERS, fitting))
-    torch.set_num_threads(1 if is_exact else max(1, before // max(2, workers)))
+    whole = [plan, *_nested(plan)]
+    is_alone = is_exact or device.type != "cpu" or any(i.pair or i.model for p in whole for i in p.inputs)
+    largest = max((1, *(n for p in whole for n in p.stacked.values())))
+    workers = 1 if is_alone else max(1, min(before, _WORKERS, _AT_ONCE // largest))
+    torch.set_num_threads(1 if is_exact else max(1, before // 2))
     try:
         yield workers
     finally:
         torch.set_num_threads(before)
+
+
+def _nested(plan: StepPlan) -> Iterator[StepPlan]:
+    """The earlier steps that it uses: a measure computes those whose files are not there along with it."""
+    for i in plan.inputs:
+        if i.step:
+            yield i.step
+            yield from _nested(i.step)
 
 
 def write_lora(result: Result, out: SafetensorsWriter, add: Callable[[Made], object], progress: Progress) -> None:

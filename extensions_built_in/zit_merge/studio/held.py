@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class HeldReaders(StepReaders):
     def __init__(self, hashes: Hashes, device: torch.device, budget: int | None = None):
         super().__init__(hashes, device)
         self._opened: dict[tuple[Any, ...], Reader] = {}
-        self.left = _room(device) if budget is None else budget
+        self.left, self.lock = _room(device) if budget is None else budget, threading.Lock()
 
     def of_input(self, i: Input) -> Reader:
         """See `StepReaders`."""
@@ -66,12 +67,12 @@ class _Held:
         if module in self._found:
             return self._found[module]
         scale, delta = self._reader.delta(module)
-        size = _bytes(delta)
-        if size <= self._owner.left:
-            self._owner.left -= size
+        with self._owner.lock:
+            is_held = _bytes(delta) <= self._owner.left
+            self._owner.left -= _bytes(delta) * is_held
+        if is_held:
             self._found[module] = scale, self._owner.on_device(delta)
-            return self._found[module]
-        return scale, delta
+        return self._found.get(module, (scale, delta))
 
 
 def _bytes(delta: Delta) -> int:
