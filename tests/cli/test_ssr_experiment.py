@@ -102,7 +102,7 @@ def test_loras_that_share_nothing_need_no_model(run, real_loras):
 
 
 def test_what_is_kept_of_the_activations_has_a_limit(run, monkeypatch):
-    monkeypatch.setattr(ssr, "MEMORY", 1e6)
+    monkeypatch.setattr(ssr, "MEMORY", 1e3)
     code, told = run()
     assert code == 1
     assert "process[0].steps[0].loras: would take" in told
