@@ -233,9 +233,11 @@ def test_common_directions_of_ones_that_are_otherwise_unrelated(tmp_path):
 
 def test_common_on_one_side_is_told_apart(tmp_path):
     one, other = lora(4, 0, modules=BIG), lora(4, 1, modules=BIG)
-    facts = facts_of(tmp_path, one, {m: Pair(other[m].up, one[m].down) for m in one})
+    facts = facts_of(tmp_path, one, {m: Pair(other[m].up, one[m].down) for m in one})  # as trainings from one seed begin
     assert kinds(facts) == ["unrelated", "common"]
-    assert "on one side alone" in said(facts, "common") and "0.0 of 8 columns and 4.0 of 4 rows" in said(facts, "common")
+    assert "the same seed" in said(facts, "common") and "0.0 of 8 columns and 4.0 of 4 rows" in said(facts, "common")
+    facts = facts_of(tmp_path, one, {m: Pair(one[m].up, other[m].down) for m in one})
+    assert "on one side alone" in said(facts, "common") and "4.0 of 4 columns and 0.0 of 8 rows" in said(facts, "common")
 
 
 def test_one_that_outweighs_the_other(tmp_path):

@@ -131,8 +131,14 @@ def _of_directions(common: Sequence[Overlap], energy: Mapping[str, Sequence[floa
     )
     if most["both"] >= SHARED_BOTH:
         yield "common", f"{found}; a sum adds up there: method: tsv, or shared_once (experimental), are worth a try"
-    else:
+    elif most["columns"] >= SHARED_ONE_SIDE:
         yield "common", f"{found}; on one side alone that need not be one effect twice: method: tsv is worth a try"
+    else:
+        yield (
+            "common",
+            f"{found}; in rows alone LoRAs meet whose trainings began with the same seed, whatever they show: no reason for "
+            "another method than sum (docs/evidence.md)",
+        )
 
 
 def _on_average(sides: Sequence[Side]) -> str:
