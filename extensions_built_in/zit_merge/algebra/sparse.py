@@ -95,7 +95,8 @@ def della(
 
     def merged(cores: Tensor) -> Tensor:
         size = cores.shape[-1]
-        places = cores.abs().argsort(-1).argsort(-1).double()  # 0 is the smallest of its row
+        order, numbers = cores.abs().argsort(-1), torch.arange(size, dtype=cores.dtype, device=cores.device)
+        places = torch.empty_like(cores).scatter_(-1, order, numbers.expand_as(cores))  # 0 is the smallest of its row
         spread = places / (size - 1) - 0.5 if size > 1 else torch.zeros_like(cores)
         return _disjoint_mean(_drop(cores, density + epsilon * spread, seed))
 
