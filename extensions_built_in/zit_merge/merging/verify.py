@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -175,9 +175,8 @@ class Verifier:
         for sums in self._precisions(module, scales):
             probed = Probed.of(vectors, sums)
             energy, wanted = _energies(probed.inner, want, scales)
-            read = written.map(_to(sums))
-            missing = probed.difference(want, read)
-            column, got = probed.products(read)
+            missing = probed.difference(want, written)
+            column, got = probed.products(written)
             crossed = float(want @ column)
             if probed.is_exact:
                 missed = max(wanted - 2 * crossed + got, 0.0)
@@ -241,10 +240,6 @@ class Verifier:
         elif wanted < torch.finfo(torch.float32).tiny:
             cure = f"it is too small for {DTYPE_NAMES[self._dtype]}, use larger strengths"
         raise ZitMergeError(f"{self._file}: {module}: what was written differs from what was wanted by {share:.1%} of it: {cure}")
-
-
-def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(dtype)
 
 
 def _is_plain(scales: Tensor) -> bool:
