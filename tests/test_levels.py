@@ -24,7 +24,8 @@ LEVELS = (
     ("studio",),
     ("demo",),
     ("host",),
-    ("cli", "experiments"),
+    ("cli",),
+    ("experiments",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

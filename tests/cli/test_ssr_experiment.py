@@ -46,11 +46,7 @@ def run(work, real_loras, capsys):
         model = {"name_or_path": "someone/Z-Image", "arch": "zimage:turbo"}
         config = work.job({"name": "both", "loras": files} | step, model=model, shapes="strict")
         words = [config, "--step", "both", "-o", out, *flags, *(["--prompts", *prompts] if prompts else [])]
-        try:
-            code = ssr.main(list(map(str, words)))
-        except SystemExit as e:
-            code = e.code
-        return code, capsys.readouterr().err
+        return ssr.main(list(map(str, words))), capsys.readouterr().err
 
     return run
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import partial
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(argv: Sequence[str] | None) -> int:
-    try:
+    def run() -> int:
         parser = build_parser(COMMANDS)
         args = parser.parse_args([_plain_number(word) for word in (sys.argv[1:] if argv is None else argv)])
         if args.command is None:
@@ -59,6 +59,19 @@ def _answer(argv: Sequence[str] | None) -> int:
         if args.quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         args.command(args)
+        return 0
+
+    return ended(run)
+
+
+def ended(run: Callable[[], int]) -> int:
+    """The exit code of what was typed; what went wrong is told in one sentence.
+
+    Args:
+        run: Gives the code where nothing goes wrong.
+    """
+    try:
+        return run()
     except SystemExit as e:  # argparse has printed what is wrong
         return int(e.code or 0)
     except ZitMergeError as e:
@@ -67,7 +80,6 @@ def _answer(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
         return 130
-    return 0
 
 
 def _plain_number(word: str) -> str:

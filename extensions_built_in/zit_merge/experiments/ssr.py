@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from torch import Tensor
 from ..algebra.activations import effects, mixing, orthonormal, truncate_seen
 from ..algebra.delta import Delta
 from ..algebra.factors import Factors, stack, wide
+from ..cli.main import ended
 from ..config.job import load_job
 from ..config.schema import Preview
 from ..errors import SettingError, ZitMergeError, counted, located
@@ -357,20 +357,17 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the input or the config is wrong, 2 usage, 130 interrupted.
     """
-    args = arguments(words)
-    try:
+
+    def run() -> int:
+        args = arguments(words)
         planned = next(plan_job(load_job(args.config), only=args.step, may_download=True))
         with JobProgress(Status(), Bar()) as progress:
             asked = Asked(args.prompts, args.seeds, args.ridge, args.out)
             print(merge(planned, asked, progress.loading(ToolkitRenderer), progress).text)
-    except ZitMergeError as e:
-        print(f"zit_merge: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("zit_merge: interrupted, nothing half-written is left", file=sys.stderr)
-        return 130
-    print(f"written {args.out}")
-    return 0
+        print(f"written {args.out}")
+        return 0
+
+    return ended(run)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ class _Held:
         if module in self._found:
             return self._found[module]
         scale, delta = self._reader.delta(module)
+        size = _bytes(delta)
         with self._owner.lock:
-            is_held = _bytes(delta) <= self._owner.left
-            self._owner.left -= _bytes(delta) * is_held
+            is_held = size <= self._owner.left
+            self._owner.left -= size * is_held
         if is_held:
             self._found[module] = scale, self._owner.on_device(delta)
         return self._found.get(module, (scale, delta))
