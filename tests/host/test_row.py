@@ -96,6 +96,42 @@ def test_the_last_write_can_be_interrupted(locked, capsys):
     assert "it is completed" in line
 
 
+@pytest.mark.parametrize("column, end", [("stop", "stopped"), ("return_to_queue", "queued")])
+@pytest.mark.parametrize(
+    "show",
+    [lambda shown: shown.say("Loading the model for pictures"), lambda shown: shown.progress("Merging a: 1/2", 1, 2, "1/s")],
+)
+def test_a_stop_just_before_a_write_is_not_overwritten(tmp_path, monkeypatch, column, end, show):
+    database = make_database(tmp_path / "aitk_db.db")
+    shown = status.RowStatus(database, "j1", is_last=True)
+    execute = shown._execute
+
+    def pressed_before(sql, *rest):
+        if sql.startswith("UPDATE"):
+            with sqlite3.connect(database) as ui:
+                ui.execute(f"UPDATE Job SET {column} = 1, status = 'stopping'")
+            ui.close()
+        return execute(sql, *rest)
+
+    monkeypatch.setattr(shown, "_execute", pressed_before)
+    with pytest.raises(status.JobStopped) as stop:
+        show(shown)
+    assert (row(database)["status"], row(database)["info"]) == ("stopping", "Starting")
+    shown.fail(stop.value)
+    assert row(database)["status"] == end
+
+
+def test_a_stop_while_the_job_is_set_up_is_not_overwritten(tmp_path):
+    database = make_database(tmp_path / "aitk_db.db")
+    with sqlite3.connect(database) as db:
+        db.execute("UPDATE Job SET stop = 1, status = 'stopped', info = 'Job stopped'")
+    db.close()
+    shown = status.RowStatus(database, "j1", is_last=True)
+    assert row(database)["status"] == "stopped"
+    with pytest.raises(status.JobStopped):
+        shown.say("Merging a")
+
+
 def numbers(database):
     return tuple(row(database)[key] for key in ("step", "total_steps", "speed_string"))
 

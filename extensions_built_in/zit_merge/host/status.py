@@ -157,19 +157,20 @@ class RowStatus(Status):
         # What we have counted is not what the process that follows counts.
         self._handover: dict[str, Any] = {} if is_last else {**_NOTHING, "total_steps": next_total}
         self._broken = False
-        # a training that follows still needs the steps of its earlier run, should we be refused
-        self._write(status="running", info="Starting", **({} if self._handover else _NOTHING))
+        with contextlib.suppress(JobStopped):  # our process asks again when it runs
+            # a training that follows still needs the steps of its earlier run, should we be refused
+            self._running(info="Starting", **({} if self._handover else _NOTHING))
 
     def say(self, info: str) -> None:
-        self.check()
-        self._write(status="running", info=info)
+        self._running(info=info)
 
     def progress(self, info: str, done: int, total: int, speed: str) -> None:
-        self.check()
-        self._write(status="running", info=info, step=done, total_steps=total, speed_string=speed)
+        self._running(info=info, step=done, total_steps=total, speed_string=speed)
 
     def check(self) -> None:
         rows = self._ask("SELECT stop, return_to_queue FROM Job WHERE id = ?", self._job_id)
+        if rows == []:
+            self._give_up(f"has no job {self._job_id}")
         _raise_if_asked(*(rows[0] if rows else (0, 0)))
 
     def complete(self, told: str) -> None:
@@ -185,7 +186,7 @@ class RowStatus(Status):
         row = error.row if isinstance(error, JobStopped) else _outcome(error)
         self._end(**row, **self._handover)
 
-    def _end(self, status: str, info: str, **numbers: object) -> None:
+    def _end(self, status: str, info: str, **numbers: Any) -> None:
         """The job's last write: while the row says `running`, the UI's queue starts nothing else."""
         lost = f"it may show the job as running from now on; it is {status}"
         try:
@@ -194,11 +195,18 @@ class RowStatus(Status):
             self._warn(lost)
             raise
 
-    def _write(self, *, wait: float | None = None, lost: str = "it may show an older state", **values: object) -> None:
+    def _running(self, **values: Any) -> None:
+        """One statement asks and writes: a stop between the two would be overwritten."""
+        self._write(unless=("stop", "return_to_queue"), status="running", **values)
+
+    def _write(
+        self, *, wait: float | None = None, lost: str = "it may show an older state", unless: Sequence[str] = (), **values: object
+    ) -> None:
         columns = ", ".join(f"{column} = ?" for column in values)
-        changed = self._ask(f"UPDATE Job SET {columns} WHERE id = ?", *values.values(), self._job_id, wait=wait, lost=lost)
+        where = " AND ".join(["id = ?", *(f"NOT COALESCE({column}, 0)" for column in unless)])
+        changed = self._ask(f"UPDATE Job SET {columns} WHERE {where}", *values.values(), self._job_id, wait=wait, lost=lost)
         if changed == []:
-            self._give_up(f"has no job {self._job_id}")
+            self.check()
 
     def _ask(self, sql: str, *values: object, wait: float | None = None, lost: str = "a stop waits") -> list[tuple] | None:
         """The rows of a statement, empty ones for rows that it changed; None where the database does not answer.
