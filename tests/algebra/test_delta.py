@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import linear
-from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied, distance, energy, inner, norm
+from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, applied
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, whole
+from extensions_built_in.zit_merge.algebra.products import distance, energy, inner, norm
 
 
 def close(found, wanted, tolerance=1e-6):

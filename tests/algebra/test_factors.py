@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from oracles.dense import product
 from sweep import examples
 
-from extensions_built_in.zit_merge.algebra.delta import distance, inner, norm
 from extensions_built_in.zit_merge.algebra.factors import Factors, pad, stack
+from extensions_built_in.zit_merge.algebra.products import distance, inner, norm
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -13,9 +13,10 @@ from oracles import methods as oracle
 from sweep import examples
 
 from extensions_built_in.zit_merge.algebra import linear
-from extensions_built_in.zit_merge.algebra.delta import Kron, Sum, inner
+from extensions_built_in.zit_merge.algebra.delta import Kron, Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, stack
 from extensions_built_in.zit_merge.algebra.methods import METHODS
+from extensions_built_in.zit_merge.algebra.products import inner
 
 F64 = torch.float64
 LINEAR = [name for name, method in METHODS.items() if method.is_linear]

@@ -8,8 +8,8 @@ from algebra.operands import dense, draw, kron
 from oracles import methods as oracle
 from oracles.dense import best_error
 
-from extensions_built_in.zit_merge.algebra import delta, subspace
 from extensions_built_in.zit_merge.algebra import overlap as module
+from extensions_built_in.zit_merge.algebra import products, subspace
 from extensions_built_in.zit_merge.algebra.delta import Sum
 from extensions_built_in.zit_merge.algebra.factors import Factors, hadamard, stack, whole
 from extensions_built_in.zit_merge.algebra.least_squares import cosines
@@ -78,9 +78,9 @@ def drifted(count, noise=0.1, shape=(300, 280), rank=8, drift=3):
 @pytest.mark.parametrize("names", [list(FORMS), list(FORMS)[:1] * 3, ["full", "another full"], ["LoRA", "full"]])
 @pytest.mark.parametrize("thin", [1, 512])
 def test_products(monkeypatch, names, thin):
-    monkeypatch.setattr(delta, "_STACKED", thin)
+    monkeypatch.setattr(products, "_STACKED", thin)
     deltas = [FORMS[n] for n in names]
-    found = delta.gram(deltas)
+    found = products.gram(deltas)
     assert found.dtype == F64
     torch.testing.assert_close(found, dense_gram(deltas), rtol=1e-10, atol=1e-9)
 
@@ -88,20 +88,20 @@ def test_products(monkeypatch, names, thin):
 def test_thin_ones_are_stacked_beside_wide_ones(monkeypatch):
     """A full difference, or a LoKr, does not send the pairs of thin ones the slow way."""
     seen = []
-    monkeypatch.setattr(delta, "inner", lambda x, y, right=delta.inner: seen.append((x, y)) or right(x, y))
+    monkeypatch.setattr(products, "inner", lambda x, y, right=products.inner: seen.append((x, y)) or right(x, y))
     thin, kron = [draw(OUT, IN, r, r, F64) for r in (2, 3, 700)], FORMS["LoKr"]
-    delta.gram([*thin, kron])
+    products.gram([*thin, kron])
     assert seen and not any(all(any(d is t for t in thin) for d in pair) for pair in seen)
 
 
 def test_products_of_transposed_full_differences(monkeypatch):
     deltas = [FORMS["full"].T, FORMS["another full"].T, whole(torch.eye(IN, OUT, dtype=F64)), draw(IN, OUT, IN, 1, F64)]
-    torch.testing.assert_close(delta.gram(deltas), dense_gram(deltas), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(products.gram(deltas), dense_gram(deltas), rtol=1e-10, atol=1e-9)
 
 
 def test_cosines():
     x, y = FORMS["LoRA"], FORMS["full"]
-    found = cosines(delta.gram([x, y, x.times(-2.0), FORMS["zero"]]))
+    found = cosines(products.gram([x, y, x.times(-2.0), FORMS["zero"]]))
     cosine = float((dense(x) * dense(y)).sum() / dense(x).norm() / dense(y).norm())
     wanted = torch.tensor([[1, cosine, -1, 0], [cosine, 1, -cosine, 0], [-1, -cosine, 1, 0], [0, 0, 0, 0]], dtype=F64)
     torch.testing.assert_close(found, wanted)

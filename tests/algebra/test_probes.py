@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extensions_built_in.zit_merge.algebra.delta import gram
 from extensions_built_in.zit_merge.algebra.factors import Factors, stack
 from extensions_built_in.zit_merge.algebra.least_squares import cosines, groups
 from extensions_built_in.zit_merge.algebra.probes import COUNT, Probed, image, probes, shortened
+from extensions_built_in.zit_merge.algebra.products import gram
 from extensions_built_in.zit_merge.algebra.truncate import truncate
 
 CPU = torch.device("cpu")

@@ -40,10 +40,10 @@ import shared  # noqa: E402
 from oracles import methods as oracle  # noqa: E402
 
 from extensions_built_in.zit_merge.algebra import krylov, truncate  # noqa: E402
-from extensions_built_in.zit_merge.algebra.delta import gram, inner, norm  # noqa: E402
 from extensions_built_in.zit_merge.algebra.factors import Factors, fold, stack, wide  # noqa: E402
 from extensions_built_in.zit_merge.algebra.linear import add  # noqa: E402
 from extensions_built_in.zit_merge.algebra.methods import METHODS  # noqa: E402
+from extensions_built_in.zit_merge.algebra.products import gram, inner, norm  # noqa: E402
 from extensions_built_in.zit_merge.model.zimage import MODULES, N_LAYERS  # noqa: E402
 
 RANK, RATIOS = 32, (0.9, 0.6)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .delta import Delta, Framed, as_dense, gram, inner
+from .delta import Delta, Framed, as_dense
 from .factors import Factors, stack
+from .products import gram, inner
 
 COUNT = 16  # columns of a block
 _BLOCK = 128  # components that are cast at once

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .core import FAINT, core_space
-from .delta import Delta, norm
+from .delta import Delta
 from .factors import Factors, stack, wide
 from .linear import add
 from .parameters import Within
+from .products import norm
 from .truncate import svd
 
 

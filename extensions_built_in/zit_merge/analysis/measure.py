@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.core import FAINT, Condensed, condensed
-from ..algebra.delta import Delta, Kron, energy, gram
+from ..algebra.delta import Delta, Kron
 from ..algebra.factors import Factors
 from ..algebra.least_squares import cosines
 from ..algebra.overlap import LEADING, Overlap, Triplets, directions, is_thin, overlap
 from ..algebra.precision import full_precision
+from ..algebra.products import energy, gram
 from ..algebra.truncate import singular_values
 from ..errors import ZitMergeError
 from ..formats.reader import LoraFile, TensorReader

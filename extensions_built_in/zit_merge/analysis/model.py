@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, as_dense, gram, inner
+from ..algebra.delta import Delta, as_dense
 from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.precision import full_precision
+from ..algebra.products import gram, inner
 from ..errors import ZitMergeError
 from ..formats.checkpoint import Checkpoint, CheckpointReader
 from ..formats.difference import Difference, DifferenceReader, difference

@@ -436,7 +436,7 @@ def _equal(tensors: TensorReader, a: Change, b: Change) -> bool:
     """Whether two changes are one, to the rounding of their dtype."""
     import torch
 
-    from ..algebra.delta import distance, norm
+    from ..algebra.products import distance, norm
 
     if a.shape != b.shape:
         return False

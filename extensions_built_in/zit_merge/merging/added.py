@@ -8,9 +8,10 @@ import threading
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, gram
+from ..algebra.delta import Delta
 from ..algebra.dense import dense_rows, rounded
 from ..algebra.factors import Factors
+from ..algebra.products import gram
 from .merger import Merged
 
 _CANCELS = 0.01  # of the inputs' energy: what is left of less is summed in float64

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Sum, gram
+from ..algebra.delta import Delta, Sum
 from ..algebra.factors import Factors
 from ..algebra.linear import add
 from ..algebra.methods import METHODS
+from ..algebra.products import gram
 from ..algebra.rounding import scaled
 from ..errors import SettingError
 from ..formats.reading import Reader

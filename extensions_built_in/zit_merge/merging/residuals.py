@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..algebra import linear
-from ..algebra.delta import Delta, distance, norm
+from ..algebra.delta import Delta
 from ..algebra.factors import wide
+from ..algebra.products import distance, norm
 from ..formats.reader import TensorReader, load_lora
 from ..planning.types import StepPlan
 from .opened import open_input

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..algebra import ranks
-from ..algebra.delta import Delta, norm, parts
+from ..algebra.delta import Delta, parts
 from ..algebra.factors import Factors, is_finite, pad, stack
 from ..algebra.precision import full_precision
+from ..algebra.products import norm
 from ..algebra.rounding import to_dtype
 from ..algebra.truncate import singular_values, truncate
 from ..config.schema import RankRule

@@ -34,10 +34,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, norm
+from ..algebra.delta import Delta
 from ..algebra.factors import Factors, lengths, wide
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.probes import Difference, Probed
+from ..algebra.products import norm
 from ..config.schema import RankRule
 from ..errors import ZitMergeError
 from ..formats.dtypes import DTYPE_NAMES

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 import torch
 
-from ...algebra.delta import Delta, gram, norm
+from ...algebra.delta import Delta
+from ...algebra.products import gram, norm
 from ...analysis.measure import ModuleProducts, Readers
 from ...formats.reader import load_lora
 from ...formats.verdict import PAIRS_UP_TO
