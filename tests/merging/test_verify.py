@@ -554,6 +554,27 @@ def test_components_of_very_different_sizes(tmp_path, dtype, spread):
         assert verdict(merge_into(tmp_path, [(path, 1.0)], dtype=dtype, rank=rank))["error"] < 0.6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_components_that_nearly_cancel(tmp_path, dtype, condition):
+    """Large parts of the components of one file belong to nothing: (up Q, Q^-1 down) with a Q of this condition number."""
+    mixing = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()).Q
+    mixing = mixing * torch.logspace(0, torch.tensor(condition).log10().item(), 6, dtype=torch.float64)
+    weighed, wanted = [], dict[str, Tensor]()
+    for n in range(2):
+        parts = drawn(6, n, side=80).items()
+        path, deltas = pairs(
+            tmp_path / f"{n}.safetensors",
+            {m: (up.double() @ mixing, torch.linalg.inv(mixing) @ down.double()) for m, (up, down) in parts},
+        )
+        weighed.append((path, 0.8))
+        wanted = {m: wanted.get(m, 0.0) + 0.8 * delta for m, delta in deltas.items()}
+    for rank in (3, 6, 12):
+        found = verdict(merge_into(tmp_path, weighed, dtype=dtype, rank=rank))
+        best = sum(best_error(d, rank) ** 2 for d in wanted.values()) / sum(float(d.norm()) ** 2 for d in wanted.values())
+        assert found["error"] == pytest.approx(best**0.5, abs=4e-3)
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e-20, 1e12])
 def test_sizes_that_no_training_has(tmp_path, size):
     """What they are is odd; an error of Python's would be worse. bfloat16 holds them all."""

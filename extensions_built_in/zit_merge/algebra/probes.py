@@ -8,15 +8,16 @@ t = 2, 6e-8 for t = 4, 4e-14 for t = 10. Inner products of long lists of compone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .components import Components
 from .delta import Delta, Framed, as_dense
-from .factors import Factors, stack
+from .factors import Factors, lengths, stack, wide
 from .products import gram, inner
 
 COUNT = 16  # columns of a block
@@ -160,6 +161,51 @@ class Difference(NamedTuple):
             basis = torch.linalg.qr(x).Q
             x = torch.stack([weight * image(v.T if is_back else v, basis) for v, weight in terms]).sum(0)
         return float(torch.linalg.eigvalsh((x.T @ x).double())[-1].clamp(min=0)) ** 0.5
+
+
+class Truncation(NamedTuple):
+    """What tells whether a truncation is right.
+
+    Attributes:
+        inner: (N, N) inner products of the changes of which something was wanted.
+        column: (N,) those with what was written, exact.
+        got: The squared norm of what was written.
+        missed: An estimate of that of what is missing; None where it follows from the others, which are exact.
+        sizes: Of the components that were written, |up_k| |down_k|.
+        largest: Tells the largest component that is missing, from below.
+    """
+
+    inner: Tensor
+    column: Tensor
+    got: float
+    missed: float | None
+    sizes: Tensor
+    largest: Callable[[], float]
+
+    @classmethod
+    def of(cls, vectors: Sequence[Delta], want: Tensor, written: Factors, sums: torch.dtype) -> Truncation:
+        """By Gram matrices of all components where they are few, else by probes.
+
+        Args:
+            vectors: The N changes.
+            want: (N,) what each was wanted with.
+            written: (out, in).
+            sums: float32 or float64.
+        """
+        if sum(v.rank for v in vectors) <= _FEW and all(isinstance(v, Factors | Framed) for v in vectors):
+            thin = [v.map(lambda t: t.to(sums)).expand() if isinstance(v, Framed) else v for v in vectors]
+            seen = Components.of([*(v for v in thin if isinstance(v, Factors)), written], sums)
+            inner, sizes = seen.inner, seen.sizes[-written.rank :]
+            weights = torch.cat([want, -want.new_ones(1)])
+            return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, lambda: seen.largest(weights))
+        probed = Probed.of(vectors, sums)
+        missing, (column, got) = probed.difference(want, written), probed.products(written)
+        return cls(probed.inner, column, got, None if probed.is_exact else missing.energy, sizes_of(written), missing.largest)
+
+
+def sizes_of(x: Factors) -> Tensor:
+    """|up_k| |down_k| of each component, in float64: the singular values of what `truncate` made."""
+    return lengths(x.up) * torch.linalg.vector_norm(wide(x.down), dim=1)
 
 
 def _product(x: Delta, y: Factors) -> Tensor:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .components import Components
 from .delta import Delta, Framed, Kron, Sum, as_dense, parts
-from .factors import Factors, gramian, stack, wide
+from .factors import Factors, stack, wide
 
 
 def inner(x: Delta, y: Delta) -> float:
@@ -57,7 +58,7 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
     found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     if stacked:
         at = torch.tensor(stacked)
-        found[at[:, None], at] = _stacked_gram([d for n in stacked if isinstance(d := deltas[n], Factors)], dtype)
+        found[at[:, None], at] = Components.of([d for n in stacked if isinstance(d := deltas[n], Factors)], dtype).inner
     for i, x in enumerate(deltas):
         for j, y in enumerate(deltas[: i + 1]):
             if i not in stacked or j not in stacked:
@@ -67,16 +68,6 @@ def gram(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 _STACKED = 8192  # components that are multiplied at once: half a gigabyte in float32
-
-
-def _stacked_gram(deltas: Sequence[Factors], dtype: torch.dtype) -> Tensor:
-    whole = stack([d.map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(dtype)) for d in deltas])
-    components = (_squares(whole.up) * _squares(whole.down.T)).cpu()
-    owners = torch.arange(len(deltas)).repeat_interleave(torch.tensor([d.rank for d in deltas]))
-    rows = components.new_zeros(len(deltas), len(owners)).index_add_(0, owners, components)
-    return components.new_zeros(len(deltas), len(deltas)).index_add_(1, owners, rows)
-
-
 _ROWS = 1 << 20  # numbers that are cast to float64 at a time
 
 
@@ -84,23 +75,6 @@ def _product(x: Tensor, y: Tensor) -> float:
     """Inner product of two dense changes, in float64."""
     step = max(1, _ROWS // x.shape[1])
     return sum(float((wide(a) * wide(b)).sum()) for a, b in zip(x.split(step), y.split(step), strict=True))
-
-
-_TAME = 1e-20  # sums of squares between this and its inverse, and products of their roots, are well within float32
-
-
-def _squares(x: Tensor) -> Tensor:
-    """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
-    found = gramian(x)
-    if x.dtype == torch.float64 or bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
-        return found
-    sizes = x.abs().amax(0)
-    size = sizes.max()
-    if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
-        x = x / torch.where(sizes > 0, sizes, 1.0)
-        return gramian(x) * torch.outer(sizes.double(), sizes.double())
-    x = x / torch.where(size > 0, size, 1.0)
-    return gramian(x) * size.double() ** 2
 
 
 def norm(x: Delta) -> float:
@@ -116,9 +90,10 @@ def energy(x: Delta) -> float:
         x: (out, in), on the CPU.
     """
     if isinstance(x, Factors) and x.rank < min(x.shape) and x.up.dtype == x.down.dtype in (torch.bfloat16, torch.float16):
-        components = _squares(x.up.float()) * _squares(x.down.float().T)
-        if float(components.sum()) > _CANCEL * float(components.abs().sum()):
-            return float(components.sum())
+        ups, downs, *_ = Components.of([x], torch.float32)
+        products = ups * downs
+        if float(products.sum()) > _CANCEL * float(products.abs().sum()):
+            return float(products.sum())
     return float(gram([x]))
 
 
