@@ -46,9 +46,20 @@ class Components(NamedTuple):
             sums: float32 takes half the time and tells a difference of two changes from about 1e-3 of their size on, float64
                 from 1e-8.
         """
-        up, down = stack(deltas).map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(sums))
-        owners = torch.arange(len(deltas)).repeat_interleave(torch.tensor([d.rank for d in deltas]))
-        return cls(_squares(up), _squares(down.T), owners, sums)
+        return cls.of_stack(
+            stack(deltas).map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(sums)), [d.rank for d in deltas]
+        )
+
+    @classmethod
+    def of_stack(cls, whole: Factors, ranks: Sequence[int]) -> Components:
+        """The same of changes that lie side by side already.
+
+        Args:
+            whole: (out, in), in float32 or float64.
+            ranks: How many components each change has.
+        """
+        owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        return cls(_squares(whole.up), _squares(whole.down.T), owners, whole.up.dtype)
 
     @property
     def inner(self) -> Tensor:

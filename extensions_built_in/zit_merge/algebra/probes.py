@@ -83,19 +83,23 @@ class Probed(NamedTuple):
         block = probes(into, sums, device)
         images = block.new_empty(len(vectors), out * COUNT)
         is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
-        is_exact = not is_thin or sum(v.rank for v in vectors) <= _FEW
-        read, short, energies = list[Delta](), list[Factors](), list[Tensor]()
+        if is_thin and sum(v.rank for v in vectors) <= _FEW:
+            whole, ranks = stack(_thin(vectors, sums)).map(lambda t: t.to(sums)), [v.rank for v in vectors]
+            read = list(map(Factors, whole.up.split(ranks, 1), whole.down.split(ranks)))
+            for row, (up, _), inputs in zip(images, read, (whole.down @ block).split(ranks), strict=True):
+                torch.mm(up, inputs, out=row.view(out, COUNT))
+            return cls(read, Components.of_stack(whole, ranks).inner, images, True)
+        short, energies = list[Factors](), list[Tensor]()
         for row, vector in zip(images, vectors, strict=True):
             x = vector.map(lambda t: t.to(sums)) if is_thin else vector
-            x = x.expand() if is_thin and is_exact else x
             row.copy_(image(x, block).flatten())
-            read.append(x if is_exact else vector)
-            if not is_exact and isinstance(x, Factors | Framed):
+            if is_thin and isinstance(x, Factors | Framed):
                 short.append(shortened(x))
                 energies.append(_product(x, x) if isinstance(x, Factors) else x.core.square().sum().double().cpu())
-        if is_exact:
-            return cls(read, gram(read, sums if all(isinstance(v, Factors) for v in read) else torch.float64), images, True)
-        return cls(read, _of_length(_products(short), torch.stack(energies)), images, False)
+        if is_thin:
+            return cls(vectors, _of_length(_products(short), torch.stack(energies)), images, False)
+        flat = all(isinstance(v, Factors) for v in vectors)
+        return cls(vectors, gram(vectors, sums if flat else torch.float64), images, True)
 
     def difference(self, want: Tensor, written: Delta) -> Difference:
         """What was written less what was wanted.
@@ -193,14 +197,18 @@ class Truncation(NamedTuple):
             sums: float32 or float64.
         """
         if sum(v.rank for v in vectors) <= _FEW and all(isinstance(v, Factors | Framed) for v in vectors):
-            thin = [v.map(lambda t: t.to(sums)).expand() if isinstance(v, Framed) else v for v in vectors]
-            seen = Components.of([*(v for v in thin if isinstance(v, Factors)), written], sums)
+            seen = Components.of([*_thin(vectors, sums), written], sums)
             inner, sizes = seen.inner, seen.sizes[-written.rank :]
             weights = torch.cat([want, -want.new_ones(1)])
             return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, lambda: seen.largest(weights))
         probed = Probed.of(vectors, sums)
         missing, (column, got) = probed.difference(want, written), probed.products(written)
         return cls(probed.inner, column, got, None if probed.is_exact else missing.energy, sizes_of(written), missing.largest)
+
+
+def _thin(vectors: Sequence[Delta], sums: torch.dtype) -> list[Factors]:
+    """Factors and frames as factors; none is multiplied out in less than the dtype of the sums."""
+    return [x for v in vectors if isinstance(x := v.map(lambda t: t.to(sums)).expand() if isinstance(v, Framed) else v, Factors)]
 
 
 def sizes_of(x: Factors) -> Tensor:

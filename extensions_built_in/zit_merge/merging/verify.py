@@ -52,7 +52,7 @@ _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
-_LARGE = 1 << 24  # bytes of a module that is checked before the next one is handed over
+_PENDING = 1 << 24  # bytes of modules that wait for their check; a larger one is waited for
 _FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
 
 
@@ -113,21 +113,21 @@ class Verifier:
         self._dtype, self._cut, self._sums = plan.dtype, plan.cut, Sums(len(plan.inputs))
         self._spec, self._inputs, self._file = plan.spec, plan.inputs, plan.path.name
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[tuple[int, Future[None]]] = deque()
 
     def __enter__(self) -> Verifier:
         return self
 
     def add(self, made: Made) -> None:
-        """Hands a module over; waits while one is pending, or for a large one, so that few are in memory."""
+        """Hands a module over; waits while those that are not checked are more than `_PENDING` bytes."""
         size = sum(made.written.shape) * made.written.rank * self._dtype.itemsize
-        self._pending.append(self._pool.submit(self.check, made))
-        while len(self._pending) > (size <= _LARGE):
-            self._pending.popleft().result()
+        self._pending.append((size, self._pool.submit(self.check, made)))
+        while sum(size for size, _ in self._pending) > _PENDING:
+            self._pending.popleft()[1].result()
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
-        for future in () if kind else self._pending:
+        for _, future in () if kind else self._pending:
             future.result()
 
     def check(self, made: Made) -> None:
