@@ -13,6 +13,7 @@ from workspace import FEW, Workspace
 
 from extensions_built_in.zit_merge import merge
 from extensions_built_in.zit_merge.algebra import probes, truncate
+from extensions_built_in.zit_merge.algebra.components import Components
 from extensions_built_in.zit_merge.api import Weighed
 from extensions_built_in.zit_merge.errors import ZitMergeError
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
@@ -135,12 +136,13 @@ def test_a_cut_merge_reads_every_tensor_once_and_decomposes_every_module_once(wo
 
 
 def test_a_check_casts_and_multiplies_each_input_once(work, two, monkeypatch):
-    """One image of each input, one of what was written."""
-    images, image = list[object](), probes.image
+    """All inputs side by side, and one image of what was written."""
+    images, image, stacks, of_stack = list[object](), probes.image, list[object](), Components.of_stack
     monkeypatch.setattr(probes, "image", lambda x, block: images.append(x) or image(x, block))
+    monkeypatch.setattr(Components, "of_stack", lambda whole, ranks: stacks.append(whole) or of_stack(whole, ranks))
     path = merge(two, shapes="free").save(work.folder / "out.safetensors")
     changed = [m for m in FEW if any(m in key for key in load_file(two[0][0]))]
-    assert path.exists() and len(images) == 3 * len(changed)
+    assert path.exists() and len(images) == len(stacks) == len(changed)
 
 
 @pytest.mark.parametrize("way", WAYS)
