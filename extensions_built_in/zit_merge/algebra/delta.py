@@ -227,3 +227,15 @@ def as_dense(x: Delta) -> Tensor | None:
 def parts(x: Delta) -> tuple[Single, ...]:
     """What a change is the sum of: itself, but for a Sum."""
     return x.parts if isinstance(x, Sum) else (x,)
+
+
+def nbytes(x: Delta) -> int:
+    """Bytes of all its tensors."""
+    sizes: list[int] = []
+
+    def weigh(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    x.map(weigh)
+    return sum(sizes)

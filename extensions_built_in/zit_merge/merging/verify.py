@@ -34,7 +34,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta
+from ..algebra.delta import Delta, nbytes
 from ..algebra.factors import Factors
 from ..algebra.least_squares import groups, least_squares
 from ..algebra.probes import Probed, Truncation, sizes_of
@@ -52,7 +52,8 @@ _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
 _NOTHING = 1e-14  # of the inputs' energy: what rounding leaves of changes that cancel in sums in float64
-_PENDING = 1 << 24  # bytes of modules that wait for their check; a larger one is waited for
+_PENDING = 1 << 24  # bytes of modules, with all that belongs to them, up to which more than one waits for its check
+_LARGE = 1 << 25  # of one that is checked before the next one is handed over
 _FAR = 1e-20  # squares of sums below this, or beyond its inverse, are taken again in float64
 
 
@@ -119,10 +120,11 @@ class Verifier:
         return self
 
     def add(self, made: Made) -> None:
-        """Hands a module over; waits while those that are not checked are more than `_PENDING` bytes."""
-        size = sum(made.written.shape) * made.written.rank * self._dtype.itemsize
+        """Hands a module over; waits while many or large ones are not checked yet."""
+        (_, parts, _, delta), written = made.merged, made.written
+        size = sum(map(nbytes, [written, *(p.stored for p in parts.values()), *([] if delta is None else [delta])]))
         self._pending.append((size, self._pool.submit(self.check, made)))
-        while sum(size for size, _ in self._pending) > _PENDING:
+        while sum(size for size, _ in self._pending) > (_LARGE if len(self._pending) == 1 else _PENDING):
             self._pending.popleft()[1].result()
 
     def __exit__(self, kind: type | None, *exc: object) -> None:

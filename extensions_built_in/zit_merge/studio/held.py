@@ -6,9 +6,8 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..algebra.delta import Delta
+from ..algebra.delta import Delta, nbytes
 from ..formats.reading import Reader
 from ..merging.made import Hashes
 from ..merging.readers import StepReaders
@@ -67,24 +66,13 @@ class _Held:
         if module in self._found:
             return self._found[module]
         scale, delta = self._reader.delta(module)
-        size = _bytes(delta)
+        size = nbytes(delta)
         with self._owner.lock:
             is_held = size <= self._owner.left
             self._owner.left -= size * is_held
         if is_held:
             self._found[module] = scale, self._owner.on_device(delta)
         return self._found.get(module, (scale, delta))
-
-
-def _bytes(delta: Delta) -> int:
-    sizes: list[int] = []
-
-    def weigh(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.nbytes)
-        return tensor
-
-    delta.map(weigh)
-    return sum(sizes)
 
 
 def _room(device: torch.device) -> int:
