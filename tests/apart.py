@@ -91,9 +91,8 @@ def _run(memory: Memory, function: Any, args: Any, kwargs: Any) -> Any:
     settings = kwargs if device is None else kwargs | {"device": CPU}
     found = function(*tree_map(_inside, args), **tree_map(_inside, settings))
     own = {id(x.held): x for x in held}
-    if (
-        held and torch.Tag.inplace_view in function.tags
-    ):  # of a vector times a matrix, for instance: the shape of the wrapper follows
+    if held and torch.Tag.inplace_view in function.tags:
+        # a vector times a matrix ends with one: the shape of the wrapper follows
         args[0].data = _Held(args[0].held, memory)
         return args[0]
     if function is _aten.copy_.default:

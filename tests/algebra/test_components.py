@@ -39,6 +39,13 @@ def test_inner_products_and_sizes(sums):
     torch.testing.assert_close(seen.sizes, sizes, rtol=SUMS[sums], atol=0)
 
 
+def test_changes_without_components():
+    x = draw(90, 70, 2)
+    none = Factors(x.up[:, :0], x.down[:0])
+    assert Components.of([x, none], F64).inner.tolist() == [[pytest.approx(float(dense(x).square().sum())), 0.0], [0.0, 0.0]]
+    assert Components.of([none], F64).inner.tolist() == [[0.0]]
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e18])
 def test_sizes_whose_squares_float32_has_not(size):
     xs = [draw(90, 70, 2, 0, size=size), draw(90, 70, 2, 1, size=1 / size)]

@@ -121,6 +121,17 @@ def test_a_stop_just_before_a_write_is_not_overwritten(tmp_path, monkeypatch, co
     assert row(database)["status"] == end
 
 
+def test_a_stop_is_seen_while_somebody_writes(locked):
+    database, other = locked
+    shown = status.RowStatus(database, "j1", is_last=True)
+    other.execute("UPDATE Job SET stop = 1")
+    other.execute("BEGIN IMMEDIATE")
+    start = time.monotonic()
+    with pytest.raises(status.JobStopped):
+        shown.say("Merging a")
+    assert time.monotonic() - start < status._WAIT / 2
+
+
 def test_a_stop_while_the_job_is_set_up_is_not_overwritten(tmp_path):
     database = make_database(tmp_path / "aitk_db.db")
     with sqlite3.connect(database) as db:

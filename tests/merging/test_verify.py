@@ -21,14 +21,16 @@ from torch import Tensor
 from workspace import DTYPES, merge_into, write_lora
 
 from extensions_built_in.zit_merge import ZitMergeError, load_lora, merge
+from extensions_built_in.zit_merge.algebra.components import Components
 from extensions_built_in.zit_merge.algebra.delta import Delta
 from extensions_built_in.zit_merge.algebra.factors import Factors
 from extensions_built_in.zit_merge.algebra.linear import add
+from extensions_built_in.zit_merge.algebra.probes import Probed
 from extensions_built_in.zit_merge.algebra.rounding import to_dtype
 from extensions_built_in.zit_merge.algebra.truncate import truncate
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
-from extensions_built_in.zit_merge.merging import results
-from extensions_built_in.zit_merge.merging.merger import Merged, Merger
+from extensions_built_in.zit_merge.merging import results, verify
+from extensions_built_in.zit_merge.merging.merger import Made, Merged, Merger
 
 SHAPES = {
     name: shape
@@ -554,25 +556,69 @@ def test_components_of_very_different_sizes(tmp_path, dtype, spread):
         assert verdict(merge_into(tmp_path, [(path, 1.0)], dtype=dtype, rank=rank))["error"] < 0.6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
-def test_components_that_nearly_cancel(tmp_path, dtype, condition):
-    """Large parts of the components of one file belong to nothing: (up Q, Q^-1 down) with a Q of this condition number."""
-    mixing = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()).Q
-    mixing = mixing * torch.logspace(0, torch.tensor(condition).log10().item(), 6, dtype=torch.float64)
+def mixed(pair: Pair, condition: float, seed: int) -> Pair:
+    """The same change in a gauge of this condition number: components that are large and cancel."""
+    up, down = (t.double() for t in pair)
+    random = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(len(down), len(down), generator=random).double()).Q for _ in range(2))
+    sizes = torch.logspace(0, float(np.log10(condition)), len(down), dtype=torch.float64)
+    return up @ (left * sizes) @ right, right.T @ (left / sizes).T @ down
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [("fp32", 1e2), ("bf16", 1e2), ("bf16", 1e4), ("fp16", 1e4), ("bf16", 1e5)])
+@pytest.mark.parametrize("rank", [3, "exact"])
+def test_components_that_nearly_cancel(tmp_path, dtype, condition, rank):
+    """What is measured is right in any gauge. Written whole, the large components are rounded each: that may be refused."""
     weighed, wanted = [], dict[str, Tensor]()
     for n in range(2):
-        parts = drawn(6, n, side=80).items()
-        path, deltas = pairs(
-            tmp_path / f"{n}.safetensors",
-            {m: (up.double() @ mixing, torch.linalg.inv(mixing) @ down.double()) for m, (up, down) in parts},
-        )
+        parts = {m: mixed(pair, condition, n) for m, pair in drawn(6, n, side=80).items()}
+        path, deltas = pairs(tmp_path / f"{n}.safetensors", parts)
         weighed.append((path, 0.8))
         wanted = {m: wanted.get(m, 0.0) + 0.8 * delta for m, delta in deltas.items()}
-    for rank in (3, 6, 12):
-        found = verdict(merge_into(tmp_path, weighed, dtype=dtype, rank=rank))
-        best = sum(best_error(d, rank) ** 2 for d in wanted.values()) / sum(float(d.norm()) ** 2 for d in wanted.values())
-        assert found["error"] == pytest.approx(best**0.5, abs=4e-3)
+    try:
+        out = merge_into(tmp_path, weighed, dtype=dtype, rank=rank)
+    except ZitMergeError as e:
+        assert rank == "exact" and "differs from what was wanted" in str(e)
+        return
+    written, energy = read_deltas(out), sum(float(d.norm()) ** 2 for d in wanted.values())
+    error = (sum(float((written[m] - d).norm()) ** 2 for m, d in wanted.items()) / energy) ** 0.5
+    assert verdict(out)["error"] == pytest.approx(error, rel=2e-3 if rank == 3 else 0.15)
+    if rank == 3:
+        best = (sum(best_error(d, 3) ** 2 for d in wanted.values()) / energy) ** 0.5
+        assert error == pytest.approx(best, rel=2e-3)
+
+
+def test_few_components_that_are_cut_take_no_probes(tmp_path, monkeypatch):
+    """Gram matrices tell it all; probes decide where these see something too large, and they do."""
+    weighed = [(path, 0.8) for path, _ in two(tmp_path)]
+    probed, of = list[object](), Probed.of
+    monkeypatch.setattr(verify.Probed, "of", lambda vectors, sums: probed.append(sums) or of(vectors, sums))
+    plan = merge(weighed, shapes="free", dtype="fp32", rank=4).plan(tmp_path / "right.safetensors")
+    changed = [m for m in plan.shapes if any(i.counts(m) for i in plan.inputs)]
+    cut = [m for m in changed if m in plan.cut]
+    right = verdict(merge_into(tmp_path, weighed, "right", rank=4))
+    assert len(cut) > 10 and len(probed) == len(changed) - len(cut)
+    monkeypatch.setattr(Components, "largest", lambda self, weights: float("inf"))
+    assert verdict(merge_into(tmp_path, weighed, "again", rank=4)) == right
+    assert len(probed) == 2 * (len(changed) - len(cut)) + len(cut)
+
+
+@pytest.mark.parametrize(("pending", "large", "most"), [(1, 1 << 25, 2), (1, 0, 1)])
+def test_few_modules_wait_for_their_check(tmp_path, monkeypatch, pending, large, most):
+    monkeypatch.setattr(verify, "_PENDING", pending)
+    monkeypatch.setattr(verify, "_LARGE", large)
+    handed, checked, waiting = list[object](), list[object](), list[int]()
+    add, check = verify.Verifier.add, verify.Verifier.check
+
+    def counted(self: verify.Verifier, made: Made) -> None:
+        handed.append(made)
+        add(self, made)
+        waiting.append(len(handed) - len(checked))
+
+    monkeypatch.setattr(verify.Verifier, "add", counted)
+    monkeypatch.setattr(verify.Verifier, "check", lambda self, made: check(self, made) or checked.append(made))
+    merge_into(tmp_path, [(path, 0.8) for path, _ in two(tmp_path)], rank=4)
+    assert len(handed) == len(checked) > 10 and max(waiting) < most + (large > 0)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-20, 1e12])

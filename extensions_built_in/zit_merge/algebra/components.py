@@ -29,12 +29,14 @@ class Components(NamedTuple):
         ups: (R, R) in float64.
         downs: (R, R) in float64.
         owners: (R,) number of the change of each component.
+        changes: N.
         sums: The dtype in which the long sides were summed.
     """
 
     ups: Tensor
     downs: Tensor
     owners: Tensor
+    changes: int
     sums: torch.dtype
 
     @classmethod
@@ -59,25 +61,31 @@ class Components(NamedTuple):
             ranks: How many components each change has.
         """
         owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        return cls(_squares(whole.up), _squares(whole.down.T), owners, whole.up.dtype)
+        return cls(_squares(whole.up), _squares(whole.down.T), owners, len(ranks), whole.up.dtype)
 
     @property
     def inner(self) -> Tensor:
         """(N, N) inner products of the changes, in float64 on the CPU."""
-        products, count = (self.ups * self.downs).cpu(), int(self.owners.max()) + 1 if len(self.owners) else 0
-        rows = products.new_zeros(count, len(products)).index_add_(0, self.owners, products)
-        return products.new_zeros(count, count).index_add_(1, self.owners, rows)
+        products = (self.ups * self.downs).cpu()
+        rows = products.new_zeros(self.changes, len(products)).index_add_(0, self.owners, products)
+        return products.new_zeros(self.changes, self.changes).index_add_(1, self.owners, rows)
 
     @property
     def sizes(self) -> Tensor:
         """(R,) |up_k| |down_k| in float64 on the CPU."""
         return (self.ups.diagonal() * self.downs.diagonal()).sqrt().cpu()
 
-    def largest(self, weights: Tensor) -> float:
-        """The largest singular value of a combination, from below: by block power iteration from its image of random inputs.
+    @property
+    def cancelling(self) -> float:
+        """The energies of the components over those of the changes: 1 where they are orthogonal, large where they cancel."""
+        return float(self.sizes.square().sum() / self.inner.diagonal().sum())
 
-        A direction counts for less where rounding could have made it; where the components of one change nearly cancel, the
-        value may be rounding alone.
+    def largest(self, weights: Tensor) -> float:
+        """The largest singular value of a combination, from below but for rounding: by block power iteration from its image of
+        random inputs.
+
+        A direction counts for less where rounding could have made it. Where the components of one change nearly cancel, the
+        value may be rounding alone, and far too large.
 
         Args:
             weights: (N,), of the changes.
@@ -104,9 +112,12 @@ class Components(NamedTuple):
 def _squares(x: Tensor) -> Tensor:
     """x'x in float64, summed in the dtype of x; float32 is scaled meanwhile, so that no size overflows or vanishes."""
     found = gramian(x)
-    if x.dtype == torch.float64 or bool(((found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)).all()):
+    tame = (found.diagonal() > _TAME) & (found.diagonal() < 1 / _TAME)
+    if x.dtype == torch.float64 or bool(tame.all()):
         return found
     sizes = x.abs().amax(0)
+    if bool((tame | (sizes == 0)).all()):
+        return found
     size = sizes.max()
     if (sizes[sizes > 0] * 2.0**40 < size).any():  # columns so unlike need sizes of their own
         x = x / torch.where(sizes > 0, sizes, 1.0)

@@ -6,8 +6,7 @@
     Sum       delta_1 + delta_2 + ...          what lies side by side: a LoKr and a LoRA, factors not yet stacked
 
 Each has `shape` (out, in), `rank` (an upper bound of its rank), `T`, `@` with a thin matrix, `times(strength)`, `map(function)`
-on its tensors, and `expand()`, the same delta as Factors of that rank. Sums over a long side (Gram matrices) are taken in
-float64 here: their error is squared away when a norm is drawn from them.
+on its tensors, and `expand()`, the same delta as Factors of that rank.
 """
 
 from __future__ import annotations

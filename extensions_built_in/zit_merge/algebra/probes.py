@@ -9,7 +9,7 @@ t = 2, 6e-8 for t = 4, 4e-14 for t = 10. Inner products of long lists of compone
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -64,12 +64,14 @@ class Probed(NamedTuple):
             have many components.
         images: (N, out * 16) in the dtype of the sums.
         is_exact: Whether all of `inner` is.
+        cancelling: As `Components` has it, of thin changes.
     """
 
     vectors: Sequence[Delta]
     inner: Tensor
     images: Tensor
     is_exact: bool
+    cancelling: float = 1.0
 
     @classmethod
     def of(cls, vectors: Sequence[Delta], sums: torch.dtype) -> Probed:
@@ -82,13 +84,14 @@ class Probed(NamedTuple):
         (out, into), device = vectors[0].shape, vectors[0].device
         block = probes(into, sums, device)
         images = block.new_empty(len(vectors), out * COUNT)
-        is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
-        if is_thin and sum(v.rank for v in vectors) <= _FEW:
-            whole, ranks = stack(_thin(vectors, sums)).map(lambda t: t.to(sums)), [v.rank for v in vectors]
-            read = list(map(Factors, whole.up.split(ranks, 1), whole.down.split(ranks)))
-            for row, (up, _), inputs in zip(images, read, (whole.down @ block).split(ranks), strict=True):
+        if _are_few(vectors):
+            stacked, ranks = stack(_thin(vectors, sums)).map(lambda t: t.to(sums)), [v.rank for v in vectors]
+            read = list(map(Factors, stacked.up.split(ranks, 1), stacked.down.split(ranks)))
+            for row, (up, _), inputs in zip(images, read, (stacked.down @ block).split(ranks), strict=True):
                 torch.mm(up, inputs, out=row.view(out, COUNT))
-            return cls(read, Components.of_stack(whole, ranks).inner, images, True)
+            seen = Components.of_stack(stacked, ranks)
+            return cls(read, seen.inner, images, True, seen.cancelling)
+        is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
         short, energies = list[Factors](), list[Tensor]()
         for row, vector in zip(images, vectors, strict=True):
             x = vector.map(lambda t: t.to(sums)) if is_thin else vector
@@ -97,7 +100,9 @@ class Probed(NamedTuple):
                 short.append(shortened(x))
                 energies.append(_product(x, x) if isinstance(x, Factors) else x.core.square().sum().double().cpu())
         if is_thin:
-            return cls(vectors, _of_length(_products(short), torch.stack(energies)), images, False)
+            whole = torch.stack(energies)
+            cancelling = torch.cat([sizes_of(x) for x in short]).square().sum().cpu() / whole.sum()
+            return cls(vectors, _of_length(_products(short), whole), images, False, float(cancelling))
         flat = all(isinstance(v, Factors) for v in vectors)
         return cls(vectors, gram(vectors, sums if flat else torch.float64), images, True)
 
@@ -176,7 +181,8 @@ class Truncation(NamedTuple):
         got: The squared norm of what was written.
         missed: An estimate of that of what is missing; None where it follows from the others, which are exact.
         sizes: Of the components that were written, |up_k| |down_k|.
-        largest: Tells the largest component that is missing, from below.
+        cancelling: As `Probed` has it.
+        largest: Tells the largest component that is missing, from below but for rounding.
     """
 
     inner: Tensor
@@ -184,6 +190,7 @@ class Truncation(NamedTuple):
     got: float
     missed: float | None
     sizes: Tensor
+    cancelling: float
     largest: Callable[[], float]
 
     @classmethod
@@ -196,14 +203,21 @@ class Truncation(NamedTuple):
             written: (out, in).
             sums: float32 or float64.
         """
-        if sum(v.rank for v in vectors) <= _FEW and all(isinstance(v, Factors | Framed) for v in vectors):
+        if _are_few(vectors):
             seen = Components.of([*_thin(vectors, sums), written], sums)
-            inner, sizes = seen.inner, seen.sizes[-written.rank :]
+            inner, sizes = seen.inner, seen.sizes[len(seen.sizes) - written.rank :]
             weights = torch.cat([want, -want.new_ones(1)])
-            return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, lambda: seen.largest(weights))
+            largest = partial(seen.largest, weights)
+            return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, seen.cancelling, largest)
         probed = Probed.of(vectors, sums)
         missing, (column, got) = probed.difference(want, written), probed.products(written)
-        return cls(probed.inner, column, got, None if probed.is_exact else missing.energy, sizes_of(written), missing.largest)
+        missed = None if probed.is_exact else missing.energy
+        return cls(probed.inner, column, got, missed, sizes_of(written), probed.cancelling, missing.largest)
+
+
+def _are_few(vectors: Sequence[Delta]) -> bool:
+    """Whether Gram matrices of all components are the shorter way."""
+    return sum(v.rank for v in vectors) <= _FEW and all(isinstance(v, Factors | Framed) for v in vectors)
 
 
 def _thin(vectors: Sequence[Delta], sums: torch.dtype) -> list[Factors]:

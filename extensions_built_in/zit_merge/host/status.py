@@ -162,9 +162,11 @@ class RowStatus(Status):
             self._running(info="Starting", **({} if self._handover else _NOTHING))
 
     def say(self, info: str) -> None:
+        self.check()
         self._running(info=info)
 
     def progress(self, info: str, done: int, total: int, speed: str) -> None:
+        self.check()
         self._running(info=info, step=done, total_steps=total, speed_string=speed)
 
     def check(self) -> None:
@@ -196,7 +198,7 @@ class RowStatus(Status):
             raise
 
     def _running(self, **values: Any) -> None:
-        """One statement asks and writes: a stop between the two would be overwritten."""
+        """Asks again in the statement that writes: a stop between the two would be overwritten."""
         self._write(unless=("stop", "return_to_queue"), status="running", **values)
 
     def _write(

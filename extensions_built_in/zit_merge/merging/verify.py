@@ -15,8 +15,9 @@ square) for equal singular values, 11 % where they fall as 1/k, and 1 and 2 % ov
 
 Of a truncated module three things are asked, each of which a wrong sum or a worse truncation breaks: what was written is
 orthogonal to what is missing (by exact inner products with each input), nothing larger is missing than what was kept (by power
-iteration, which tells the largest component of the difference from below), and the energy that is missing, from which `kept`
-follows: exact up to 128 components in all (`algebra.components`), beyond that an estimate that rests on the same probes.
+iteration, which tells the largest component of the difference from below, in float64 before it stops a run), and the energy that
+is missing, from which `kept` follows: exact up to 128 components in all (`algebra.components`), beyond that an estimate that
+rests on the same probes.
 
 Strengths in the file are those in what was wanted and what the difference adds to them; of a truncated module they are exact.
 Energies of the inputs are exact; their cosines are exact up to 128 components in all (those of the inputs, and for a method that
@@ -48,6 +49,7 @@ from .merger import Made, Parts
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
+_MIXED = 1e4  # times the energies of the changes, in components that cancel: beyond that, too
 _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 could lose a change that they make large
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
@@ -123,6 +125,8 @@ class Verifier:
         """Hands a module over; waits while many or large ones are not checked yet."""
         (_, parts, _, delta), written = made.merged, made.written
         size = sum(map(nbytes, [written, *(p.stored for p in parts.values()), *([] if delta is None else [delta])]))
+        while self._pending and self._pending[0][1].done():
+            self._pending.popleft()[1].result()
         self._pending.append((size, self._pool.submit(self.check, made)))
         while sum(size for size, _ in self._pending) > (_LARGE if len(self._pending) == 1 else _PENDING):
             self._pending.popleft()[1].result()
@@ -162,7 +166,7 @@ class Verifier:
             missing = probed.difference(want, written)
             noise = _NOISE[sums] * energy**0.5
             is_right = missing.energy**0.5 <= _SLACK * (torch.finfo(self._dtype).eps / 2 * missing.written**0.5 + noise)
-            if is_right and wanted >= _CANCELS * energy and _is_tame(probed.inner):
+            if is_right and wanted >= _CANCELS * energy and probed.cancelling <= _MIXED and _is_tame(probed.inner):
                 break
         self._check_finite(module, parts, probed.inner, energy)
         self._check_size(module, missing.written)
@@ -188,7 +192,7 @@ class Verifier:
             beyond = abs(crossed - got) / got**0.5 if got > 0 else missed**0.5
             noise = _FLOOR[sums] * energy**0.5
             is_right = beyond <= _SLACK * (torch.finfo(self._dtype).eps / 2 * got**0.5 + noise)
-            if is_right and wanted >= _CANCELS * energy and _is_tame(seen.inner):
+            if is_right and wanted >= _CANCELS * energy and seen.cancelling <= _MIXED and _is_tame(seen.inner):
                 break
         self._check_finite(module, parts, seen.inner, energy)
         self._check_size(module, got)
@@ -258,7 +262,7 @@ def _is_plain(scales: Tensor) -> bool:
 
 def _energies(found: Tensor, want: Tensor, scales: Tensor) -> tuple[float, float]:
     """Of all changes at their scales, and of what was wanted."""
-    return float((found.diagonal() * scales**2).sum()), max(float(want @ found @ want), 0.0)
+    return max(float((found.diagonal() * scales**2).sum()), 0.0), max(float(want @ found @ want), 0.0)
 
 
 def _is_tame(found: Tensor) -> bool:
