@@ -77,6 +77,17 @@ def test_the_largest_component_does_not_depend_on_the_gauge(condition, which):
     assert told == pytest.approx(right, rel=0.1)
 
 
+@pytest.mark.parametrize("sums", SUMS)
+def test_how_much_remains_of_components_that_cancel(sums):
+    x = decaying(8, 0, 0)
+    assert Components.of([x], sums).remains == pytest.approx(1)
+    mixed = regauged(x, 1e3)
+    sizes = mixed.up.norm(dim=0) * mixed.down.norm(dim=1)
+    right = float(dense(x).square().sum() / sizes.square().sum())
+    assert right < 1e-4 and Components.of([mixed], sums).remains == pytest.approx(right, abs=SUMS[sums])
+    assert not Components.of([x.times(0.0)], sums).remains >= 0, "NaN"
+
+
 def test_nothing_is_missing_of_what_is_whole():
     x = draw(300, 200, 8)
     half = Factors(x.up * 0.5, x.down * 2)

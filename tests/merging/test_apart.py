@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,6 @@ from extensions_built_in.zit_merge.merging.runner import run_plans
 from extensions_built_in.zit_merge.planning import planned
 
 WAYS = {"exact": {}, "cut": {"rank": 2}, "by energy": {"rank": {"energy": 0.9}}}
-
-
-@pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[Apart]:
-    """Whatever device a config asks for is this one."""
-    for module in (api, planned):
-        monkeypatch.setattr(module, "pick_device", lambda name: APART)
-    with Apart() as device:
-        yield device
 
 
 def same(one: Path, other: Path) -> bool:
@@ -55,15 +45,16 @@ def compared(folder: Path, *loras: tuple[Path, float], limit: float = float("inf
     return found, device
 
 
-def test_the_device_is_none_of_the_cpus(away):
-    here, there = torch.ones(3), torch.ones(3).to(APART)
-    for mixed in (lambda: here + there, lambda: torch.cat([here, there]), lambda: torch.outer(there, here)):
-        with pytest.raises(RuntimeError, match="on the same device"):
-            mixed()
-    with pytest.raises(RuntimeError):
-        there.numpy()
-    assert (2.0 * there + torch.tensor(1.0)).cpu().tolist() == [3.0] * 3 and float(there @ there) == 3
-    assert away.memory.peak >= 12 and there[torch.tensor([0, 2])].device == APART
+def test_the_device_is_none_of_the_cpus():
+    with Apart() as device:
+        here, there = torch.ones(3), torch.ones(3).to(APART)
+        for mixed in (lambda: here + there, lambda: torch.cat([here, there]), lambda: torch.outer(there, here)):
+            with pytest.raises(RuntimeError, match="on the same device"):
+                mixed()
+        with pytest.raises(RuntimeError):
+            there.numpy()
+        assert (2.0 * there + torch.tensor(1.0)).cpu().tolist() == [3.0] * 3 and float(there @ there) == 3
+        assert device.memory.peak >= 12 and there[torch.tensor([0, 2])].device == APART
 
 
 @pytest.mark.parametrize("way", WAYS)

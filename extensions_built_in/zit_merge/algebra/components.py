@@ -28,15 +28,15 @@ class Components(NamedTuple):
     Attributes:
         ups: (R, R) in float64.
         downs: (R, R) in float64.
+        inner: (N, N) inner products of the changes, in float64 on the CPU.
         owners: (R,) number of the change of each component.
-        changes: N.
         sums: The dtype in which the long sides were summed.
     """
 
     ups: Tensor
     downs: Tensor
+    inner: Tensor
     owners: Tensor
-    changes: int
     sums: torch.dtype
 
     @classmethod
@@ -48,9 +48,8 @@ class Components(NamedTuple):
             sums: float32 takes half the time and tells a difference of two changes from about 1e-3 of their size on, float64
                 from 1e-8.
         """
-        return cls.of_stack(
-            stack(deltas).map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(sums)), [d.rank for d in deltas]
-        )
+        whole = stack(deltas).map(lambda t: (t.cpu() if t.device.type == "mps" else t).to(sums))
+        return cls.of_stack(whole, [d.rank for d in deltas])
 
     @classmethod
     def of_stack(cls, whole: Factors, ranks: Sequence[int]) -> Components:
@@ -61,14 +60,11 @@ class Components(NamedTuple):
             ranks: How many components each change has.
         """
         owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        return cls(_squares(whole.up), _squares(whole.down.T), owners, len(ranks), whole.up.dtype)
-
-    @property
-    def inner(self) -> Tensor:
-        """(N, N) inner products of the changes, in float64 on the CPU."""
-        products = (self.ups * self.downs).cpu()
-        rows = products.new_zeros(self.changes, len(products)).index_add_(0, self.owners, products)
-        return products.new_zeros(self.changes, self.changes).index_add_(1, self.owners, rows)
+        ups, downs = _squares(whole.up), _squares(whole.down.T)
+        products = (ups * downs).cpu()
+        rows = products.new_zeros(len(ranks), len(products)).index_add_(0, owners, products)
+        inner = products.new_zeros(len(ranks), len(ranks)).index_add_(1, owners, rows)
+        return cls(ups, downs, inner, owners, whole.up.dtype)
 
     @property
     def sizes(self) -> Tensor:
@@ -76,9 +72,11 @@ class Components(NamedTuple):
         return (self.ups.diagonal() * self.downs.diagonal()).sqrt().cpu()
 
     @property
-    def cancelling(self) -> float:
-        """The energies of the components over those of the changes: 1 where they are orthogonal, large where they cancel."""
-        return float(self.sizes.square().sum() / self.inner.diagonal().sum())
+    def remains(self) -> float:
+        """The energies of the changes over those of their components: 1 where these are orthogonal, small where they cancel;
+        NaN where there are none, and of any sign where rounding is all that is left.
+        """
+        return float(self.inner.diagonal().sum() / self.sizes.square().sum())
 
     def largest(self, weights: Tensor) -> float:
         """The largest singular value of a combination, from below but for rounding: by block power iteration from its image of

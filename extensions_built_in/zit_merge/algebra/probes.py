@@ -64,14 +64,14 @@ class Probed(NamedTuple):
             have many components.
         images: (N, out * 16) in the dtype of the sums.
         is_exact: Whether all of `inner` is.
-        cancelling: As `Components` has it, of thin changes.
+        remains: As `Components` has it, of thin changes.
     """
 
     vectors: Sequence[Delta]
     inner: Tensor
     images: Tensor
     is_exact: bool
-    cancelling: float = 1.0
+    remains: float = 1.0
 
     @classmethod
     def of(cls, vectors: Sequence[Delta], sums: torch.dtype) -> Probed:
@@ -90,7 +90,7 @@ class Probed(NamedTuple):
             for row, (up, _), inputs in zip(images, read, (stacked.down @ block).split(ranks), strict=True):
                 torch.mm(up, inputs, out=row.view(out, COUNT))
             seen = Components.of_stack(stacked, ranks)
-            return cls(read, seen.inner, images, True, seen.cancelling)
+            return cls(read, seen.inner, images, True, seen.remains)
         is_thin = all(isinstance(v, Factors | Framed) and v.rank <= _THIN for v in vectors)
         short, energies = list[Factors](), list[Tensor]()
         for row, vector in zip(images, vectors, strict=True):
@@ -101,8 +101,8 @@ class Probed(NamedTuple):
                 energies.append(_product(x, x) if isinstance(x, Factors) else x.core.square().sum().double().cpu())
         if is_thin:
             whole = torch.stack(energies)
-            cancelling = torch.cat([sizes_of(x) for x in short]).square().sum().cpu() / whole.sum()
-            return cls(vectors, _of_length(_products(short), whole), images, False, float(cancelling))
+            remains = whole.sum() / torch.cat([sizes_of(x) for x in short]).square().sum().cpu()
+            return cls(vectors, _of_length(_products(short), whole), images, False, float(remains))
         flat = all(isinstance(v, Factors) for v in vectors)
         return cls(vectors, gram(vectors, sums if flat else torch.float64), images, True)
 
@@ -181,7 +181,7 @@ class Truncation(NamedTuple):
         got: The squared norm of what was written.
         missed: An estimate of that of what is missing; None where it follows from the others, which are exact.
         sizes: Of the components that were written, |up_k| |down_k|.
-        cancelling: As `Probed` has it.
+        remains: As `Probed` has it.
         largest: Tells the largest component that is missing, from below but for rounding.
     """
 
@@ -190,7 +190,7 @@ class Truncation(NamedTuple):
     got: float
     missed: float | None
     sizes: Tensor
-    cancelling: float
+    remains: float
     largest: Callable[[], float]
 
     @classmethod
@@ -206,13 +206,12 @@ class Truncation(NamedTuple):
         if _are_few(vectors):
             seen = Components.of([*_thin(vectors, sums), written], sums)
             inner, sizes = seen.inner, seen.sizes[len(seen.sizes) - written.rank :]
-            weights = torch.cat([want, -want.new_ones(1)])
-            largest = partial(seen.largest, weights)
-            return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, seen.cancelling, largest)
+            largest = partial(seen.largest, torch.cat([want, -want.new_ones(1)]))
+            return cls(inner[:-1, :-1], inner[:-1, -1], float(inner[-1, -1]), None, sizes, seen.remains, largest)
         probed = Probed.of(vectors, sums)
         missing, (column, got) = probed.difference(want, written), probed.products(written)
         missed = None if probed.is_exact else missing.energy
-        return cls(probed.inner, column, got, missed, sizes_of(written), probed.cancelling, missing.largest)
+        return cls(probed.inner, column, got, missed, sizes_of(written), probed.remains, missing.largest)
 
 
 def _are_few(vectors: Sequence[Delta]) -> bool:
@@ -222,7 +221,7 @@ def _are_few(vectors: Sequence[Delta]) -> bool:
 
 def _thin(vectors: Sequence[Delta], sums: torch.dtype) -> list[Factors]:
     """Factors and frames as factors; none is multiplied out in less than the dtype of the sums."""
-    return [x for v in vectors if isinstance(x := v.map(lambda t: t.to(sums)).expand() if isinstance(v, Framed) else v, Factors)]
+    return [(v.map(lambda t: t.to(sums)) if isinstance(v, Framed) else v).expand() for v in vectors]
 
 
 def sizes_of(x: Factors) -> Tensor:

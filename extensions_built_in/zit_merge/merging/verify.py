@@ -49,7 +49,7 @@ from .merger import Made, Parts
 
 _SLACK = 2  # times what rounding explains at most: half a unit in the last place of every number is about twice what it does
 _CANCELS = 0.01  # where less of the inputs' energy than this is left, those sums would tell too little
-_MIXED = 1e4  # times the energies of the changes, in components that cancel: beyond that, too
+_REMAINS = 1e-4  # of the components' energies in the changes: less, too
 _PLAIN = 1e3  # coefficients beyond this, or below its inverse: sums in float32 could lose a change that they make large
 _FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}  # the latter: a few roundings of float32, in which the factors are merged
 _NOISE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the same of probes: no difference of squares is taken
@@ -166,7 +166,7 @@ class Verifier:
             missing = probed.difference(want, written)
             noise = _NOISE[sums] * energy**0.5
             is_right = missing.energy**0.5 <= _SLACK * (torch.finfo(self._dtype).eps / 2 * missing.written**0.5 + noise)
-            if is_right and wanted >= _CANCELS * energy and probed.cancelling <= _MIXED and _is_tame(probed.inner):
+            if is_right and _is_told(probed, wanted, energy):
                 break
         self._check_finite(module, parts, probed.inner, energy)
         self._check_size(module, missing.written)
@@ -192,7 +192,7 @@ class Verifier:
             beyond = abs(crossed - got) / got**0.5 if got > 0 else missed**0.5
             noise = _FLOOR[sums] * energy**0.5
             is_right = beyond <= _SLACK * (torch.finfo(self._dtype).eps / 2 * got**0.5 + noise)
-            if is_right and wanted >= _CANCELS * energy and seen.cancelling <= _MIXED and _is_tame(seen.inner):
+            if is_right and _is_told(seen, wanted, energy):
                 break
         self._check_finite(module, parts, seen.inner, energy)
         self._check_size(module, got)
@@ -265,10 +265,11 @@ def _energies(found: Tensor, want: Tensor, scales: Tensor) -> tuple[float, float
     return max(float((found.diagonal() * scales**2).sum()), 0.0), max(float(want @ found @ want), 0.0)
 
 
-def _is_tame(found: Tensor) -> bool:
-    """Whether sums of squares are well within float32."""
-    sizes = found.diagonal()
-    return bool(((sizes > _FAR) & (sizes < 1 / _FAR)).all())
+def _is_told(seen: Probed | Truncation, wanted: float, energy: float) -> bool:
+    """Whether sums in float32 tell enough: little cancels in them, and their squares are well within its range."""
+    sizes = seen.inner.diagonal()
+    is_tame = bool(((sizes > _FAR) & (sizes < 1 / _FAR)).all())
+    return wanted >= _CANCELS * energy and seen.remains >= _REMAINS and is_tame
 
 
 def _bordered(found: Tensor, column: Tensor, corner: float) -> Tensor:
