@@ -568,19 +568,16 @@ def mixed(pair: Pair, condition: float, seed: int) -> Pair:
 
 @pytest.mark.parametrize(("dtype", "condition"), [("fp32", 1e2), ("bf16", 1e2), ("bf16", 1e4), ("fp16", 1e4), ("bf16", 1e5)])
 @pytest.mark.parametrize("rank", [3, "exact"])
-def test_components_that_nearly_cancel(tmp_path, dtype, condition, rank):
-    """What is measured is right in any gauge. Written whole, the large components are rounded each: that may be refused."""
+@pytest.mark.parametrize("seed", range(0, 12, 2))
+def test_components_that_nearly_cancel(tmp_path, dtype, condition, rank, seed):
+    """What is measured is right in any gauge. Written whole, the large components are rounded each."""
     weighed, wanted = [], dict[str, Tensor]()
-    for n in range(2):
+    for n in (seed, seed + 1):
         parts = {m: mixed(pair, condition, n) for m, pair in drawn(6, n, side=80).items()}
         path, deltas = pairs(tmp_path / f"{n}.safetensors", parts)
         weighed.append((path, 0.8))
         wanted = {m: wanted.get(m, 0.0) + 0.8 * delta for m, delta in deltas.items()}
-    try:
-        out = merge_into(tmp_path, weighed, dtype=dtype, rank=rank)
-    except ZitMergeError as e:
-        assert rank == "exact" and "differs from what was wanted" in str(e)
-        return
+    out = merge_into(tmp_path, weighed, dtype=dtype, rank=rank)
     written, energy = read_deltas(out), sum(float(d.norm()) ** 2 for d in wanted.values())
     error = (sum(float((written[m] - d).norm()) ** 2 for m, d in wanted.items()) / energy) ** 0.5
     assert verdict(out)["error"] == pytest.approx(error, rel=2e-3 if rank == 3 else 0.15)
