@@ -8,8 +8,8 @@ import torch
 from extensions_built_in.zit_merge.algebra.factors import Factors, stack
 from extensions_built_in.zit_merge.algebra.least_squares import cosines, groups
 from extensions_built_in.zit_merge.algebra.probes import COUNT, Probed, image, probes
-from extensions_built_in.zit_merge.algebra.sketch import shortened
 from extensions_built_in.zit_merge.algebra.products import gram
+from extensions_built_in.zit_merge.algebra.sketch import shortened
 from extensions_built_in.zit_merge.algebra.truncate import truncate
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ def compare(name: str, now: dict[str, Any]) -> None:
         assert (found["keys"], found["count"]) == (was["keys"], was["count"]), f"{file}: other keys, dtypes or shapes"
         assert was["metadata"] and was["check"]
         assert facts.differences(was["metadata"], found["metadata"], 1e-12) == []
-        assert facts.differences(was["check"], found["check"], 0 if SAME_MACHINE else 0.02) == []
+        # four digits are kept, and processors of one name differ in the last one
+        assert facts.differences(was["check"], found["check"], 1e-3 if SAME_MACHINE else 0.02) == []
         assert list(found["probes"]) == list(was["probes"]) and len(was["probes"]) == 4
         for module, numbers in was["probes"].items():  # the norm first, which the others are measured by
             assert found["probes"][module] == pytest.approx(numbers, rel=0, abs=1e-3 * numbers[0]), f"{file}: {module}"
