@@ -624,6 +624,22 @@ def test_few_modules_wait_for_their_check(tmp_path, monkeypatch, large, most):
     assert len(handed) == len(checked) > 10 and max(waiting) <= most
 
 
+@pytest.mark.parametrize("rank", ["exact", 3])
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_a_lora_whose_alpha_is_zero_counts_for_nothing(tmp_path, method, rank):
+    """Alone or beside another one; its strength can't be told."""
+    path, _ = pairs(tmp_path / "b.safetensors", drawn(4, 1))
+    zero = tmp_path / "zero.safetensors"
+    save_file({**load_file(path), **{f"diffusion_model.{m}.alpha": torch.tensor(0.0) for m in drawn(1, 0)}}, zero)
+    told = (zero, {"ratio": 0.7, "alpha": "key"})
+    assert verdict(merge_into(tmp_path, [told], "alone", method=method, rank=rank))["status"] == "empty"
+    other, _ = pairs(tmp_path / "c.safetensors", drawn(4, 2))
+    both = verdict(merge_into(tmp_path, [told, (other, 0.9)], "both", method=method, rank=rank))
+    assert both["asked"][0] is both["got"][0] is None
+    alone = verdict(merge_into(tmp_path, [(other, 0.9)], "other", method=method, rank=rank))
+    assert both["got"][1] == pytest.approx(alone["got"][0], rel=1e-3 if method == "sum" else 0.2)
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e-20, 1e12])
 def test_sizes_that_no_training_has(tmp_path, size):
     """What they are is odd; an error of Python's would be worse. bfloat16 holds them all."""

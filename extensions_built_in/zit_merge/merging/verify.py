@@ -145,16 +145,20 @@ class Verifier:
         (module, parts, coefficients, merged), written = made.merged, made.written
         if not parts:
             return
-        weights = [p.factor * p.scale * (p.ratio if coefficients is None else coefficients[n]) for n, p in parts.items()]
-        vectors = [p.stored for p in parts.values()] + ([merged] if coefficients is None and merged else [])
+        strengths = [p.factor * (p.ratio if coefficients is None else coefficients[n]) for n, p in parts.items()]
+        bare = [p.scale for p in parts.values()]  # what makes a stored change a bare one
+        weights = [strength * scale for strength, scale in zip(strengths, bare, strict=True)]
+        vectors, asked = [p.stored for p in parts.values()], weights
+        if coefficients is None and merged:
+            vectors, bare, weights = [*vectors, merged], [*bare, 1.0], [*weights, 1.0]
+            strengths = asked = [0.0] * len(parts) + [1.0]
         written = written.map(lambda t: t.to(vectors[0].device))
-        asked = weights if coefficients is not None else [0.0] * len(parts) + [1.0]
-        scales = torch.tensor([*weights, *asked[len(parts) :]], dtype=torch.float64)
+        scales, want = torch.tensor(weights, dtype=torch.float64), torch.tensor(asked, dtype=torch.float64)
         compare = self._compare_cut if module in self._cut else self._compare
-        found, wanted, missed = compare(module, parts, vectors, torch.tensor(asked, dtype=torch.float64), scales, written)
-        bare = torch.tensor([*(p.scale for p in parts.values()), *(1.0 for _ in found[len(parts) :])], dtype=torch.float64)
-        want = torch.tensor(asked, dtype=torch.float64) / bare[:-1]
-        self._sums.add(module, parts, found * torch.outer(bare, bare), want, (wanted, missed, float(found[-1, -1])))
+        found, wanted, missed = compare(module, parts, vectors, want, scales, written)
+        sizes = torch.tensor([*bare, 1.0], dtype=torch.float64)
+        found, want = found * torch.outer(sizes, sizes), torch.tensor(strengths, dtype=torch.float64)
+        self._sums.add(module, parts, found, want, (wanted, missed, float(found[-1, -1])))
 
     def _compare(
         self, module: str, parts: Parts, vectors: Sequence[Delta], want: Tensor, scales: Tensor, written: Delta
