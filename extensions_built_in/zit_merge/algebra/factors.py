@@ -89,7 +89,7 @@ def single(x: Tensor) -> Tensor:
 
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite. One sum tells in nearly every case; elements are looked at only if it overflows."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def peak(x: Tensor) -> float:

@@ -30,6 +30,7 @@ from .verify import Verifier
 
 _AT_ONCE = 1024  # components of the modules that are merged at a time: some 0.8 GB in the core space
 _WORKERS = 4  # the check, one module after the other, keeps up with so many
+_KEPT = 31 << 20  # bytes: just below the largest block from which glibc learns
 
 
 def write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, device: torch.device, progress: Progress) -> Done:
@@ -77,6 +78,7 @@ def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
     Yields:
         How many modules are merged at a time. One on a GPU, and where a module takes much memory.
     """
+    _keep_freed_memory()
     before = torch.get_num_threads()
     is_exact = not plan.cut and not plan.is_open and METHODS[plan.spec.method].is_linear
     whole = [plan, *_nested(plan)]
@@ -88,6 +90,13 @@ def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
         yield workers
     finally:
         torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what one module frees for the next one, for the rest of the process: twice the largest block that was ever
+    freed, 64 MB at most. Else it may hand the memory of every module back to the system, which clears it each time.
+    """
+    torch.empty(_KEPT, dtype=torch.uint8)  # never touched, so that no memory is behind it
 
 
 def _nested(plan: StepPlan) -> Iterator[StepPlan]:
