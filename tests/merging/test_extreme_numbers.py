@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sweep import sweep
 from workspace import merge_into
 
@@ -98,6 +98,28 @@ def test_a_sum_is_right_or_refused(tmp_path, name, dtype, rank, beside):
     kept = file.rank if rank in ("cut", "energy") else 2 * RANK
     assert error(got, best(want, kept)) < EPS[dtype] * (1 if rank == "exact" else 10)
     assert file.verdict and file.verdict.status == "right"
+
+
+@pytest.mark.parametrize("rank", ["exact", 2])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_change_whose_square_is_no_number_is_named(tmp_path, rank, beside):
+    """In float64, where the file could hold it times its ratio."""
+    path, _ = lora(tmp_path, "vast")
+    save_file({key: t.double() * (1e160 if "lora_B" in key else 1) for key, t in load_file(path).items()}, path)
+    weighed = [(lora(tmp_path, "other")[0], 1.0)] * beside + [(path, 1e-160)]
+    cure = "the norm of its change is too large for a number: the LoRA is broken, leave it out"
+    with pytest.raises(ZitMergeError, match=rf"^vast\.safetensors: {re.escape(MODULE)}: {cure}$"):
+        merge_into(tmp_path, weighed, dtype="fp32", rank=rank)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("rank", ["exact", 2])
+def test_a_strength_whose_square_is_no_number_is_refused(tmp_path, rank):
+    path, _ = lora(tmp_path, "faint")
+    save_file({key: t.double() * (1e-200 if "lora_B" in key else 1) for key, t in load_file(path).items()}, path)
+    cure = "the norm of its change is too large for a number: use smaller strengths"
+    with pytest.raises(ZitMergeError, match=rf"^out\.safetensors: {re.escape(MODULE)}: {cure}$"):
+        merge_into(tmp_path, [(path, 1e200)], dtype="fp32", rank=rank)
 
 
 @sweep("name, method, dtype, rank", PRODUCTS, [m for m in METHODS if m != "sum"], ["fp32", "bf16"], ["exact", "cut"])
