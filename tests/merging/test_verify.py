@@ -32,6 +32,7 @@ from extensions_built_in.zit_merge.algebra.truncate import truncate
 from extensions_built_in.zit_merge.formats.safetensors_file import SafetensorsFile
 from extensions_built_in.zit_merge.merging import results, verify
 from extensions_built_in.zit_merge.merging.merger import Made, Merged, Merger
+from extensions_built_in.zit_merge.merging.runner import run_plans
 
 SHAPES = {
     name: shape
@@ -638,6 +639,17 @@ def test_a_lora_whose_alpha_is_zero_counts_for_nothing(tmp_path, method, rank):
     assert both["asked"][0] is both["got"][0] is None
     alone = verdict(merge_into(tmp_path, [(other, 0.9)], "other", method=method, rank=rank))
     assert both["got"][1] == pytest.approx(alone["got"][0], rel=1e-3 if method == "sum" else 0.2)
+
+
+def test_what_is_told_is_what_was_written(tmp_path):
+    """All numbers of `up` are rounded down alike, from 0.7 to 0.69921875."""
+    parts = {m: (torch.eye(12, 4), down.bfloat16()) for m, (_, down) in drawn(4, 0).items()}
+    path, deltas = pairs(tmp_path / "a.safetensors", parts)
+    (done,) = run_plans([merge([(path, 0.7)], shapes="free").plan(tmp_path / "out.safetensors")], torch.device("cpu"))
+    assert done.verdict and done.verdict.got[0] == pytest.approx(0.69921875, abs=2e-4)
+    for module, measured in done.verdict.modules.items():
+        wanted = 0.49 * float(deltas[module].square().sum())
+        assert measured.written / wanted - 1 == pytest.approx((0.69921875 / 0.7) ** 2 - 1, rel=0.5)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-20, 1e12])
