@@ -395,6 +395,10 @@ def test_spoiled_truncation(tmp_path, monkeypatch, spoil, dtype, method):
     refuse(tmp_path, weighed, old, dtype=dtype, method=method, rank=4)
 
 
+def without(x: Factors, k: int) -> Factors:
+    return Factors(torch.cat([x.up[:, :k], x.up[:, k + 1 :]], 1), torch.cat([x.down[:k], x.down[k + 1 :]]))
+
+
 def smallest(x: Any, rank: int, dtype: torch.dtype) -> Factors:
     """The least components in the place of the best ones."""
     whole = truncate(x, x.rank, dtype)
@@ -406,6 +410,7 @@ WORSE = {
     "one too few": lambda x, rank, dtype: truncate(x, rank - 1, dtype),
     "nothing": lambda x, rank, dtype: scaled(truncate(x, rank, dtype), 0.0),
     "the smallest": smallest,
+    "the next one in the place of the last": lambda x, rank, dtype: without(truncate(x, rank + 1, dtype), rank - 1),
 }
 
 
