@@ -69,7 +69,7 @@ def _write_step(plan: StepPlan, steps: Mapping[Path, LoraFile], hashes: Hashes, 
 @contextlib.contextmanager
 def threads_for(plan: StepPlan, device: torch.device) -> Iterator[int]:
     """Half of torch's threads for each of merge and check, which run beside each other: threads that wait for a core cost time.
-    One where nothing is decomposed: copying and scaling waits for memory.
+    One where nothing is decomposed: copying and scaling waits for memory. The memory of a module is kept for the next one.
 
     Args:
         plan: The step.
